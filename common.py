@@ -1,0 +1,156 @@
+"""What every script needs and no student should have to read twice.
+
+Arguments from a dataclass, the process group, files that are never half written.  No learning in here.
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+import typing
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+# Placeholders in a prompt's ids: the clip's video tokens, its audio tokens, padding.  They are
+# outside every vocabulary, so no text can forge them.
+VIDEO, AUDIO, PAD = -201, -202, -100
+
+
+class UserError(Exception):
+    """Something the user can mend: one sentence that names the file, flag or row and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------
+# Arguments: one dataclass a script.  Its fields are the flags, its comments are the help.
+# ------------------------------------------------------------------------------------------------
+
+def parse_args(cls, argv: list[str] | None = None):
+    """Command line -> an instance of the dataclass `cls`.  Unknown flags are an error (exit 2).
+
+    Every field is a flag of the same name; `x: int = 3  # help` gives its type, default and help.
+    A bool is a switch, a list takes several words, a Literal is a choice.
+    """
+    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#[ ]*(.*)$", source, re.MULTILINE))
+    doc = sys.modules[cls.__module__].__doc__
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for field in dataclasses.fields(cls):
+        options: dict = {"help": comments.get(field.name, "").replace("%", "%%")}
+        kind = next((a for a in typing.get_args(field.type) if a is not type(None)), field.type) \
+            if type(None) in typing.get_args(field.type) else field.type         # `int | None` -> int
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if kind is bool:
+            options["action"] = "store_true"
+        elif typing.get_origin(kind) is list:
+            options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
+        elif typing.get_origin(kind) is typing.Literal:
+            options |= {"choices": typing.get_args(kind)}
+        else:
+            options["type"] = kind
+        if default is dataclasses.MISSING:
+            options["required"] = True
+        else:
+            options["default"] = default
+            if kind is not bool and default not in (None, "", []):
+                options["help"] += " (%(default)s)"
+        parser.add_argument(f"--{field.name}", **options)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def run_main(main, args_cls) -> None:
+    """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback."""
+    try:
+        main(parse_args(args_cls))
+    except UserError as error:
+        # Plain text and exit 1 on this rank; torchrun then ends the others.
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1) if dist.is_initialized() else sys.exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes: the same script under plain python (one rank) and under torchrun (any number)
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Rank 0 prints and writes; the others only compute."""
+        return self.rank == 0
+
+    def say(self, *words) -> None:
+        if self.first:
+            print(*words, flush=True)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Maximum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, rows: list) -> list:
+        """Every rank's list of plain Python values, joined in rank order, on every rank."""
+        if self.world == 1:
+            return rows
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_ranks(device: str = "auto") -> Ranks:
+    """Join torchrun's process group if there is one.  gloo on CPU, nccl on CUDA."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu.")
+    where = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(where)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=where if cuda else None)
+    return Ranks(rank, world, where)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+# ------------------------------------------------------------------------------------------------
+# Files: written beside and renamed, so a reader sees the old one or the new one, never a half
+# ------------------------------------------------------------------------------------------------
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    beside = path.with_name(path.name + f".tmp{os.getpid()}")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,652 @@
+"""A clip on disk becomes tensors: media, prompt, sample files, batches.
+
+    path --read_clip--> Clip (frames, audio, notes) --Processor--> frames (F, 3, S, S), mel (M, T)
+    sample file --read_samples--> [Sample] --ClipDataset, loader--> PromptBatch
+
+A bad clip never crashes a run and is never replaced by another: `read_clip` raises ClipError, the
+dataset turns it into a BadClip, and the batch carries it in `bad`, to be counted and listed.
+
+Legend   F frames taken from a clip   S side of the vision tower's input   M mel channels   T mel frames
+         d decoded frames of the file
+"""
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from checkpoint import bert_source, find_file, list_some, read_json, tower_source
+from common import AUDIO, VIDEO, UserError
+from rewards import VOCABULARY, parse_answer
+
+SAMPLE_RATE = 16_000
+SILENCE_SECONDS = 10           # what the reference hears where there is no sound
+SEEK_ABOVE = 2_000             # frames: from here on seeking is cheaper than decoding everything
+MAX_PIXELS = 2 ** 26           # a frame of 8192 x 8192; a header that declares more is a bomb or a fault
+
+Modal = Literal["video_audio", "video", "audio"]
+Mode = Literal["think", "label", "row", "auto"]
+
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".m4a"}
+
+
+class ClipError(Exception):
+    """A clip that cannot be used; the message names the file and the reason."""
+
+
+@dataclasses.dataclass
+class Clip:
+    frames: np.ndarray         # uint8 (F, H, W, 3); (0, 0, 0, 3) if there is no video or none was asked for
+    audio: np.ndarray          # float32 (n,) at 16 kHz mono; 10 s of zeros if there is none
+    has_audio: bool
+    notes: list[str]           # what was wrong with it, if anything: silent, degraded, short
+
+
+# ------------------------------------------------------------------------------------------------
+# Media
+# ------------------------------------------------------------------------------------------------
+
+def frame_indices(d: int, num_frames: int) -> np.ndarray:
+    """Which of d frames are taken: the middle of each of `num_frames` equal parts.  (F,)
+
+    By count, not by time.  numpy rounds halves to even, as the reference does; 1e-6 moves exact halves up.
+    """
+    return np.round((d - 1) / num_frames * (np.arange(num_frames) + 0.5) + 1e-6).astype(int)
+
+
+def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal: Modal = "video_audio") -> Clip:
+    """Read a video file, a sound file, a gif or a folder of frames.
+
+    With `modal` "video" or "audio" only that stream is touched.  Raises ClipError, and nothing else, for a
+    file that is missing, empty, corrupt or lacks the video stream (sound files may lack it).  Missing or
+    unreadable sound is no error: 10 s of silence, `has_audio` False and a note.
+    """
+    path = Path(path)
+    notes: list[str] = []
+    frames = np.zeros((0, 0, 0, 3), np.uint8)
+    audio, has_audio = np.zeros(SILENCE_SECONDS * SAMPLE_RATE, np.float32), False
+    if not path.exists():
+        raise ClipError(f"{path}: no such file")
+    if path.is_dir():
+        frames = _read_folder(path, num_frames)
+        notes.append("a folder of frames has no sound: silence")
+        return Clip(frames, audio, has_audio, notes)
+    if path.stat().st_size == 0:
+        raise ClipError(f"{path}: the file is empty")
+    if modal != "audio" and path.suffix.lower() not in SOUNDS:
+        frames = _read_video(path, num_frames, notes)
+    if modal != "video":
+        heard = _read_audio(path, max_audio_seconds, notes)
+        if heard is not None:
+            audio, has_audio = heard, True
+        elif path.suffix.lower() in SOUNDS:
+            raise ClipError(f"{path}: no readable sound in a sound file")
+    return Clip(frames, audio, has_audio, notes)
+
+
+def _open(path: Path):
+    try:
+        return av.open(str(path), metadata_errors="replace")
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise ClipError(f"{path}: cannot be opened: {error}") from None
+
+
+def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
+    """-> uint8 (F, H, W, 3), upright."""
+    with _open(path) as container:
+        if not container.streams.video:
+            raise ClipError(f"{path}: has no video stream")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ClipError(f"{path}: its video codec is unknown")
+        size = stream.codec_context.width * stream.codec_context.height
+        if size > MAX_PIXELS:
+            raise ClipError(f"{path}: declares frames of {size} pixels, more than {MAX_PIXELS}")
+        # Headers lie about the number of frames (0 in mkv, off by one in avi), packets do not.
+        times, damaged = _packet_times(container)
+        promised = max(stream.frames, len(times))
+    sound = not damaged and len(times) >= promised - 1 and None not in times
+    if len(times) > SEEK_ABOVE and sound:
+        try:
+            return np.stack([_frame_at(path, t) for t in np.sort(times)[frame_indices(len(times), num_frames)]])
+        except (ClipError, av.error.FFmpegError, OSError, ValueError):
+            pass                                     # an index that does not hold: read it from the start instead
+    wanted = set(frame_indices(max(len(times), 1), num_frames).tolist())
+    found, d, errors = _decode_frames(path, wanted)
+    if d == 0:
+        raise ClipError(f"{path}: no frame can be decoded")
+    if d != len(times):                              # damaged or hidden frames: choose again among those that came
+        wanted = set(frame_indices(d, num_frames).tolist())
+        found, d, errors = _decode_frames(path, wanted)
+    if errors or damaged or d < promised - 1:
+        notes.append(f"degraded: {d} of {promised} frames could be decoded")
+    return _stack([found[i] for i in frame_indices(d, num_frames).tolist()], path)
+
+
+def _packet_times(container) -> tuple[list[int | None], bool]:
+    """Presentation time of every packet of the first video stream, and whether reading broke off."""
+    times = []
+    try:
+        for packet in container.demux(container.streams.video[0]):
+            if packet.size and not packet.is_discard:
+                times.append(packet.pts)
+    except (av.error.FFmpegError, OSError):
+        return times, True
+    return times, False
+
+
+def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray], int, int]:
+    """Decode all, keep the frames of those numbers.  -> (number -> frame, frames decoded, damaged packets)"""
+    found, d, errors = {}, 0, 0
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1        # the loader's workers are the parallelism
+        packets, packet = container.demux(stream), None      # ends with an empty packet, which flushes the decoder
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    break
+                for frame in packet.decode():
+                    if d in wanted:
+                        found[d] = _upright(frame)
+                    d += 1
+            except (av.error.FFmpegError, OSError, ValueError):
+                errors += 1
+                if packet is None or errors > 10_000:
+                    break
+    return found, d, errors
+
+
+def _frame_at(path: Path, time: int) -> np.ndarray:
+    """The frame shown at `time` (in the stream's time base), found from the key frame before it."""
+    with _open(path) as container:
+        stream = container.streams.video[0]
+        container.seek(int(time), stream=stream, backward=True)
+        for frame in container.decode(stream):
+            if frame.pts is not None and frame.pts >= time:
+                if frame.pts != time:
+                    break
+                return _upright(frame)
+    raise ClipError(f"{path}: no frame at time {time}")
+
+
+def _upright(frame) -> np.ndarray:
+    """Decoded frame -> uint8 (H, W, 3).  The display matrix is not applied by the decoder; phones rely on it."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
+
+
+def _stack(frames: list[np.ndarray], path: Path) -> np.ndarray:
+    if len({f.shape for f in frames}) > 1:
+        raise ClipError(f"{path}: the picture changes its size within the clip")
+    return np.stack(frames)
+
+
+def _read_folder(path: Path, num_frames: int) -> np.ndarray:
+    """A folder of pictures in natural order: 2.png before 10.png."""
+    def natural(p: Path):
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", p.name)]
+
+    files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural)
+    if not files:
+        raise ClipError(f"{path}: the folder holds no pictures")
+    frames = {}
+    for i in set(frame_indices(len(files), num_frames).tolist()):
+        with _open(files[i]) as container:
+            try:
+                frames[i] = _upright(next(container.decode(video=0)))
+            except (av.error.FFmpegError, StopIteration, IndexError, ValueError) as error:
+                raise ClipError(f"{files[i]}: cannot be decoded: {error}") from None
+    return _stack([frames[i] for i in frame_indices(len(files), num_frames).tolist()], path)
+
+
+def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray | None:
+    """-> float32 (n,) at 16 kHz, or None with a note."""
+    limit, parts, count, errors = int(max_seconds * SAMPLE_RATE), [], 0, 0
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+    with _open(path) as container:
+        if not container.streams.audio:
+            notes.append("no audio track: silence")
+            return None
+        packets = container.demux(container.streams.audio[0])
+        while count < limit:
+            try:
+                packet = next(packets, None)
+                frames = [None] if packet is None else packet.decode()       # None flushes the resampler
+                for frame in frames:
+                    for out in resampler.resample(frame):
+                        parts.append(out.to_ndarray()[0])
+                        count += parts[-1].size
+                if packet is None:
+                    break
+            except (av.error.FFmpegError, OSError, ValueError):
+                errors += 1
+                if errors > 10_000:
+                    break
+    if not count:
+        notes.append("unreadable audio: silence")
+        return None
+    if errors:
+        notes.append(f"degraded: {errors} damaged audio packets were left out")
+    audio = np.concatenate(parts)[:limit].astype(np.float32)
+    return np.nan_to_num(audio, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+# ------------------------------------------------------------------------------------------------
+# The prompt
+# ------------------------------------------------------------------------------------------------
+
+QUESTION = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the characters "
+            "is the most obvious to you?")
+THINK = "\nOutput the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
+
+
+def question_for(question: str, target: str, mode: Mode) -> str:
+    """A row's question in the wanted form.
+
+    "think" asks for reasoning and answer, "label" for the bare word, "row" asks what the row asks; "auto" goes by the
+    target: "think" if it has tags, "label" if it is a known word, else (a description, say) "row".
+    """
+    bare = question.removesuffix(THINK)
+    if mode == "auto":
+        mode = "think" if "<answer>" in target else "label" if target.lower() in VOCABULARY else "row"
+    return {"think": bare + THINK, "label": bare, "row": question}[mode]
+
+
+class Processor:
+    """Clips and questions -> what the model takes.  One object for SFT, RL, evaluation and inference."""
+
+    def __init__(self, tokenizer, bert_tokenizer, mel_extractor, image_size: int, mean: list[float], std: list[float],
+                 max_question: int, ends: list[int] = ()):
+        self.tokenizer, self.bert_tokenizer, self.mel_extractor = tokenizer, bert_tokenizer, mel_extractor
+        self.image_size, self.max_question = image_size, max_question
+        self.ends = {tokenizer.eos_token_id, *ends}
+        self.mean = torch.tensor(mean).view(3, 1, 1)
+        self.std = torch.tensor(std).view(3, 1, 1)
+
+    @classmethod
+    def from_pretrained(cls, path, vision_tower=None, audio_tower=None, bert=None) -> "Processor":
+        """`path`: checkpoint folder or hub id; the towers as for HumanOmni.from_pretrained.  Raises UserError."""
+        path = str(path)
+        config = read_json(find_file(path, "config.json"))
+        vision = tower_source(path, config, "mm_vision_tower", vision_tower)
+        audio = tower_source(path, config, "mm_audio_tower", audio_tower)
+        bert_folder = bert_source(path, bert)
+        picture = read_json(find_file(vision, "preprocessor_config.json"))
+        find_file(path, "tokenizer_config.json")
+        generation = find_file(path, "generation_config.json", required=False)
+        ends = read_json(generation).get("eos_token_id", []) if generation else []
+        return cls(load_tokenizer(path), load_tokenizer(bert_folder),
+                   _load(transformers.WhisperFeatureExtractor, audio, "feature extractor"),
+                   picture["size"]["height"], picture["image_mean"], picture["image_std"],
+                   read_json(find_file(bert_folder, "config.json"))["max_position_embeddings"],
+                   ends if isinstance(ends, list) else [ends])
+
+    def frames(self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad") -> torch.Tensor:
+        """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
+
+        "pad" centres the picture on a grey square first (the reference's training), "stretch" squashes it.
+        Bicubic with antialiasing on uint8, channels last: that kernel differs from PIL's, which the towers
+        were trained with, by at most 2 of 255; the float kernel by up to 8.
+        """
+        if fit == "pad":
+            count, height, width, _ = frames.shape
+            side = max(height, width)
+            top, left = (side - height) // 2, (side - width) // 2
+            square = np.full((count, side, side, 3), 127, np.uint8)
+            square[:, top:top + height, left:left + width] = frames
+            frames = square
+        x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)     # (F, 3, H, W), channels last
+        x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bicubic", antialias=True)
+        return (x.float() / 255 - self.mean) / self.std
+
+    def mel(self, audio: np.ndarray) -> torch.Tensor:
+        """float32 (n,) at 16 kHz -> log-mel (M, T), padded or cut to the audio tower's window."""
+        out = self.mel_extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="np")
+        return torch.from_numpy(out["input_features"][0])
+
+    def prompt(self, question: str, modal: Modal = "video_audio") -> list[int]:
+        """The one prompt: ids with VIDEO and AUDIO placeholders, ready for the assistant's turn.
+
+        The text between placeholders is tokenised piece by piece, as the reference does.
+        """
+        if "<|" in question or "<video>" in question or "<audio>" in question:
+            raise UserError(f"the question {question[:60]!r} contains chat markup (<|, <video> or <audio>): leave it out.")
+        media = {"video": "<vi_start><video><vi_end>\n", "audio": "<au_start><audio><au_end>\n"}
+        content = "".join(tag for name, tag in media.items() if name in modal) + question
+        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}],
+                                                  tokenize=False, add_generation_prompt=True)
+        ids = []
+        for piece in re.split(r"(<video>|<audio>)", text):
+            placeholder = {"<video>": VIDEO, "<audio>": AUDIO}.get(piece)
+            ids += [placeholder] if placeholder else self.tokenizer.encode(piece, add_special_tokens=False)
+        return ids
+
+    def question(self, question: str) -> list[int]:
+        """BERT's ids of the question, with its [CLS] and [SEP]."""
+        return self.bert_tokenizer(question, truncation=True, max_length=self.max_question)["input_ids"]
+
+    def target(self, text: str) -> list[int]:
+        """What the assistant is taught to say: the text's ids and the end of the turn."""
+        return self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id]
+
+    def text(self, ids) -> str:
+        """Ids of one completion -> text, without its end token.
+
+        Special tokens in the middle stay visible: a policy that emits them must not look well-formed.
+        """
+        ids = list(ids)
+        if ids and ids[-1] in self.ends:
+            ids.pop()
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _load(kind, source: str, what: str):
+    try:
+        return kind.from_pretrained(source)
+    except Exception as error:       # the library raises many kinds, some with pages of text
+        raise UserError(f"cannot load the {what} of {source}: {str(error).splitlines()[0]}") from None
+
+
+# Qwen2's, for the checkpoints that were saved without one.
+CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+          "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def load_tokenizer(path: str):
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()       # it does not know the model type and says so at length
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            tokenizer = _load(transformers.AutoTokenizer, path, "tokenizer")
+    finally:
+        transformers.logging.set_verbosity(level)
+    if not tokenizer.chat_template and "<|im_start|>" in tokenizer.get_vocab():
+        warnings.warn(f"{path}: the tokenizer has no chat template; using ChatML.", stacklevel=2)
+        tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------------------------
+# Sample files
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Sample:
+    id: str                    # the clip's path as written in the file
+    clip: Path
+    question: str
+    answer: str                # the label alone
+    target: str                # the whole text of the assistant's turn: reasoning and answer, or the label
+    modal: str                 # what the row has: video_audio, video or audio
+
+
+def read_samples(file, media_root: str | None = None) -> list[Sample]:
+    """R1-Omni's json (a list) or jsonl (a row a line) -> samples.
+
+    A row: {"video": path, "conversations": [{"from": "human", "value": "<video>\\n<audio>\\nquestion"},
+    {"from": "gpt", "value": target}]}.  Relative paths are under `media_root`, by default the file's own
+    folder.  Raises UserError that names the file and the line.
+    """
+    file = Path(file)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the sample file {file}: {error}") from None
+    root = Path(media_root) if media_root else file.parent
+    samples = [_sample(row, root, f"{file} line {line}") for line, row in _rows(text, file)]
+    if not samples:
+        raise UserError(f"{file} holds no samples.")
+    return samples
+
+
+def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
+    """(line where it starts, row) of a json list or of jsonl."""
+    if not text.lstrip().startswith("["):
+        for line, row in enumerate(text.split("\n"), 1):
+            if row.strip():
+                try:
+                    yield line, json.loads(row)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
+        return
+    decoder = json.JSONDecoder()
+    space = re.compile(r"[\s,]*")
+    at = space.match(text.replace("[", " ", 1)).end()
+    line, counted = 1, 0
+    while at < len(text) and text[at] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} line {error.lineno} is not valid JSON: {error.msg}.") from None
+        yield line, row
+        at = space.match(text, end).end()
+    if text[at:].strip() != "]":
+        raise UserError(f"{file} line {text.count(chr(10)) + 1}: the list does not end with one ']'; the file is cut off or has more after it.")
+
+
+def _sample(row, root: Path, where: str) -> Sample:
+    def need(value, kind, what):
+        if not isinstance(value, kind) or not value:
+            raise UserError(f"{where}: {what}.")
+        return value
+
+    need(row, dict, "a row must be an object with \"video\" and \"conversations\"")
+    clip = need(row.get("video", row.get("audio")), str, 'lacks "video", the path of the clip')
+    turns = need(row.get("conversations"), list, 'lacks "conversations", a list of turns')
+    said = {turn.get("from"): turn.get("value") for turn in turns if isinstance(turn, dict)}
+    human = need(said.get("human"), str, 'has no turn {"from": "human", "value": question}')
+    target = need(said.get("gpt"), str, 'has no turn {"from": "gpt", "value": label}').strip()
+    tags = [name for name in ("video", "audio") if f"<{name}>" in human]
+    question = re.sub(r"^(\s*<(video|audio)>\s*)+", "", human).strip()
+    answer = parse_answer(target) if "<answer>" in target else target
+    need(question, str, "the human turn has no question")
+    need(answer, str, "has no label: neither a bare word nor a single <answer> block")
+    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio")
+
+
+def check_labels(samples: list[Sample], file, allow: bool) -> None:
+    """Training on a label that no evaluation knows is a mistake, mostly a typing error."""
+    odd = {s.answer for s in samples if s.answer.lower() not in VOCABULARY}
+    if odd and not allow:
+        first = next(s for s in samples if s.answer in odd)
+        raise UserError(f"{file}: {len(odd)} labels are outside the vocabulary ({list_some(odd, 5)}; first at {first.id}); "
+                        "correct them, or pass --allow_labels to train on them.")
+
+
+# ------------------------------------------------------------------------------------------------
+# Batches
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class BadClip:
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass
+class PromptBatch:
+    """B prompts.  Media have a row for each prompt that has the modality (B_v, B_a rows), in order."""
+    indices: list[int]                     # position of each prompt in the run: its identity for the random numbers
+    samples: list[Sample]
+    input_ids: list[list[int]]             # ragged, with placeholders
+    targets: list[list[int]]               # ids of each sample's target and the end token
+    frames: torch.Tensor | None            # (B_v, F, 3, S, S)
+    mel: torch.Tensor | None               # (B_a, M, T)
+    vision: torch.Tensor | list | None     # (B_v, F, n, C) what the vision tower makes of frames, once it has;
+    audio: torch.Tensor | list | None      # (B_a, L, C)    before: a list of cached ones, None where frames hold the row
+    question_ids: torch.Tensor             # (B, Q)
+    question_mask: torch.Tensor            # (B, Q)
+    keys: list[dict[str, str]]             # names of each prompt's features in a FeatureCache, by modality
+    bad: list[BadClip]
+    notes: list[str]                       # "id: note" of clips that are usable but not sound
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to(self, device) -> "PromptBatch":
+        return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()
+                                            if torch.is_tensor(v)})
+
+    def select(self, start: int, stop: int) -> "PromptBatch":
+        """Prompts start .. stop-1 with their media: a micro-batch.  Views, nothing is copied."""
+        def rows(placeholder):
+            before = [sum(placeholder in ids for ids in self.input_ids[:end]) for end in (start, stop)]
+            return slice(*before)
+
+        v, a, own = rows(VIDEO), rows(AUDIO), slice(start, stop)
+        where = {"frames": v, "vision": v, "mel": a, "audio": a}
+        kept = {k: None if x is None else x[where.get(k, own)] for k, x in vars(self).items() if k not in ("bad", "notes")}
+        return dataclasses.replace(self, **kept)
+
+
+class ClipDataset(torch.utils.data.Dataset):
+    """(run position, sample number) -> everything of one prompt, or a BadClip."""
+
+    def __init__(self, samples: list[Sample], processor: Processor, modal: Modal = "video_audio", mode: Mode = "think",
+                 num_frames: int = 8, fit: str = "pad", cache: "FeatureCache | None" = None):
+        self.samples, self.processor, self.mode = samples, processor, mode
+        self.modal, self.num_frames, self.fit, self.cache = modal, num_frames, fit, cache
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]):
+        position, number = key
+        sample, p = self.samples[number], self.processor
+        modal = "_".join(m for m in ("video", "audio") if m in self.modal and m in sample.modal)
+        if not modal:
+            return BadClip(sample.id, f"the row has no {self.modal}")
+        keys = {m: self.feature_key(m, sample.clip) for m in modal.split("_")}
+        known = {m: self.cache.get(key) if self.cache else None for m, key in keys.items()}
+        wanted = "_".join(m for m, feature in known.items() if feature is None)
+        frames = mel = None
+        notes: list[str] = []
+        try:
+            if wanted:
+                clip = read_clip(sample.clip, self.num_frames, modal=wanted)
+                notes = clip.notes
+                if "video" in wanted and not len(clip.frames):
+                    if modal == "video":
+                        raise ClipError(f"{sample.clip}: a sound file has no video")
+                    modal, wanted = "audio", wanted.removeprefix("video").removeprefix("_")
+                frames = p.frames(clip.frames, self.fit) if "video" in wanted else None
+                mel = p.mel(clip.audio) if "audio" in wanted else None
+        except ClipError as error:
+            return BadClip(sample.id, str(error))
+        question = question_for(sample.question, sample.target, self.mode)
+        return {"position": position, "sample": sample, "ids": p.prompt(question, modal), "frames": frames, "mel": mel,
+                "vision": known.get("video"), "audio": known.get("audio"), "keys": {m: keys[m] for m in modal.split("_")},
+                "question": p.question(question), "target": p.target(sample.target), "notes": notes}
+
+    def feature_key(self, modality: str, clip: Path) -> str:
+        """Names a clip's features by all that they depend on: the file, the frames taken, the fit."""
+        try:
+            stat = clip.stat()
+        except OSError:
+            return ""
+        what = f"{self.num_frames} {self.fit} {self.processor.image_size}" if modality == "video" else "30 s"
+        return f"{modality} {clip.resolve()} {stat.st_size} {stat.st_mtime_ns} {what}"
+
+
+class FeatureCache:
+    """What the frozen towers make of a clip, on disk, for later epochs and other runs.
+
+    One small safetensors file per clip and modality, in bf16 (for the full-size towers 2.4 MB of vision and
+    1.3 MB of audio).  The name is a hash of the file's path, size and time, the preprocessing and the tower's
+    weights: whatever changes, the old entry is simply not found.  Written beside and renamed, so several
+    processes may share a folder.
+    """
+
+    def __init__(self, folder: str, towers: dict[str, str], max_gb: float = 200.0):
+        self.folder, self.towers = Path(folder), towers
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.left = max_gb * 2 ** 30 - sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
+
+    def _file(self, key: str) -> Path:
+        name = hashlib.sha256(f"{self.towers[key.split()[0]]} {key}".encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def get(self, key: str) -> torch.Tensor | None:
+        if not key:
+            return None
+        try:
+            return load_file(self._file(key))["x"]
+        except (OSError, SafetensorError):           # not there, or not readable: made again
+            return None
+
+    def put(self, key: str, x: torch.Tensor) -> None:
+        if not key or self.left <= 0:
+            return
+        file = self._file(key)
+        file.parent.mkdir(exist_ok=True)
+        beside = file.with_suffix(f".tmp{os.getpid()}")
+        save_file({"x": x.to("cpu", torch.bfloat16).contiguous()}, beside)
+        self.left -= beside.stat().st_size
+        os.replace(beside, file)
+
+
+def collate(items: list) -> PromptBatch:
+    good = [item for item in items if isinstance(item, dict)]
+    Q = max([len(item["question"]) for item in good], default=0)
+    question_ids = torch.zeros(len(good), Q, dtype=torch.long)
+    question_mask = torch.zeros(len(good), Q, dtype=torch.long)
+    for row, item in enumerate(good):
+        n = len(item["question"])
+        question_ids[row, :n] = torch.tensor(item["question"])
+        question_mask[row, :n] = 1
+    media = {name: [item[name] for item in good if item[name] is not None] for name in ("frames", "mel")}
+    # A row of features for every placeholder: the cached one, or None where the tower has yet to run.
+    features = {name: [item[name] for item in good if placeholder in item["ids"]]
+                for name, placeholder in (("vision", VIDEO), ("audio", AUDIO))}
+    return PromptBatch(
+        indices=[item["position"] for item in good], samples=[item["sample"] for item in good],
+        input_ids=[item["ids"] for item in good], targets=[item["target"] for item in good],
+        frames=torch.stack(media["frames"]) if media["frames"] else None,
+        mel=torch.stack(media["mel"]) if media["mel"] else None,
+        vision=features["vision"] or None, audio=features["audio"] or None, keys=[item["keys"] for item in good],
+        question_ids=question_ids, question_mask=question_mask,
+        bad=[item for item in items if isinstance(item, BadClip)],
+        notes=[f"{item['sample'].id}: {note}" for item in good for note in item["notes"]])
+
+
+def loader(dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: int = 2,
+           pin: bool = False) -> torch.utils.data.DataLoader:
+    """One PromptBatch for each list of (run position, sample number), in order, read ahead by `workers` processes."""
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
+                                       pin_memory=pin, prefetch_factor=4 if workers else None)
+
+
+def training_batches(n: int, per_step: int, steps: range, seed: int, rank: int = 0, world: int = 1
+                     ) -> list[list[tuple[int, int]]]:
+    """This rank's (run position, sample number) pairs for every step in `steps`.
+
+    The run is one endless list, a fresh seeded permutation of the n samples after another; step s takes
+    positions s * per_step onwards and rank r every world-th of them.  So the data of a step depend on the
+    seed and the step alone: not on the ranks, not on where the run was resumed.
+    """
+    orders: dict[int, np.ndarray] = {}
+
+    def number(position: int) -> int:
+        epoch = position // n
+        if epoch not in orders:
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
+        return int(orders[epoch][position % n])
+
+    return [[(p, number(p)) for p in range(s * per_step + rank, (s + 1) * per_step, world)] for s in steps]

@@ -1,0 +1,496 @@
+"""GRPO: reinforcement learning with verifiable rewards, from a cold-started model and labels alone.
+
+For each step: take a few clips; let the policy answer each one G times; score every answer by rule
+(accuracy + format, eq. 5); compare each answer with its siblings (eq. 4); make the better ones likelier,
+within a trust region (clip) and near the starting model (KL, eq. 3).
+
+    python grpo.py --model runs/emer_sft/latest --data rl.json --media_root clips --out runs/r1
+    torchrun --nproc_per_node=8 grpo.py --model StarJiaxing/EMER-SFT-0.5B --data rl.json --media_root /data \\
+             --out runs/r1 --dtype bfloat16
+
+How it departs from the public reference code: towers once per clip and not 17 times; the prompt once per
+group; the full distribution is sampled (no hidden top-k); ratio against the sampling policy, so that
+inner passes really clip; the KL is the reverse KL of eq. 3 (`--kl k3` for the reference's); answers are
+compared case-insensitively; a bad clip is skipped and counted, never replaced.
+
+Legend   B prompts on this rank   G completions per prompt   T completion length
+         r (B, G) rewards   A (B, G) advantages   mask (B, G, T) True up to and with the end token
+         logps, old_logps, ref_logps (B, G, T): log-probability of each sampled token under the policy,
+         the policy that sampled it, the starting model
+"""
+import dataclasses
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+import rewards
+from common import Ranks, UserError, run_main, start_ranks
+from data import PromptBatch, read_samples
+from eval import evaluate
+from model import HumanOmni, embed, encode_once, frozen_reference
+from sampler import generate
+from training import MasterAdamW, Run, TrainArgs, learning_rate, set_up
+
+
+@dataclasses.dataclass(kw_only=True)
+class Args(TrainArgs):
+    epochs: float = 2.0                     # passes over the data, if max_steps is 0
+    prompts_per_step: int = 16              # clips per step, over all ranks
+    num_generations: int = 8                # G, completions per clip
+    max_new_tokens: int = 512               # longest completion
+    temperature: float = 1.0                # divides the logits, in sampling and in the loss
+    # The objective.  The defaults are the paper's; a modern set is --agg token --clip_high 0.28 --beta 0.
+    baseline: Literal["mean", "loo"] = "mean"                 # what a reward is compared with: the group, or the others
+    scale: Literal["group", "batch", "none"] = "group"        # standard deviation that advantages are divided by
+    ratio: Literal["token", "sequence"] = "token"             # importance ratio per token, or per completion (GSPO)
+    gate: Literal["clip", "cispo", "sapo", "none"] = "clip"   # what bounds the ratio
+    clip_low: float = 0.2                   # lower clip: 1 - clip_low
+    clip_high: float = 0.2                  # upper clip: 1 + clip_high; for cispo the ceiling itself (5)
+    delta: float | None = None              # second ceiling of the ratio where the advantage is negative (clip only)
+    agg: Literal["seq", "token", "const"] = "seq"             # mean over tokens: per completion, over the step, fixed length
+    beta: float = 0.04                      # weight of the KL to the starting model; 0: no reference at all
+    kl: Literal["k3_ratio", "k3", "k2", "reward"] = "k3_ratio"  # form of the KL; k3 is the reference code's
+    inner_epochs: int = 1                   # optimiser steps on the same rollouts; the clip matters from 2 on
+    micro_batch: int = 4                    # prompts (with all their completions) per forward and backward
+    eval_data: list[str] = dataclasses.field(default_factory=list)  # sample files to evaluate on
+    eval_every: int = 0                     # steps between evaluations (also at step 0 and at the end); 0: never
+    eval_limit: int = 0                     # samples per evaluation; 0: all
+
+
+# ------------------------------------------------------------------------------------------------
+# The maths: pure functions of tensors
+# ------------------------------------------------------------------------------------------------
+
+def advantages(rewards: torch.Tensor, baseline: str = "mean", scale: str = "group",
+               batch_std: torch.Tensor | float | None = None) -> torch.Tensor:
+    """A_i = (r_i - mean(r)) / std(r), within each group (paper eq. 4).  rewards (B, G) -> (B, G)
+
+    baseline "loo" compares with the mean of the *other* G-1 rewards.  scale "batch" divides by the standard
+    deviation of all rewards of the step (`batch_std` where they are spread over ranks), "none" not at all.
+    Standard deviations are unbiased, plus 1e-4.
+    """
+    r = rewards.float()
+    G = r.shape[1]
+    if G < 2:
+        raise ValueError(f"num_generations is {G}: a group of one has nothing to compare with; use at least 2")
+    A = r - r.mean(1, keepdim=True)                                      # (B, G)
+    if baseline == "loo":
+        A = A * G / (G - 1)                  # r_i - mean of the others, rewritten
+    if scale == "group":
+        A = A / (r.std(1, keepdim=True) + 1e-4)
+    elif scale == "batch":
+        A = A / ((r.std() if batch_std is None else batch_std) + 1e-4)
+    # A group without differences teaches nothing.  Decided on the rewards themselves: the mean of equal
+    # floats is not always exactly that float, and a residue over a std of nearly 0 would be an enormous A.
+    same = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)            # (B, 1)
+    return A.masked_fill(same, 0.0)
+
+
+def kl_terms(logps: torch.Tensor, ref_logps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Estimators of KL(policy || reference) per token; x = ref - lp, clamped so that e^x stays finite.
+
+    As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative.  As *losses* they differ:
+    k1 has zero expected gradient, k3 the gradient of the forward KL, k2 and rho * k3 that of the reverse KL.
+    """
+    x = (ref_logps - logps).clamp(-20, 20)
+    return {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - x - 1}
+
+
+def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor | None, advantages: torch.Tensor,
+              mask: torch.Tensor, *, ratio: str = "token", gate: str = "clip", clip_low: float = 0.2,
+              clip_high: float = 0.2, agg: str = "seq", beta: float = 0.04, kl: str = "k3_ratio",
+              denominator: float | None = None, delta: float | None = None, max_length: int | None = None
+              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """- mean of min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL       (DeepSeekMath eq. 3; paper eq. 3)
+
+    logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G).  -> scalar, detached metrics.
+    `denominator` is what the weighted sum is divided by; give the global one when the batch is cut into micro-batches
+    or spread over ranks: completions for agg "seq", tokens for "token", max_length * completions for "const".
+    """
+    mask = mask.bool()
+    lengths = mask.sum(-1, keepdim=True)                                 # (B, G, 1)
+    A = advantages[..., None]                                            # (B, G, 1)
+    log_rho = (logps - old_logps).masked_fill(~mask, 0.0)                # (B, G, T)
+    rho_token = log_rho.exp()
+    rho = rho_token
+    if ratio == "sequence":                  # geometric mean over the completion; its gradient reaches every token
+        rho = (log_rho.sum(-1, keepdim=True) / lengths.clamp(min=1)).exp().expand_as(log_rho)
+
+    if gate == "clip":
+        bounded = rho if delta is None else rho.clamp(max=delta)
+        objective = torch.min(bounded * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
+    elif gate == "cispo":                    # the ratio only weighs; no token ever loses its gradient
+        objective = rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0)
+    elif gate == "sapo":                     # a soft gate: slope 1 at rho = 1, falling off on both sides
+        tau = torch.where(A > 0, 1.0, 1.05)
+        objective = 4 / tau * torch.sigmoid(tau * (rho - 1)) * A
+    else:
+        objective = rho * A
+    loss = -objective                                                    # (B, G, T)
+
+    terms = None
+    if ref_logps is not None:
+        terms = {k: v.masked_fill(~mask, 0.0) for k, v in kl_terms(logps, ref_logps).items()}
+        if beta and kl != "reward":          # "reward": already subtracted from the rewards
+            loss = loss + beta * (terms["k3"] * rho_token if kl == "k3_ratio" else terms[kl])
+
+    weight = mask / lengths.clamp(min=1) if agg == "seq" else mask.float()
+    if denominator is None:
+        completions = mask.shape[0] * mask.shape[1]
+        denominator = {"seq": completions, "token": mask.sum(), "const": completions * (max_length or mask.shape[2])}[agg]
+    total = (loss.masked_fill(~mask, 0.0) * weight).sum() / denominator
+
+    with torch.no_grad():
+        r, A_tokens = rho[mask], A.expand_as(rho)[mask]
+        low = (r < 1 - clip_low) & (A_tokens < 0) if gate == "clip" else torch.zeros_like(r)
+        high = r > clip_high if gate == "cispo" else (r > 1 + clip_high) & (A_tokens > 0) if gate == "clip" else low
+        metrics = {"clip_ratio/low_mean": low.float().mean(), "clip_ratio/high_mean": high.float().mean(),
+                   "ratio/mean": r.mean(), "ratio/max": r.max()}
+        if terms:
+            metrics["kl"] = terms["k3"][mask].mean()
+    return total, metrics
+
+
+def check_objective(args: Args) -> None:
+    """Refuse what cannot work or means nothing, before an hour of loading."""
+    if args.num_generations < 2:
+        raise UserError(f"--num_generations {args.num_generations}: a group of one has nothing to compare with; use 2 or more.")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: must be above 0; the policy is trained on what it samples.")
+    if args.gate == "cispo" and args.clip_high < 1:
+        raise UserError(f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio there; use 5 or so.")
+    if args.delta is not None and (args.gate != "clip" or args.delta <= 1 + args.clip_high):
+        raise UserError(f"--delta {args.delta}: only for --gate clip, and above 1 + clip_high.")
+    if args.kl == "reward" and args.beta == 0:
+        raise UserError("--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta.")
+    if min(args.prompts_per_step, args.max_new_tokens, args.inner_epochs, args.micro_batch) < 1:
+        raise UserError("--prompts_per_step, --max_new_tokens, --inner_epochs and --micro_batch must be 1 or more.")
+
+
+def refuse_sampling_filters(argv: list[str]) -> None:
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
+            sys.exit(f"error: {flag}: training samples the full distribution, because the loss scores the full softmax; "
+                     "a filtered sample would be scored by a distribution that it did not come from.")
+
+
+# ------------------------------------------------------------------------------------------------
+# One step, in two halves: rollout and update
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Rollout:
+    """What the policy said to B prompts, and what it was worth."""
+    completions: torch.Tensor              # (B, G, T) ids, exactly as sampled; never re-tokenised
+    lengths: torch.Tensor                  # (B, G) end token included
+    finished: torch.Tensor                 # (B, G) False where max_new_tokens cut it off
+    logps: torch.Tensor                    # (B, G, T) the sampler's own
+    ref_logps: torch.Tensor | None         # (B, G, T)
+    texts: list[list[str]]                 # B x G
+    rewards: dict[str, torch.Tensor]       # name -> (B, G)
+    advantages: torch.Tensor               # (B, G) zeros until `compare`
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """(B, G, T) from the lengths, never from token values: padding and end token are the same id."""
+        return torch.arange(self.completions.shape[2], device=self.lengths.device) < self.lengths[..., None]
+
+
+REWARDS = {"accuracy": rewards.accuracy, "format": lambda text, answer: rewards.format(text)}    # R = R_acc + R_format
+
+
+def score(texts: list[list[str]], answers: list[str], device) -> dict[str, torch.Tensor]:
+    """Texts (B x G), labels (B) -> name -> (B, G)."""
+    G = len(texts[0]) if texts else 0
+    return {name: torch.tensor([[f(t, a) for t in group] for group, a in zip(texts, answers)], device=device).view(-1, G)
+            for name, f in REWARDS.items()}
+
+
+def step_std(r: torch.Tensor, ranks: Ranks) -> float:
+    """Unbiased standard deviation of the step's rewards over all ranks."""
+    x = r.double()
+    n, total, squares = ranks.sum_(torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))).tolist()
+    return math.sqrt(max(0.0, (squares - total ** 2 / n) / (n - 1))) if n > 1 else 0.0
+
+
+@torch.no_grad()
+def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock: "Clock") -> Rollout:
+    """Sample G completions per prompt, score them, and score them under the reference."""
+    embeds, mask = embed(model, batch)                                   # (B, P, D), (B, P)
+    completions, lengths, logps = generate(model, embeds, mask, args.num_generations, args.max_new_tokens,
+                                           args.temperature, args.seed, prompt_ids=batch.indices)
+    T = int(lengths.max())                   # nobody needs the columns that no completion reached
+    completions, logps = completions[:, :, :T], logps[:, :, :T]
+    last = completions.gather(2, lengths[..., None] - 1)[..., 0]         # (B, G)
+    finished = torch.isin(last, torch.tensor(model.eos_ids, device=last.device))
+    clock.lap("generate")
+
+    texts = [[processor.text(ids[:n]) for ids, n in zip(group, ns)]
+             for group, ns in zip(completions.tolist(), lengths.tolist())]
+    parts = score(texts, [s.answer for s in batch.samples], embeds.device)
+    clock.lap("reward")
+
+    ref_logps = None
+    if reference is not None:
+        ref_logps = torch.cat([reference.completion_logps(*embed(reference, batch.select(i, i + args.micro_batch)),
+                                                          completions[i:i + args.micro_batch],
+                                                          lengths[i:i + args.micro_batch], args.temperature)
+                               for i in range(0, len(batch), args.micro_batch)])
+    clock.lap("train")
+    return Rollout(completions, lengths, finished, logps, ref_logps, texts, parts, torch.zeros_like(parts["format"]))
+
+
+def compare(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
+    """Fill in the advantages.  -> total reward (B, G).  Called by every rank, also by one without a usable clip."""
+    if rollout is None:
+        r = torch.zeros(0, args.num_generations, device=ranks.device)
+    else:
+        r = sum(rollout.rewards.values())                                # eq. 5
+        if args.kl == "reward":
+            k1 = kl_terms(rollout.logps, rollout.ref_logps)["k1"].masked_fill(~rollout.mask, 0.0)
+            r = r - args.beta * k1.sum(-1)                               # eq. 3, taken literally
+    std = step_std(r, ranks) if args.scale == "batch" else None
+    if rollout is not None:
+        rollout.advantages = advantages(r, args.baseline, args.scale, std)
+    return r
+
+
+def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks,
+           lr: float, meter: "Meter") -> bool:
+    """`inner_epochs` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
+
+    Every rank calls it, also one without a usable clip: it takes part in the sums with nothing.
+
+    Gradients are sums over micro-batches and ranks, divided by one global denominator: a mean of local
+    means would weigh a token by the company it happens to be in.
+    """
+    B, G = (0, args.num_generations) if rollout is None else rollout.lengths.shape
+    tokens = 0 if rollout is None else int(rollout.lengths.sum())
+    completions, all_tokens = ranks.sum_(torch.tensor([B * G, tokens], dtype=torch.float64, device=ranks.device)).tolist()
+    denominator = {"seq": completions, "token": all_tokens, "const": completions * args.max_new_tokens}[args.agg]
+    old_logps, norm, finite = {}, 0.0, completions > 0
+    for inner in range(args.inner_epochs if completions else 0):
+        for i in range(0, B, args.micro_batch):
+            rows = slice(i, i + args.micro_batch)
+            embeds, prompt_mask = embed(model, batch.select(i, min(B, i + args.micro_batch)))
+            logps, entropy = model.completion_logps(embeds, prompt_mask, rollout.completions[rows], rollout.lengths[rows],
+                                                    args.temperature, with_entropy=True)         # (b, G, T)
+            mask = rollout.mask[rows]
+            # The policy that sampled is the policy before the first update, so the first pass gives its log-probs:
+            # the ratio is exactly 1 there, whatever the sampler's rounding.
+            old = old_logps.setdefault(i, logps.detach())
+            loss, metrics = grpo_loss(
+                logps, old, None if rollout.ref_logps is None else rollout.ref_logps[rows], rollout.advantages[rows], mask,
+                ratio=args.ratio, gate=args.gate, clip_low=args.clip_low, clip_high=args.clip_high, delta=args.delta,
+                agg=args.agg, beta=args.beta, kl=args.kl, denominator=denominator)
+            loss.backward()
+            optimizer.collect()
+            n = int(mask.sum())
+            meter.total("loss", float(loss.detach()) / args.inner_epochs)
+            meter.mean("entropy", float(entropy[mask].mean()), n)
+            meter.most("ratio/max", float(metrics.pop("ratio/max")))
+            for name, value in metrics.items():
+                meter.mean(name, float(value), n)
+            if inner == 0:
+                meter.most("sampler_logp_diff/max", float((logps.detach() - rollout.logps[rows])[mask].abs().max()))
+        norm, finite = optimizer.step(ranks, lr, args.max_grad_norm)
+        if not finite:
+            break
+    meter.most("grad_norm", norm)            # the same on every rank
+    return finite
+
+
+# ------------------------------------------------------------------------------------------------
+# Numbers to look at
+# ------------------------------------------------------------------------------------------------
+
+class Clock:
+    """Seconds per named part.  On a GPU, work is queued: a lap waits for it, or it would be booked on the next."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+
+    def skip(self) -> None:
+        """What was done since the last lap is nobody's time."""
+        self.last = time.perf_counter()
+
+
+class Meter:
+    """Numbers of one step, joined over micro-batches and ranks: weighted means, totals, maxima and minima."""
+
+    def __init__(self):
+        self.entries: dict[str, tuple[str, float, float]] = {}           # name -> (kind, value, weight)
+
+    def mean(self, name: str, value: float, weight: float) -> None:
+        self._add(name, ("mean", value * weight, weight))
+
+    def total(self, name: str, value: float) -> None:
+        self._add(name, ("total", value, 1.0))
+
+    def most(self, name: str, value: float) -> None:
+        self._add(name, ("most", value, 1.0))
+
+    def least(self, name: str, value: float) -> None:
+        self._add(name, ("least", value, 1.0))
+
+    def _add(self, name: str, entry: tuple[str, float, float]) -> None:
+        kind, value, weight = entry
+        if name in self.entries:
+            _, before, weight_before = self.entries[name]
+            value = max(before, value) if kind == "most" else min(before, value) if kind == "least" else before + value
+            weight += weight_before
+        self.entries[name] = (kind, value, weight)
+
+    @staticmethod
+    def join(ranks: list[dict]) -> dict[str, float]:
+        """Every rank's entries -> one value each.  A rank without prompts has fewer names and adds nothing."""
+        joined = Meter()
+        for entries in ranks:
+            for name, entry in entries.items():
+                joined._add(name, entry)
+        return {name: value / weight if kind == "mean" and weight else value
+                for name, (kind, value, weight) in joined.entries.items()}
+
+
+def measure(meter: Meter, rollout: Rollout, r: torch.Tensor) -> None:
+    """What the rollout looks like, into the meter.  r (B, G): the total rewards."""
+    B, G = r.shape
+    for name, part in rollout.rewards.items():
+        meter.mean(f"rewards/{name}/mean", float(part.mean()), B)
+        meter.mean(f"rewards/{name}/std", float(part.std(1).mean()), B)
+    meter.mean("reward", float(r.mean()), B)
+    meter.mean("reward_std", float(r.std(1).mean()), B)
+    dead = r.amax(1) == r.amin(1)                                        # (B,)
+    right = rollout.rewards["accuracy"].amin(1) == 1                     # (B,)
+    meter.mean("frac_reward_zero_std", float(dead.float().mean()), B)
+    meter.mean("frac_reward_zero_std/all_right", float((dead & right).float().mean()), B)
+    meter.mean("frac_reward_zero_std/all_wrong", float((dead & ~right).float().mean()), B)
+    lengths = rollout.lengths.float()
+    meter.mean("completions/mean_length", float(lengths.mean()), B)
+    meter.least("completions/min_length", float(lengths.min()))
+    meter.most("completions/max_length", float(lengths.max()))
+    meter.mean("completions/clipped_ratio", float((~rollout.finished).float().mean()), B)
+    meter.mean("unique_completions", sum(len(set(group)) for group in rollout.texts) / (B * G), B)
+    meter.total("num_tokens", float(rollout.lengths.sum()))
+
+
+def rollout_rows(batch: PromptBatch, rollout: Rollout | None, step: int) -> list[dict]:
+    if rollout is None:
+        return []
+    return [{"step": step, "clip": sample.id, "prompt": sample.question, "answer": sample.answer, "completion": g,
+             "text": rollout.texts[b][g], "rewards": {k: float(v[b, g]) for k, v in rollout.rewards.items()},
+             "advantage": round(float(rollout.advantages[b, g]), 6), "length": int(rollout.lengths[b, g]),
+             "finished": bool(rollout.finished[b, g])}
+            for b, sample in enumerate(batch.samples) for g in range(rollout.lengths.shape[1])]
+
+
+# ------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------
+
+def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[str, float]:
+    """-> {"eval/NAME/war": percent, ...}"""
+    row = {}
+    for name, samples in eval_sets.items():
+        result = evaluate(run.model, run.processor, samples, ranks, modal=args.modal, fit=args.fit,
+                          max_new_tokens=args.max_new_tokens, workers=args.workers, cache=run.cache)
+        row |= {f"eval/{name}/{key}": result[key] for key in ("war", "uar", "format_rate")}
+        ranks.say(f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  format {result['format_rate']:.1f} %")
+    return row
+
+
+def step_row(step: int, args: Args, n: int, lr: float, meters: list[dict], clock: Clock, counts: dict) -> dict:
+    """One row of metrics.jsonl."""
+    row = {"step": step, "epoch": round(step * args.prompts_per_step / n, 4), "lr": lr}
+    row |= Meter.join(meters) | counts
+    row |= {f"time/{name}": round(seconds, 4) for name, seconds in clock.seconds.items()}
+    for name in ("generate", "train"):
+        row[f"tokens_per_second/{name}"] = round(row.get("num_tokens", 0) / max(clock.seconds.get(name, 0), 1e-9), 1)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return row | {"memory_gb": round(peak / 2 ** 30, 3)}
+
+
+def read_eval_sets(args: Args) -> dict[str, list]:
+    """--eval_data: file stem -> samples."""
+    return {Path(file).stem: read_samples(file, args.media_root)[:args.eval_limit or None] for file in args.eval_data}
+
+
+def train(args: Args) -> None:
+    """The loop."""
+    ranks = start_ranks(args.device)
+    check_objective(args)
+    eval_sets = read_eval_sets(args)
+    reference: list[HumanOmni] = []          # the model that the *run* started from, also when it is resumed
+    run = set_up(args, ranks, lambda n: math.ceil(args.epochs * n / args.prompts_per_step),
+                 lambda start: reference.append(frozen_reference(start) if args.beta > 0 else None))
+    model, n = run.model, len(run.samples)
+    batches = run.batches(args, args.prompts_per_step, "think", ranks)
+    if eval_sets and args.eval_every and run.state["step"] == 0:
+        run.folder.append("metrics.jsonl", [{"step": 0} | evaluate_all(run, eval_sets, args, ranks)])
+
+    bar = tqdm(range(run.state["step"], run.max_steps), initial=run.state["step"], total=run.max_steps,
+               disable=not ranks.first, desc="grpo", mininterval=1)
+    for step in bar:
+        clock, meter = Clock(), Meter()
+        batch = next(batches).to(ranks.device)
+        clock.lap("load")
+
+        # 1. Look and listen: every clip through the towers, once.
+        batch = encode_once(model, batch, run.cache)
+        clock.lap("encode")
+
+        # 2. Roll out: G answers each, scored and compared.
+        rollout = roll_out(model, reference[0], run.processor, batch, args, clock) if len(batch) else None
+        r = compare(rollout, args, ranks)                                # (B, G)
+
+        # 3. Update: make the better answers likelier.
+        lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
+        moved = update(model, run.optimizer, batch, rollout, args, ranks, lr, meter)
+        clock.lap("train")
+
+        # 4. Tell: one exchange between the ranks, one row of metrics, every completion.
+        if rollout is not None:
+            measure(meter, rollout, r)
+        told = ranks.gather([{"meter": meter.entries, "rollouts": rollout_rows(batch, rollout, step + 1),
+                              "bad": [vars(bad) for bad in batch.bad]}])
+        counts = run.count([clip for rank in told for clip in rank["bad"]], moved)
+        row = step_row(step + 1, args, n, lr, [rank["meter"] for rank in told], clock, counts)
+        run.folder.append("rollouts.jsonl", [line for rank in told for line in rank["rollouts"]])
+        bar.set_postfix({short: f"{row.get(name, 0):.3f}" for short, name in
+                         (("reward", "reward"), ("kl", "kl"), ("length", "completions/mean_length"))})
+
+        # 5. Look at the result, and keep it.
+        last = step + 1 == run.max_steps or run.stuck(args)
+        if eval_sets and args.eval_every and (last or (step + 1) % args.eval_every == 0):
+            row |= evaluate_all(run, eval_sets, args, ranks)
+        clock.skip()
+        if last or (args.save_every and (step + 1) % args.save_every == 0):
+            run.save()
+            clock.lap("save")
+            row["time/save"] = round(clock.seconds["save"], 4)
+        run.folder.append("metrics.jsonl", [row])
+        if run.stuck(args):
+            break
+    run.finish(args)
+
+
+if __name__ == "__main__":
+    refuse_sampling_filters(sys.argv)
+    run_main(train, Args)

@@ -1,0 +1,95 @@
+"""Verifiable rewards: text in, numbers out.  No model, no tensor, nothing learned.
+
+    R = R_acc + R_format                                   (R1-Omni, eq. 5)
+    R_acc     1 if the word in <answer> is the label       (eq. 6)          -> accuracy
+    R_format  1 if the text is exactly one <think> block
+              and then one <answer> block                  (eq. 7)          -> format
+
+Training rewards only the exact word.  `normalise` is for evaluation alone: it says which of the
+eleven words a free answer means ("she is furious" -> "angry").  It is never a reward, because a
+policy finds every hole in an alias table.
+
+Everything here is linear in the length of the text: a sampled completion is hostile input, and
+the obvious regular expression for the format backtracks on thousands of opening tags.
+"""
+import re
+
+# The vocabulary of the training sets: seven words of DFEW, four more of MAFW.
+DFEW_WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
+VOCABULARY = DFEW_WORDS + ("contemptuous", "disappointed", "helpless", "anxious")
+
+# What people (and models) write for each of them.  Written by hand; every alias has one target.
+# `calm` is in RAVDESS and means none of the eleven, so it is deliberately absent.
+ALIASES = {
+    "happy": "happiness happily joy joyful joyous cheerful glad delighted delight pleased elated amused "
+             "amusement gleeful overjoyed",
+    "surprise": "surprised surprising astonished astonishment amazed amazement shocked startled stunned",
+    "neutral": "neutrality indifferent expressionless emotionless unemotional",
+    "angry": "anger angrily mad furious fury rage enraged irritated irritation annoyed annoyance outraged",
+    "disgust": "disgusted disgusting revulsion revolted repulsed repulsion",
+    "sad": "sadness sadly unhappy sorrow sorrowful grief grieving heartbroken depressed melancholy "
+           "miserable gloomy",
+    "fear": "fearful afraid scared frightened terrified terror fright horrified panicked panic",
+    "contemptuous": "contempt disdain disdainful scorn scornful",
+    "disappointed": "disappointment disappointing",
+    "helpless": "helplessness powerless powerlessness",
+    "anxious": "anxiety anxiously worried worry nervous nervousness uneasy apprehensive",
+}
+_TARGET = {alias: word for word, aliases in ALIASES.items() for alias in (word, *aliases.split())}
+
+# A word right after one of these, or one word further on ("not very happy"), is denied, not stated.
+_NEGATIONS = frozenset("not no never neither nor without isn't aren't wasn't don't doesn't cannot "
+                       "can't hardly".split())
+
+
+def _between(text: str, opening: str, closing: str) -> tuple[int, int] | None:
+    """(start, end) of what stands between the only `opening` and the only `closing`, else None."""
+    if text.count(opening) != 1 or text.count(closing) != 1:
+        return None
+    start, end = text.index(opening) + len(opening), text.index(closing)
+    return (start, end) if start <= end else None
+
+
+def parse_answer(text: str) -> str | None:
+    """The stripped text of the single <answer> block; None if there is none, or more than one."""
+    span = _between(text, "<answer>", "</answer>")
+    return None if span is None else text[span[0]:span[1]].strip()
+
+
+def accuracy(text: str, answer: str) -> float:
+    """R_acc (eq. 6): 1.0 if the single <answer> holds exactly the label, whatever its case, else 0.0."""
+    parsed = parse_answer(text)
+    return float(parsed is not None and parsed.lower() == answer.strip().lower())
+
+
+def format(text: str) -> float:
+    """R_format: 1.0 if the whole text is <think>..</think> then <answer>..</answer>, else 0.0.
+
+    White space may surround and separate the two blocks.  Any further tag of the four, nested or
+    repeated, gives 0.0.
+    """
+    think, answer = _between(text, "<think>", "</think>"), _between(text, "<answer>", "</answer>")
+    if think is None or answer is None:
+        return 0.0
+    before = text[:think[0] - len("<think>")]
+    middle = text[think[1] + len("</think>"):answer[0] - len("<answer>")]
+    after = text[answer[1] + len("</answer>"):]
+    in_order = think[1] + len("</think>") <= answer[0] - len("<answer>")
+    return float(in_order and not (before + middle + after).strip())
+
+
+def bare_word(text: str) -> str | None:
+    """The whole answer of a label-only model (no tags), stripped; None if it is empty."""
+    return text.strip() or None
+
+
+def normalise(word: str) -> str | None:
+    """The vocabulary word that a free answer means, or None.
+
+    None when no known word occurs, when every known word is denied ("not happy"), and when two
+    different emotions are named ("happy and sad"): an answer that hedges is not an answer.
+    """
+    words = re.findall(r"[a-z]+(?:'[a-z]+)?", word.lower().replace("\u2019", "'"))
+    found = {_TARGET[w] for i, w in enumerate(words)
+             if w in _TARGET and not _NEGATIONS.intersection(words[max(0, i - 2):i])}
+    return found.pop() if len(found) == 1 else None

@@ -1,0 +1,90 @@
+"""Supervised fine-tuning: the cold start, and the label-only baseline.
+
+    python sft.py --model StarJiaxing/HumanOmni-0.5B --data emer.json --media_root clips --out runs/emer_sft
+    torchrun --nproc_per_node=8 sft.py ... --epochs 1 --batch_size 128
+
+Cold start (EMER-SFT): targets <think>reasoning</think>\\n<answer>word</answer>, the question asks for both.
+Label SFT (MAFW-DFEW-SFT): targets are bare words, the question asks for the emotion alone.  The same sample
+file that RL uses will do: `--prompt auto` looks at each target and asks accordingly.
+
+The loss is the mean cross-entropy of the target's tokens and its end token, over the whole step; the prompt is
+never learned.  It is computed by the function that scores completions in GRPO, with one completion a prompt.
+
+Legend   B prompts on this rank   T target length   P prompt length
+"""
+import dataclasses
+import math
+import time
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from common import Ranks, run_main, start_ranks
+from data import PromptBatch
+from model import HumanOmni, embed, encode_once
+from training import MasterAdamW, TrainArgs, learning_rate, set_up
+
+
+@dataclasses.dataclass(kw_only=True)
+class Args(TrainArgs):
+    lr: float = 2e-5                        # peak learning rate
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # shape after warm-up
+    warmup: float = 0.03                    # share of the steps that the rate rises
+    epochs: float = 5.0                     # passes over the data, if max_steps is 0
+    batch_size: int = 16                    # samples per step, over all ranks
+    micro_batch: int = 8                    # samples per forward and backward
+    prompt: Literal["auto", "think", "label", "row"] = "auto"  # question: by the target, or fixed, or as the row has it
+
+
+def pad_targets(targets: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+    """[[7, 8, 2], [9, 2]] -> ids (B, 1, T) [[[7, 8, 2]], [[9, 2, 0]]] and lengths (B, 1) [[3], [2]]"""
+    T = max(len(t) for t in targets)
+    ids = torch.tensor([t + [0] * (T - len(t)) for t in targets], device=device)
+    return ids[:, None], torch.tensor([[len(t)] for t in targets], device=device)
+
+
+def update(model: HumanOmni, optimizer: MasterAdamW, batch: PromptBatch, args: Args, ranks: Ranks, lr: float
+           ) -> tuple[dict[str, float], bool]:
+    """One optimiser step.  -> (loss, grad_norm, num_tokens) over all ranks, and whether the weights were moved."""
+    counted = sum(len(t) for t in batch.targets)
+    tokens = float(ranks.sum_(torch.tensor(float(counted), device=ranks.device)))
+    loss_sum = torch.zeros((), device=ranks.device)
+    for i in range(0, len(batch), args.micro_batch):
+        micro = batch.select(i, min(len(batch), i + args.micro_batch))
+        ids, lengths = pad_targets(micro.targets, ranks.device)
+        logps = model.completion_logps(*embed(model, micro), ids, lengths)         # (b, 1, T), zeros past the length
+        loss = -logps.sum() / tokens                 # one denominator for all micro-batches and ranks
+        loss.backward()
+        optimizer.collect()
+        loss_sum += loss.detach()
+    norm, finite = optimizer.step(ranks, lr, args.max_grad_norm) if tokens else (0.0, False)
+    return {"loss": float(ranks.sum_(loss_sum)), "grad_norm": norm, "num_tokens": tokens}, finite
+
+
+def train(args: Args) -> None:
+    ranks = start_ranks(args.device)
+    run = set_up(args, ranks, lambda n: math.ceil(args.epochs * n / args.batch_size))
+    batches = run.batches(args, args.batch_size, args.prompt, ranks)
+    bar = tqdm(range(run.state["step"], run.max_steps), initial=run.state["step"], total=run.max_steps,
+               disable=not ranks.first, desc="sft", mininterval=1)
+    for step in bar:
+        started = time.perf_counter()
+        batch = encode_once(run.model, next(batches).to(ranks.device), run.cache)
+        loaded = time.perf_counter()
+        lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
+        row, moved = update(run.model, run.optimizer, batch, args, ranks, lr)
+        row |= run.count(ranks.gather([vars(bad) for bad in batch.bad]), moved)
+        row = {"step": step + 1, "epoch": round((step + 1) * args.batch_size / len(run.samples), 4), "lr": lr} | row
+        row |= {"time/load": round(loaded - started, 4), "time/train": round(time.perf_counter() - loaded, 4)}
+        run.folder.append("metrics.jsonl", [row])
+        bar.set_postfix(loss=f"{row['loss']:.4f}")
+        if step + 1 == run.max_steps or run.stuck(args) or (args.save_every and (step + 1) % args.save_every == 0):
+            run.save()
+        if run.stuck(args):
+            break
+    run.finish(args)
+
+
+if __name__ == "__main__":
+    run_main(train, Args)

@@ -1,0 +1,57 @@
+"""Shared by all tests: the golden checkpoint, what the public reference computed with it, offline mode."""
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"           # before any import that reads it: a test never needs the network
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+import torch
+
+from data import Processor
+from model import HumanOmni
+
+torch.set_num_threads(2)
+GOLDEN = Path(__file__).parent / "golden"    # see golden/README.md: made by the reference code
+
+
+def load_golden_model() -> HumanOmni:
+    return HumanOmni.from_pretrained(GOLDEN / "humanomni", bert=GOLDEN / "bert", say=lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def model() -> HumanOmni:
+    """The golden checkpoint in fp32.  Shared: a test that changes it takes `fresh_model`."""
+    return load_golden_model()
+
+
+@pytest.fixture
+def fresh_model() -> HumanOmni:
+    return load_golden_model()
+
+
+@pytest.fixture(scope="session")
+def processor() -> Processor:
+    return Processor.from_pretrained(GOLDEN / "humanomni", bert=GOLDEN / "bert")
+
+
+@pytest.fixture(scope="session")
+def forward() -> dict:
+    """forward.pt with its media in fp32."""
+    golden = torch.load(GOLDEN / "forward.pt", weights_only=True)
+    return golden | {"frames": golden["frames"].float(), "mel": golden["mel"].float()}
+
+
+@pytest.fixture(scope="session")
+def grpo_golden() -> dict:
+    return torch.load(GOLDEN / "grpo.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def prompt(model, forward) -> tuple[torch.Tensor, torch.Tensor]:
+    """(embeds (2, P, D), mask (2, P)) of the golden prompts."""
+    with torch.no_grad():
+        return model.embed_prompt(*(forward[k] for k in ("input_ids", "frames", "mel", "question_ids", "question_mask")))

@@ -1,0 +1,441 @@
+"""Checkpoints as users have them: every layout loads, every fault is one sentence, saving loses nothing."""
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common import UserError
+from conftest import GOLDEN
+from data import Processor
+from model import HumanOmni
+
+VISION, AUDIO, BERT = "model.vision_tower.", "model.audio_tower.", "model.bert_model."
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder with `humanomni`, `siglip`, `whisper`, `bert`, free to be changed."""
+    for name in ("humanomni", "siglip", "whisper", "bert"):
+        shutil.copytree(GOLDEN / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def stored() -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / "humanomni" / "model.safetensors")
+
+
+def load(path, **options) -> tuple[HumanOmni, str]:
+    """-> (model, what it said)"""
+    said = []
+    model = HumanOmni.from_pretrained(path, say=said.append, **options)
+    assert len(said) == 1 and "\n" not in said[0]
+    return model, said[0]
+
+
+def change_config(folder, remove=(), **entries) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | entries
+    file.write_text(json.dumps({k: v for k, v in config.items() if k not in remove}))
+
+
+def write_weights(folder, tensors) -> None:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_shards(folder, tensors, stem: str, count: int = 3) -> None:
+    """The keys dealt out to `count` files, and their index."""
+    (folder / "model.safetensors").unlink()
+    name, suffix = stem.split(".", 1)
+    where = {key: f"{name}-{i % count + 1:05d}-of-{count:05d}.{suffix}" for i, key in enumerate(tensors)}
+    for file in set(where.values()):
+        part = {k: v for k, v in tensors.items() if where[k] == file}
+        save_file(part, folder / file) if suffix == "safetensors" else torch.save(part, folder / file)
+    (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def assert_equal_weights(a: HumanOmni, b: HumanOmni) -> None:
+    left, right = a.state_dict(), b.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[k], right[k]) for k in left)
+
+
+# ------------------------------------------------------------------------------------------------
+# Layouts that must load
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", ["safetensors", "shards", "bin", "bin shards"])
+def test_file_layouts(home, stored, model, layout):
+    """Stops an old or a sharded checkpoint being refused, or loaded in part."""
+    folder = home / "humanomni"
+    if layout == "shards":
+        write_shards(folder, stored, "model.safetensors")
+    elif layout == "bin shards":
+        write_shards(folder, stored, "pytorch_model.bin")
+    elif layout == "bin":
+        (folder / "model.safetensors").unlink()
+        torch.save(stored, folder / "pytorch_model.bin")
+    loaded, said = load(folder)
+    assert_equal_weights(loaded, model)
+    assert said.count("from the checkpoint") == 3
+    assert loaded.unused.keys() == {k for k in stored if ".projector." in k or ".classifier." in k} and loaded.unused
+
+
+def test_safetensors_before_bin(home, model):
+    """Stops an old .bin beside the new file being the one that is loaded."""
+    torch.save({"model.norm.weight": torch.zeros(64)}, home / "humanomni" / "pytorch_model.bin")
+    assert_equal_weights(load(home / "humanomni")[0], model)
+
+
+def test_a_tied_head_may_be_stored(home, stored, model):
+    """Stops a released checkpoint that stores its tied head being refused as unexpected."""
+    write_weights(home / "humanomni", stored | {"lm_head.weight": stored["model.embed_tokens.weight"].clone()})
+    loaded, _ = load(home / "humanomni")
+    assert_equal_weights(loaded, model)
+    assert loaded.head_weight is loaded.model.embed_tokens.weight
+    loaded.save_pretrained(home / "saved")
+    assert "lm_head.weight" not in load_file(home / "saved" / "model.safetensors")
+
+
+def test_an_untied_head(home, stored):
+    """Stops an untied head being ignored (the embedding used in its place) or not saved."""
+    head = torch.randn_like(stored["model.embed_tokens.weight"])
+    change_config(home / "humanomni", tie_word_embeddings=False)
+    write_weights(home / "humanomni", stored | {"lm_head.weight": head})
+    loaded, _ = load(home / "humanomni")
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(loaded.logits(x), x @ head.T, atol=1e-5, rtol=1e-5)
+    loaded.save_pretrained(home / "saved")
+    assert torch.equal(load_file(home / "saved" / "model.safetensors")["lm_head.weight"], head)
+    write_weights(home / "humanomni", stored)
+    with pytest.raises(UserError, match=r"lacks 1 weights \(lm_head.weight\)"):
+        load(home / "humanomni")
+
+
+def test_towers_that_are_not_stored(home, stored, model):
+    """Stops random towers: not in the file, they come from the folders that config.json names."""
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith((VISION, AUDIO))})
+    loaded, said = load(home / "humanomni")
+    assert_equal_weights(loaded, model)
+    assert f"vision from {(home / 'siglip').resolve()}" in said and f"audio from {(home / 'whisper').resolve()}" in said
+    assert "bert from the checkpoint" in said
+    # What was not in the file is not saved either, and what is saved loads from somewhere else.
+    (home / "runs" / "a").mkdir(parents=True)
+    loaded.save_pretrained(home / "runs" / "a" / "step_1")
+    saved = load_file(home / "runs" / "a" / "step_1" / "model.safetensors")
+    assert saved and not any(k.startswith((VISION, AUDIO)) for k in saved)
+    assert_equal_weights(load(home / "runs" / "a" / "step_1")[0], model)
+
+
+def test_a_trained_tower_is_saved(home, stored):
+    """Stops the training of a tower being lost because the first file did not hold it."""
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith(VISION)})
+    loaded, _ = load(home / "humanomni")
+    loaded.set_trained(["vision"])
+    with torch.no_grad():
+        next(loaded.model.vision_tower.parameters()).add_(1)
+    loaded.save_pretrained(home / "saved")
+    assert_equal_weights(load(home / "saved")[0], loaded)
+
+
+def other_tower(home, name: str, file: str = "model.safetensors") -> str:
+    """A copy of a tower folder with other weights."""
+    folder = home / f"other_{name}"
+    shutil.copytree(home / name, folder)
+    save_file({k: v + 1 for k, v in load_file(home / name / file).items()}, folder / file, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_precedence_of_towers(home, model):
+    """Stops the tower that the user asked for being ignored in favour of the stored one, or the reverse."""
+    given, said = load(home / "humanomni", vision_tower=other_tower(home, "siglip"))
+    assert f"vision from {home / 'other_siglip'}" in said and "audio from the checkpoint" in said
+    for name, tensor in given.state_dict().items():
+        expected = model.state_dict()[name]
+        assert torch.equal(tensor, expected + 1 if name.startswith(VISION) else expected), name
+
+    given, said = load(home / "humanomni", audio_tower=other_tower(home, "whisper"))
+    assert f"audio from {home / 'other_whisper'}" in said and "vision from the checkpoint" in said
+    key = "model.audio_tower.conv1.weight"
+    assert torch.equal(given.state_dict()[key], model.state_dict()[key] + 1)
+
+    # A stored BERT was trained; the argument then only names its tokenizer and geometry.
+    given, said = load(home / "humanomni", bert=other_tower(home, "bert"))
+    assert "bert from the checkpoint" in said
+    assert_equal_weights(given, model)
+
+
+def test_an_overriding_tower_is_kept_by_saving(home):
+    """Stops a saved run falling back to the tower that the user had replaced."""
+    given, _ = load(home / "humanomni", vision_tower=other_tower(home, "siglip"))
+    given.save_pretrained(home / "saved")
+    assert_equal_weights(load(home / "saved")[0], given)
+
+
+def test_bert_that_is_not_stored(home, stored, model):
+    """Stops a random BERT: the gate would look plausible and mean nothing."""
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith(BERT)})
+    loaded, said = load(home / "humanomni")
+    assert f"bert from {home / 'bert'}" in said
+    for name, tensor in load_file(GOLDEN / "bert" / "model.safetensors").items():
+        assert torch.equal(loaded.state_dict()[BERT + name], tensor), name
+    loaded, _ = load(home / "humanomni", bert=other_tower(home, "bert"))
+    name = BERT + "embeddings.word_embeddings.weight"
+    assert torch.equal(loaded.state_dict()[name], load_file(GOLDEN / "bert" / "model.safetensors")[name.removeprefix(BERT)] + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_storage(home, stored, dtype):
+    """Stops 16-bit weights staying 16-bit (or the buffers turning), when fp32 was asked for."""
+    half = {k: v.to(dtype) for k, v in stored.items()}
+    write_weights(home / "humanomni", half)
+    loaded, _ = load(home / "humanomni")
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert torch.equal(loaded.model.norm.weight, half["model.norm.weight"].float())
+    again, _ = load(home / "humanomni", dtype=dtype)
+    assert {p.dtype for p in again.parameters()} == {dtype}
+    again.save_pretrained(home / "saved")
+    saved = load_file(home / "saved" / "model.safetensors")
+    assert saved.keys() == half.keys() and all(torch.equal(saved[k], half[k]) for k in half)
+
+
+# ------------------------------------------------------------------------------------------------
+# Round trip
+# ------------------------------------------------------------------------------------------------
+
+def test_round_trip_keeps_everything(home, stored):
+    """Stops a saved checkpoint that the reference code cannot load: a key, an entry or a tensor lost."""
+    change_config(home / "humanomni", some_unknown_key={"a": [1, 2]})
+    loaded, _ = load(home / "humanomni")
+    out = home / "deep" / "er" / "runs" / "step_3"
+    out.parent.mkdir(parents=True)
+    loaded.save_pretrained(out)
+
+    saved = load_file(out / "model.safetensors")
+    assert saved.keys() == stored.keys()
+    assert all(torch.equal(saved[k], stored[k]) and saved[k].dtype == stored[k].dtype for k in stored)
+    before, after = (json.loads((f / "config.json").read_text()) for f in (home / "humanomni", out))
+    towers = ("mm_vision_tower", "mm_audio_tower")
+    assert {k: v for k, v in after.items() if k not in towers} == {k: v for k, v in before.items() if k not in towers}
+    for key in towers:                                    # re-based: from the new depth, the same folder
+        assert not os.path.isabs(after[key])
+        assert (out / after[key]).resolve() == (home / "humanomni" / before[key]).resolve()
+
+    for name in ("generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
+        assert (out / name).read_bytes() == (home / "humanomni" / name).read_bytes()
+    again, _ = load(out)
+    assert_equal_weights(again, loaded)
+    assert again.eos_ids == loaded.eos_ids == [380]
+    question = json.loads((GOLDEN / "prompt.json").read_text())["question"]
+    ours, theirs = Processor.from_pretrained(out), Processor.from_pretrained(home / "humanomni")
+    assert ours.prompt(question) == theirs.prompt(question) and ours.question(question) == theirs.question(question)
+
+
+def test_saved_under_another_name_and_renamed(home):
+    """Stops tower paths that are true for the temporary folder and not for the final one."""
+    loaded, _ = load(home / "humanomni")
+    final = home / "a" / "b" / "step_1"
+    final.parent.mkdir(parents=True)
+    loaded.save_pretrained(home / "tmp", final=final)
+    os.rename(home / "tmp", final)
+    assert_equal_weights(load(final)[0], loaded)
+
+
+def test_saved_below_a_symbolic_link(home):
+    """Stops a relative tower path that is counted along the link but followed from its target."""
+    (home / "disk" / "one" / "two").mkdir(parents=True)
+    (home / "runs").symlink_to(home / "disk" / "one" / "two")
+    loaded, _ = load(home / "humanomni")
+    loaded.save_pretrained(home / "runs" / "step_1")
+    assert_equal_weights(load(home / "runs" / "step_1")[0], loaded)
+
+
+def test_load_weights_in_place(home, fresh_model):
+    """Stops a resumed run that trains copies: the optimiser holds the old tensors."""
+    fresh_model.save_pretrained(home / "saved")
+    held = {n: p.data_ptr() for n, p in fresh_model.named_parameters()}
+    expected = {k: v.clone() for k, v in fresh_model.state_dict().items()}
+    with torch.no_grad():
+        for p in fresh_model.parameters():
+            p.mul_(3)
+    fresh_model.load_weights(home / "saved")
+    assert all(torch.equal(v, expected[k]) for k, v in fresh_model.state_dict().items())
+    assert {n: p.data_ptr() for n, p in fresh_model.named_parameters()} == held
+
+
+def test_config_is_read_not_guessed(home):
+    """Stops several end tokens being cut to one, and config.json's end token being missed."""
+    (home / "humanomni" / "generation_config.json").write_text('{"eos_token_id": [380, 379]}')
+    assert load(home / "humanomni")[0].eos_ids == [380, 379]
+    (home / "humanomni" / "generation_config.json").unlink()
+    assert load(home / "humanomni")[0].eos_ids == [380]
+
+
+# ------------------------------------------------------------------------------------------------
+# Paths of other people
+# ------------------------------------------------------------------------------------------------
+
+def test_an_authors_disk_path_means_the_public_tower(home, stored):
+    """Stops the most frequent complaint of users: editing two lines of config.json by hand."""
+    change_config(home / "humanomni", mm_audio_tower="/nobody/models/whisper-large-v3")
+    with pytest.raises(UserError, match="openai/whisper-large-v3") as error:
+        load(home / "humanomni")
+    assert "hub" in str(error.value)
+    change_config(home / "humanomni", mm_audio_tower="../whisper", mm_vision_tower="/nobody/siglip-base-patch16-224/")
+    with pytest.raises(UserError, match="google/siglip-base-patch16-224"):
+        load(home / "humanomni")
+    given, said = load(home / "humanomni", vision_tower=str(home / "siglip"))
+    assert f"vision from {home / 'siglip'}" in said
+
+
+def test_an_absolute_tower_path_that_exists_is_used(home, model):
+    """Stops an absolute path of one's own being taken for a stranger's."""
+    change_config(home / "humanomni", mm_audio_tower=str(home / "whisper"))
+    loaded, _ = load(home / "humanomni")
+    assert_equal_weights(loaded, model)
+    loaded.save_pretrained(home / "saved")
+    assert json.loads((home / "saved" / "config.json").read_text())["mm_audio_tower"] == str(home / "whisper")
+
+
+# ------------------------------------------------------------------------------------------------
+# Faults: one sentence that names the file and what is wrong
+# ------------------------------------------------------------------------------------------------
+
+def refused(path, *said: str, **options) -> None:
+    with pytest.raises(UserError) as error:
+        HumanOmni.from_pretrained(path, say=lambda line: None, **options)
+    for words in said:
+        assert words in str(error.value), str(error.value)
+
+
+def test_missing_keys_are_listed(home, stored):
+    """Stops a part that silently keeps its random initialisation."""
+    gone = ["model.layers.1.mlp.up_proj.weight", "model.bert_gate.0.bias"]
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if k not in gone})
+    refused(home / "humanomni", str(home / "humanomni"), "lacks 2 weights", *gone)
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith("model.mm_projector.")})
+    refused(home / "humanomni", "model.mm_projector.", "and 114 more")
+
+
+def test_one_missing_tower_weight_is_not_a_missing_tower(home, stored):
+    """Stops a damaged tower being completed from elsewhere without a word."""
+    gone = next(k for k in stored if k.startswith(VISION))
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if k != gone})
+    refused(home / "humanomni", "lacks 1 weights", gone)
+
+
+def test_unexpected_keys_are_listed(home, stored):
+    """Stops weights of another architecture being dropped."""
+    write_weights(home / "humanomni", stored | {"model.layers.9.mlp.up_proj.weight": torch.zeros(1), "extra": torch.zeros(1)})
+    refused(home / "humanomni", "has 2 that the model does not know", "extra", "model.layers.9.mlp.up_proj.weight")
+
+
+def test_wrong_geometry(home, stored):
+    """Stops a config of another model: the error names the tensor and both shapes."""
+    change_config(home / "humanomni", intermediate_size=96)
+    refused(home / "humanomni", "another geometry", "mlp.down_proj.weight is (64, 128), not (64, 96)")
+    change_config(home / "humanomni", intermediate_size=128, num_hidden_layers=4)
+    refused(home / "humanomni", "model.layers.3.")
+    change_config(home / "humanomni", num_hidden_layers=2)
+    refused(home / "humanomni", "does not know", "model.layers.2.")
+    change_config(home / "humanomni", num_hidden_layers=3, audio_hidden_size=33)
+    refused(home / "humanomni", "audio_hidden_size 33", "width 32", "--audio_tower")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "mm_vision_tower", "mm_audio_tower", "vocab_size"])
+def test_missing_config_key(home, key):
+    """Stops a KeyError without a file name, or a default that is not the model's."""
+    change_config(home / "humanomni", remove=[key])
+    refused(home / "humanomni", str(home / "humanomni" / "config.json"), key)
+    if key.startswith("mm_"):
+        with pytest.raises(UserError, match=key) as error:
+            Processor.from_pretrained(home / "humanomni")
+        assert str(home / "humanomni") in str(error.value)
+
+
+def test_another_architecture(home):
+    """Stops a projector type that we do not have being run as ours."""
+    change_config(home / "humanomni", mm_projector_type="stc_connector")
+    refused(home / "humanomni", "mm_projector_type", "stc_connector", "all_in_one_small")
+
+
+def test_broken_config(home):
+    """Stops a traceback of the json library."""
+    (home / "humanomni" / "config.json").write_text('{"hidden_size": 64,')
+    refused(home / "humanomni", str(home / "humanomni" / "config.json"))
+
+
+def test_missing_tokenizer(home):
+    """Stops the fault showing only after the weights were read, or as a failed download."""
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"):
+        (home / "humanomni" / name).unlink()
+    with pytest.raises(UserError, match=r"tokenizer_config\.json") as error:
+        Processor.from_pretrained(home / "humanomni")
+    assert str(home / "humanomni") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_folder_and_hub_ids(tmp_path):
+    """Stops a mistyped path being looked up on the hub, and a page of traceback without a network."""
+    refused(tmp_path / "nothing", str(tmp_path / "nothing"), "no such folder")
+    refused("./nothing", "no such folder")
+    refused("StarJiaxing/R1-Omni-0.5B", "StarJiaxing/R1-Omni-0.5B", "hub")
+    with pytest.raises(UserError, match="StarJiaxing/R1-Omni-0.5B"):
+        Processor.from_pretrained("StarJiaxing/R1-Omni-0.5B")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "config.json", str(tmp_path / "empty"))
+
+
+def test_missing_weights_and_towers(home):
+    """Stops a half-downloaded checkpoint or tower ending in something else than its name."""
+    (home / "humanomni" / "model.safetensors").unlink()
+    refused(home / "humanomni", "holds no weights", str(home / "humanomni"))
+    refused(home / "humanomni", "no such folder", str(home / "none"), vision_tower=str(home / "none"))
+
+
+def test_missing_shard(home, stored):
+    """Stops a download that lacks one of its shards."""
+    write_shards(home / "humanomni", stored, "model.safetensors")
+    (home / "humanomni" / "model-00002-of-00003.safetensors").unlink()
+    refused(home / "humanomni", "model-00002-of-00003.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_weights(home, share):
+    """Stops a partial download being loaded, or crashing in the mapping."""
+    file = home / "humanomni" / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:int(len(content) * share)])
+    refused(home / "humanomni", str(file))
+
+
+def test_truncated_tower(home, stored):
+    """Stops a damaged stock tower ending in a traceback of its library."""
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith(VISION)})
+    file = home / "siglip" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    refused(home / "humanomni", "vision tower", str(home / "siglip"))
+
+
+def test_a_tower_that_lacks_weights(home, stored):
+    """Stops transformers filling a stock tower's gaps with random numbers."""
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith(AUDIO)})
+    tower = load_file(home / "whisper" / "model.safetensors")
+    gone = next(k for k in tower if k.endswith("layers.0.fc1.weight"))
+    save_file({k: v for k, v in tower.items() if k != gone}, home / "whisper" / "model.safetensors", metadata={"format": "pt"})
+    refused(home / "humanomni", "audio tower", str(home / "whisper"), "layers.0.fc1.weight")
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo code from a checkpoint",)
+
+
+def test_code_in_a_bin_is_refused(home, stored, capfd):
+    """Stops a checkpoint running code: it is data."""
+    (home / "humanomni" / "model.safetensors").unlink()
+    torch.save({**stored, "x": Evil()}, home / "humanomni" / "pytorch_model.bin")
+    refused(home / "humanomni", str(home / "humanomni" / "pytorch_model.bin"))
+    assert "code from a checkpoint" not in capfd.readouterr().out

@@ -1,0 +1,149 @@
+"""The miniature's world: run with `pytest tests/test_toy_world.py`, about 10 s on two cores."""
+import json
+import re
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import toy_world as world
+
+SMALL = 0.001  # MIN_CLIPS of every split
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("toy")
+    world.build(out, seed=3, scale=SMALL, workers=2)
+    return out
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.*")) if p.is_file()}
+
+
+def test_same_bytes_for_any_worker_count(folder, tmp_path):
+    """Stops random state shared between clips: results would depend on workers and order."""
+    world.build(tmp_path, seed=3, scale=SMALL, workers=1)
+    assert files(tmp_path) == files(folder)
+
+
+def test_resume_remakes_only_what_is_missing(folder):
+    """Stops a rebuild that redoes every clip, or trusts one cut off in the middle."""
+    before, mtimes = files(folder), {p: p.stat().st_mtime_ns for p in folder.rglob("*.mp4")}
+    gone = folder / "clips/toy_dfew/train/000003.mp4"
+    gone.rename(gone.with_suffix(".part"))  # what a kill leaves behind
+    world.build(folder, seed=3, scale=SMALL, workers=1)
+    assert files(folder) == before
+    assert {p for p, t in mtimes.items() if p.stat().st_mtime_ns != t} == {gone}
+
+
+def test_another_world_in_the_folder_is_refused(folder):
+    """Stops clips of two seeds ending up under one set of labels."""
+    with pytest.raises(ValueError, match="delete the folder"):
+        world.build(folder, seed=4, scale=SMALL, workers=1)
+
+
+def test_no_identity_in_two_splits():
+    """Stops a leak: the test would ask about faces and voices seen in training."""
+    owners: dict[int, set] = {}
+    for clip in world.plan(0, 1.0):
+        owners.setdefault(clip.identity, set()).add((clip.set, clip.split))
+    assert all(len(splits) == 1 for splits in owners.values())
+
+
+def test_counts_and_floor():
+    """Stops a class vanishing from a test split by rounding."""
+    plan = world.plan(0, 1.0)
+    for name, spec in world.SETS.items():
+        for split, (n, _) in spec.splits.items():
+            labels = [c.label for c in plan if (c.set, c.split) == (name, split)]
+            assert len(labels) == n
+            if spec.weights:
+                assert min(labels.count(e) for e in spec.weights) >= min(spec.floor, n // len(spec.weights))
+    emer = [c.label for c in plan if c.set == "toy_emer"]
+    assert emer.count("happy") == 70 and emer.count("contemptuous") == 3
+
+
+def test_faces_and_voices():
+    """Stops two emotions with one look and sound (unlearnable), or a modality that suffices alone."""
+    assert len(set(world.PAIRS.values())) == len(world.PAIRS) == 12
+    for name in ("toy_dfew", "toy_mafw"):
+        both, seen, heard = (world.bayes_accuracy(name, c) for c in (world.CUES, world.SEEN, world.HEARD))
+        assert both >= 0.93 and seen <= both - 0.25 and heard <= both - 0.25
+    # the exact figure against clips: take the likeliest emotion of each
+    plan = [c for c in world.plan(0, 1.0) if c.set == "toy_dfew" and c.split == "train"]
+    weights, right = world.SETS["toy_dfew"].weights, 0
+    for clip in plan:
+        def likelihood(e):
+            return weights[e] * np.prod([1 - world.FLIP if clip.levels[c] == world.EMOTIONS[e][c]
+                                         else world.FLIP / (len(world.CUES[c]) - 1) for c in world.CUES])
+        right += max(weights, key=likelihood) == clip.label
+    assert abs(right / len(plan) - world.bayes_accuracy("toy_dfew")) < 0.015
+
+
+def test_values_never_cross_levels():
+    """Stops jitter that turns a clip into one its own words do not describe."""
+    for clip in world.plan(1, 0.2):
+        for (cue, words), value in zip(world.CUES.items(), clip.values):
+            nearest = np.abs(np.array(world.LEVEL_VALUES[len(words)]) - value).argmin()
+            assert words[nearest] == clip.levels[cue] and abs(value) <= 1
+
+
+def test_texts_state_every_true_cue_and_no_caption_names_an_emotion(folder):
+    """Stops a caption that gives the label away, and a reference text that would not score full marks."""
+    cues = json.loads((folder / "cues.json").read_text())
+    words = [w for levels in world.CUES.values() for w in levels]
+    assert len(words) == len(set(words))
+    for name in ("toy_base_train", "toy_base_val", "toy_emer_train"):
+        for row in json.loads((folder / f"{name}.json").read_text()):
+            text = row["conversations"][1]["value"]
+            assert world.cue_scores(text, cues[row["video"]]) == (10, 10, 10)
+            named = set(re.findall("[a-z]+", text.lower())) & set(world.EMOTIONS)
+            if "base" in name:
+                assert not named and 35 <= len(text.split()) <= 50
+            else:
+                label = re.fullmatch(r"<think>.+</think>\n<answer>(\w+)</answer>", text)[1]
+                assert named == {label} and label != "calm"
+
+
+def test_cue_scores_by_hand():
+    """Stops a score that counts words twice, parts of words, or words of the answer."""
+    cues = {**world.EMOTIONS["angry"], "values": [0.0] * 10}
+    text = ("wide <think>The brows are Lowered, lowered and raised, the eyes are narrowed, the lips opening. "
+            "The voice is loud and slow.</think><answer>knit</answer>")
+    assert world.cue_scores(text, cues) == (3, 5, 10)  # lowered narrowed loud; raised slow are wrong
+    assert world.cue_scores("", cues) == (0, 0, 10)
+    both = world.describe(cues, np.random.default_rng(0)) + " smooth, level"
+    assert world.cue_scores(both, cues) == (10, 12, 10)
+
+
+def test_rows(folder):
+    """Stops sample files that the readers refuse, and labels drawn apart from the clips."""
+    rows = json.loads((folder / "rl_train.json").read_text())
+    assert rows == [r for s in ("dfew", "mafw") for r in json.loads((folder / f"toy_{s}_train.json").read_text())]
+    for row in rows:
+        human, gpt = row["conversations"]
+        assert human["value"].startswith("<video>\n<audio>\n") and "<think>" in human["value"]
+        assert gpt["value"] in world.EMOTIONS and (folder / row["video"]).exists()
+
+
+@pytest.mark.parametrize("name", ["toy_dfew", "toy_ravdess"])
+def test_clip_on_disk(folder, name):
+    """Stops clips of the wrong length or size, and sound that comes 64 ms late (encoder priming without pts)."""
+    clip = next(c for c in world.plan(3, SMALL) if c.set == name and c.split == "test")
+    frames, samples = world.render(3, clip)
+    with av.open(str(folder / clip.path)) as file:
+        stream = file.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        seen = np.stack([f.to_ndarray(format="rgb24") for f in file.decode(video=0)])
+    with av.open(str(folder / clip.path)) as file:
+        assert file.streams.audio[0].rate == world.SAMPLE_RATE
+        heard = np.concatenate([f.to_ndarray()[0] for f in file.decode(audio=0)])
+    assert seen.shape == frames.shape == (world.FRAMES, world.SIZE, world.SIZE, 3)
+    assert np.abs(seen[-1].astype(float) - frames[-1]).mean() < 8
+    assert world.SAMPLES <= len(heard) < world.SAMPLES + 2048
+    assert np.corrcoef(np.abs(heard[:world.SAMPLES]), np.abs(samples))[0, 1] > 0.9

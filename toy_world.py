@@ -1,0 +1,571 @@
+"""The world of the miniature: short clips of a drawn face with a synthesised voice, and their sample files.
+
+Twelve emotions, each a pair (face, voice). Faces and voices are shared, no pair is:
+
+                 lively      tense       level           heavy        <- voice (heard cues)
+    pleasant     happy       -           neutral         calm
+    wide         surprise    fear        -               -
+    knit         angry       anxious     contemptuous    disgust
+    downcast     -           helpless    disappointed    sad
+    ^ face (seen cues)
+
+so neither seeing nor hearing alone is enough, and every clip knows its true cues: what a model
+says it saw and heard can be scored word by word (`cue_scores`).
+
+    python toy_world.py --out data/toy               # 5,540 mp4 clips of 2 s and their json files
+    python toy_world.py --out data/toy --scale 0.1   # a tenth of them
+    python toy_world.py --check                      # how well an ideal observer can do, no files
+
+Interrupted builds resume; a clip depends only on (seed, set, split, index) and, for its label, the scale.
+
+Symbols: T frames, H W image rows and columns, N audio samples, K syllables,
+         u v face coordinates (u right, v down, 1 = half a head), value = a cue as a number in [-1, 1].
+"""
+import argparse
+import json
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+VERSION = 1             # raise it when a change alters clips or texts: old folders are then refused
+SIZE, FPS, SECONDS, SAMPLE_RATE = 64, 10, 2.0, 16_000
+FRAMES, SAMPLES = round(FPS * SECONDS), round(SAMPLE_RATE * SECONDS)
+FLIP = 0.08             # chance that a cue of a clip is not at the typical level of its emotion
+JITTER = 0.15           # spread of a value within its level; levels stay apart by 0.45 or more
+MIN_CLIPS = 12          # of a split, however small the scale
+
+# ------------------------------------------------------------------------------------------------
+# Cues and emotions
+
+# Levels in order of value. A word belongs to one cue only, so a text can be scored by words alone.
+SEEN = {
+    "brows": ("lowered", "level", "raised"),
+    "furrow": ("smooth", "knit"),
+    "eyes": ("narrowed", "relaxed", "wide"),
+    "corners": ("down", "straight", "up"),
+    "lips": ("pressed", "closed", "open"),
+}
+HEARD = {
+    "pitch": ("low", "middle", "high"),
+    "melody": ("flat", "lively"),
+    "rate": ("slow", "steady", "quick"),
+    "loudness": ("soft", "moderate", "loud"),
+    "breath": ("clear", "breathy"),
+}
+CUES = {**SEEN, **HEARD}
+LEVEL_VALUES = {2: (-0.6, 0.6), 3: (-0.75, 0.0, 0.75)}
+REST = np.array([0.0, -0.6, 0.0, 0.0, 0.0], np.float32)  # the seen values of a face at rest
+
+FACES = {  # any two differ in four cues, so one flipped cue does not make another face
+    "pleasant": ("level", "smooth", "narrowed", "up", "closed"),
+    "wide": ("raised", "smooth", "wide", "straight", "open"),
+    "knit": ("lowered", "knit", "narrowed", "straight", "pressed"),
+    "downcast": ("raised", "knit", "relaxed", "down", "closed"),
+}
+VOICES = {  # any two differ in three cues or more
+    "lively": ("high", "lively", "quick", "loud", "clear"),
+    "tense": ("high", "flat", "quick", "moderate", "breathy"),
+    "level": ("middle", "lively", "steady", "moderate", "clear"),
+    "heavy": ("low", "flat", "slow", "soft", "clear"),
+}
+PAIRS = {
+    "happy": ("pleasant", "lively"), "neutral": ("pleasant", "level"), "calm": ("pleasant", "heavy"),
+    "surprise": ("wide", "lively"), "fear": ("wide", "tense"),
+    "angry": ("knit", "lively"), "anxious": ("knit", "tense"),
+    "contemptuous": ("knit", "level"), "disgust": ("knit", "heavy"),
+    "helpless": ("downcast", "tense"), "disappointed": ("downcast", "level"), "sad": ("downcast", "heavy"),
+}
+EMOTIONS = {e: dict(zip(CUES, FACES[f] + VOICES[v])) for e, (f, v) in PAIRS.items()}
+
+# ------------------------------------------------------------------------------------------------
+# Sets: class weights (None: random cues, no emotion) and {split: (clips at scale 1, identities)}
+
+
+@dataclass(frozen=True)
+class Set:
+    weights: dict[str, float] | None
+    splits: dict[str, tuple[int, int]]
+    style: str = "painted"
+    floor: int = 1          # fewest clips of a class in a split, where the split is large enough
+
+
+SETS = {
+    "toy_dfew": Set({"happy": .17, "neutral": .17, "angry": .16, "sad": .15, "surprise": .14, "fear": .11,
+                     "disgust": .10}, {"train": (900, 150), "val": (100, 25), "test": (300, 60)}),
+    "toy_mafw": Set({"angry": .152, "disgust": .070, "fear": .068, "happy": .152, "neutral": .124, "sad": .160,
+                     "surprise": .117, "contemptuous": .026, "anxious": .100, "helpless": .029,
+                     "disappointed": .020}, {"train": (800, 150), "val": (100, 25), "test": (300, 60)}, floor=6),
+    # `calm` is in this set only, out of distribution in class as well as in drawing and speakers
+    "toy_ravdess": Set({"neutral": .5, "happy": 1, "sad": 1, "angry": 1, "fear": 1, "disgust": 1, "surprise": 1,
+                        "calm": 1}, {"test": (300, 24)}, style="outline"),
+    # the cold start is long-tailed on purpose: a balanced one leaves reinforcement learning no head-room
+    "toy_emer": Set({"happy": 70, "sad": 60, "angry": 45, "surprise": 30, "neutral": 8, "fear": 6, "anxious": 5,
+                     "disgust": 5, "disappointed": 4, "helpless": 4, "contemptuous": 3}, {"train": (240, 60)}),
+    "toy_base": Set(None, {"train": (2400, 400), "val": (100, 25)}),
+}
+
+
+@dataclass(frozen=True)
+class Clip:
+    set: str
+    split: str
+    index: int
+    identity: int           # unique over all sets and splits
+    label: str | None
+    levels: dict[str, str]  # cue -> true level word
+    values: tuple[float, ...]  # in the order of CUES
+
+    @property
+    def path(self) -> str:
+        return f"clips/{self.set}/{self.split}/{self.index:06d}.mp4"
+
+
+PLAN, LEVELS, IDENTITY, RENDER, TEXT = range(1, 6)
+
+
+def stream(purpose: int, seed: int, *key: int) -> np.random.Generator:
+    """An independent random stream. Keys are padded to one length: [1] and [1, 0] would seed alike."""
+    return np.random.default_rng([purpose, seed, *key, *[0] * (3 - len(key))])
+
+
+def quota(n: int, weights: dict[str, float], floor: int) -> dict[str, int]:
+    """n clips shared out by weight (largest remainders), every class at least `floor` if n allows it."""
+    share = {c: n * w / sum(weights.values()) for c, w in weights.items()}
+    counts = {c: int(s) for c, s in share.items()}
+    for c in sorted(share, key=lambda c: counts[c] - share[c])[:n - sum(counts.values())]:
+        counts[c] += 1
+    floor = min(floor, n // len(weights))
+    while min(counts.values()) < floor:
+        counts[max(counts, key=counts.get)] -= 1
+        counts[min(counts, key=counts.get)] += 1
+    return counts
+
+
+def draw_levels(label: str | None, rng: np.random.Generator) -> tuple[dict[str, str], tuple[float, ...]]:
+    levels, values = {}, []
+    for cue, words in CUES.items():
+        if label is None:
+            word = words[rng.integers(len(words))]
+        else:
+            word = EMOTIONS[label][cue]
+            if rng.random() < FLIP:
+                word = rng.choice([w for w in words if w != word])
+        levels[cue] = str(word)
+        centre = LEVEL_VALUES[len(words)][words.index(word)]
+        values.append(round(centre + rng.uniform(-JITTER, JITTER), 4))
+    return levels, tuple(values)
+
+
+def plan(seed: int, scale: float) -> list[Clip]:
+    """Every clip of the world, in a fixed order; nothing is drawn or written yet."""
+    clips, first_identity = [], 0
+    for s, (name, spec) in enumerate(SETS.items()):
+        for p, (split, (n, identities)) in enumerate(spec.splits.items()):
+            n = max(MIN_CLIPS, round(n * scale))
+            labels = [None] * n
+            if spec.weights:
+                labels = [c for c, k in quota(n, spec.weights, spec.floor).items() for _ in range(k)]
+                labels = [labels[i] for i in stream(PLAN, seed, s, p).permutation(n)]
+            for i, label in enumerate(labels):
+                rng = stream(LEVELS, seed, s, p, i)
+                identity = first_identity + int(rng.integers(identities))
+                clips.append(Clip(name, split, i, identity, label, *draw_levels(label, rng)))
+            first_identity += identities  # so that no one is in two splits
+    return clips
+
+
+def bayes_accuracy(name: str, cues: dict = CUES) -> float:
+    """Accuracy of an ideal observer of `cues` who knows EMOTIONS, FLIP and the class weights; exact.
+
+    sum over all cue combinations x of max over emotions e of P(e) P(x | e)
+    """
+    weights, best = SETS[name].weights, 0.0
+    for e, w in weights.items():
+        p = np.array([w / sum(weights.values())])
+        for cue in cues:
+            other = FLIP / (len(CUES[cue]) - 1)
+            p_level = [1 - FLIP if word == EMOTIONS[e][cue] else other for word in CUES[cue]]
+            p = np.outer(p, p_level).ravel()  # [X] -> [X * levels]
+        best = np.maximum(best, p)
+    return float(best.sum())
+
+
+# ------------------------------------------------------------------------------------------------
+# Text: what is seen and heard, in a vocabulary small enough that a cue word is one token
+
+QUESTION_LABEL = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the "
+                  "characters is the most obvious to you?")
+THINK_SUFFIX = ("\nOutput the thinking process in <think> </think> and final emotion in "
+                "<answer> </answer> tags.")
+QUESTION_CAPTION = "Describe what is seen and heard."
+MEDIA = "<video>\n<audio>\n"
+
+NOUNS = {"brows": "brows", "furrow": "forehead", "eyes": "eyes", "corners": "mouth corners", "lips": "lips",
+         "pitch": "pitch", "melody": "melody", "rate": "rate", "loudness": "volume", "breath": "tone"}
+PLURAL = {"brows", "eyes", "corners", "lips"}
+OPENERS = {"seen": ("In the video ", "On the face ", ""), "heard": ("In the audio ", "In the voice ", "")}
+CONCLUSIONS = ("All of this suggests that the emotion is {}.", "Taken together, the person seems {}.",
+               "Face and voice together point to {}.")
+
+
+def describe(cues: dict, rng: np.random.Generator) -> str:
+    """All ten cues in two sentences of about 40 words, e.g.
+
+    "On the face the brows are lowered, the forehead knit, ... and the lips pressed. In the audio ..."
+    """
+    sentences = []
+    for part, names in (("seen", list(SEEN)), ("heard", list(HEARD))):
+        if rng.random() < 0.5:  # two orders only: a free order costs a small model much and teaches nothing
+            names.reverse()
+        clauses = [f"the {NOUNS[c]} {cues[c]}" for c in names]
+        clauses[0] = f"the {NOUNS[names[0]]} {'are' if names[0] in PLURAL else 'is'} {cues[names[0]]}"
+        text = rng.choice(OPENERS[part]) + ", ".join(clauses[:-1]) + " and " + clauses[-1] + "."
+        sentences.append(text[0].upper() + text[1:])
+    if rng.random() < 0.25:
+        sentences.reverse()
+    return " ".join(sentences)
+
+
+def reasoning(clip: Clip, rng: np.random.Generator) -> str:
+    return f"{describe(clip.levels, rng)} {rng.choice(CONCLUSIONS).format(clip.label)}"
+
+
+LEVEL_WORDS = {word for words in CUES.values() for word in words}
+
+
+def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
+    """(true cue words stated, distinct cue words stated, true cues); recall = a / c, precision = a / b.
+
+    Only the inside of <think>...</think> counts where there is one. Stating two levels of a cue costs precision.
+    """
+    think = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    stated = set(re.findall(r"[a-z]+", (think[1] if think else text).lower())) & LEVEL_WORDS
+    true = {cues[cue] for cue in CUES}  # ignores further keys, as the rows of cues.json have
+    return len(stated & true), len(stated), len(true)
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing: signed distances with soft edges; the head once per clip, the moving parts per frame
+
+SKINS = np.array([[255, 224, 196], [241, 194, 155], [224, 172, 120], [196, 138, 98], [160, 104, 70], [130, 86, 62]])
+HAIRS = np.array([[40, 30, 28], [92, 58, 36], [150, 98, 48], [214, 178, 98], [150, 60, 36], [130, 130, 134]])
+IRISES = np.array([[70, 45, 30], [60, 100, 150], [70, 120, 80], [110, 110, 115]])
+INK = np.array([28, 26, 34])
+ROWS, COLS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
+
+
+def person(seed: int, identity: int, style: str) -> dict:
+    """What does not change within an identity: looks and voice."""
+    rng = stream(IDENTITY, seed, identity)
+    outline = style == "outline"
+    skin = SKINS[rng.integers(len(SKINS))] * rng.uniform(0.93, 1.05) + rng.uniform(-5, 5, 3)
+    hair = HAIRS[rng.integers(len(HAIRS))] + rng.uniform(-12, 12, 3)
+    if outline:  # flat pale colours of any hue, no one of the painted people has them
+        skin, hair = rng.uniform(205, 250, 3), rng.uniform(120, 235, 3)
+    return {
+        "outline": outline, "skin": skin.clip(0, 255), "hair": hair.clip(0, 255),
+        "iris": IRISES[rng.integers(len(IRISES))], "shirt": rng.uniform(40, 220, 3),
+        "width": rng.uniform(0.70, 0.86), "long_hair": rng.random() < 0.45, "hairline": rng.uniform(-0.86, -0.80),
+        "parting": rng.uniform(-0.25, 0.25), "glasses": rng.random() < 0.2, "brow": rng.uniform(0.045, 0.06),
+        # half an octave lies between two pitch levels, so that these 0.16 octaves do not hide the cue
+        "pitch": rng.uniform(-0.08, 0.08) + (0.04 if outline else 0.0),
+        "tract": rng.uniform(1.0, 1.2) if outline else rng.uniform(0.88, 1.08), "loud": rng.uniform(-1, 1),
+    }
+
+
+def ellipse(x, y, a, b):
+    """Distance to an ellipse of half-axes a, b, negative inside; first order, exact near the edge."""
+    r = np.hypot(x / a, y / b)
+    return r * (r - 1) / np.maximum(np.hypot(x / a**2, y / b**2), 1e-3)
+
+
+def paint(image, distance, color, px, opacity=1.0):
+    """Lay a color over image [..., H, W, 3] inside distance < 0 [..., H, W], the edge about a pixel soft."""
+    alpha = np.clip(0.5 - distance * px, 0, 1) * opacity
+    image += alpha[..., None] * (np.asarray(color, np.float32) - image)
+
+
+def draw_head(who: dict, u, v, px: float, rng: np.random.Generator) -> np.ndarray:
+    """-> [H, W, 3] float32, everything that does not move."""
+    sky = rng.uniform(225, 250) * np.ones(3) if who["outline"] else rng.uniform(50, 215, 3)
+    image = np.full((SIZE, SIZE, 3), sky, np.float32)
+    if not who["outline"]:
+        image *= (1 + 0.25 * rng.uniform(-1, 1) * (ROWS / SIZE - 0.5))[..., None]
+    w, layers = who["width"], []
+    back = (w + 0.16, 1.25) if who["long_hair"] else (w + 0.06, 0.75)
+    layers.append((ellipse(u, v - (0.15 if who["long_hair"] else -0.36), *back), who["hair"]))
+    layers.append((ellipse(u, v - 1.55, 0.95, 0.62), who["shirt"]))
+    head = ellipse(u, v, w, 1.0)
+    layers.append((head, who["skin"]))
+    fringe = v - who["hairline"] + 0.25 * np.abs(u - who["parting"]) - 0.04
+    layers.append((np.maximum(head - 0.03, fringe), who["hair"]))
+    for distance, color in layers:
+        paint(image, distance, color, px)
+        if who["outline"]:
+            paint(image, np.abs(distance) - 0.02, INK, px)
+    paint(image, ellipse(u, v - 0.2, 0.05, 0.09), INK if who["outline"] else who["skin"] * 0.72, px, 0.6)
+    if who["glasses"]:
+        paint(image, np.abs(ellipse(np.abs(u) - 0.35, v + 0.05, 0.29, 0.27)) - 0.012, INK, px, 0.8)
+    return image
+
+
+def draw_eyes(image, who: dict, u, v, px: float, brows, furrow, eyes):
+    """image [T, h, w, 3], u v [h, w], values [T, 1, 1]. Both sides at once: x = |u|."""
+    x, y = np.abs(u) - 0.35, v + 0.05
+    knit = 0.5 + furrow / 1.2  # about 0 smooth, 1 knit
+    a, b = (0.18 if who["outline"] else 0.20), 0.115 * 2 ** (1.25 * eyes)
+    lid = ellipse(x, y, a + 0.03, b + 0.035)
+    eye = ellipse(x, y, a, b)  # [T, h, w]
+    paint(image, lid, INK if who["outline"] else who["skin"] * 0.4, px)
+    paint(image, eye, (255, 255, 255), px)
+    iris = np.hypot(x, y)
+    paint(image, np.maximum(iris - 0.105, eye), who["iris"], px, 0.5 if who["outline"] else 1.0)
+    paint(image, np.maximum(iris - 0.065, eye), INK, px)
+    # Knit brows are drawn together; knit and lowered they slant to the nose, knit and raised away from it.
+    slant = 0.75 * knit * brows
+    bend = 1.1 * np.abs(x) - 0.12 if who["outline"] else 1.2 * x**2 - 0.03
+    line = -0.47 - 0.24 * brows + slant * x + (0.5 if who["outline"] else 1.0) * bend
+    stroke = np.abs(v - line) / np.hypot(1, slant) - (0.034 if who["outline"] else who["brow"])
+    color = INK if who["outline"] else np.minimum(who["hair"] * 0.6, who["skin"] * 0.45)
+    paint(image, np.maximum(stroke, np.maximum(-0.19 + 0.07 * knit - x, x - 0.25)), color, px)
+    crease = np.maximum(np.abs(np.abs(u) - 0.065) - 0.022, np.abs(v + 0.33) - 0.15)
+    paint(image, crease, INK if who["outline"] else who["skin"] * 0.35, px, np.clip(knit, 0, 1))
+
+
+def draw_mouth(image, who: dict, u, v, px: float, corners, lips, speech):
+    """image [T, h, w, 3], u v [h, w], values [T, 1, 1]. speech in [0, 1] moves an open mouth, never opens a closed."""
+    # Closed covers a span of values: without it a closed mouth would gape or vanish by jitter.
+    opened, pressed = np.clip(lips - JITTER, 0, 1) / 0.6, np.clip(-lips - JITTER, 0, 1) / 0.6
+    half = 0.34 - 0.07 * opened - 0.06 * pressed
+    x = u / half
+    curve = 0.26 * corners
+    steep = np.hypot(1, 2 * curve * np.minimum(np.abs(x), 1) / half)
+    y = np.abs(v - 0.53 + curve * (x**2 - 0.4)) / steep
+    profile = np.sqrt(np.clip(1 - x**2, 0, 1))
+    edge = (np.abs(x) - 1) * half
+    gap = 0.20 * opened * (0.85 + 0.15 * speech)
+    lip = 0.105 * (1 - np.clip(pressed, 0, 1))
+    rim = np.maximum(y - (gap + lip) * profile, edge)
+    if who["outline"]:
+        paint(image, rim, (240, 165, 165), px)
+        paint(image, np.abs(rim) - 0.018, INK, px)
+    else:
+        paint(image, rim, 0.4 * who["skin"] + np.array([115, 20, 35]), px)
+    inside = INK if who["outline"] else np.array([70, 14, 20])
+    paint(image, np.maximum(y - gap * profile - 0.022 - 0.014 * pressed, edge), inside, px)
+
+
+def ease(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Seen values at the apex [5] -> [T, 5]: from rest to the apex by 40 % of the clip, then held."""
+    t = np.linspace(0, 1, FRAMES, dtype=np.float32)
+    start = rng.uniform(0.0, 0.1)
+    s = np.clip((t - start) / (0.4 - start), 0, 1)
+    s = s * s * (3 - 2 * s)
+    return REST + s[:, None] * (values - REST)
+
+
+def draw(values: np.ndarray, who: dict, speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Seen values [5], speech envelope [T] -> frames [T, H, W, 3] uint8."""
+    px = 0.40 * SIZE * (1 + rng.uniform(-0.06, 0.06))  # pixels per face unit
+    cx, cy = SIZE * (0.5 + rng.uniform(-0.03, 0.03)), SIZE * (0.53 + rng.uniform(-0.03, 0.03))
+    tilt = np.deg2rad(rng.uniform(-5, 5))
+    x, y = (COLS - cx) / px, (ROWS - cy) / px
+    u = (np.cos(tilt) * x + np.sin(tilt) * y).astype(np.float32)
+    v = (np.cos(tilt) * y - np.sin(tilt) * x).astype(np.float32)
+    head = draw_head(who, u, v, px, rng)
+    video = np.repeat(head[None], FRAMES, axis=0)  # [H, W, 3] -> [T, H, W, 3]
+    now = ease(values, rng).T[:, :, None, None]  # [T, 5] -> [5, T, 1, 1]
+    for part, draw_part, top, bottom, extra in (("eyes", draw_eyes, -0.95, 0.28, now[:3]),
+                                                ("mouth", draw_mouth, 0.18, 0.95, (*now[3:], speech[:, None, None]))):
+        r = slice(max(0, int(cy + (top - 0.06) * px)), int(cy + (bottom + 0.06) * px))
+        c = slice(int(cx - 0.78 * px), int(cx + 0.78 * px))
+        draw_part(video[:, r, c], who, u[r, c], v[r, c], px, *extra)
+    video += rng.integers(-1, 2, (FRAMES, SIZE, SIZE, 1), np.int8)  # more noise than this bloats the file
+    return np.clip(video, 0, 255).astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------
+# Voice: a harmonic source and breath noise through vowel formants, cut into syllables
+
+FREQS = np.fft.rfftfreq(SAMPLES, 1 / SAMPLE_RATE).astype(np.float32)
+FORMANTS = np.array([[730, 1090, 2440], [530, 1840, 2480], [300, 2300, 3000], [570, 840, 2410], [440, 1020, 2240]],
+                    np.float32)  # a e i o u
+_n = np.arange(1, 21)[:, None]  # twenty harmonics stay below half the sample rate up to 400 Hz
+PULSE = (np.cos(2 * np.pi * _n * np.arange(2048) / 2048) / _n**1.2).sum(0).astype(np.float32)
+PULSE /= PULSE.std()
+SENTENCE = np.array([0.2, 1.2, -0.6, 0.9, -1.3, 0.6, -0.2, -0.8])  # accents of the one sentence of the outline people
+
+
+def synthesise(values: np.ndarray, who: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Heard values [5] -> samples [N] float32 in (-1, 1), speech envelope per frame [T] in [0, 1]."""
+    pitch, melody, rate, loudness, breath = (float(value) for value in values)
+    seconds = np.arange(SAMPLES, dtype=np.float32) / SAMPLE_RATE
+    beat = 4.6 * 2 ** (0.8 * rate) * seconds + (0.0 if who["outline"] else rng.uniform(0, 1))  # counts syllables
+    syllable = beat.astype(np.int64)
+    K = int(syllable[-1]) + 2
+    if who["outline"]:
+        accents, vowels = np.resize(SENTENCE, K), np.resize([0, 2, 4], K)
+    else:
+        accents, vowels = rng.standard_normal(K), np.resize(rng.permutation(5)[:3], K)
+    envelope = np.sin(np.pi * (beat - syllable)) ** 1.2 * np.resize(rng.uniform(0.8, 1.0, K), K)[syllable]
+
+    # f0: unit-variance contour through the accents, so that melody alone sets the range (in octaves)
+    contour = np.interp(beat, np.arange(K) + 0.5, accents)
+    contour = np.clip((contour - contour.mean()) / contour.std(), -1.8, 1.8)
+    f0 = 165 * 2 ** (0.78 * pitch + who["pitch"] + 0.085 * np.exp(2.0 * melody) * contour)
+    phase = np.cumsum(f0 / SAMPLE_RATE) + rng.random()
+    source = PULSE[(phase % 1 * 2048).astype(np.int64)]
+    hiss = 0.10 * np.exp(3.0 * breath) * rng.standard_normal(SAMPLES, dtype=np.float32)
+
+    # [N] -> [N/2 + 1]; the hiss rises with frequency, above the harmonics where it is heard best
+    spectrum = np.fft.rfft(source) + np.fft.rfft(hiss) * (0.5 + FREQS / 2000)
+    voice = np.zeros(SAMPLES, np.float32)
+    for vowel in np.unique(vowels):
+        gain = np.float32(0.04)
+        for f, strength in zip(FORMANTS[vowel] * np.float32(who["tract"]), (1.0, 0.5, 0.25)):
+            gain = gain + strength / np.sqrt(1 + ((FREQS - f) / (60 + 0.04 * f)) ** 2)
+        sound = np.fft.irfft(spectrum * gain, SAMPLES)
+        voice += sound * (vowels[syllable] == vowel)  # switched where the envelope is zero: no click
+    voice *= envelope
+    voice *= 0.045 * 10 ** ((12 * loudness + who["loud"]) / 20) / np.sqrt((voice**2).mean())
+    voice += 10 ** (rng.uniform(-72, -64) / 20) * rng.standard_normal(SAMPLES, dtype=np.float32)
+    return np.tanh(voice).astype(np.float32), envelope[:: SAMPLES // FRAMES][:FRAMES].astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+
+
+def render(seed: int, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+    """-> frames [T, H, W, 3] uint8, samples [N] float32"""
+    names = list(SETS)
+    rng = stream(RENDER, seed, names.index(clip.set), list(SETS[clip.set].splits).index(clip.split), clip.index)
+    who = person(seed, clip.identity, SETS[clip.set].style)
+    values = np.array(clip.values, np.float32)
+    samples, speech = synthesise(values[len(SEEN):], who, rng)
+    return draw(values[:len(SEEN)], who, speech, rng), samples
+
+
+def encode(path: Path, frames: np.ndarray, samples: np.ndarray) -> None:
+    """Write H.264 + AAC. The file appears under its name only when it is complete."""
+    part = path.with_suffix(".part")
+    with av.open(str(part), "w", format="mp4") as file:
+        # mbtree is off because x264's is not deterministic: one file in a hundred came out with other bytes
+        video = file.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "21", "threads": "1",
+                                                              "x264-params": "no-mbtree=1"})
+        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        audio = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"})
+        audio.bit_rate = 48_000
+        for image in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(video.encode())
+        sound = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts = SAMPLE_RATE, 0  # without pts the encoder's 64 ms of priming stay in the clip
+        file.mux(audio.encode(sound))
+        file.mux(audio.encode())
+    os.replace(part, path)
+
+
+def make(out: Path, seed: int, clip: Clip) -> None:
+    encode(out / clip.path, *render(seed, clip))
+
+
+def write_json(path: Path, data) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def row(seed: int, clip: Clip) -> dict:
+    """One sample: the question and the text to learn (or, for reinforcement learning, the label)."""
+    s, p = list(SETS).index(clip.set), list(SETS[clip.set].splits).index(clip.split)
+    rng = stream(TEXT, seed, s, p, clip.index)
+    question, answer = MEDIA + QUESTION_LABEL + THINK_SUFFIX, clip.label
+    if clip.set == "toy_base":
+        question, answer = MEDIA + QUESTION_CAPTION, describe(clip.levels, rng)
+    elif clip.set == "toy_emer":
+        answer = f"<think>{reasoning(clip, rng)}</think>\n<answer>{clip.label}</answer>"
+    return {"video": clip.path, "conversations": [{"from": "human", "value": question},
+                                                  {"from": "gpt", "value": answer}]}
+
+
+def claim(out: Path, seed: int, scale: float) -> None:
+    """Mark the folder as this world's, or refuse: clips of two worlds in one folder could not be told apart."""
+    world = {"version": VERSION, "seed": seed, "scale": scale, "size": SIZE, "fps": FPS, "seconds": SECONDS,
+             "sample_rate": SAMPLE_RATE}
+    path = out / "world.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != world:
+            raise ValueError(f"{out} holds another world ({found}, asked for {world}): delete the folder or "
+                             "choose another --out")
+    elif (out / "clips").exists():
+        raise ValueError(f"{out} holds clips but no world.json: delete the folder or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, world)
+
+
+def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> None:
+    """Write the clips that are missing under `out`, then all sample files. Raises ValueError on a foreign folder."""
+    out = Path(out)
+    claim(out, seed, scale)
+    clips = plan(seed, scale)
+    samples: dict[str, list] = {}
+    for clip in clips:
+        samples.setdefault(f"{clip.set}_{clip.split}", []).append(row(seed, clip))
+        (out / clip.path).parent.mkdir(parents=True, exist_ok=True)
+    missing = [clip for clip in clips if not (out / clip.path).exists()]
+    job, workers = partial(make, out, seed), workers or os.cpu_count() or 1
+    with tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing) as bar:
+        if workers == 1:
+            for clip in missing:
+                job(clip)
+                bar.update()
+        else:
+            with ProcessPoolExecutor(workers) as pool:
+                for _ in pool.map(job, missing, chunksize=16):
+                    bar.update()
+    for split in ("train", "val"):
+        samples[f"rl_{split}"] = samples[f"toy_dfew_{split}"] + samples[f"toy_mafw_{split}"]
+    for name, rows in samples.items():
+        write_json(out / f"{name}.json", rows)
+    write_json(out / "cues.json", {clip.path: {**clip.levels, "values": clip.values} for clip in clips})
+
+
+def check() -> None:
+    print(f"{'ideal observer, %':20}{'both':>8}{'seen':>8}{'heard':>8}")
+    for name, spec in SETS.items():
+        if spec.weights:
+            print(f"{name:20}" + "".join(f"{100 * bayes_accuracy(name, c):8.1f}" for c in (CUES, SEEN, HEARD)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of clips of every split")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--check", action="store_true", help="print what an ideal observer reaches, write nothing")
+    args = parser.parse_args()
+    if args.check:
+        return check()
+    if args.out is None:
+        parser.error("--out is missing: name the folder to write")
+    if args.seed < 0 or args.scale <= 0 or (args.workers is not None and args.workers < 1):
+        parser.error("--seed must be 0 or more, --scale above 0, --workers 1 or more")
+    try:
+        build(args.out, args.seed, args.scale, args.workers)
+    except ValueError as error:
+        sys.exit(f"toy_world.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
