@@ -457,6 +457,8 @@ def _sample(row, root: Path, where: str) -> Sample:
     question = re.sub(r"^(\s*<(video|audio)>\s*)+", "", human).strip()
     answer = parse_answer(target) if "<answer>" in target else target
     need(question, str, "the human turn has no question")
+    need("<|" not in question and "<video>" not in question and "<audio>" not in question, bool,
+         "the question contains chat markup (<|, <video> or <audio>); leave it out")
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
     return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio")
 
@@ -503,6 +505,10 @@ class PromptBatch:
     def to(self, device) -> "PromptBatch":
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()
                                             if torch.is_tensor(v)})
+
+    def pin_memory(self) -> "PromptBatch":
+        """Called by the loader: page-locked tensors go to the GPU while it computes."""
+        return dataclasses.replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if torch.is_tensor(v)})
 
     def select(self, start: int, stop: int) -> "PromptBatch":
         """Prompts start .. stop-1 with their media: a micro-batch.  Views, nothing is copied."""

@@ -1,17 +1,30 @@
 """Clips, prompts, sample files and batches: the reference's numbers, and everything that is wrong in the wild."""
 import json
 import random
+from unittest import mock
 
 import av
 import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import GOLDEN
 
 import data
 from common import AUDIO, VIDEO, UserError
-from conftest import GOLDEN
-from data import BadClip, ClipDataset, ClipError, check_labels, collate, frame_indices, loader, read_clip, read_samples, training_batches
+from data import (
+    BadClip,
+    ClipDataset,
+    ClipError,
+    check_labels,
+    collate,
+    frame_indices,
+    loader,
+    read_clip,
+    read_samples,
+    training_batches,
+)
+from model import embed, encode_once
 
 PIXELS = {"mjpeg": "yuvj420p"}
 CLIPS = sorted(p.name for p in (GOLDEN / "media").iterdir())
@@ -83,7 +96,8 @@ def test_silence(processor):
     assert torch.equal(processor.mel(clip.audio), torch.full((80, 300), -1.5))
 
 
-@pytest.mark.parametrize("d, expected", [(100, [6, 19, 31, 43, 56, 68, 80, 93]), (5, [0, 1, 1, 2, 2, 3, 3, 4]), (1, [0] * 8)])
+@pytest.mark.parametrize("d, expected", [(100, [6, 19, 31, 43, 56, 68, 80, 93]), (5, [0, 1, 1, 2, 2, 3, 3, 4]),
+                                         (1, [0] * 8), (9, [1, 2, 3, 4, 5, 6, 7, 8])])          # 9: exact halves
 def test_frame_rule(d, expected):
     """Stops frames by time or by another rounding: the reference takes these."""
     assert frame_indices(d, 8).tolist() == expected
@@ -316,7 +330,7 @@ def test_sound_files(tmp_path, suffix):
     soundfile.write(tmp_path / f"a.{suffix}", wave, 44_100)
     clip = read_clip(tmp_path / f"a.{suffix}")
     assert clip.frames.shape == (0, 0, 0, 3) and clip.has_audio and clip.notes == []
-    assert abs(len(clip.audio) - 16_000) <= 32
+    assert len(clip.audio) == 16_000                     # also what the resampler held back to the end
     middle = clip.audio[4000:12_000]
     assert abs(np.sqrt((middle ** 2).mean()) - 0.5 / 2 ** 0.5) < 0.005
     assert abs(int((np.diff(np.sign(middle)) > 0).sum()) - 220) <= 1             # 440 Hz in half a second
@@ -357,7 +371,7 @@ def test_folder_of_frames_in_natural_order(tmp_path):
     clip = read_clip(tmp_path)
     assert greys(clip) == [grey(i + 1) for i in frame_indices(12, 8)] and not clip.has_audio
     (tmp_path / "\u00b2.png").write_bytes(b"no picture")                # a digit to isdigit, none to int
-    with pytest.raises(ClipError, match="\u00b2.png: cannot be"):
+    with pytest.raises(ClipError, match="png: cannot be"):
         read_clip(tmp_path, num_frames=13)
 
 
@@ -367,12 +381,11 @@ def test_seeking_equals_decoding_everything(tmp_path, monkeypatch):
         path = write_video(tmp_path / name, 70, **options)
         plain = read_clip(path)
         monkeypatch.setattr(data, "SEEK_ABOVE", 10)
-        calls = []
-        real = data._frame_at
-        monkeypatch.setattr(data, "_frame_at", lambda *a: calls.append(a) or real(*a))
+        spy = mock.Mock(wraps=data._frame_at)
+        monkeypatch.setattr(data, "_frame_at", spy)
         sought = read_clip(path)
         monkeypatch.undo()
-        assert len(calls) == 8 and np.array_equal(sought.frames, plain.frames), name
+        assert spy.call_count == 8 and np.array_equal(sought.frames, plain.frames), name
         assert greys(plain) == [grey(i) for i in frame_indices(70, 8)]
     plain = read_clip(GOLDEN / "media" / "tall_30fps.mp4")            # h264 with B-frames
     monkeypatch.setattr(data, "SEEK_ABOVE", 2)
@@ -408,7 +421,8 @@ def write_rows(path, rows, bom=False):
 def test_read_samples(tmp_path, name, bom):
     """Stops a row that is lost or changed on the way, and a file of Windows' editor being refused."""
     taught = "<think>she \u2028 smiles</think>\n<answer>happy</answer>"
-    file = write_rows(tmp_path / name, [row(), row("sub/b.mp4", taught, "<video>\nq"), row("/c.mp4", "sad", "<audio>\nq")], bom)
+    file = write_rows(tmp_path / name, [row(), row("sub/b.mp4", taught, "<video>\nq"),
+                                        row("/c.mp4", "sad", "<audio>\nq")], bom)
     a, b, c = read_samples(file)
     assert (a.id, a.clip, a.question, a.answer, a.target, a.modal) == \
         ("a.mp4", tmp_path / "a.mp4", "which emotion?", "happy", "happy", "video_audio")
@@ -419,7 +433,8 @@ def test_read_samples(tmp_path, name, bom):
 
 def test_raw_line_separator_in_jsonl(tmp_path):
     """Stops a row being cut in two at U+2028, which JSON allows inside a string."""
-    (tmp_path / "a.jsonl").write_text(json.dumps(row(question="one\u2028two"), ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(row(question="one\u2028two"), ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(text + "\n", encoding="utf-8")
     assert read_samples(tmp_path / "a.jsonl")[0].question == "one\u2028two"
 
 
@@ -568,9 +583,6 @@ def test_training_batches():
 
 def test_features_on_disk(rows, processor, model, tmp_path):
     """Stops cached features of one clip landing in another's row: a sound file has no video feature to be found."""
-    if not hasattr(data, "FeatureCache"):
-        pytest.skip("there is no feature cache")
-    from model import embed, encode_once
     cache = data.FeatureCache(tmp_path, {"video": "a", "audio": "b"})
     dataset = ClipDataset(rows, processor, cache=cache)
     order = [4, 0, 2, 1, 6]

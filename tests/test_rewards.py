@@ -72,7 +72,8 @@ def test_bare_word():
 
 
 @pytest.mark.parametrize("text", ["<think>" * 300_000, "<think>a</think>" * 130_000, "<answer>" * 250_000,
-                                  "<think>" + " " * 2_000_000 + "<answer>", "<" * 2_000_000, "<think>a</think>" + "\n" * 2_000_000],
+                                  "<think>" + " " * 2_000_000 + "<answer>", "<" * 2_000_000,
+                                  "<think>a</think>" + "\n" * 2_000_000],
                          ids=["opening", "blocks", "answers", "spaces", "brackets", "newlines"])
 def test_hostile_text_is_linear(text):
     """Stops a backtracking pattern: one degenerate completion would hold up every rank for hours."""

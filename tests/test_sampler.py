@@ -1,4 +1,5 @@
 """The sampler against its slow twin, against the trainer's log-probabilities, and against the softmax."""
+import numpy as np
 import pytest
 import torch
 
@@ -140,11 +141,15 @@ def test_choose_is_the_inverse_cdf():
     token, logp = choose(p.log().float().expand(len(u), -1), u, 1.0, False)
     assert token.tolist() == [0, 0, 1, 1, 3, 3, 4, 4]
     torch.testing.assert_close(logp, p[token].log().float())
-    # 150,000 equal tokens: u says which, to the token.
+    # 150,000 tokens that share a thousandth of the probability: u says which, to the token.
     V = 150_000
-    wanted = torch.tensor([0, 1, 77_777, V - 2, V - 1])
-    token, _ = choose(torch.zeros(5, V), (wanted + 0.5).double() / V, 1.0, False)
-    assert token.tolist() == wanted.tolist()
+    logits = torch.zeros(1, V)
+    logits[0, 0] = np.log(999 * V)
+    p = logits.log_softmax(-1)[0].double().exp().numpy()
+    wanted = [0, 1, 77_777, V - 2, V - 1]
+    u = torch.from_numpy((np.cumsum(p) - p / 2)[wanted] / p.sum())
+    token, _ = choose(logits.expand(5, -1), u, 1.0, False)
+    assert token.tolist() == wanted
 
 
 def test_temperature_divides_the_logits():

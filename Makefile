@@ -1,0 +1,24 @@
+# Two commands and nothing else:  make toy  (the miniature, clone to table)   make test
+PYTHON ?= python3
+VENV = .venv
+RUN = $(VENV)/bin/python
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+toy: $(VENV)/installed
+	$(RUN) toy.py
+
+# The same, and two more trainings: on video alone and on audio alone.
+toy-modalities: $(VENV)/installed
+	$(RUN) toy.py --modalities
+
+test: $(VENV)/installed
+	$(RUN) -m pytest -q tests
+
+clean:
+	rm -rf runs $(VENV) .pytest_cache
+
+.PHONY: toy toy-modalities test clean

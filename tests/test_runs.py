@@ -1,0 +1,261 @@
+"""The real commands, as a user calls them: one process and two, good input and bad, and learning itself."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import eval as eval_script
+from conftest import GOLDEN
+
+ROOT = Path(__file__).parents[1]
+MEDIA = GOLDEN / "media"
+MODEL = GOLDEN / "humanomni"
+LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "angry", "silent_no_track.mp4": "fear"}
+
+
+def write_rows(path: Path, targets: list[tuple[str, str]], asked: dict[str, str] | None = None) -> Path:
+    """A sample file of (clip, target) pairs; `asked`: clip -> its question."""
+    question = lambda clip: asked[clip] if asked else "Which emotion?"
+    path.write_text(json.dumps([{"video": clip, "conversations": [
+        {"from": "human", "value": f"<video>\n<audio>\n{question(clip)}"}, {"from": "gpt", "value": target}]} for clip, target in targets]))
+    return path
+
+
+def call(script: str, *flags, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script of the project; `ranks` > 1: under torchrun, as the README says."""
+    start = [sys.executable] if ranks == 1 else \
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=env, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def grpo(out: Path, data: Path, *flags, ranks: int = 1, check: bool = True, model: Path = MODEL):
+    return call("grpo.py", "--model", model, "--data", data, "--media_root", MEDIA, "--out", out, "--max_new_tokens", 8,
+                "--num_generations", 3, "--prompts_per_step", 4, "--workers", 1, *flags, ranks=ranks, check=check)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "latest" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "labels.json", list(LABELS.items()))
+
+
+@pytest.fixture(scope="module")
+def reward_lengths(tmp_path_factory) -> Path:
+    """A random policy never says a label, so all its groups would be dead and no run would move a weight.
+
+    This sitecustomize replaces the two rewards, in the subprocess, by one that differs within a group.
+    """
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(
+        "import sys\nsys.path.insert(0, %r)\nimport rewards\n"
+        "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) %% 3 == len(answer) %% 3)\n" % str(ROOT))
+    return folder
+
+
+@pytest.fixture
+def moving(reward_lengths, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(reward_lengths))
+
+
+def test_two_processes_are_one_process(labels, tmp_path, moving):
+    """Stops: ranks that sample alike, local denominators, a gradient that is averaged instead of summed."""
+    flags = ("--max_steps", 3, "--lr", 1e-3, "--inner_epochs", 2)
+    grpo(tmp_path / "one", labels, *flags)
+    grpo(tmp_path / "two", labels, *flags, ranks=2)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert [r["step"] for r in one] == [1, 2, 3]
+    for name in ("reward", "reward_std", "loss", "kl", "entropy", "grad_norm", "num_tokens", "ratio/max", "completions/mean_length",
+                 "frac_reward_zero_std", "clip_ratio/high_mean"):
+        assert [r[name] for r in one] == pytest.approx([r[name] for r in two], rel=2e-3, abs=2e-5), name
+    assert one[0]["grad_norm"] > 0 and one[-1]["kl"] > 0            # something was learned, so there was something to compare
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = load_file(MODEL / "model.safetensors")
+    moved = max(float((a[k] - start[k]).abs().max()) for k in a)
+    apart = max(float((a[k] - b[k]).abs().max()) for k in a)
+    assert moved > 1e-3 and apart < 0.02 * moved
+    texts = [sorted((r["step"], r["clip"], r["completion"], r["text"]) for r in
+                    map(json.loads, (tmp_path / run / "rollouts.jsonl").read_text().splitlines())) for run in ("one", "two")]
+    assert texts[0] == texts[1]                                     # every completion, token for token
+
+
+def test_run_folder_has_what_the_readme_promises(labels, tmp_path, moving):
+    """Stops: renamed files or metrics that users' plots rely on; eval rows missing at step 0 or at the end."""
+    out = tmp_path / "run"
+    grpo(out, labels, "--max_steps", 3, "--save_every", 2, "--eval_every", 2, "--eval_data", labels, "--lr", 1e-4)
+    rows = metrics(out)
+    assert [r["step"] for r in rows] == [0, 1, 2, 3]
+    assert [any(k.startswith("eval/") for k in r) for r in rows] == [True, False, True, True]
+    for name in ("reward", "reward_std", "rewards/accuracy/mean", "rewards/format/std", "frac_reward_zero_std", "kl", "entropy",
+                 "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+                 "unique_completions", "clip_ratio/low_mean", "ratio/mean", "ratio/max", "sampler_logp_diff/max", "grad_norm", "lr",
+                 "skipped_steps", "skipped_samples", "num_tokens", "tokens_per_second/generate", "tokens_per_second/train", "time/load",
+                 "time/encode", "time/generate", "time/reward", "time/train", "memory_gb", "epoch"):
+        assert isinstance(rows[1][name], int | float), name
+    assert rows[1]["ratio/max"] == rows[1]["ratio/mean"] == 1.0     # one update per rollout: on policy, exactly
+    assert rows[1]["kl"] == 0.0 < rows[3]["kl"]
+    assert rows[1]["sampler_logp_diff/max"] < 1e-4
+    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rollouts) == 3 * 4 * 3
+    assert {"step", "clip", "prompt", "text", "rewards", "advantage", "length", "finished"} <= set(rollouts[0])
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_2", "step_3"]
+    assert (out / "latest").resolve().name == "step_3" and json.loads((out / "config.json").read_text())["lr"] == 1e-4
+    call("eval.py", "--model", out / "latest", "--data", labels, "--media_root", MEDIA, "--max_new_tokens", 4, "--out", out / "e.json")
+    result = json.loads((out / "e.json").read_text())
+    assert result["n"] == 4 and {p["id"] for p in result["predictions"]} == set(LABELS)
+    assert {"war", "uar", "per_class"} <= set(result)
+
+
+@pytest.mark.parametrize("script", ["grpo.py", "sft.py"])
+def test_a_resumed_run_is_the_uninterrupted_run(script, labels, tmp_path, moving):
+    """Stops: resume that replays data, forgets Adam's moments, or takes the trained weights as the reference.
+
+    Bit for bit, across an epoch boundary (4 clips, 2 a step) and for the KL to the starting model.
+    """
+    def run(out, steps, *flags):
+        # The schedule must not depend on where a run is cut, so it is constant here.
+        common = ("--schedule", "constant", "--warmup", 0, "--lr", 1e-3, "--max_steps", steps, *flags)
+        if script == "grpo.py":
+            return grpo(out, labels, "--prompts_per_step", 2, *common)
+        return call("sft.py", "--model", MODEL, "--data", labels, "--media_root", MEDIA, "--out", out, "--batch_size", 2, "--workers", 1,
+                    *common)
+
+    run(tmp_path / "whole", 4)
+    run(tmp_path / "cut", 2)
+    run(tmp_path / "cut", 4, "--resume")
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = lambda rows: [{k: v for k, v in r.items() if not k.startswith(("time/", "tokens_per", "memory"))} for r in rows]
+    assert drop(metrics(tmp_path / "whole")) == drop(metrics(tmp_path / "cut"))
+
+
+def test_bad_clips_are_skipped_counted_and_listed(tmp_path, moving):
+    """Stops: a crash on a bad file, or the reference's silent replacement by another sample; also an all-bad step."""
+    media = tmp_path / "media"
+    media.mkdir()
+    for clip in LABELS:
+        shutil.copy(MEDIA / clip, media)
+    (media / "broken.mp4").write_bytes(b"no movie")
+    data = write_rows(tmp_path / "rows.json", [*list(LABELS.items())[:3], ("broken.mp4", "sad"), ("missing.mp4", "sad")])
+    for ranks in (1, 2):                                            # with 2 ranks, one of them sometimes has nothing at all
+        out = tmp_path / f"run{ranks}"
+        grpo(out, data, "--media_root", media, "--max_steps", 5, "--prompts_per_step", ranks, ranks=ranks)
+        skipped = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+        assert metrics(out)[-1]["skipped_samples"] == len(skipped) == 2 * ranks     # each is met once an epoch
+        assert {s["id"] for s in skipped} == {"broken.mp4", "missing.mp4"}
+        assert all("broken.mp4" in s["reason"] or "no such file" in s["reason"] for s in skipped)
+        rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+        assert {r["clip"] for r in rollouts} == set(list(LABELS)[:3])
+    single = metrics(tmp_path / "run1")
+    assert single[-1]["skipped_steps"] == 2                         # alone in its step, a bad clip leaves nothing to learn
+    done = call("eval.py", "--model", MODEL, "--data", data, "--media_root", media, "--max_new_tokens", 2, "--out", tmp_path / "e.json")
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert result["n"] == 3 and len(result["skipped"]) == 2 and "2 clips were left out" in done.stdout
+
+
+def test_eval_scores_every_sample_once_on_two_ranks(tmp_path):
+    """Stops: padding the last batch with repeated samples, which a distributed sampler does, and counting them."""
+    data = write_rows(tmp_path / "rows.json", [*LABELS.items(), ("wide.mp4", "sad")])           # 5 over 2 ranks
+    for ranks in (1, 2):
+        call("eval.py", "--model", MODEL, "--data", data, "--media_root", MEDIA, "--max_new_tokens", 6, "--batch_size", 2,
+             "--out", tmp_path / f"{ranks}.json", ranks=ranks)
+    one, two = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (1, 2))
+    assert one["predictions"] == two["predictions"] and [p["index"] for p in two["predictions"]] == [0, 1, 2, 3, 4]
+
+
+def test_eval_answers_for_one_clip(model, processor):
+    """Stops: --clip needing a sample file, --modal ignored, or a bad clip ending in a traceback."""
+    said = []
+    for modal in ("video_audio", "video", "audio"):
+        done = call("eval.py", "--model", MODEL, "--clip", MEDIA / "wide.mp4", "--max_new_tokens", 9, "--modal", modal)
+        args = eval_script.Args(model="", clip=str(MEDIA / "wide.mp4"), max_new_tokens=9, modal=modal)
+        said.append(eval_script.answer_one(model, processor, args))
+        assert done.stdout == said[-1] + "\n"
+    assert len(set(said)) == 3
+    bad = call("eval.py", "--model", MODEL, "--clip", MEDIA / "none.mp4", check=False)
+    assert bad.returncode == 1 and bad.stderr.strip().endswith("none.mp4: no such file")
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--num_generations", 1], ["--num_generations 1", "2 or more"]),
+    (["--top_p", 0.9], ["--top_p", "full distribution"]),
+    (["--no_such_flag", 1], ["unrecognized arguments: --no_such_flag"]),
+    (["--model", "nowhere/at/all"], ["nowhere/at/all", "no such folder"]),
+    (["--data", "nothing.json"], ["nothing.json"]),
+    (["--train", "decoder", "wings"], ["wings", "projectors"]),
+    (["--feature_cache", "x", "--train", "vision"], ["--feature_cache"]),
+])
+def test_user_errors_are_one_sentence(flags, words, labels, tmp_path):
+    """Stops: a traceback where the user can mend the cause, and an exit code of 0."""
+    done = grpo(tmp_path / "run", labels, *flags, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_labels_outside_the_vocabulary_are_refused_by_name(tmp_path):
+    """Stops: training on a typing error."""
+    data = write_rows(tmp_path / "rows.json", [("wide.mp4", "hapy")])
+    done = grpo(tmp_path / "run", data, check=False)
+    assert done.returncode == 1 and "hapy" in done.stderr and "--allow_labels" in done.stderr
+    grpo(tmp_path / "run", data, "--allow_labels", "--max_steps", 1, "--prompts_per_step", 1)
+
+
+def test_a_used_run_folder_is_not_overwritten_by_accident(labels, tmp_path):
+    """Stops: the loss of a finished run to a repeated command line."""
+    out = tmp_path / "run"
+    grpo(out, labels, "--max_steps", 1)
+    kept = (out / "metrics.jsonl").read_text()
+    done = grpo(out, labels, "--max_steps", 1, check=False)
+    assert done.returncode == 1 and "--resume" in done.stderr and (out / "metrics.jsonl").read_text() == kept
+    grpo(out, labels, "--max_steps", 2, "--overwrite")
+    assert [r["step"] for r in metrics(out)] == [1, 2]
+
+
+def test_feature_cache_changes_nothing_but_the_work(labels, tmp_path, moving):
+    """Stops: stale or mixed-up features; a second epoch that sees other numbers than the first."""
+    flags = ("--max_steps", 2, "--lr", 1e-3, "--feature_cache", tmp_path / "features")
+    grpo(tmp_path / "first", labels, *flags)
+    files = list((tmp_path / "features").glob("*/*.safetensors"))
+    assert len(files) == 8                                          # 4 clips, video and audio each
+    stamps = {f: f.stat().st_mtime_ns for f in files}
+    grpo(tmp_path / "second", labels, *flags)
+    assert {f: f.stat().st_mtime_ns for f in files} == stamps       # nothing was encoded again
+    a, b = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_sft_then_grpo_learn_a_small_task(tmp_path):
+    """Stops: any fault of sign, mask, shift or seed in the real loop: it would not learn.
+
+    The cold start teaches the form and random words; only the reward says which word belongs to which question.
+    """
+    words = ["happy", "sad", "angry", "fear"]
+    asked = {"wide.mp4": "first", "tall_30fps.mp4": "second"}
+    cold = [(clip, f"<think>{word[0]}</think>\n<answer>{word}</answer>") for clip in asked for word in words]
+    data = write_rows(tmp_path / "cold.json", cold, asked)
+    call("sft.py", "--model", MODEL, "--data", data, "--media_root", MEDIA, "--out", tmp_path / "sft", "--max_steps", 60, "--lr", 2e-3,
+         "--batch_size", 16, "--micro_batch", 16, "--feature_cache", tmp_path / "features", "--workers", 0)
+    data = write_rows(tmp_path / "rl.json", [(clip, LABELS[clip]) for clip in asked], asked)
+    grpo(tmp_path / "rl", data, "--model", tmp_path / "sft" / "latest", "--max_steps", 50, "--num_generations", 16, "--lr", 1e-4,
+         "--schedule", "constant", "--max_new_tokens", 24, "--beta", 0.02, "--feature_cache", tmp_path / "features", "--workers", 0)
+    rows = metrics(tmp_path / "rl")
+    accuracy, form = ([r[f"rewards/{name}/mean"] for r in rows] for name in ("accuracy", "format"))
+    assert accuracy[0] < 0.3 and form[0] > 0.8                      # the form is there, the word is a guess among four
+    assert sum(accuracy[-5:]) / 5 > 0.9 and sum(form[-5:]) / 5 > 0.9
