@@ -244,7 +244,8 @@ def check_geometry(path: str, config, towers: dict) -> None:
                             f"pass the matching tower with --{'vision' if key[0] == 'm' else 'audio'}_tower.")
     patches = towers["vision"].image_size // towers["vision"].patch_size
     if patches % 2:
-        raise UserError(f"the vision tower makes {patches} x {patches} patches; the projector halves the map and needs an even number.")
+        raise UserError(f"the vision tower makes {patches} x {patches} patches; the projector halves the map and needs an "
+                        "even number.")
 
 
 def by_file(index: dict[str, Path]) -> dict[Path, list[str]]:

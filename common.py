@@ -70,9 +70,9 @@ def run_main(main, args_cls) -> None:
         # Plain text and exit 1 on this rank; torchrun then ends the others.
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1) if dist.is_initialized() else sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    # Not after another error: leaving the group would wait for ranks that wait for this one.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -98,12 +98,6 @@ class Ranks:
         """Sum over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
-        return tensor
-
-    def max_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Maximum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def gather(self, rows: list) -> list:

@@ -341,7 +341,7 @@ class Processor:
 
     def target(self, text: str) -> list[int]:
         """What the assistant is taught to say: the text's ids and the end of the turn."""
-        return self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id]
+        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
     def text(self, ids) -> str:
         """Ids of one completion -> text, without its end token.
@@ -438,7 +438,8 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
         yield line, row
         at = space.match(text, end).end()
     if text[at:].strip() != "]":
-        raise UserError(f"{file} line {text.count(chr(10)) + 1}: the list does not end with one ']'; the file is cut off or has more after it.")
+        raise UserError(f"{file} line {text.count(chr(10)) + 1}: the list does not end with one ']'; "
+                        "the file is cut off or has more after it.")
 
 
 def _sample(row, root: Path, where: str) -> Sample:

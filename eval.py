@@ -38,7 +38,7 @@ class Args:
     vision_tower: str | None = None         # folder or hub id that replaces the checkpoint's vision tower
     audio_tower: str | None = None          # the same for the audio tower
     bert: str | None = None                 # the same for BERT's tokenizer
-    device: str = "auto"                    # auto, cpu, cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"   # of the weights
     modal: Modal = "video_audio"            # what of the clip the model gets
     label_only: bool = False                # the model answers with the bare word: ask and score it so
@@ -105,7 +105,8 @@ def summarise(predictions: list[dict], label_only: bool = False) -> dict:
     words = [parse(p["text"]) for p in predictions]
     strict = [None if w is None else w.lower() for w in words]
     # A model trained on a class outside the vocabulary (calm) is right when it says exactly that.
-    meant = [None if w is None else w if w in truth else rewards.normalise(w) for w in strict]
+    classes = set(truth)
+    meant = [None if w is None else w if w in classes else rewards.normalise(w) for w in strict]
     n = max(1, len(predictions))
     war, uar = war_uar(truth, strict)
     war_n, uar_n = war_uar(truth, meant)
@@ -125,7 +126,8 @@ def summarise(predictions: list[dict], label_only: bool = False) -> dict:
 # ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def answer(model: HumanOmni, processor: Processor, batch, max_new_tokens: int, cache: FeatureCache | None = None) -> list[str]:
+def answer(model: HumanOmni, processor: Processor, batch, max_new_tokens: int,
+           cache: FeatureCache | None = None) -> list[str]:
     """Greedy answers to a PromptBatch."""
     embeds, mask = embed(model, encode_once(model, batch.to(model.device), cache))
     completions, lengths, _ = generate(model, embeds, mask, 1, max_new_tokens, greedy=True)
@@ -166,7 +168,7 @@ def report(result: dict) -> str:
         lines += ["", f"{len(result['skipped'])} clips were left out:"]
         lines += [f"  {bad['id']}: {bad['reason']}" for bad in result["skipped"][:20]]
     if result["notes"]:
-        lines += ["", f"{len(result['notes'])} clips have notes (silent, degraded); they are in the result file"]
+        lines += ["", f"{len(result['notes'])} notes on clips (silent, degraded) are in the result file"]
     return "\n".join(lines)
 
 
@@ -187,18 +189,21 @@ def main(args: Args) -> None:
     if bool(args.data) == bool(args.clip):
         raise UserError("give either --data FILE, to score a sample file, or --clip FILE, for one answer.")
     ranks = start_ranks(args.device)
-    samples = read_samples(args.data, args.media_root) if args.data else []
+    note = lambda line: ranks.first and print(line, file=sys.stderr, flush=True)     # stdout is for the result alone
+    samples = read_samples(args.data, args.media_root)[:args.limit or None] if args.data else []
+    unknown = {s.answer for s in samples if s.answer.lower() not in rewards.VOCABULARY}
+    if unknown:
+        note(f"{args.data}: labels outside the vocabulary, right only if said to the letter: {', '.join(sorted(unknown))}")
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
-    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device,
-                                      say=lambda line: ranks.first and print(line, file=sys.stderr))
+    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device, say=note)
     if args.clip:
         ranks.say(answer_one(model, processor, args))
         return
     cache = FeatureCache(args.feature_cache, model.tower_fingerprints()) if args.feature_cache else None
-    result = evaluate(model, processor, samples[:args.limit or None], ranks, modal=args.modal, label_only=args.label_only,
-                      fit=args.fit, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, workers=args.workers,
-                      progress=True, cache=cache)
+    result = evaluate(model, processor, samples, ranks, modal=args.modal, label_only=args.label_only, fit=args.fit,
+                      batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, workers=args.workers, progress=True,
+                      cache=cache)
     ranks.say(report(result))
     if args.out and ranks.first:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

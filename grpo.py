@@ -13,7 +13,8 @@ group; the full distribution is sampled (no hidden top-k); ratio against the sam
 inner passes really clip; the KL is the reverse KL of eq. 3 (`--kl k3` for the reference's); answers are
 compared case-insensitively; a bad clip is skipped and counted, never replaced.
 
-Legend   B prompts on this rank   G completions per prompt   T completion length
+Legend   B prompts on this rank (b in a micro-batch)   G completions per prompt   T completion length
+         P prompt length   D width of the decoder
          r (B, G) rewards   A (B, G) advantages   mask (B, G, T) True up to and with the end token
          logps, old_logps, ref_logps (B, G, T): log-probability of each sampled token under the policy,
          the policy that sampled it, the starting model
@@ -160,13 +161,17 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
 def check_objective(args: Args) -> None:
     """Refuse what cannot work or means nothing, before an hour of loading."""
     if args.num_generations < 2:
-        raise UserError(f"--num_generations {args.num_generations}: a group of one has nothing to compare with; use 2 or more.")
+        raise UserError(f"--num_generations {args.num_generations}: a group of one has nothing to compare with; "
+                        "use 2 or more.")
     if args.temperature <= 0:
         raise UserError(f"--temperature {args.temperature}: must be above 0; the policy is trained on what it samples.")
     if args.gate == "cispo" and args.clip_high < 1:
-        raise UserError(f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio there; use 5 or so.")
+        raise UserError(f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio there; "
+                        "use 5 or so.")
     if args.delta is not None and (args.gate != "clip" or args.delta <= 1 + args.clip_high):
         raise UserError(f"--delta {args.delta}: only for --gate clip, and above 1 + clip_high.")
+    if args.beta < 0:
+        raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
     if args.kl == "reward" and args.beta == 0:
         raise UserError("--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta.")
     if min(args.prompts_per_step, args.max_new_tokens, args.inner_epochs, args.micro_batch) < 1:
@@ -227,7 +232,7 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
     completions, lengths, logps = generate(model, embeds, mask, args.num_generations, args.max_new_tokens,
                                            args.temperature, args.seed, prompt_ids=batch.indices)
     T = int(lengths.max())                   # nobody needs the columns that no completion reached
-    completions, logps = completions[:, :, :T], logps[:, :, :T]
+    completions, logps = completions[:, :, :T], logps[:, :, :T]          # (B, G, T)
     last = completions.gather(2, lengths[..., None] - 1)[..., 0]         # (B, G)
     finished = torch.isin(last, torch.tensor(model.eos_ids, device=last.device))
     clock.lap("generate")
@@ -242,7 +247,7 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
         ref_logps = torch.cat([reference.completion_logps(*embed(reference, batch.select(i, i + args.micro_batch)),
                                                           completions[i:i + args.micro_batch],
                                                           lengths[i:i + args.micro_batch], args.temperature)
-                               for i in range(0, len(batch), args.micro_batch)])
+                               for i in range(0, len(batch), args.micro_batch)])         # (B, G, T)
     clock.lap("train")
     return Rollout(completions, lengths, finished, logps, ref_logps, texts, parts, torch.zeros_like(parts["format"]))
 
@@ -319,12 +324,11 @@ class Clock:
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_initialized():      # not is_available: a run with --device cpu leaves the GPU alone
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
-
 
     def skip(self) -> None:
         """What was done since the last lap is nobody's time."""
@@ -377,10 +381,11 @@ def measure(meter: Meter, rollout: Rollout, r: torch.Tensor) -> None:
     meter.mean("reward", float(r.mean()), B)
     meter.mean("reward_std", float(r.std(1).mean()), B)
     dead = r.amax(1) == r.amin(1)                                        # (B,)
-    right = rollout.rewards["accuracy"].amin(1) == 1                     # (B,)
+    accuracy = rollout.rewards["accuracy"]                               # (B, G)
+    right, wrong = accuracy.amin(1) == 1, accuracy.amax(1) == 0          # (B,)
     meter.mean("frac_reward_zero_std", float(dead.float().mean()), B)
     meter.mean("frac_reward_zero_std/all_right", float((dead & right).float().mean()), B)
-    meter.mean("frac_reward_zero_std/all_wrong", float((dead & ~right).float().mean()), B)
+    meter.mean("frac_reward_zero_std/all_wrong", float((dead & wrong).float().mean()), B)
     lengths = rollout.lengths.float()
     meter.mean("completions/mean_length", float(lengths.mean()), B)
     meter.least("completions/min_length", float(lengths.min()))
@@ -391,13 +396,16 @@ def measure(meter: Meter, rollout: Rollout, r: torch.Tensor) -> None:
 
 
 def rollout_rows(batch: PromptBatch, rollout: Rollout | None, step: int) -> list[dict]:
+    """Every completion of this rank as a row of rollouts.jsonl."""
     if rollout is None:
         return []
+    # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
+    A, lengths, finished = rollout.advantages.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()
+    parts = {name: r.tolist() for name, r in rollout.rewards.items()}
     return [{"step": step, "clip": sample.id, "prompt": sample.question, "answer": sample.answer, "completion": g,
-             "text": rollout.texts[b][g], "rewards": {k: float(v[b, g]) for k, v in rollout.rewards.items()},
-             "advantage": round(float(rollout.advantages[b, g]), 6), "length": int(rollout.lengths[b, g]),
-             "finished": bool(rollout.finished[b, g])}
-            for b, sample in enumerate(batch.samples) for g in range(rollout.lengths.shape[1])]
+             "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
+             "length": lengths[b][g], "finished": finished[b][g]}
+            for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -416,19 +424,22 @@ def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[st
 
 
 def step_row(step: int, args: Args, n: int, lr: float, meters: list[dict], clock: Clock, counts: dict) -> dict:
-    """One row of metrics.jsonl."""
+    """One row of metrics.jsonl.  n: samples in the data."""
     row = {"step": step, "epoch": round(step * args.prompts_per_step / n, 4), "lr": lr}
     row |= Meter.join(meters) | counts
     row |= {f"time/{name}": round(seconds, 4) for name, seconds in clock.seconds.items()}
     for name in ("generate", "train"):
         row[f"tokens_per_second/{name}"] = round(row.get("num_tokens", 0) / max(clock.seconds.get(name, 0), 1e-9), 1)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return row | {"memory_gb": round(peak / 2 ** 30, 3)}
 
 
 def read_eval_sets(args: Args) -> dict[str, list]:
     """--eval_data: file stem -> samples."""
+    stems = [Path(file).stem for file in args.eval_data]
+    if len(set(stems)) < len(stems):
+        raise UserError(f"--eval_data {' '.join(args.eval_data)}: the files' names name the metrics; no two may be alike.")
     return {Path(file).stem: read_samples(file, args.media_root)[:args.eval_limit or None] for file in args.eval_data}
 
 

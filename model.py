@@ -101,9 +101,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()                    # the mean of squares overflows and rounds badly in 16 bits
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        """x * weight / sqrt(mean(x^2) + eps) over the last dimension; fused, and in fp32 inside also for bf16."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_table(positions: torch.Tensor, config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -569,9 +568,9 @@ def encode_once(model: HumanOmni, batch, cache=None):
     """
     if torch.is_grad_enabled() and (is_trained(model, "vision") or is_trained(model, "audio")):
         return dataclasses.replace(batch, vision=None, audio=None)
-    return dataclasses.replace(batch, frames=None, mel=None,
-                               vision=_features(model, batch, "video", batch.vision, batch.frames, model.encode_frames, cache),
-                               audio=_features(model, batch, "audio", batch.audio, batch.mel, model.encode_audio, cache))
+    vision = _features(model, batch, "video", batch.vision, batch.frames, model.encode_frames, cache)
+    audio = _features(model, batch, "audio", batch.audio, batch.mel, model.encode_audio, cache)
+    return dataclasses.replace(batch, frames=None, mel=None, vision=vision, audio=audio)
 
 
 @torch.no_grad()

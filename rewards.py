@@ -16,7 +16,7 @@ import re
 
 # The vocabulary of the training sets: seven words of DFEW, four more of MAFW.
 DFEW_WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
-VOCABULARY = DFEW_WORDS + ("contemptuous", "disappointed", "helpless", "anxious")
+VOCABULARY = (*DFEW_WORDS, "contemptuous", "disappointed", "helpless", "anxious")
 
 # What people (and models) write for each of them.  Written by hand; every alias has one target.
 # `calm` is in RAVDESS and means none of the eleven, so it is deliberately absent.

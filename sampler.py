@@ -13,7 +13,7 @@ Randomness is one uniform number per (seed, prompt, completion, position), drawn
 for a prompt depends neither on the other prompts of its batch nor on the number of ranks.
 
 Legend   B prompts   G completions per prompt   P prompt length   T max_new_tokens   V vocabulary
-         H query heads   K key/value heads   R = H/K   d head size
+         D width   H query heads   K key/value heads   R = H/K   d head size
 """
 import numpy as np
 import torch
@@ -98,7 +98,7 @@ def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_gen
     B, G, T = len(embeds), num_generations, max_new_tokens
     u = uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device)
     ends = torch.tensor(model.eos_ids, device=model.device)
-    hidden, prefix = model.prefill(embeds, mask)                         # (B, D)
+    hidden, prefix = model.prefill(embeds, mask)                         # (B, D); per layer k, v (B, K, P, d)
     suffix = SuffixCache(model, B, G, T)
     prefix_bias = None if bool(mask.all()) else \
         torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill(~mask, -torch.inf)[:, None, None]
@@ -108,7 +108,7 @@ def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_gen
     logps = torch.zeros(B, G, T, device=model.device)
     lengths = torch.zeros(B, G, dtype=torch.long, device=model.device)
     done = torch.zeros(B, G, dtype=torch.bool, device=model.device)
-    logits = model.logits(hidden)[:, None].expand(B, G, -1)              # all completions start from the same state
+    logits = model.logits(hidden)[:, None].expand(B, G, -1)              # (B, G, V): all start from the same state
     for t in range(T):
         token, logp = choose(logits.reshape(B * G, -1), u[:, :, t].reshape(-1), temperature, greedy)
         token, logp = token.view(B, G), logp.view(B, G)

@@ -10,7 +10,7 @@ file that RL uses will do: `--prompt auto` looks at each target and asks accordi
 The loss is the mean cross-entropy of the target's tokens and its end token, over the whole step; the prompt is
 never learned.  It is computed by the function that scores completions in GRPO, with one completion a prompt.
 
-Legend   B prompts on this rank   T target length   P prompt length
+Legend   B prompts on this rank (b in a micro-batch)   T target length
 """
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common import Ranks, run_main, start_ranks
+from common import Ranks, UserError, run_main, start_ranks
 from data import PromptBatch
 from model import HumanOmni, embed, encode_once
 from training import MasterAdamW, TrainArgs, learning_rate, set_up
@@ -63,7 +63,10 @@ def update(model: HumanOmni, optimizer: MasterAdamW, batch: PromptBatch, args: A
 
 
 def train(args: Args) -> None:
+    """The loop."""
     ranks = start_ranks(args.device)
+    if min(args.batch_size, args.micro_batch) < 1:
+        raise UserError("--batch_size and --micro_batch must be 1 or more.")
     run = set_up(args, ranks, lambda n: math.ceil(args.epochs * n / args.batch_size))
     batches = run.batches(args, args.batch_size, args.prompt, ranks)
     bar = tqdm(range(run.state["step"], run.max_steps), initial=run.state["step"], total=run.max_steps,

@@ -41,7 +41,7 @@ from model import Config, HumanOmni
 
 HERE = Path(__file__).parent
 SETS = ("toy_dfew_test", "toy_mafw_test", "toy_ravdess_test")
-MAX_NEW_TOKENS = 72        # the reasoning has about 55
+MAX_NEW_TOKENS = 80        # the reasoning has about 62
 
 
 @dataclasses.dataclass
@@ -66,7 +66,8 @@ QWEN2_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[
 
 def texts_of(data: Path) -> list[str]:
     """All that the model will read or write."""
-    rows = [row for name in ("toy_emer_train", "toy_base_train", "rl_train") for row in json.loads((data / f"{name}.json").read_text())]
+    rows = [row for name in ("toy_emer_train", "toy_base_train", "rl_train")
+            for row in json.loads((data / f"{name}.json").read_text())]
     frame = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<vi_start><vi_end>\n<au_start><au_end>\n"
     return [frame, *{turn["value"] for row in rows for turn in row["conversations"]}]
 
@@ -87,8 +88,8 @@ def write_tokenizers(folder: Path, texts: list[str]) -> tuple[int, int]:
                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.model.save(str(own))
     size = bpe.get_vocab_size()
-    added = {size + i: {"content": t, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
-             for i, t in enumerate(SPECIAL)}
+    plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+    added = {size + i: {"content": t, "special": True} | plain for i, t in enumerate(SPECIAL)}
     write_json(own / "tokenizer_config.json", {
         "tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "chat_template": CHATML, "bos_token": None,
         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "model_max_length": 2048})
@@ -109,7 +110,8 @@ def tiny_humanomni(folder: Path, texts: list[str], seed: int) -> HumanOmni:
     """Tokenizers and configurations into `folder`; a model of them with random weights."""
     torch.manual_seed(seed)
     V, bert_words = write_tokenizers(folder, texts)
-    vision = transformers.SiglipVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=4,   # the last is not used
+    # Of the 4 layers the last is not used, as in the real one.
+    vision = transformers.SiglipVisionConfig(hidden_size=96, intermediate_size=192, num_hidden_layers=4,
                                              num_attention_heads=4, image_size=world.SIZE, patch_size=16)
     audio = transformers.WhisperConfig(d_model=96, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=192,
                                        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=96, vocab_size=100,
@@ -124,7 +126,8 @@ def tiny_humanomni(folder: Path, texts: list[str], seed: int) -> HumanOmni:
         "max_position_embeddings": 2048, "bos_token_id": V - 3, "eos_token_id": V - 1, "num_frames": 8,
         "mm_vision_tower": "../siglip", "mm_audio_tower": "../whisper", "mm_hidden_size": 96, "audio_hidden_size": 96,
         "mm_projector_type": "all_in_one_small", "mm_audio_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
-        "mm_vision_select_feature": "patch", "mm_use_x_start_end": True, "image_aspect_ratio": "pad", "torch_dtype": "float32"})
+        "mm_vision_select_feature": "patch", "mm_use_x_start_end": True, "image_aspect_ratio": "pad",
+        "torch_dtype": "float32"})
     model = HumanOmni(Config.read(folder / "humanomni" / "config.json"), vision, audio, bert)
     for module in (model.model.embed_tokens, model.model.layers):
         for p in module.parameters():
@@ -149,53 +152,77 @@ def write_towers(model: HumanOmni, folder: Path, vision, audio, bert) -> None:
     model.model.bert_model.save_pretrained(folder / "bert")
 
 
-def warm_up_towers(model: HumanOmni, processor: Processor, data: Path, args: Args) -> str:
-    """Towers learn to see and hear: regression of the cues' true values from the *mean* of their tokens.
-
-    From the mean, so that what was seen is in every token.  A head on all patch positions reaches the same error, and
-    then the decoder finds nothing: after 500 steps its descriptions of the face were at chance.
-    Stands for the pre-training that SigLIP and Whisper come with.  Only painted faces and their speakers; the
-    out-of-distribution style stays unseen here as in every other stage.
-    """
+def read_media(name: str, processor: Processor, data: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> the later half of each clip's frames as bytes (N, 4, 3, S, S), mel (N, M, T), true cue values (N, 10)."""
     values = {k: v["values"] for k, v in json.loads((data / "cues.json").read_text()).items()}
-    samples = read_samples(data / "toy_base_train.json")
+    samples = read_samples(data / f"{name}.json")
     batches = [[(i, i) for i in range(at, min(at + 100, len(samples)))] for at in range(0, len(samples), 100)]
     frames, mels = [], []
-    for batch in tqdm(loader(ClipDataset(samples, processor, mode="row"), batches), desc="reading clips"):
-        frames.append((batch.frames * 127.5).round().to(torch.int8))     # (100, F, 3, S, S) as bytes: all clips fit in memory
+    for batch in tqdm(loader(ClipDataset(samples, processor, mode="row"), batches), desc=f"reading {name}", mininterval=1):
+        frames.append((batch.frames[:, 4:] * 127.5).round().to(torch.int8))      # there the expression is at its apex
         mels.append(batch.mel)
-    frames, mels = torch.cat(frames), torch.cat(mels)
-    truth = torch.tensor([values[s.id] for s in samples])                # (N, 10)
-    seen = len(world.SEEN)
+    return torch.cat(frames), torch.cat(mels), torch.tensor([values[s.id] for s in samples])
 
-    see = nn.Linear(96, seen)                                            # from the mean of a frame's patches
-    hear = nn.Sequential(nn.Linear(2 * 96, 96), nn.GELU(), nn.Linear(96, truth.shape[1] - seen))
-    steps, rng = max(20, int(700 * args.scale)), np.random.default_rng(args.seed)
-    parameters = [*model.model.vision_tower.parameters(), *model.model.audio_tower.parameters(), *see.parameters(), *hear.parameters()]
-    optimizer = torch.optim.AdamW([p.requires_grad_() for p in parameters], lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps)
-    bar = tqdm(range(steps), desc="towers")
-    for _ in bar:
-        pick = torch.from_numpy(rng.integers(0, len(samples), 32))
-        late = frames[pick, 4:].float() / 127.5                          # (32, 4, 3, S, S): the expression has reached its apex
-        patches = model.encode_frames(late)                              # (32, 4, n, C)
-        sounds = model.encode_audio(mels[pick])                          # (32, tokens, C)
-        guess = torch.cat((see(patches.mean(2)).mean(1), hear(torch.cat((sounds.mean(1), sounds.std(1)), -1))), -1)
-        loss = nn.functional.mse_loss(guess, truth[pick])
+
+def augment(frames: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """(B, 4, 3, S, S) bytes -> floats about [-1, 1]: moved by up to two pixels, half of them mirrored, other light."""
+    B = len(frames)
+    x = frames.float() / 127.5
+    x = x.roll(tuple(int(i) for i in rng.integers(-2, 3, 2)), (-2, -1))
+    x = torch.where(torch.from_numpy(rng.random(B) < 0.5).view(B, 1, 1, 1, 1), x.flip(-1), x)
+    gain, shift = (torch.from_numpy(rng.uniform(-r, r, (B, 1, 3, 1, 1))).float() for r in (0.2, 0.15))
+    return x * (1 + gain) + shift
+
+
+def warm_up(model: HumanOmni, processor: Processor, data: Path, args: Args) -> torch.Tensor:
+    """Towers and projectors learn to see and hear: regression of the cues' true values.  -> validation error per cue (10,)
+
+    Stands for the pre-training that SigLIP, Whisper and HumanOmni's projectors come with.  From the mean of the
+    *projected* tokens, so that every token which the decoder gets has it all; with a head on the towers' patches
+    alone the error is as low, and then the decoder describes faces by chance.  That head helps as a second one:
+    it learns three times faster.  Only painted faces and their speakers: the style out of distribution stays
+    unseen here as in every stage.
+    """
+    frames, mels, truth = read_media("toy_base_train", processor, data)
+    held_out = read_media("toy_base_val", processor, data)
+    question = torch.tensor([processor.question("Describe what is seen and heard.")])
+    gate = model.gate(question, torch.ones_like(question)).detach()      # (1, 3)
+    seen, D, patches = len(world.SEEN), model.config.hidden_size, 16 * 96
+    see, hear, see_patches = nn.Linear(D, seen), nn.Linear(D, truth.shape[1] - seen), nn.Linear(patches, seen)
+
+    def guess(pictures, mel):
+        encoded = model.encode_frames(pictures)                          # (B, 4, n, C)
+        video = model.model.mm_projector(encoded, gate.expand(len(mel), 3))        # (B, tokens, D)
+        audio = model.model.audio_projector(model.encode_audio(mel))
+        return torch.cat((see(video.mean(1)), hear(audio.mean(1))), -1), see_patches(encoded.flatten(2)).mean(1)
+
+    model.set_trained(["vision", "audio", "projectors"])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters += [p for head in (see, hear, see_patches) for p in head.parameters()]
+    steps, rng = max(20, int(550 * args.scale)), np.random.default_rng(args.seed)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="towers", mininterval=1):
+        pick = torch.from_numpy(rng.integers(0, len(truth), 32))
+        from_tokens, from_patches = guess(augment(frames[pick], rng), mels[pick])
+        loss = nn.functional.mse_loss(from_tokens, truth[pick]) + nn.functional.mse_loss(from_patches, truth[pick, :seen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix(mse=f"{float(loss.detach()):.3f}")
-    return f"mean squared error {float(loss.detach()):.3f} of cue values in [-1, 1]"
+    with torch.no_grad():
+        return (guess(held_out[0].float() / 127.5, held_out[1])[0] - held_out[2]).square().mean(0)
 
 
 def make_humanomni(folder: Path, data: Path, args: Args) -> None:
     """The stage `humanomni`: folder/humanomni with its towers beside it."""
     model = tiny_humanomni(folder, texts_of(data), args.seed)
     processor = Processor.from_pretrained(folder / "humanomni")
-    warm_up_towers(model, processor, data, args)
-    write_towers(model, folder, model.model.vision_tower.config, model.model.audio_tower.config, model.model.bert_model.config)
+    errors = warm_up(model, processor, data, args)
+    print("   squared error of cue values in [-1, 1], on validation clips: " +
+          ", ".join(f"{cue} {e:.2f}" for cue, e in zip(world.CUES, errors.tolist())))
+    parts = model.model
+    write_towers(model, folder, parts.vision_tower.config, parts.audio_tower.config, parts.bert_model.config)
     for place, names, inside in ((folder / "humanomni", TOKENIZER_FILES, ""), (folder / "bert", BERT_FILES, "bert/")):
         model.files |= {inside + n: (place / n).read_bytes() for n in names if (place / n).exists()}
     model.stored_towers = {"vision", "audio"}
@@ -228,14 +255,14 @@ class Pipeline:
         print(f"   {self.seconds[name]:.0f} s", flush=True)
 
     def run(self, script: str, threads: int | None = None, quiet: bool = False, **flags) -> None:
-        """`python SCRIPT --flag value ...`; a list becomes several words, True a switch."""
+        """`python SCRIPT --flag value ...`; True is a switch."""
         words = [script]
         for flag, value in flags.items():
-            words += [f"--{flag}"] if value is True else [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
         print("   python " + shlex.join(words), flush=True)
         environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        result = subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], env=environment,
-                                stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None, text=True)
+        shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+        result = subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], env=environment, text=True, **shown)
         if result.returncode:
             raise UserError(f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}")
 
@@ -274,9 +301,9 @@ def build(p: Pipeline) -> None:
     p.stage("clips", data / "cues.json", lambda: world.build(data, seed=0, scale=args.scale))
     p.stage("humanomni", p.out / "humanomni" / "model.safetensors", lambda: make_humanomni(p.out, data, args))
     p.train("base", "sft.py", model=p.out / "humanomni", data=data / "toy_base_train.json", prompt="row", allow_labels=True,
-            max_steps=p.steps(500), batch_size=32, micro_batch=32, lr=1.5e-3)
+            train="decoder", max_steps=p.steps(500), batch_size=16, micro_batch=16, lr=2e-3)
     p.train("emer_sft", "sft.py", model=p.out / "base" / "latest", data=data / "toy_emer_train.json",
-            max_steps=p.steps(200), batch_size=16, micro_batch=16, lr=1e-3)
+            max_steps=p.steps(400), batch_size=8, micro_batch=8, lr=2e-3)
     p.train("label_sft", "sft.py", model=p.out / "base" / "latest", data=data / "rl_train.json", prompt="label",
             max_steps=p.steps(212), batch_size=32, micro_batch=32, lr=1e-3)
     p.train("r1", "grpo.py", model=p.out / "emer_sft" / "latest", data=data / "rl_train.json",
@@ -308,7 +335,8 @@ def cue_rates(result: dict, cues: dict) -> tuple[float, float] | None:
 def table(p: Pipeline) -> str:
     """Table 1 in miniature, as markdown."""
     cues = json.loads((p.data / "cues.json").read_text())
-    head = ["", *(f"{s.removesuffix('_test').replace('_', '-')} WAR/UAR" for s in SETS), "format %", "cue recall %", "cue precision %"]
+    sets = [s.removesuffix("_test").replace("_", "-") for s in SETS]
+    head = ["WAR/UAR", *sets, "format %", "cue recall %", "cue precision %"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, title in TITLES.items():
         if not all(p.result(name, s).exists() for s in SETS):

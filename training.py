@@ -19,8 +19,19 @@ from typing import Literal
 import torch
 
 from common import Ranks, UserError, dtype_of, write_json, write_text
-from data import ClipDataset, FeatureCache, Modal, Mode, Processor, Sample, check_labels, loader, read_samples, training_batches
-from model import HumanOmni
+from data import (
+    ClipDataset,
+    FeatureCache,
+    Modal,
+    Mode,
+    Processor,
+    Sample,
+    check_labels,
+    loader,
+    read_samples,
+    training_batches,
+)
+from model import DEFAULT_TRAINED, HumanOmni
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -33,9 +44,9 @@ class TrainArgs:
     vision_tower: str | None = None         # folder or hub id that replaces the checkpoint's vision tower
     audio_tower: str | None = None          # the same for the audio tower
     bert: str | None = None                 # folder or hub id of BERT's tokenizer
-    device: str = "auto"                    # auto, cpu, cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"   # working weights; masters and Adam are always fp32
-    train: list[str] = dataclasses.field(default_factory=lambda: ["decoder", "projectors", "gate"])  # trained parts
+    train: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TRAINED))  # trained parts, by name
     modal: Modal = "video_audio"            # what of the clip the model gets
     fit: Literal["pad", "stretch"] = "pad"  # how a picture becomes square
     max_steps: int = 0                      # optimiser steps; 0: as many as `epochs` needs
@@ -58,10 +69,15 @@ class TrainArgs:
 # The run folder
 # ------------------------------------------------------------------------------------------------
 
+# The files that get rows with a `step`.
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
+
+
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a jsonl file; a last line that was cut off by a crash is left out."""
+    """Rows of a jsonl file; a last line that was cut off by a crash, even within a character, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    # Not splitlines(): it also cuts at U+2028 and its like, which a policy can sample and json does not escape.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -70,7 +86,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 class RunFolder:
-    """`out/`: config.json, metrics.jsonl, rollouts.jsonl, checkpoints/step_N/, latest.
+    """`out/`: config.json, metrics.jsonl, rollouts.jsonl, skipped.jsonl, checkpoints/step_N/, latest.
 
     `latest` is a symbolic link to the newest complete checkpoint, so `--model out/latest` works.
     """
@@ -87,7 +103,7 @@ class RunFolder:
     def _prepare(self, resume: bool, overwrite: bool) -> None:
         used = (self.path / "config.json").exists()
         if used and overwrite and not resume:
-            for name in ("config.json", "metrics.jsonl", "rollouts.jsonl", "latest"):
+            for name in ("config.json", *LOGS, "latest"):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
         elif used and not resume:
@@ -104,7 +120,7 @@ class RunFolder:
     def truncate(self, step: int) -> None:
         """Forget logged rows past `step`: a resumed run writes them again, each exactly once."""
         if self.ranks.first:
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
+            for name in LOGS:
                 rows = [r for r in read_jsonl(self.path / name) if r["step"] <= step]
                 if (self.path / name).exists():
                     write_text(self.path / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
@@ -195,11 +211,11 @@ class MasterAdamW:
         return {"adam": self.adam.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict) -> None:
+        """After the model's weights: a run in fp32 saved no masters (None), its weights were their own."""
         self.adam.load_state_dict(state["adam"])
         with torch.no_grad():
-            for master, saved in zip(self.masters, state["masters"]):
-                if saved is not None:
-                    master.copy_(saved)
+            for p, master, saved in zip(self.parameters, self.masters, state["masters"]):
+                master.copy_(p if saved is None else saved)
 
 
 def learning_rate(step: int, max_steps: int, peak: float, schedule: str, warmup: float, floor: float) -> float:
@@ -255,8 +271,8 @@ class Run:
         """Last words: what was left out, and whether the run gave up."""
         listed = f"{self.folder.path}/skipped.jsonl"
         if self.stuck(args):
-            raise UserError(f"{args.max_bad_steps} steps in a row had no usable clip or no finite gradient: stopped after step "
-                            f"{self.state['step']}. Bad clips are listed in {listed}; if there are none, lower --lr.")
+            raise UserError(f"{args.max_bad_steps} steps in a row had no usable clip or no finite gradient: stopped after "
+                            f"step {self.state['step']}. Bad clips are listed in {listed}; if there are none, lower --lr.")
         if self.state["skipped_samples"]:
             self.folder.ranks.say(f"{self.state['skipped_samples']} times a clip was skipped; see {listed}")
 
@@ -267,8 +283,13 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
     `steps_for(n)`: how many steps n samples need.  `before_training(model)` sees the starting model, with its
     trained parts chosen, before a resumed run overwrites its weights (the KL reference is taken there).
     """
+    if args.seed < 0 or args.max_bad_steps < 1:
+        raise UserError("--seed must be 0 or more, --max_bad_steps 1 or more.")
     samples = read_samples(args.data, args.media_root)
     check_labels(samples, args.data, args.allow_labels)
+    max_steps = args.max_steps or steps_for(len(samples))
+    if max_steps < 1:
+        raise UserError("there is no step to make: give --max_steps or --epochs above 0.")
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
     model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device, say=ranks.say)
@@ -278,7 +299,8 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
     cache = None
     if args.feature_cache:
         if {"vision", "audio"} & set(args.train):
-            raise UserError("--feature_cache with a trained tower: its features change with every step; leave one of them out.")
+            raise UserError("--feature_cache with a trained tower: its features change with every step; "
+                            "leave one of them out.")
         cache = FeatureCache(args.feature_cache, model.tower_fingerprints())
     folder = RunFolder(args.out, ranks, args, args.resume, args.overwrite)
     before_training(model)
@@ -288,11 +310,13 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
     latest = folder.latest() if args.resume else None
     if latest:
         model.load_weights(latest)
-        state = torch.load(latest / "trainer.pt", map_location=ranks.device, weights_only=True)
+        # To the CPU first: Adam takes its moments to the device itself, and its step counters belong on the CPU.
+        state = torch.load(latest / "trainer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state.pop("optimizer"))
         ranks.say(f"resuming after step {state['step']} from {latest}")
-    folder.truncate(state["step"])
-    max_steps = args.max_steps or steps_for(len(samples))
+    elif args.resume:
+        ranks.say(f"--resume: {folder.path} holds no checkpoint yet; starting at the first step")
+    folder.truncate(state["step"] if latest else -1)        # -1: also the evaluation at step 0 is done again
     ranks.say(f"{len(samples)} samples, {max_steps} steps, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
               f"parameters, {ranks.world} rank(s) on {ranks.device.type}")
     return Run(folder, samples, processor, model, cache, optimizer, state, max_steps)

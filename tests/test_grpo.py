@@ -43,7 +43,8 @@ def test_advantages_follow_equation_4():
     """Stops: a biased standard deviation, a missing 1e-4, or statistics over the batch instead of the group."""
     r = torch.tensor([[0.0, 1.0, 2.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
     # group 1: mean 1, unbiased std sqrt(2/3); group 2: mean 1/2, unbiased std 1
-    expected = torch.tensor([[-1.0, 0.0, 1.0, 0.0], [1.5, -0.5, -0.5, -0.5]]) / torch.tensor([[(2 / 3) ** 0.5 + 1e-4], [1 + 1e-4]])
+    compared = torch.tensor([[-1.0, 0.0, 1.0, 0.0], [1.5, -0.5, -0.5, -0.5]])
+    expected = compared / torch.tensor([[(2 / 3) ** 0.5 + 1e-4], [1 + 1e-4]])
     torch.testing.assert_close(grpo.advantages(r), expected)
 
 
@@ -124,7 +125,8 @@ def test_kl_value_and_gradient_are_zero_at_the_reference():
     """Stops: a KL that pulls on a policy which has not moved."""
     logps, _, _, _, mask = crafted()
     for kl in ("k3_ratio", "k3", "k2"):
-        loss, metrics = grpo.grpo_loss(logps, logps.detach(), logps.detach(), torch.zeros(mask.shape[:2]), mask, beta=1.0, kl=kl)
+        loss, metrics = grpo.grpo_loss(logps, logps.detach(), logps.detach(), torch.zeros(mask.shape[:2]), mask,
+                                       beta=1.0, kl=kl)
         assert float(loss.detach()) == 0 and float(metrics["kl"]) == 0
         assert (gradient(loss, logps) == 0).all()
 
@@ -146,8 +148,9 @@ def test_at_ratio_one_every_gate_has_reinforces_gradient(name):
 def test_token_and_sequence_ratio_agree_at_one_under_token_mean_too():
     """Stops: a sequence ratio whose gradient is a completion length too small or too large."""
     logps, _, _, A, mask = crafted()
-    both = [gradient(grpo.grpo_loss(logps, logps.detach(), None, A, mask, ratio=r, agg="token", gate="none", beta=0.0)[0], logps)
-            for r in ("token", "sequence")]
+    losses = [grpo.grpo_loss(logps, logps.detach(), None, A, mask, ratio=r, agg="token", gate="none", beta=0.0)[0]
+              for r in ("token", "sequence")]
+    both = [gradient(loss, logps) for loss in losses]
     torch.testing.assert_close(*both)
 
 
@@ -156,7 +159,8 @@ def test_token_and_sequence_ratio_agree_at_one_under_token_mean_too():
 def test_clip_stops_the_gradient_on_two_sides_only(A, log_rho, flows):
     """Stops: a symmetric clip (no pessimistic minimum), which also forgets bad moves that should be undone."""
     logps = torch.zeros(1, 1, 1, requires_grad=True)
-    loss, metrics = grpo.grpo_loss(logps, torch.full((1, 1, 1), -log_rho), None, torch.tensor([[A]]), torch.ones(1, 1, 1), beta=0.0)
+    loss, metrics = grpo.grpo_loss(logps, torch.full((1, 1, 1), -log_rho), None, torch.tensor([[A]]), torch.ones(1, 1, 1),
+                                   beta=0.0)
     rho = torch.tensor(log_rho).exp()
     clipped = rho.clamp(0.8, 1.2)
     torch.testing.assert_close(loss, -torch.min(rho * A, clipped * A))
@@ -222,7 +226,8 @@ def test_what_stands_past_the_end_changes_nothing(name):
     clean, clean_metrics = grpo.grpo_loss(logps, old, ref, A, mask, **OPTIONS[name])
     clean_grad = gradient(clean, logps)
     dirty = logps.detach().masked_fill(~mask, float("nan")).requires_grad_()
-    loss, metrics = grpo.grpo_loss(dirty, old.masked_fill(~mask, 7.0), ref.masked_fill(~mask, -float("inf")), A, mask, **OPTIONS[name])
+    loss, metrics = grpo.grpo_loss(dirty, old.masked_fill(~mask, 7.0), ref.masked_fill(~mask, -float("inf")), A, mask,
+                                   **OPTIONS[name])
     torch.testing.assert_close(loss, clean)
     torch.testing.assert_close(gradient(loss, dirty), clean_grad)
     assert (clean_grad[~mask] == 0).all()
@@ -254,18 +259,19 @@ def test_micro_batches_with_a_global_denominator_add_up(agg):
     denominator = {"seq": N, "token": int(mask.sum()), "const": N * 6}[agg]
     whole = gradient(grpo.grpo_loss(logps, old, ref, A, mask, agg=agg, max_length=6)[0], logps)
     for size in (1, 2):
-        parts = [grpo.grpo_loss(logps[i:i + size], old[i:i + size], ref[i:i + size], A[i:i + size], mask[i:i + size], agg=agg,
-                                denominator=denominator)[0] for i in range(0, 3, size)]
+        rows = [slice(i, i + size) for i in range(0, 3, size)]
+        parts = [grpo.grpo_loss(logps[s], old[s], ref[s], A[s], mask[s], agg=agg, denominator=denominator)[0] for s in rows]
         torch.testing.assert_close(gradient(sum(parts), logps), whole)
 
 
 def test_every_option_changes_a_crafted_batch():
     """Stops: a flag that is parsed and then ignored."""
     logps, old, ref, A, mask = crafted()
-    base = {"ratio": "token", "gate": "clip", "agg": "seq", "kl": "k3_ratio", "beta": 0.04, "clip_low": 0.2, "clip_high": 0.2}
-    variants = [{}, {"ratio": "sequence"}, {"gate": "cispo", "clip_high": 1.05}, {"gate": "sapo"}, {"gate": "none"}, {"agg": "token"},
-                {"agg": "const", "max_length": 50}, {"kl": "k3"}, {"kl": "k2"}, {"kl": "reward"}, {"beta": 0.5}, {"clip_low": 0.01},
-                {"clip_high": 0.01}, {"delta": 1.25}]
+    base = {"ratio": "token", "gate": "clip", "agg": "seq", "kl": "k3_ratio", "beta": 0.04, "clip_low": 0.2,
+            "clip_high": 0.2}
+    variants = [{}, {"ratio": "sequence"}, {"gate": "cispo", "clip_high": 1.05}, {"gate": "sapo"}, {"gate": "none"},
+                {"agg": "token"}, {"agg": "const", "max_length": 50}, {"kl": "k3"}, {"kl": "k2"}, {"kl": "reward"},
+                {"beta": 0.5}, {"clip_low": 0.01}, {"clip_high": 0.01}, {"delta": 1.25}]
     gradients = [gradient(grpo.grpo_loss(logps, old, ref, A, mask, **(base | v))[0], logps) for v in variants]
     for (i, a), (j, b) in itertools.combinations(enumerate(gradients), 2):
         assert not torch.allclose(a, b, rtol=1e-6, atol=1e-9), (variants[i], variants[j])
@@ -278,8 +284,8 @@ def test_every_option_changes_a_crafted_batch():
 # ---- arguments ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change,word", [({"num_generations": 1}, "num_generations"), ({"temperature": 0.0}, "temperature"),
-                                         ({"gate": "cispo"}, "ceiling"), ({"delta": 1.1}, "delta"), ({"inner_epochs": 0}, "1 or more"),
-                                         ({"kl": "reward", "beta": 0.0}, "reward")])
+                                         ({"gate": "cispo"}, "ceiling"), ({"delta": 1.1}, "delta"),
+                                         ({"inner_epochs": 0}, "1 or more"), ({"kl": "reward", "beta": 0.0}, "reward")])
 def test_meaningless_combinations_are_refused_by_name(change, word):
     """Stops: a run of hours with an objective that cannot work."""
     args = grpo.Args(model="m", data="d", out="o")

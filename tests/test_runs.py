@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDEN
 from safetensors.torch import load_file
 
 import eval as eval_script
-from conftest import GOLDEN
 
 ROOT = Path(__file__).parents[1]
 MEDIA = GOLDEN / "media"
@@ -23,7 +23,8 @@ def write_rows(path: Path, targets: list[tuple[str, str]], asked: dict[str, str]
     """A sample file of (clip, target) pairs; `asked`: clip -> its question."""
     question = lambda clip: asked[clip] if asked else "Which emotion?"
     path.write_text(json.dumps([{"video": clip, "conversations": [
-        {"from": "human", "value": f"<video>\n<audio>\n{question(clip)}"}, {"from": "gpt", "value": target}]} for clip, target in targets]))
+        {"from": "human", "value": f"<video>\n<audio>\n{question(clip)}"}, {"from": "gpt", "value": target}]}
+        for clip, target in targets]))
     return path
 
 
@@ -32,7 +33,8 @@ def call(script: str, *flags, ranks: int = 1, check: bool = True) -> subprocess.
     start = [sys.executable] if ranks == 1 else \
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=env,
+                          timeout=300)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -64,8 +66,8 @@ def reward_lengths(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(
-        "import sys\nsys.path.insert(0, %r)\nimport rewards\n"
-        "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) %% 3 == len(answer) %% 3)\n" % str(ROOT))
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rewards\n"
+        "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)\n")
     return folder
 
 
@@ -81,10 +83,10 @@ def test_two_processes_are_one_process(labels, tmp_path, moving):
     grpo(tmp_path / "two", labels, *flags, ranks=2)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [r["step"] for r in one] == [1, 2, 3]
-    for name in ("reward", "reward_std", "loss", "kl", "entropy", "grad_norm", "num_tokens", "ratio/max", "completions/mean_length",
-                 "frac_reward_zero_std", "clip_ratio/high_mean"):
+    for name in ("reward", "reward_std", "loss", "kl", "entropy", "grad_norm", "num_tokens", "ratio/max",
+                 "completions/mean_length", "frac_reward_zero_std", "clip_ratio/high_mean"):
         assert [r[name] for r in one] == pytest.approx([r[name] for r in two], rel=2e-3, abs=2e-5), name
-    assert one[0]["grad_norm"] > 0 and one[-1]["kl"] > 0            # something was learned, so there was something to compare
+    assert one[0]["grad_norm"] > 0 and one[-1]["kl"] > 0            # it learned, so there was something to compare
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     start = load_file(MODEL / "model.safetensors")
     moved = max(float((a[k] - start[k]).abs().max()) for k in a)
@@ -102,11 +104,12 @@ def test_run_folder_has_what_the_readme_promises(labels, tmp_path, moving):
     rows = metrics(out)
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     assert [any(k.startswith("eval/") for k in r) for r in rows] == [True, False, True, True]
-    for name in ("reward", "reward_std", "rewards/accuracy/mean", "rewards/format/std", "frac_reward_zero_std", "kl", "entropy",
-                 "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
-                 "unique_completions", "clip_ratio/low_mean", "ratio/mean", "ratio/max", "sampler_logp_diff/max", "grad_norm", "lr",
-                 "skipped_steps", "skipped_samples", "num_tokens", "tokens_per_second/generate", "tokens_per_second/train", "time/load",
-                 "time/encode", "time/generate", "time/reward", "time/train", "memory_gb", "epoch"):
+    for name in ("reward", "reward_std", "rewards/accuracy/mean", "rewards/format/std", "frac_reward_zero_std", "kl",
+                 "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
+                 "completions/clipped_ratio", "unique_completions", "clip_ratio/low_mean", "ratio/mean", "ratio/max",
+                 "sampler_logp_diff/max", "grad_norm", "lr", "skipped_steps", "skipped_samples", "num_tokens",
+                 "tokens_per_second/generate", "tokens_per_second/train", "time/load", "time/encode", "time/generate",
+                 "time/reward", "time/train", "memory_gb", "epoch"):
         assert isinstance(rows[1][name], int | float), name
     assert rows[1]["ratio/max"] == rows[1]["ratio/mean"] == 1.0     # one update per rollout: on policy, exactly
     assert rows[1]["kl"] == 0.0 < rows[3]["kl"]
@@ -116,7 +119,8 @@ def test_run_folder_has_what_the_readme_promises(labels, tmp_path, moving):
     assert {"step", "clip", "prompt", "text", "rewards", "advantage", "length", "finished"} <= set(rollouts[0])
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_2", "step_3"]
     assert (out / "latest").resolve().name == "step_3" and json.loads((out / "config.json").read_text())["lr"] == 1e-4
-    call("eval.py", "--model", out / "latest", "--data", labels, "--media_root", MEDIA, "--max_new_tokens", 4, "--out", out / "e.json")
+    call("eval.py", "--model", out / "latest", "--data", labels, "--media_root", MEDIA, "--max_new_tokens", 4,
+         "--out", out / "e.json")
     result = json.loads((out / "e.json").read_text())
     assert result["n"] == 4 and {p["id"] for p in result["predictions"]} == set(LABELS)
     assert {"war", "uar", "per_class"} <= set(result)
@@ -133,8 +137,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(script, labels, tmp_path, moving
         common = ("--schedule", "constant", "--warmup", 0, "--lr", 1e-3, "--max_steps", steps, *flags)
         if script == "grpo.py":
             return grpo(out, labels, "--prompts_per_step", 2, *common)
-        return call("sft.py", "--model", MODEL, "--data", labels, "--media_root", MEDIA, "--out", out, "--batch_size", 2, "--workers", 1,
-                    *common)
+        return call("sft.py", "--model", MODEL, "--data", labels, "--media_root", MEDIA, "--out", out, "--batch_size", 2,
+                    "--workers", 1, *common)
 
     run(tmp_path / "whole", 4)
     run(tmp_path / "cut", 2)
@@ -164,7 +168,8 @@ def test_bad_clips_are_skipped_counted_and_listed(tmp_path, moving):
         assert {r["clip"] for r in rollouts} == set(list(LABELS)[:3])
     single = metrics(tmp_path / "run1")
     assert single[-1]["skipped_steps"] == 2                         # alone in its step, a bad clip leaves nothing to learn
-    done = call("eval.py", "--model", MODEL, "--data", data, "--media_root", media, "--max_new_tokens", 2, "--out", tmp_path / "e.json")
+    done = call("eval.py", "--model", MODEL, "--data", data, "--media_root", media, "--max_new_tokens", 2,
+                "--out", tmp_path / "e.json")
     result = json.loads((tmp_path / "e.json").read_text())
     assert result["n"] == 3 and len(result["skipped"]) == 2 and "2 clips were left out" in done.stdout
 
@@ -250,11 +255,12 @@ def test_sft_then_grpo_learn_a_small_task(tmp_path):
     asked = {"wide.mp4": "first", "tall_30fps.mp4": "second"}
     cold = [(clip, f"<think>{word[0]}</think>\n<answer>{word}</answer>") for clip in asked for word in words]
     data = write_rows(tmp_path / "cold.json", cold, asked)
-    call("sft.py", "--model", MODEL, "--data", data, "--media_root", MEDIA, "--out", tmp_path / "sft", "--max_steps", 60, "--lr", 2e-3,
-         "--batch_size", 16, "--micro_batch", 16, "--feature_cache", tmp_path / "features", "--workers", 0)
+    call("sft.py", "--model", MODEL, "--data", data, "--media_root", MEDIA, "--out", tmp_path / "sft", "--max_steps", 60,
+         "--lr", 2e-3, "--batch_size", 16, "--micro_batch", 16, "--feature_cache", tmp_path / "features", "--workers", 0)
     data = write_rows(tmp_path / "rl.json", [(clip, LABELS[clip]) for clip in asked], asked)
-    grpo(tmp_path / "rl", data, "--model", tmp_path / "sft" / "latest", "--max_steps", 50, "--num_generations", 16, "--lr", 1e-4,
-         "--schedule", "constant", "--max_new_tokens", 24, "--beta", 0.02, "--feature_cache", tmp_path / "features", "--workers", 0)
+    grpo(tmp_path / "rl", data, "--model", tmp_path / "sft" / "latest", "--max_steps", 50, "--num_generations", 16,
+         "--lr", 1e-4, "--schedule", "constant", "--max_new_tokens", 24, "--beta", 0.02,
+         "--feature_cache", tmp_path / "features", "--workers", 0)
     rows = metrics(tmp_path / "rl")
     accuracy, form = ([r[f"rewards/{name}/mean"] for r in rows] for name in ("accuracy", "format"))
     assert accuracy[0] < 0.3 and form[0] > 0.8                      # the form is there, the word is a guess among four
