@@ -69,6 +69,13 @@ def find_file(path: str, name: str, required: bool = True) -> Path | None:
     return None
 
 
+def end_ids(generation: dict, config: dict) -> list[int]:
+    """Every id that ends a turn: generation_config.json's, else config.json's."""
+    ends = generation.get("eos_token_id")
+    ends = config.get("eos_token_id") if ends is None else ends
+    return [ends] if isinstance(ends, int) else list(ends or [])
+
+
 def tower_source(path: str, config: dict, key: str, given: str | None) -> str:
     """Where a tower comes from: the argument, else config.json's entry, relative to the checkpoint folder.
 
@@ -321,8 +328,7 @@ def read_side_files(model, path: str, bert: str) -> None:
             if file:
                 model.files[inside + name] = file.read_bytes()
     generation = json.loads(model.files.get("generation_config.json", b"{}"))
-    ends = generation.get("eos_token_id", model.config.eos_token_id)
-    model.eos_ids = [ends] if isinstance(ends, int) else list(ends or [])
+    model.eos_ids = end_ids(generation, model.config.raw)
     if not model.eos_ids:
         raise UserError(f"{path}: neither generation_config.json nor config.json names an eos_token_id.")
 

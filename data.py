@@ -27,7 +27,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from checkpoint import bert_source, find_file, list_some, read_json, tower_source
+from checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
 from common import AUDIO, VIDEO, UserError
 from rewards import VOCABULARY, parse_answer
 
@@ -288,12 +288,13 @@ class Processor:
         picture = read_json(find_file(vision, "preprocessor_config.json"))
         find_file(path, "tokenizer_config.json")
         generation = find_file(path, "generation_config.json", required=False)
-        ends = read_json(generation).get("eos_token_id", []) if generation else []
+        # The same ids as the sampler's, so that every end token is taken off a completion's text.
+        ends = end_ids(read_json(generation) if generation else {}, config)
         return cls(load_tokenizer(path), load_tokenizer(bert_folder),
                    _load(transformers.WhisperFeatureExtractor, audio, "feature extractor"),
                    picture["size"]["height"], picture["image_mean"], picture["image_std"],
                    read_json(find_file(bert_folder, "config.json"))["max_position_embeddings"],
-                   ends if isinstance(ends, list) else [ends])
+                   ends)
 
     def frames(self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad") -> torch.Tensor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
@@ -619,15 +620,19 @@ def collate(items: list) -> PromptBatch:
         question_ids[row, :n] = torch.tensor(item["question"])
         question_mask[row, :n] = 1
     media = {name: [item[name] for item in good if item[name] is not None] for name in ("frames", "mel")}
-    # A row of features for every placeholder: the cached one, or None where the tower has yet to run.
+    # A row of features for every placeholder: the cached one, or None where the tower has yet to run.  A complete
+    # list becomes one tensor: every tensor that a worker process sends takes a file handle.
     features = {name: [item[name] for item in good if placeholder in item["ids"]]
                 for name, placeholder in (("vision", VIDEO), ("audio", AUDIO))}
+    features = {name: rows if any(row is None for row in rows) or not rows else torch.stack(rows)
+                for name, rows in features.items()}
     return PromptBatch(
         indices=[item["position"] for item in good], samples=[item["sample"] for item in good],
         input_ids=[item["ids"] for item in good], targets=[item["target"] for item in good],
         frames=torch.stack(media["frames"]) if media["frames"] else None,
         mel=torch.stack(media["mel"]) if media["mel"] else None,
-        vision=features["vision"] or None, audio=features["audio"] or None, keys=[item["keys"] for item in good],
+        vision=features["vision"] if len(features["vision"]) else None,
+        audio=features["audio"] if len(features["audio"]) else None, keys=[item["keys"] for item in good],
         question_ids=question_ids, question_mask=question_mask,
         bad=[item for item in items if isinstance(item, BadClip)],
         notes=[f"{item['sample'].id}: {note}" for item in good for note in item["notes"]])

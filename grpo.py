@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import rewards
 from common import Ranks, UserError, run_main, start_ranks
-from data import PromptBatch, read_samples
+from data import PromptBatch, question_for, read_samples
 from eval import evaluate
 from model import HumanOmni, embed, encode_once, frozen_reference
 from sampler import generate
@@ -60,7 +60,7 @@ class Args(TrainArgs):
     inner_epochs: int = 1                   # optimiser steps on the same rollouts; the clip matters from 2 on
     micro_batch: int = 4                    # prompts (with all their completions) per forward and backward
     eval_data: list[str] = dataclasses.field(default_factory=list)  # sample files to evaluate on
-    eval_every: int = 0                     # steps between evaluations (also at step 0 and at the end); 0: never
+    eval_every: int = 0                     # steps between evaluations; 0: only at step 0 and at the end
     eval_limit: int = 0                     # samples per evaluation; 0: all
 
 
@@ -172,6 +172,9 @@ def check_objective(args: Args) -> None:
         raise UserError(f"--delta {args.delta}: only for --gate clip, and above 1 + clip_high.")
     if args.beta < 0:
         raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
+    if args.kl == "reward" and args.scale == "group":
+        raise UserError("--kl reward --scale group: the KL makes the rewards of every group differ a little, and the "
+                        "division by that little makes it the whole advantage; use --scale batch or none.")
     if args.kl == "reward" and args.beta == 0:
         raise UserError("--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta.")
     if min(args.prompts_per_step, args.max_new_tokens, args.inner_epochs, args.micro_batch) < 1:
@@ -402,8 +405,8 @@ def rollout_rows(batch: PromptBatch, rollout: Rollout | None, step: int) -> list
     # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
     A, lengths, finished = rollout.advantages.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()
     parts = {name: r.tolist() for name, r in rollout.rewards.items()}
-    return [{"step": step, "clip": sample.id, "prompt": sample.question, "answer": sample.answer, "completion": g,
-             "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
+    return [{"step": step, "clip": sample.id, "prompt": question_for(sample.question, sample.target, "think"),
+             "answer": sample.answer, "completion": g, "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
              "length": lengths[b][g], "finished": finished[b][g]}
             for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
 
@@ -453,7 +456,7 @@ def train(args: Args) -> None:
                  lambda start: reference.append(frozen_reference(start) if args.beta > 0 else None))
     model, n = run.model, len(run.samples)
     batches = run.batches(args, args.prompts_per_step, "think", ranks)
-    if eval_sets and args.eval_every and run.state["step"] == 0:
+    if eval_sets and run.state["step"] == 0:
         run.folder.append("metrics.jsonl", [{"step": 0} | evaluate_all(run, eval_sets, args, ranks)])
 
     bar = tqdm(range(run.state["step"], run.max_steps), initial=run.state["step"], total=run.max_steps,
@@ -489,7 +492,7 @@ def train(args: Args) -> None:
 
         # 5. Look at the result, and keep it.
         last = step + 1 == run.max_steps or run.stuck(args)
-        if eval_sets and args.eval_every and (last or (step + 1) % args.eval_every == 0):
+        if eval_sets and (last or (args.eval_every and (step + 1) % args.eval_every == 0)):
             row |= evaluate_all(run, eval_sets, args, ranks)
         clock.skip()
         if last or (args.save_every and (step + 1) % args.save_every == 0):

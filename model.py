@@ -181,8 +181,12 @@ def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
 def sdpa(q, k, v, mask=None, causal=False):
     """Attention for q (B, L, H, d), k and v (B, M, K, d), each key head serving H/K query heads.  -> (B, L, H*d)"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                     # (B, heads, L, d)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]
+    if q.is_cuda and mask is not None and shared > 1:
+        # The memory-efficient kernel takes a mask but not shared heads; the kernel that takes both keeps all scores.
+        k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
+        shared = 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1)
     return out.transpose(1, 2).flatten(2)
 
 

@@ -57,7 +57,7 @@ def decode_attend(prefix, suffix: SuffixCache, prefix_bias: torch.Tensor | None,
     """Attention of one new token per completion (position t of the suffix) over [prefix | suffix up to t].
 
     All G * R queries of a key head meet the shared prefix in one product; nothing is copied per completion.
-    One softmax over the concatenated scores, in fp32: exact.
+    One softmax over the concatenated scores, in fp32: no merging of partial results, nothing approximated.
     """
 
     def attend(i, q, k, v):

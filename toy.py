@@ -305,16 +305,16 @@ def build(p: Pipeline) -> None:
     p.train("emer_sft", "sft.py", model=p.out / "base" / "latest", data=data / "toy_emer_train.json",
             max_steps=p.steps(400), batch_size=8, micro_batch=8, lr=2e-3)
     p.train("label_sft", "sft.py", model=p.out / "base" / "latest", data=data / "rl_train.json", prompt="label",
-            max_steps=p.steps(212), batch_size=32, micro_batch=32, lr=1e-3)
+            max_steps=p.steps(300), batch_size=16, micro_batch=16, lr=1e-3)
     p.train("r1", "grpo.py", model=p.out / "emer_sft" / "latest", data=data / "rl_train.json",
             max_steps=p.steps(240), prompts_per_step=8, num_generations=8, micro_batch=8, max_new_tokens=MAX_NEW_TOKENS,
-            lr=4e-4, lr_floor=0.1, beta=0.04)
+            lr=6e-4, lr_floor=0.1, beta=0.04)
     for name, model, flags in ROWS:
         p.evaluate(name, p.out / model, **flags)
     if args.modalities:
         for modal in ("video", "audio"):
             p.train(f"label_{modal}", "sft.py", model=p.out / "base" / "latest", data=data / "rl_train.json", prompt="label",
-                    max_steps=p.steps(212), batch_size=32, micro_batch=32, lr=1e-3, modal=modal)
+                    max_steps=p.steps(300), batch_size=16, micro_batch=16, lr=1e-3, modal=modal)
             p.evaluate(f"label_{modal}", p.out / f"label_{modal}" / "latest", modal=modal, label_only=True)
 
 

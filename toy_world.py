@@ -35,12 +35,11 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-VERSION = 4             # raise it when a change alters clips or texts: old folders are then refused
+VERSION = 1             # raise it when a change alters clips or texts: old folders are then refused
 SIZE, FPS, SECONDS, SAMPLE_RATE = 64, 10, 2.0, 16_000
 FRAMES, SAMPLES = round(FPS * SECONDS), round(SAMPLE_RATE * SECONDS)
 FLIP = 0.08             # chance that a cue of a clip is not at the typical level of its emotion
 JITTER = 0.15           # spread of a value within its level; levels stay apart by 0.45 or more
-MISTAKEN = 0.2          # share of cold-start samples whose word is drawn at random: annotators disagree
 MIN_CLIPS = 12          # of a split, however small the scale
 
 # ------------------------------------------------------------------------------------------------
@@ -84,7 +83,6 @@ PAIRS = {
     "contemptuous": ("knit", "level"), "disgust": ("knit", "heavy"),
     "helpless": ("downcast", "tense"), "disappointed": ("downcast", "level"), "sad": ("downcast", "heavy"),
 }
-TRAINED = [e for e in PAIRS if e != "calm"]       # the vocabulary of the training sets
 EMOTIONS = {e: dict(zip(CUES, FACES[f] + VOICES[v])) for e, (f, v) in PAIRS.items()}
 
 # ------------------------------------------------------------------------------------------------
@@ -237,10 +235,9 @@ def describe(cues: dict, rng: np.random.Generator) -> str:
 
 
 def cold_start_text(clip: Clip, rng: np.random.Generator) -> str:
-    """Reasoning and answer as an annotator writes them: the cues are right, the word sometimes is not (MISTAKEN)."""
+    """Reasoning and answer: what is seen and heard, then the word."""
     described = describe(clip.levels, rng)
-    word = rng.choice(TRAINED) if rng.random() < MISTAKEN else clip.label
-    return f"<think>{described} {rng.choice(CONCLUSIONS).format(word)}</think>\n<answer>{word}</answer>"
+    return f"<think>{described} {rng.choice(CONCLUSIONS).format(clip.label)}</think>\n<answer>{clip.label}</answer>"
 
 
 LEVEL_WORDS = {word for words in CUES.values() for word in words}

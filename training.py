@@ -85,6 +85,11 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def finite(row: dict) -> dict:
+    """NaN and infinity are no JSON: null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 class RunFolder:
     """`out/`: config.json, metrics.jsonl, rollouts.jsonl, skipped.jsonl, checkpoints/step_N/, latest.
 
@@ -115,7 +120,7 @@ class RunFolder:
         """Add rows to a jsonl file (rank 0)."""
         if self.ranks.first and rows:
             with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
 
     def truncate(self, step: int) -> None:
         """Forget logged rows past `step`: a resumed run writes them again, each exactly once."""
