@@ -405,8 +405,9 @@ def rollout_rows(batch: PromptBatch, rollout: Rollout | None, step: int) -> list
     # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
     A, lengths, finished = rollout.advantages.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()
     parts = {name: r.tolist() for name, r in rollout.rewards.items()}
-    return [{"step": step, "clip": sample.id, "prompt": question_for(sample.question, sample.target, "think"),
-             "answer": sample.answer, "completion": g, "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
+    asked = [question_for(sample.question, sample.target, "think") for sample in batch.samples]
+    return [{"step": step, "clip": sample.id, "prompt": asked[b], "answer": sample.answer, "completion": g, "text": text,
+             "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
              "length": lengths[b][g], "finished": finished[b][g]}
             for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
 
