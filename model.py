@@ -16,8 +16,6 @@ The decoder is run in four ways with one set of layers; only the attention diffe
 
 Legend   B prompts   G completions per prompt   P prompt length (in embeddings)   T completion length
          D width   V vocabulary   H query heads   K key/value heads   d head size   F frames   n patches
-
-    python model.py PATH        prints what a checkpoint holds
 """
 import copy
 import dataclasses

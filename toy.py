@@ -11,15 +11,14 @@
     label_sft   sft.py on the labels that RL sees, bare words                      = MAFW-DFEW-SFT
     r1          grpo.py from emer_sft, labels only                                 = R1-Omni
 
-Each stage is a call of the project's own scripts, printed as a user would type it.  A stage whose result is
-there is not done again; delete its folder, or give --fresh, to repeat it.  The order of things is the paper's;
-the numbers are this little world's.
+Each stage is a call of the project's own scripts, printed as a user would type it.  A stage whose result is there, and
+newer than what it is made from, is not done again; delete its folder, or give --fresh, to repeat it.  The order of
+things is the paper's; the numbers are this little world's.
 """
 import dataclasses
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -242,10 +241,11 @@ class Pipeline:
         self.times_file = self.out / "times.json"
         self.seconds = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
 
-    def stage(self, name: str, done: Path, work) -> None:
-        """Do `work` unless `done` exists; remember how long it took."""
-        if done.exists() and not self.args.fresh:
-            print(f"== {name}: {done} is there")
+    def stage(self, name: str, done: list[Path], needs: list[Path], work) -> None:
+        """Do `work` unless all of `done` exist and are newer than what they were made from; remember how long it took."""
+        made = [f.stat().st_mtime for f in done if f.exists()]
+        if len(made) == len(done) and not self.args.fresh and min(made) >= max([0, *(f.stat().st_mtime for f in needs)]):
+            print(f"== {name}: {done[0]} is there")
             return
         print(f"== {name}", flush=True)
         started = time.time()
@@ -266,26 +266,25 @@ class Pipeline:
         if result.returncode:
             raise UserError(f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}")
 
-    def train(self, name: str, script: str, **flags) -> None:
+    def train(self, name: str, script: str, model: Path, **flags) -> None:
         """One trained stage: OUT/name/latest."""
         def work():
-            shutil.rmtree(self.out / name, ignore_errors=True)
-            self.run(script, out=self.out / name, seed=self.args.seed, feature_cache=self.out / "features", **flags)
-        self.stage(name, self.out / name / "latest", work)
+            self.run(script, out=self.out / name, overwrite=True, seed=self.args.seed, model=model,
+                     feature_cache=self.out / "features", **flags)
+
+        self.stage(name, [weights(self.out / name / "latest")], [weights(model)], work)
 
     def evaluate(self, name: str, model: Path, **flags) -> None:
         """A model on the three test sets: OUT/eval/NAME.SET.json.  Two at a time, a thread each."""
-        missing = [s for s in SETS if self.args.fresh or not self.result(name, s).exists()]
-        if not missing:
-            return
         def one(s):
             self.run("eval.py", threads=1, quiet=True, model=model, data=self.data / f"{s}.json", out=self.result(name, s),
                      max_new_tokens=MAX_NEW_TOKENS, batch_size=50, feature_cache=self.out / "features", workers=1, **flags)
 
         def work():
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(one, missing))
-        self.stage(f"eval {name}", self.out / "never", work)
+                list(pool.map(one, SETS))
+
+        self.stage(f"eval {name}", [self.result(name, s) for s in SETS], [weights(model)], work)
 
     def result(self, name: str, test_set: str) -> Path:
         return self.out / "eval" / f"{name}.{test_set}.json"
@@ -294,12 +293,16 @@ class Pipeline:
         return max(2, round(n * self.args.scale))
 
 
+def weights(model: Path) -> Path:
+    return model / "model.safetensors"
+
+
 def build(p: Pipeline) -> None:
     """All stages, in the paper's order."""
     args, data = p.args, p.data
     p.out.mkdir(parents=True, exist_ok=True)
-    p.stage("clips", data / "cues.json", lambda: world.build(data, seed=0, scale=args.scale))
-    p.stage("humanomni", p.out / "humanomni" / "model.safetensors", lambda: make_humanomni(p.out, data, args))
+    p.stage("clips", [data / "cues.json"], [], lambda: world.build(data, seed=0, scale=args.scale))
+    p.stage("humanomni", [weights(p.out / "humanomni")], [data / "cues.json"], lambda: make_humanomni(p.out, data, args))
     p.train("base", "sft.py", model=p.out / "humanomni", data=data / "toy_base_train.json", prompt="row", allow_labels=True,
             train="decoder", max_steps=p.steps(500), batch_size=16, micro_batch=16, lr=2e-3)
     p.train("emer_sft", "sft.py", model=p.out / "base" / "latest", data=data / "toy_emer_train.json",
