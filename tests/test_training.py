@@ -1,0 +1,86 @@
+"""The optimiser that both trainers share, and the logs of a run folder."""
+import json
+
+import torch
+
+from common import start_ranks
+from training import MasterAdamW, RunFolder, read_jsonl
+
+LR = 1e-6
+
+
+def gradients(step: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(step)).to(like.dtype)
+
+
+def weights() -> torch.Tensor:
+    return (0.02 * torch.randn(20_000, generator=torch.Generator().manual_seed(99))).bfloat16()
+
+
+def test_masters_move_where_bf16_weights_stand_still():
+    """Stops: AdamW on bf16 weights, where an update of 1e-6 is rounded away for nearly every weight."""
+    ranks = start_ranks("cpu")
+    plain = torch.nn.Parameter(weights())
+    adam = torch.optim.AdamW([plain], lr=LR, weight_decay=0.0)
+    kept = torch.nn.Parameter(weights())
+    ours = MasterAdamW([kept], LR)
+    for _ in range(20):
+        plain.grad, kept.grad = gradients(0, plain), gradients(0, kept)
+        adam.step()
+        ours.collect()
+        assert ours.step(ranks, LR, 0.0)[1]
+    start = weights()
+    assert (plain != start).float().mean() < 0.05                    # the negative control
+    moved = (ours.masters[0].detach() - start.float()).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 20 * LR), rtol=0.02, atol=1e-8)
+    assert torch.equal(kept, ours.masters[0].detach().bfloat16())    # and the working weights are the masters, rounded
+
+
+def test_one_step_is_adamw_on_the_clipped_sum_of_micro_batches():
+    """Stops: a mean instead of a sum, clipping per parameter, weight decay lost, gradients left for the next step."""
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.arange(6.0).view(2, 3)), torch.nn.Parameter(torch.ones(4))] for _ in range(2))
+    optimizer = MasterAdamW(ours, LR, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs, lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        parts = [[torch.randn_like(p) for p in ours] for _ in range(2)]
+        for part in parts:
+            for p, g in zip(ours, part):
+                p.grad = g.clone()
+            optimizer.collect()
+        for p, *gs in zip(theirs, *parts):
+            p.grad = sum(gs)
+        expected = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
+        reference.step()
+        norm, moved = optimizer.step(start_ranks("cpu"), 0.01, 0.5)
+        assert moved
+        torch.testing.assert_close(torch.tensor(norm), expected)
+        for a, b in zip(ours, theirs):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    """Stops: one NaN that makes every weight NaN; and Adam's moments poisoned for the steps after it."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = MasterAdamW([p], 0.1)
+    p.grad = torch.tensor([1.0, float("nan"), 1.0])
+    optimizer.collect()
+    assert optimizer.step(start_ranks("cpu"), 0.1, 1.0)[1] is False and torch.equal(p, torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer.collect()
+    assert optimizer.step(start_ranks("cpu"), 0.1, 0.0)[1] is True
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
+
+
+def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
+    """Stops: rows lost on resume because a policy sampled U+2028, NaN that no JSON reader takes, duplicated steps."""
+    folder = object.__new__(RunFolder)
+    folder.path, folder.ranks = tmp_path, start_ranks("cpu")
+    folder.append("rollouts.jsonl", [{"step": s, "text": "a\u2028b\u0085c", "kl": float("nan")} for s in (1, 2, 3)])
+    with open(tmp_path / "rollouts.jsonl", "ab") as file:
+        file.write('{"step": 4, "text": "\u00e9'.encode()[:-1])
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert [r["step"] for r in rows] == [1, 2, 3] and rows[0] == {"step": 1, "text": "a\u2028b\u0085c", "kl": None}
+    folder.truncate(2)
+    lines = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["step"] for line in lines[:-1]] == [1, 2]
