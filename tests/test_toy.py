@@ -79,8 +79,8 @@ def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
 
 def test_cue_rates_by_hand():
     """Stops: recall and precision swapped, or averaged per clip instead of over all cues."""
-    cues = {"a": {"brows": "raised", "pitch": "low"}, "b": {"brows": "level", "pitch": "high"}}
-    result = {"predictions": [{"id": "a", "text": "<think>brows raised, pitch high</think><answer>sad</answer>"},
+    typical = toy.world.EMOTIONS["happy"]                            # ten cues: brows level, pitch high, ...
+    result = {"predictions": [{"id": "a", "text": "<think>brows level, pitch high, eyes wide</think><answer>flat</answer>"},
                               {"id": "b", "text": "<think>nothing</think>"}]}
-    recall, precision = cue_rates(result, cues)
-    assert (recall, precision) == pytest.approx((100 * 1 / 4, 100 * 1 / 2))
+    recall, precision = cue_rates(result, {"a": typical, "b": typical})
+    assert (recall, precision) == pytest.approx((100 * 2 / 20, 100 * 2 / 3))
