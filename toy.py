@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import toy_world as world
 from checkpoint import BERT_FILES, TOKENIZER_FILES
-from common import UserError, run_main, write_text
+from common import UserError, run_main, write_json, write_text
 from data import CHATML, QUESTION, THINK, ClipDataset, Processor, loader, read_samples
 from model import Config, HumanOmni
 
@@ -99,10 +99,6 @@ def write_tokenizers(folder: Path, texts: list[str]) -> tuple[int, int]:
     (bert / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     write_json(bert / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer", "do_lower_case": True})
     return size + len(SPECIAL), len(vocabulary)
-
-
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def tiny_humanomni(folder: Path, texts: list[str], seed: int) -> HumanOmni:
@@ -307,8 +303,9 @@ def build(p: Pipeline) -> None:
             train="decoder", max_steps=p.steps(500), batch_size=16, micro_batch=16, lr=2e-3)
     p.train("emer_sft", "sft.py", model=p.out / "base" / "latest", data=data / "toy_emer_train.json",
             max_steps=p.steps(400), batch_size=8, micro_batch=8, lr=2e-3)
-    p.train("label_sft", "sft.py", model=p.out / "base" / "latest", data=data / "rl_train.json", prompt="label",
-            max_steps=p.steps(300), batch_size=16, micro_batch=16, lr=1e-3)
+    labels = {"model": p.out / "base" / "latest", "data": data / "rl_train.json", "prompt": "label",
+              "max_steps": p.steps(300), "batch_size": 16, "micro_batch": 16, "lr": 1e-3}
+    p.train("label_sft", "sft.py", **labels)
     p.train("r1", "grpo.py", model=p.out / "emer_sft" / "latest", data=data / "rl_train.json",
             max_steps=p.steps(240), prompts_per_step=8, num_generations=8, micro_batch=8, max_new_tokens=MAX_NEW_TOKENS,
             lr=6e-4, lr_floor=0.1, beta=0.04)
@@ -316,8 +313,7 @@ def build(p: Pipeline) -> None:
         p.evaluate(name, p.out / model, **flags)
     if args.modalities:
         for modal in ("video", "audio"):
-            p.train(f"label_{modal}", "sft.py", model=p.out / "base" / "latest", data=data / "rl_train.json", prompt="label",
-                    max_steps=p.steps(300), batch_size=16, micro_batch=16, lr=1e-3, modal=modal)
+            p.train(f"label_{modal}", "sft.py", **labels, modal=modal)
             p.evaluate(f"label_{modal}", p.out / f"label_{modal}" / "latest", modal=modal, label_only=True)
 
 

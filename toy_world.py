@@ -35,6 +35,8 @@ import av
 import numpy as np
 from tqdm import tqdm
 
+from common import write_json
+
 VERSION = 2             # raise it when a change alters clips or texts: old folders are then refused
 SIZE, FPS, SECONDS, SAMPLE_RATE = 64, 10, 2.0, 16_000
 FRAMES, SAMPLES = round(FPS * SECONDS), round(SAMPLE_RATE * SECONDS)
@@ -478,12 +480,6 @@ def encode(path: Path, frames: np.ndarray, samples: np.ndarray) -> None:
 
 def make(out: Path, seed: int, clip: Clip) -> None:
     encode(out / clip.path, *render(seed, clip))
-
-
-def write_json(path: Path, data) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, path)
 
 
 def row(seed: int, clip: Clip) -> dict:
