@@ -1,0 +1,730 @@
+"""Data sets become sample files, on invented copies of the official size; splits; the check of every clip."""
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import fake_datasets as fake
+import pytest
+
+import convert
+import rewards
+from common import UserError
+from data import QUESTION, THINK, ClipError, read_clip, read_samples
+
+# MAFW's words and ours, typed apart from convert.py.
+OURS = {"anger": "angry", "disgust": "disgust", "fear": "fear", "happiness": "happy", "neutral": "neutral",
+        "sadness": "sad", "surprise": "surprise", "contempt": "contemptuous", "anxiety": "anxious",
+        "helplessness": "helpless", "disappointment": "disappointed"}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("sets")
+    fake.build_all(root)
+    return root
+
+
+def run(command: str, **flags) -> list:
+    """A converter's samples, as data.read_samples sees them with the default --media_root."""
+    function, args_cls = convert.COMMANDS[command]
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    function(args_cls(**flags))
+    return read_samples(flags["out"], flags.get("media_root", flags["root"]))
+
+
+def refused(*said: str, command: str, **flags) -> str:
+    """The command ends in one sentence that has all of `said`, and writes nothing."""
+    with pytest.raises(UserError) as error:
+        run(command, **flags)
+    message = str(error.value)
+    for words in said:
+        assert words in message, message
+    assert "\n" not in message and not Path(flags["out"]).exists()
+    return message
+
+
+def with_list(root: Path, copy: Path, *files: Path) -> Path:
+    """A second root with the same clips and copies of these lists, to be spoilt."""
+    for entry in root.iterdir():
+        if entry.name not in ("EmoLabel_DataSplit", "Train & Test Set"):
+            (copy / entry.name).symlink_to(entry)
+    for file in files:
+        (copy / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, copy / file.relative_to(root))
+    return copy
+
+
+def small_dfew(root: Path, monkeypatch, lines: str, clips: list[str], official: dict[str, int]) -> Path:
+    """A DFEW of a few clips, and the official numbers to match."""
+    monkeypatch.setitem(convert.FOLD_1, "dfew", {"train": official})
+    file = fake.dfew_list(root, 1, "train")
+    file.parent.mkdir(parents=True)
+    file.write_text(lines)
+    fake.link_clips(root, clips)
+    return file
+
+
+# ------------------------------------------------------------------------------------------------
+# DFEW and MAFW
+# ------------------------------------------------------------------------------------------------
+
+def test_the_official_numbers():
+    """Stops a slip of the keyboard in a table that every user's data set is measured by."""
+    words = {"dfew": fake.DFEW_WORDS, "mafw": [OURS[word] for word in fake.MAFW_WORDS]}
+    typed = {"dfew": (fake.DFEW_TRAIN, fake.DFEW_TEST, fake.DFEW_TESTS, 11_697),
+             "mafw": (fake.MAFW_TRAIN, fake.MAFW_TEST, fake.MAFW_TESTS, 9_172)}
+    for name, (train, test, tests, total) in typed.items():
+        assert convert.FOLD_1[name] == {"train": dict(zip(words[name], train)), "test": dict(zip(words[name], test))}
+        assert convert.FOLDS[name]["test"] == tests and sum(tests) == total
+        assert [a + b for a, b in zip(*convert.FOLDS[name].values())] == [total] * 5
+        assert sum(train) == convert.FOLDS[name]["train"][0] and sum(test) == tests[0]
+
+
+@pytest.mark.parametrize("name", ["dfew", "mafw"])
+def test_all_official_folds(name, sets, tmp_path):
+    """Stops a wrong label, a wrong path, a clip in the wrong part, on any fold: all of the official size."""
+    root = sets / name.upper()
+    tests: list[str] = []
+    for number, fold in enumerate(fake.dfew_folds() if name == "dfew" else fake.mafw_folds(), 1):
+        ids = {}
+        for part, rows in fold.items():
+            samples = run(name, root=root, fold=number, part=part, out=tmp_path / f"{number}_{part}.json")
+            if name == "dfew":
+                expected = [(fake.dfew_path(clip), word) for clip, word in rows]
+            else:
+                expected = [(f"data/clips/{clip}", OURS[word]) for clip, word in rows]
+            assert [(s.id, s.answer) for s in samples] == expected
+            assert {s.dataset for s in samples} == {f"{name}/fold{number}/{part}"}
+            assert len(samples) == convert.FOLDS[name][part][number - 1]
+            ids[part] = {s.id for s in samples}
+        assert not ids["train"] & ids["test"] and len(ids["train"] | ids["test"]) == convert.FOLDS[name]["test"][0] + \
+            convert.FOLDS[name]["train"][0]
+        tests += ids["test"]
+    assert len(tests) == len(set(tests)) == sum(convert.FOLDS[name]["test"])
+
+
+def test_a_row(sets, tmp_path, capsys):
+    """Stops a row that R1-Omni's code or our reader would take for something else, and a table without the numbers."""
+    out = tmp_path / "a.json"
+    samples = run("dfew", root=sets / "DFEW", fold=1, part="test", out=out)
+    clip = fake.dfew_folds()[0]["test"][0][0]
+    assert json.loads(out.read_text())[0] == {
+        "video": f"Clip/original/part_{(clip - 1) // 1600 + 1}/{clip}.mp4",
+        "conversations": [{"from": "human", "value": f"<video>\n<audio>\n{QUESTION}{THINK}"},
+                          {"from": "gpt", "value": "happy"}],
+        "dataset": "dfew/fold1/test"}
+    assert samples[0].question == QUESTION + THINK and samples[0].modal == "video_audio" and samples[0].target == "happy"
+    assert samples[0].clip.exists() and read_clip(samples[0].clip).has_audio
+    printed = capsys.readouterr().out
+    assert re.search(r"^ +official +listed +found$", printed, re.M)
+    for word, count in zip(fake.DFEW_WORDS, fake.DFEW_TEST):
+        assert re.search(rf"^{word} +{count} +{count} +{count}$", printed, re.M)
+    assert re.search(r"^all +2341 +2341 +2341$", printed, re.M) and "note:" not in printed
+
+
+def test_paths_from_another_folder(sets, tmp_path):
+    """Stops two data sets from being trained on together: their paths must start from one folder."""
+    samples = run("mafw", root=sets / "MAFW", media_root=sets, fold=2, part="test", out=tmp_path / "a.json")
+    assert samples[0].id.startswith("MAFW/data/clips/") and samples[0].clip.exists()
+
+
+def test_flat_layout(tmp_path, monkeypatch, capsys):
+    """Stops a DFEW without part folders being refused, and padded files of another clip being taken for it."""
+    small_dfew(tmp_path, monkeypatch, "video_name,label\n1,1\n10001,2\n",
+               [f"videos/{name}" for name in ("1.mp4", "10001.mp4", "00001.mp4", "10001.avi", "5.mp4")],
+               {"happy": 1, "sad": 1})
+    samples = run("dfew", root=tmp_path, fold=1, part="train", out=tmp_path / "a.json")
+    assert [(s.id, s.answer) for s in samples] == [("videos/1.mp4", "happy"), ("videos/10001.mp4", "sad")]
+    assert "note: no clip at all of 5 classes: surprise, neutral, angry, disgust, fear" in capsys.readouterr().out
+
+
+def test_missing_clips(sets, tmp_path, capsys):
+    """Stops an incomplete folder giving a smaller data set that nobody notices."""
+    file = fake.dfew_list(sets / "DFEW", 1, "test")
+    root = with_list(sets / "DFEW", tmp_path, file)
+    lines = file.read_text().splitlines()
+    happy = [i for i, line in enumerate(lines) if line.endswith(",1")][:3]
+    for new, i in enumerate(happy, 90001):
+        lines[i] = f"{new},1"
+    (root / file.relative_to(sets / "DFEW")).write_text("\n".join(lines))
+    flags = {"command": "dfew", "root": root, "fold": 1, "part": "test", "out": tmp_path / "a.json"}
+    refused("set_1.csv", "3 of its 2341 clips", str(root), "--allow_missing", **flags)
+    printed = capsys.readouterr().out
+    assert re.search(r"^happy +489 +489 +486$", printed, re.M) and re.search(r"^all +2341 +2341 +2338$", printed, re.M)
+    assert "note: 3 of 2341 listed clips are missing: 90001, 90002, 90003" in printed
+    samples = run(**flags, allow_missing=tmp_path / "missing.txt")
+    assert len(samples) == 2338 and (tmp_path / "missing.txt").read_text() == "90001\n90002\n90003\n"
+    assert not {"90001", "90002", "90003"} & {s.clip.stem for s in samples}
+
+
+@pytest.mark.parametrize("fold", [1, 2])
+def test_lists_of_another_size(fold, sets, tmp_path):
+    """Stops a list that lost or gained lines, or whose labels were touched: its numbers compare with nobody's."""
+    file = fake.dfew_list(sets / "DFEW", fold, "test")
+    root = with_list(sets / "DFEW", tmp_path, file)
+    copy, lines = root / file.relative_to(sets / "DFEW"), file.read_text().splitlines()
+    at = next(i for i, line in enumerate(lines) if line.endswith(",7"))
+    flags = {"command": "dfew", "root": root, "fold": fold, "part": "test", "out": tmp_path / "a.json"}
+
+    copy.write_text("\n".join(lines[:at] + lines[at + 1:]))
+    refused(str(copy), "fear 180 instead of 181" if fold == 1 else "all 2340 instead of 2341", "lacks", **flags)
+    assert len(run(**flags, allow_missing=tmp_path / "missing.txt")) == 2340
+    (tmp_path / "a.json").unlink()
+
+    stranger = next(str(clip) for clip in range(1, 16373) if not re.search(rf"^{clip},", file.read_text(), re.M))
+    copy.write_text("\n".join([*lines, f"{stranger},7"]))
+    refused(str(copy), "fear 182 instead of 181" if fold == 1 else "all 2342 instead of 2341", "has more clips", **flags,
+            allow_missing=tmp_path / "missing.txt")
+    if fold == 1:
+        copy.write_text("\n".join([*lines[:at], lines[at][:-1] + "6", *lines[at + 1:]]))
+        refused("disgust 30 instead of 29", "fear 180 instead of 181", **flags, allow_missing=tmp_path / "missing.txt")
+
+
+def test_counting_from_zero_is_refused(sets, tmp_path):
+    """Stops a repackaged DFEW, whose label 1 means sad, being trained on with every emotion shifted."""
+    file = fake.dfew_list(sets / "DFEW", 1, "train")
+    root = with_list(sets / "DFEW", tmp_path, file)
+    lines = [f"{line[:-1]}{int(line[-1]) - 1}" for line in file.read_text().splitlines()[1:]]
+    (root / file.relative_to(sets / "DFEW")).write_text("\n".join(["video_name,label", *lines]))
+    number = next(i for i, line in enumerate(lines, 2) if line.endswith("0"))
+    refused(f"set_1.csv line {number}", "label 0", "counts from 0", command="dfew", root=root, fold=1, part="train",
+            out=tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("lines, said", [
+    ("video_name,label\n1,1\nabc,2\n", "line 3: the clip 'abc' is not a number; expected video_name,label as in 1600,3"),
+    ("video_name,label\n1,8\n", "line 2: the label '8' is not a number from 1 (happy) to 7 (fear)"),
+    ("video_name,label\n\n1,happy\n", "line 3: the label 'happy'"),
+    ("video_name,label\n1.0,1\n", "line 2: the clip '1.0'"),
+    ("video_name,label\n1\n", "line 2: has 1 values, expected 2 (video_name,label)"),
+    ("video_name,label\n1,1,1\n", "line 2: has 3 values, expected 2"),
+    ("1,1\n2,1\n", "line 1: expected the columns video_name, label; found 1, 1"),
+    ("video_name;label\n1;1\n", "line 1: expected the columns"),
+    ("video_name,label\n1,1\n2,1\n1,3\n", "line 4: the clip 1 is listed as neutral, but with another label"),
+    ('video_name,label\n1,1\n"2,1\n3,1\n', "a quotation mark is opened and never closed"),
+    ("", "is empty, expected a header with video_name, label"),
+    ("\n \n", "is empty"),
+])
+def test_bad_lines_of_dfew(lines, said, tmp_path, monkeypatch):
+    """Stops a damaged list being read as something, or refused without the line that is to blame."""
+    file = small_dfew(tmp_path, monkeypatch, lines, ["videos/1.mp4"], {"happy": 1})
+    refused(str(file), said, command="dfew", root=tmp_path, fold=1, part="train", out=tmp_path / "a.json")
+
+
+def test_untidy_lists_are_read(tmp_path, monkeypatch, capsys):
+    """Stops a list that went through a spreadsheet (mark, CRLF, quotes, spaces, empty lines) being misread."""
+    file = small_dfew(tmp_path, monkeypatch, "", ["videos/1.mp4", "videos/22.mp4", "videos/3.mp4"], {"happy": 1, "fear": 2})
+    file.write_bytes(b'\xef\xbb\xbfvideo_name,label\r\n"1","1"\r\n 22 , "7" \r\n\r\n"00003" ,7,\r\n22,7\r\n,\r\n\r\n')
+    samples = run("dfew", root=tmp_path, fold=1, part="train", out=tmp_path / "a.json")
+    assert [(s.clip.stem, s.answer) for s in samples] == [("1", "happy"), ("22", "fear"), ("3", "fear")]
+    assert f"note: 1 lines repeat a clip and were left out; the first is {file} line 6" in capsys.readouterr().out
+
+
+def test_text_of_another_encoding(tmp_path, monkeypatch):
+    """Stops a decoding error without the file and the line."""
+    file = small_dfew(tmp_path, monkeypatch, "", ["videos/1.mp4"], {"happy": 1})
+    file.write_bytes(b"video_name,label\n1,1\n\xff\xfe,1\n")
+    refused(f"{file} line 3: is not utf-8 text", command="dfew", root=tmp_path, fold=1, part="train",
+            out=tmp_path / "a.json")
+
+
+def test_a_clip_in_train_and_test(sets, tmp_path):
+    """Stops a leak: a list that was mixed up trains on what it tests."""
+    train, test = (fake.dfew_list(sets / "DFEW", 1, part) for part in ("train", "test"))
+    root = with_list(sets / "DFEW", tmp_path, train, test)
+    shutil.copy(fake.dfew_list(sets / "DFEW", 2, "test"), root / test.relative_to(sets / "DFEW"))
+    for part in ("train", "test"):
+        refused("2341 clips are in train and test of fold 1", "set_1.csv line", command="dfew", root=root, fold=1, part=part,
+                out=tmp_path / "a.json")
+
+
+def test_two_files_of_one_name(tmp_path, monkeypatch):
+    """Stops one of two files being picked at random where a copy lies about."""
+    small_dfew(tmp_path, monkeypatch, "video_name,label\n1,1\n", ["Clip/original/part_1/1.mp4", "Clip/original/cut/1.mp4"],
+               {"happy": 1})
+    flags = {"command": "dfew", "root": tmp_path, "fold": 1, "part": "train", "out": tmp_path / "a.json"}
+    refused("1 clips are there more than once", "part_1/1.mp4", "cut/1.mp4", "--clips", **flags)
+    assert [s.id for s in run(**flags, clips="Clip/original/part_1")] == ["Clip/original/part_1/1.mp4"]
+
+
+def test_wrong_flags(sets, tmp_path):
+    """Stops a wrong flag ending in a traceback, or being found only after the work is done."""
+    flags = {"root": sets / "DFEW", "fold": 1, "part": "train", "out": tmp_path / "a.json"}
+    refused("--fold 6", "1 to 5", command="dfew", **flags | {"fold": 6})
+    refused("--root", "none: no such folder", command="dfew", **flags | {"root": tmp_path / "none"})
+    refused("set_1.csv", "No such file", "--root", command="dfew", **flags | {"root": tmp_path})
+    refused("--clips x", command="dfew", **flags, clips="x")
+    refused("cannot write", command="dfew", **flags | {"out": tmp_path / "none" / "a.json"})
+    refused("cannot write", command="dfew", **flags, allow_missing=tmp_path)
+    for command, more in (("ravdess", {}), ("emer", {}), ("mer2025", {}), ("r1omni", {"data": "x"})):
+        refused("no such folder", command=command, root=tmp_path / "none", out=tmp_path / "a.json", **more)
+    refused("lists 1440 clips that can be used, and none", "is it the right folder", command="ravdess", root=tmp_path,
+            out=tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("lines, said", [
+    ("00001.mp4 anger\n00002.mp4 3\n", "line 2: '00002.mp4 3' has no label; expected 00025.mp4 anger"),
+    ("00001.mp4 happy\n", "never a number"),
+    ("00001.mp4 anger fear\n", "line 1: '00001.mp4 anger fear' is no clip and label"),
+    ("\n00001.mp4\n", "line 2: '00001.mp4' is no clip and label"),
+    ("anger 00001.mp4\n", "line 1: 'anger 00001.mp4' is no clip and label"),
+    ("00001.mp4 anger\n00001.mp4 fear\n", "line 2: the clip 00001 is listed as fear"),
+])
+def test_bad_lines_of_mafw(lines, said, tmp_path):
+    """Stops ids of classes being trusted (their orders differ), and lines of another form."""
+    file = fake.mafw_list(tmp_path, 1, "train")
+    file.parent.mkdir(parents=True)
+    file.write_text(lines)
+    refused(str(file), said, command="mafw", root=tmp_path, fold=1, part="train", out=tmp_path / "a.json")
+
+
+def test_mafw_with_captions(sets, tmp_path, capsys):
+    """Stops the captioned lists (GB18030, tabs, no neutral clips) being misread, or held to the others' numbers."""
+    for number, fold in enumerate(fake.mafw_folds()[:2], 1):
+        samples = run("mafw", root=sets / "MAFW", fold=number, part="train", with_caption=True, out=tmp_path / "a.json")
+        assert [(s.clip.name, s.answer) for s in samples] == [(c, OURS[w]) for c, w in fold["train"] if w != "neutral"]
+    assert "note: no clip at all of 1 classes: neutral" in capsys.readouterr().out
+    file = fake.mafw_list(tmp_path, 1, "train", "with_caption")
+    file.parent.mkdir(parents=True)
+    file.write_bytes("00001.mp4\tanger\t<br>生气。\t<br>Angry, said with anger.\n00002.mp4\t4\t<br>好\n".encode("gb18030"))
+    refused("line 2", "with tabs between", command="mafw", root=tmp_path, fold=1, part="train", with_caption=True,
+            out=tmp_path / "b.json")
+
+
+def test_silent_clips_stay(tmp_path, monkeypatch):
+    """Stops MAFW's 21 clips without a sound track being dropped."""
+    monkeypatch.setitem(convert.FOLD_1, "mafw", {"train": {"angry": 1}})
+    file = fake.mafw_list(tmp_path, 1, "train")
+    file.parent.mkdir(parents=True)
+    file.write_text("\ufeff00001.mp4 anger\r\n\r\n")
+    fake.write_clip(tmp_path / "clips/00001.mp4", seconds=0)
+    sample, = run("mafw", root=tmp_path, fold=1, part="train", out=tmp_path / "a.json")
+    assert (sample.id, sample.modal) == ("clips/00001.mp4", "video_audio") and not read_clip(sample.clip).has_audio
+
+
+# ------------------------------------------------------------------------------------------------
+# RAVDESS
+# ------------------------------------------------------------------------------------------------
+
+def test_ravdess(sets, tmp_path, capsys):
+    """Stops a code being read as another emotion, and songs or silent pictures being taken."""
+    samples = run("ravdess", root=sets / "RAVDESS", out=tmp_path / "a.json")
+    words = dict(zip(("01", "02", "03", "04", "05", "06", "07", "08"),
+                     ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")))
+    assert len({s.id for s in samples}) == len(samples) == 1440 and {s.dataset for s in samples} == {"ravdess"}
+    for sample in samples:
+        fields = sample.clip.stem.split("-")
+        assert fields[:2] == ["01", "01"] and words[fields[2]] == sample.answer and sample.clip.exists()
+        assert sample.id == f"Actor_{fields[6]}/{sample.clip.name}"
+    assert Counter(s.answer for s in samples) == {word: 96 if word == "neutral" else 192 for word in words.values()}
+    assert Counter(s.clip.stem[-2:] for s in samples) == {f"{actor:02}": 60 for actor in range(1, 25)}
+    assert "note: 48 other clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("calm, expected", [("keep", {"neutral": 12, "calm": 24}), ("neutral", {"neutral": 36}),
+                                            ("drop", {"neutral": 12})])
+def test_calm_and_actors(calm, expected, sets, tmp_path):
+    """Stops calm, which no training set has, landing in another class than the one that was asked for."""
+    samples = run("ravdess", root=sets / "RAVDESS", calm=calm, actors=[1, 24, 7], out=tmp_path / "a.json")
+    others = dict.fromkeys(("happy", "sad", "angry", "fear", "disgust", "surprise"), 24)
+    assert Counter(s.answer for s in samples) == expected | others
+    assert {s.clip.stem[-2:] for s in samples} == {"01", "07", "24"}
+
+
+def test_ravdess_faults(tmp_path):
+    """Stops a missing clip of an actor or a misnamed file being passed over."""
+    names = [name for name, (_, actor) in convert.ravdess_names().items() if actor == 3]
+    fake.link_clips(tmp_path, [f"Actor_03/{name}.mp4" for name in names if not name.startswith("01-01-05-02-02-02")])
+    flags = {"command": "ravdess", "root": tmp_path, "out": tmp_path / "a.json"}
+    refused("1 of its 60 clips", "--allow_missing", **flags, actors=[3])
+    assert len(run(**flags, actors=[3], allow_missing=tmp_path / "missing.txt")) == 59
+    assert (tmp_path / "missing.txt").read_text() == "01-01-05-02-02-02-03\n"
+    (tmp_path / "a.json").unlink()
+    refused("--actors 25", "1 to 24", **flags, actors=[3, 25])
+    for name in ("01-01-09-01-01-01-03", "01-01-01-02-01-01-03", "01-01-03-01-01-03", "01-01-03-01-01-01-3"):
+        fake.link_clips(tmp_path, [f"Actor_03/{name}.mp4"])
+        refused(f"{name}.mp4", "is no name of RAVDESS", "01-01-03-02-01-02-24.mp4", **flags, actors=[3])
+        (tmp_path / f"Actor_03/{name}.mp4").unlink()
+
+
+# ------------------------------------------------------------------------------------------------
+# EMER and MER2025
+# ------------------------------------------------------------------------------------------------
+
+def test_emer(sets, tmp_path, capsys):
+    """Stops reasoning joined with another clip's label, and words outside the vocabulary."""
+    samples = run("emer", root=sets / "EMER", out=tmp_path / "a.json")
+    assert Counter(s.answer for s in samples) == {"happy": 56, "anxious": 56, "angry": 55, "sad": 55, "surprise": 55}
+    assert "note: 55 clips have no label of the vocabulary: left out" in capsys.readouterr().out
+    for sample in samples:
+        reason = fake.REASON.format(sample.clip.stem)
+        assert sample.target == f"<think>{reason}</think>\n<answer>{sample.answer}</answer>"
+        assert rewards.format(sample.target) == 1 and sample.clip.exists() and sample.dataset == "emer"
+    by_discrete = run("emer", root=sets / "EMER", labels=["label-disdim.csv"], out=tmp_path / "b.json")
+    assert Counter(s.answer for s in by_discrete) == {"happy": 56, "anxious": 56, "angry": 55, "sad": 55, "surprise": 55,
+                                                      "neutral": 55}
+    assert {s.id: s.answer for s in samples}.items() <= {s.id: s.answer for s in by_discrete}.items()
+
+
+def test_which_label_and_who_is_left_out(tmp_path, capsys):
+    """Stops the open words winning over the discrete label, and a clip vanishing without being counted."""
+    fake.link_clips(tmp_path, [f"video/{name}.mp4" for name in "abcdefgh"])
+    fake.write_csv(tmp_path / "final-EMER-reason.csv", [
+        ("name", "chinese", "english"), *((name, "", f"Why {name}.") for name in "abcd"), ("e", "", ""), ("f", "", "Why."),
+        ("g", "", "Why <answer>sad</answer>."), ("h", "", "Why.<|im_end|>"), ("z", "", "Gone."), ("a", "", "Why a.")])
+    fake.write_csv(tmp_path / "open.csv", [("name", "openset"), ("a", "['sad', 'happy']"), ("b", "['not happy', 'Furious']"),
+                                           ("c", "proud, worried"), ("d", "[]"), *((name, "['sad']") for name in "eghyz")])
+    fake.write_csv(tmp_path / "discrete.csv", [("name", "discrete", "valence"), ("a", "happy", "1"), ("b", "", "1"),
+                                               ("d", "odd", "")])
+    flags = {"command": "emer", "root": tmp_path, "labels": ["open.csv", "discrete.csv"], "out": tmp_path / "out.json"}
+    refused("final-EMER-reason.csv: 1 of its 4 clips", **flags)
+    capsys.readouterr()
+    samples = run(**flags, allow_missing=tmp_path / "missing.txt")
+    assert [(s.clip.stem, s.answer) for s in samples] == [("a", "happy"), ("b", "angry"), ("c", "anxious")]
+    printed = capsys.readouterr().out
+    for note in ("1 lines repeat a clip", "1 clips have no reasoning", "1 clips are in no file of labels",
+                 "1 clips have no label of the vocabulary", "2 clips have tags or chat markup in their reasoning",
+                 "1 clips have a label, but no row of reasoning"):
+        assert f"note: {note}" in printed
+    assert (tmp_path / "missing.txt").read_text() == "z\n"
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([("name", "chinese"), ("a", "x")], "line 1: expected the columns name, english; found name, chinese"),
+    ([("name", "english"), ("a", "x", "y")], "line 2: has 3 values, expected 2 (name,english); a text with commas"),
+    ([("name", "english"), ("a", "two\nlines"), ("a", "other")], "line 4: the clip a is listed as happy, but with another"),
+    ([("name", "english"), ("b", "x")], "lists 0 clips that can be used"),
+])
+def test_bad_reasons(rows, said, tmp_path):
+    """Stops a text being cut at a comma, and two texts of one clip; lines are counted as an editor does."""
+    fake.write_csv(tmp_path / "final-EMER-reason.csv", rows)
+    fake.write_csv(tmp_path / "final-openset-english.csv", [("name", "openset"), ("a", "['happy']")])
+    refused("final-EMER-reason.csv", said, command="emer", root=tmp_path, out=tmp_path / "a.json")
+    refused("final-EMER-reason.csv line 1: expected the columns name, discrete or openset", command="emer", root=tmp_path,
+            labels=["final-EMER-reason.csv"], out=tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("subset, rows", [("ovmerd", 332), ("mercaptionplus", 600)])
+def test_mer2025(subset, rows, sets, tmp_path):
+    """Stops tracks 2 and 3 being joined by row instead of by name: their orders differ."""
+    samples = run("mer2025", root=sets / "MER2025", subset=subset, out=tmp_path / "a.json")
+    assert len(samples) == rows - rows // 6 and {s.dataset for s in samples} == {"mer2025"}
+    lines = (sets / "MER2025" / f"track2_train_{subset}.csv").read_text().splitlines()[1:]
+    openset = dict(line.split(",", 1) for line in lines)
+    mean = {"happy": "happy", "anxious": "worried", "angry": "angry", "sad": "sad", "surprise": "surprised"}
+    for sample in samples:
+        assert mean[sample.answer] in openset[sample.clip.stem] and sample.clip.stem in sample.target
+
+
+# ------------------------------------------------------------------------------------------------
+# R1-Omni's files
+# ------------------------------------------------------------------------------------------------
+
+def rows_file(path: Path, *rows: tuple) -> Path:
+    """(video, target[, dataset]) each."""
+    path.write_text(json.dumps([{"video": video, "conversations": [{"from": "human", "value": "<video>\nWhich one?"},
+                                                                   {"from": "gpt", "value": target}]}
+                                | ({"dataset": dataset[0]} if dataset else {}) for video, target, *dataset in rows]))
+    return path
+
+
+def test_r1omni(sets, tmp_path):
+    """Stops another machine's path being taken for another set's clip, and its words staying as they were."""
+    samples = run("r1omni", data=sets / "r1omni.json", root=sets, out=tmp_path / "a.json")
+    rows = json.loads((sets / "r1omni.json").read_text())
+    assert len(samples) == len(rows) == 3000
+    for sample, row in zip(samples, rows):
+        said = row["conversations"][1]["value"]
+        assert sample.answer == sample.target == OURS.get(said, said)
+        assert sample.clip.name == Path(row["video"]).name and sample.clip.exists() and sample.dataset == "r1omni"
+        assert sample.id.split("/")[0] == ("DFEW" if "DFEW" in row["video"] else "MAFW")
+        assert sample.question == "Which emotion is the most obvious? Think first." and sample.modal == "video_audio"
+
+
+def test_paths_of_another_machine(tmp_path, capsys):
+    """Stops a guess where two files fit, or where the only namesake is of another data set."""
+    root = tmp_path / "sets"
+    fake.link_clips(root, ["DFEW/part_1/1.mp4", "MAFW/clips/1.mp4", "MAFW/clips/2.mp4", "MAFW/copy/2.mp4", "x/a/3.mp4",
+                           "x/b/3.mp4", "x/b/4.MP4", "x/5.mp4"])
+    data = rows_file(tmp_path / "theirs.json",
+                     ("/mnt/DFEW_all/1.mp4", "Happiness"), (r"D:\them\mafw\clips\1.mp4", "anger"),
+                     ("/mnt/dfew/2.mp4", "sad"), ("/mnt/3.mp4", "sad"), ("/mnt/b/3.mp4", "calm"),
+                     ("/mnt/4.mp4", "<think>Anger, no.</think>\n<answer>Anger</answer>"),
+                     ("/mnt/b/3.mp4", "He is happy to be there.", "theirs"), ("/mnt/dfew/5.mp4", "fear."))
+    flags = {"command": "r1omni", "data": data, "root": root, "out": tmp_path / "a.json"}
+    refused(str(data), "2 of its 8 clips", **flags)
+    capsys.readouterr()
+    samples = run(**flags, allow_missing=tmp_path / "missing.txt")
+    assert [(s.id, s.target) for s in samples] == [
+        ("DFEW/part_1/1.mp4", "happy"), ("MAFW/clips/1.mp4", "angry"), ("x/b/3.mp4", "calm"),
+        ("x/b/4.MP4", "<think>Anger, no.</think>\n<answer>angry</answer>"), ("x/b/3.mp4", "He is happy to be there."),
+        ("x/5.mp4", "fear")]
+    assert {s.modal for s in samples} == {"video"} and [s.dataset for s in samples] == ["r1omni"] * 4 + ["theirs", "r1omni"]
+    assert (tmp_path / "missing.txt").read_text() == "/mnt/dfew/2.mp4\n/mnt/3.mp4\n"
+    printed = capsys.readouterr().out
+    assert "note: 1 paths fit several files equally well" in printed
+    assert "note: 1 clips stand in several rows, which are kept: x/b/3.mp4" in printed
+    assert "note: labels outside the vocabulary are kept as they are: He is happy to be there., calm" in printed
+
+
+# ------------------------------------------------------------------------------------------------
+# Split
+# ------------------------------------------------------------------------------------------------
+
+def cut(*files: Path, tag: str = "", **flags) -> tuple[list, list]:
+    train, val = (files[0].with_name(f"{side}{tag}.json") for side in ("train", "val"))
+    convert.split(convert.SplitArgs(data=[str(file) for file in files], train=str(train), val=str(val), **flags))
+    return read_samples(train), read_samples(val)
+
+
+def uncut(*files: Path, said: str, **flags) -> None:
+    with pytest.raises(UserError, match=said):
+        cut(*files, tag="_refused", **flags)
+    assert not list(files[0].parent.glob("*_refused.json"))
+
+
+def test_split_of_a_data_set(sets, tmp_path, capsys):
+    """Stops a clip on both sides or on none, another class balance, and a choice that changes from run to run."""
+    whole = run("ravdess", root=sets / "RAVDESS", out=tmp_path / "whole.json")
+    capsys.readouterr()
+    train, val = cut(tmp_path / "whole.json", n=100)
+    printed = capsys.readouterr().out
+    ids = {s.id for s in val}
+    assert len(val) == 100 and [s.id for s in train] == [s.id for s in whole if s.id not in ids]
+    assert [vars(s) | {"clip": 0} for s in val] == [vars(s) | {"clip": 0} for s in whole if s.id in ids]
+    counts = Counter(s.answer for s in val)
+    for word, count in Counter(s.answer for s in whole).items():
+        assert abs(counts[word] - 100 * count / 1440) < 1
+        assert re.search(rf"^{word} +{count - counts[word]} +{counts[word]}$", printed, re.M)
+    assert re.search(r"^all +1340 +100$", printed, re.M)
+
+    assert [s.id for s in cut(tmp_path / "whole.json", tag="2", n=100)[1]] == [s.id for s in val]
+    other = {s.id for s in cut(tmp_path / "whole.json", tag="3", n=100, seed=1)[1]}
+    assert len(other & ids) < 25                      # 7 by chance
+    assert len(cut(tmp_path / "whole.json", tag="4", share=0.05)[1]) == 72
+    rows = json.loads((tmp_path / "whole.json").read_text())
+    random.Random(0).shuffle(rows)
+    (tmp_path / "shuffled.json").write_text(json.dumps(rows))
+    assert {s.id for s in cut(tmp_path / "shuffled.json", tag="5", n=100)[1]} == ids
+
+
+def test_split_of_two_data_sets(tmp_path):
+    """Stops validation clips that come from one of the two sets only: each class is drawn from both in proportion."""
+    files, start = [], 0
+    sets = {"dfew": {"happy": 200, "sad": 90, "fear": 60}, "mafw": {"happy": 100, "sad": 110, "anxious": 40}}
+    for name, sizes in sets.items():
+        labels = [label for label, count in sizes.items() for _ in range(count)]
+        files.append(rows_file(tmp_path / f"{name}.json", *((f"{start + i}.mp4", label, f"{name}/fold1/train")
+                                                            for i, label in enumerate(labels))))
+        start += len(labels)
+    for seed in range(5):
+        train, val = cut(*files, tag=str(seed), n=60, seed=seed)
+        assert len(train) + len(val) == 600 and not {s.id for s in train} & {s.id for s in val}
+        counts = Counter((s.answer, s.dataset) for s in val)
+        for key, count in Counter((s.answer, s.dataset) for s in train + val).items():
+            assert abs(counts[key] - count / 10) <= 1, key
+
+
+def test_quotas():
+    """Stops a rare class ending on one side only, and sums that are off by one."""
+    rng, free = random.Random(0), 0
+    for _ in range(500):
+        sizes = {str(c): rng.choice((1, 2, 3, rng.randint(1, 400))) for c in range(rng.randint(1, 12))}
+        low, high = sum(min(1, s - 1) for s in sizes.values()), sum(s - 1 for s in sizes.values())
+        n = rng.randint(low, high)
+        taken = convert.quotas(sizes, n)
+        assert sum(taken.values()) == n and taken.keys() == sizes.keys()
+        assert all(min(1, sizes[c] - 1) <= taken[c] <= sizes[c] - 1 for c in sizes)
+        share = {c: n * size / sum(sizes.values()) for c, size in sizes.items()}
+        if all(1 <= share[c] <= sizes[c] - 1 for c in sizes):                                   # no bound is in the way
+            free += 1
+            assert all(abs(taken[c] - share[c]) < 1 for c in sizes)
+    assert free > 20
+    assert convert.quotas({"happy": 90, "fear": 9, "calm": 1}, 10) == {"happy": 9, "fear": 1, "calm": 0}
+
+
+def test_small_and_repeated(tmp_path):
+    """Stops a clip with two texts standing on both sides, and a class of one clip leaving training."""
+    file = rows_file(tmp_path / "rows.json", *((f"{i}.mp4", "happy") for i in range(6)), ("7.mp4", "fear"), ("8.mp4", "sad"),
+                     ("9.mp4", "sad"), ("3.mp4", "<think>x</think><answer>happy</answer>"))
+    for seed in range(20):
+        train, val = cut(file, tag=str(seed), n=4, seed=seed)
+        sides = [{s.id for s in train}, {s.id for s in val}]
+        assert not sides[0] & sides[1] and len(sides[1]) == 4 and len(train) + len(val) == 10 and "7.mp4" in sides[0]
+        assert len({"8.mp4", "9.mp4"} & sides[1]) == 1
+    uncut(file, n=1, said="1 validation clips: must be 2 to 6")
+    uncut(file, n=7, said="must be 2 to 6")
+    uncut(file, share=0.999, said="9 validation clips")
+
+
+def test_a_test_part_is_never_validation(sets, tmp_path):
+    """Stops checkpoints being chosen on the test set, which is then no test."""
+    for name in ("dfew", "mafw"):
+        run(name, root=sets / name.upper(), fold=3, part="test", out=tmp_path / f"{name}.json")
+    uncut(tmp_path / "dfew.json", n=100, said=r"dfew.json: 2340 rows are of a test part \(.* of dfew/fold3/test\)")
+    good, fold2, one = (rows_file(tmp_path / f"{fold}.json", *((f"{fold}{i}.mp4", "sad", f"mafw/fold{fold}/train")
+                                                               for i in range(9)), *last)
+                        for fold, last in ((3, ()), (2, ()), (1, [("x.mp4", "sad", "mafw/fold1/test")])))
+    cut(good, n=2)
+    uncut(good, tmp_path / "mafw.json", n=2, said="mafw.json: 1833 rows are of a test part")
+    uncut(good, fold2, n=2, said="mafw/fold2 and mafw/fold3: what one fold trains on another tests on")
+    uncut(one, n=2, said="1 rows are of a test part")
+
+
+def test_split_flags(tmp_path, capsys):
+    """Stops a file being overwritten by its own part, and a size that was never given."""
+    file = rows_file(tmp_path / "rows.json", *((f"{i}.mp4", "happy") for i in range(9)))
+    uncut(file, said="--share 0.05 or --n 400")
+    uncut(file, n=3, share=0.3, said="--share 0.05 or --n 400")
+    uncut(file, n=3, seed=-1, said="--seed -1")
+    uncut(tmp_path / "none.json", n=3, said="none.json")
+    for train, val in (("rows.json", "v.json"), ("t.json", "rows.json"), ("t.json", "t.json")):
+        with pytest.raises(UserError, match="different files"):
+            convert.split(convert.SplitArgs(data=[str(file)], train=str(tmp_path / train), val=str(tmp_path / val), n=3))
+    with pytest.raises(UserError, match="cannot write"):
+        convert.split(convert.SplitArgs(data=[str(file)], train=str(tmp_path / "t"), val=str(tmp_path / "x" / "v"), n=3))
+    cut(file, n=3)
+    assert "note: 9 rows do not say which data set" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# Check
+# ------------------------------------------------------------------------------------------------
+
+def checked(file: Path, **flags) -> dict:
+    convert.check(convert.CheckArgs(data=str(file), out=str(file.with_name("report.json")), **flags))
+    return json.loads(file.with_name("report.json").read_text())
+
+
+def found(report: dict, kind: str) -> dict[str, str]:
+    return {row["id"]: row["reason"] for row in report[kind]}
+
+
+def test_check(tmp_path, capsys):
+    """Stops a fault going unseen until the run that trips over it, and a sound clip being called faulty."""
+    fake.write_clip(tmp_path / "good.mp4", frames=8)
+    fake.write_clip(tmp_path / "mute.mp4", seconds=0)
+    fake.write_clip(tmp_path / "zeros.mp4", level=0.0)
+    fake.write_clip(tmp_path / "short.mp4", frames=7)
+    fake.write_clip(tmp_path / "both.mp4", frames=2, seconds=0)
+    (tmp_path / "text.mp4").write_text("404 not found\n" * 50)
+    content = fake.write_clip(tmp_path / "whole.mp4", frames=40).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[:len(content) // 2])
+    # An avi has its index at the end too, but its packets can be read without.
+    long = fake.write_clip(tmp_path / "long.avi", frames=40, seconds=0)
+    damaged = bytearray(long.read_bytes())
+    at = [i for i in range(len(damaged)) if damaged.startswith(b"00dc", i)][20]
+    damaged[at + 8:at + 300] = bytes(292)
+    (tmp_path / "damaged.avi").write_bytes(damaged)
+    names = "good.mp4 mute.mp4 zeros.mp4 short.mp4 both.mp4 text.mp4 cut.mp4 damaged.avi gone.mp4 good.mp4".split()
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([{"video": name, "conversations": [{"from": "human", "value": "<video>\n<audio>\nWhich?"},
+                                                                  {"from": "gpt", "value": "happy"}]} for name in names]))
+    for workers in (1, 3):
+        report = checked(file, workers=workers)
+        assert report["clips"] == 9 and report["good"] == 1
+        bad = found(report, "bad")
+        assert list(bad) == ["text.mp4", "cut.mp4", "gone.mp4"] and "no such file" in bad["gone.mp4"]
+        assert all(str(tmp_path / name) in reason for name, reason in bad.items())
+        silent = found(report, "silent")
+        assert list(silent) == ["mute.mp4", "zeros.mp4", "both.mp4", "damaged.avi"]
+        assert "no audio track" in silent["mute.mp4"] and "zeros" in silent["zeros.mp4"]
+        assert found(report, "short") == {"short.mp4": "7 frames, 8 are taken: some twice",
+                                          "both.mp4": "2 frames, 8 are taken: some twice"}
+        assert list(found(report, "degraded")) == ["damaged.avi"]
+    printed = capsys.readouterr().out
+    assert re.search(r"^bad +3   first: text.mp4: ", printed, re.M)
+    assert re.search(r"^all +9   1 of them without a fault", printed, re.M)
+    assert not found(checked(file, num_frames=2), "short")
+
+
+def test_check_asks_only_for_what_the_row_has(tmp_path):
+    """Stops a video-only row being called silent, and a sound file being called short."""
+    fake.write_clip(tmp_path / "mute.mp4", seconds=0)
+    fake.write_clip(tmp_path / "heard.mp4", frames=1)
+    rows = []
+    for name, media in (("mute.mp4", "<video>"), ("heard.mp4", "<audio>"), ("mute.mp4", "<video>\n<audio>")):
+        rows.append({"video": name, "conversations": [{"from": "human", "value": f"{media}\nWhich?"},
+                                                      {"from": "gpt", "value": "happy"}]})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    report = checked(tmp_path / "rows.json", workers=1)
+    assert report["clips"] == 3 and report["good"] == 2 and list(found(report, "silent")) == ["mute.mp4"]
+
+
+def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
+    """Stops one clip on which the decoder crashes taking the whole check, or its neighbours, with it."""
+    fake.link_clips(tmp_path, [f"{i}.mp4" for i in range(12)])
+    file = rows_file(tmp_path / "rows.json", *((f"{i}.mp4", "happy") for i in range(12)))
+    real = convert.inspect_clip
+
+    def deadly(sample, num_frames):
+        if sample.id in ("0.mp4", "5.mp4", "11.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sample.id == "7.mp4":
+            os._exit(3)
+        return real(sample, num_frames)
+
+    monkeypatch.setattr(convert, "inspect_clip", deadly)
+    for workers in (1, 2, 20):
+        report = checked(file, workers=workers)
+        bad = found(report, "bad")
+        assert list(bad) == ["0.mp4", "5.mp4", "7.mp4", "11.mp4"] and report["good"] == 8, bad
+        assert "exit code -9" in bad["5.mp4"] and "exit code 3" in bad["7.mp4"] and str(tmp_path / "7.mp4") in bad["7.mp4"]
+
+
+def test_an_error_that_nobody_foresaw(tmp_path, monkeypatch):
+    """Stops an exception of a library ending a check of ten thousand clips."""
+    fake.link_clips(tmp_path, ["a.mp4", "b.mp4"])
+
+    def broken(path, *_, **__):
+        if path.name == "a.mp4":
+            raise MemoryError("of the test")
+        raise ClipError(f"{path}: told")
+
+    monkeypatch.setattr(convert, "read_clip", broken)
+    report = checked(rows_file(tmp_path / "rows.json", ("a.mp4", "happy"), ("b.mp4", "sad")), workers=1)
+    assert found(report, "bad") == {"a.mp4": f"{tmp_path / 'a.mp4'}: MemoryError: of the test",
+                                    "b.mp4": f"{tmp_path / 'b.mp4'}: told"}
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------
+
+def test_the_real_command(tmp_path):
+    """Stops `python data.py check` failing where the functions work: two copies of a module, processes, exit status."""
+    fake.link_clips(tmp_path, ["a.mp4", "b.mp4"])
+    rows_file(tmp_path / "rows.json", ("a.mp4", "happy"), ("b.mp4", "sad"), ("c.mp4", "sad"))
+    script = Path(convert.__file__).with_name("data.py")
+    report = tmp_path / "report.json"
+    done = subprocess.run([sys.executable, script, "check", "--data", tmp_path / "rows.json", "--out", report],
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 of them without a fault" in done.stdout and list(found(json.loads(report.read_text()), "bad")) == ["c.mp4"]
+
+
+@pytest.mark.parametrize("words, status, said", [
+    ([], 2, "usage: data.py COMMAND"), (["--help"], 0, "usage: data.py COMMAND"),
+    (["dfwe"], 2, "error: there is no command dfwe."),
+    (["dfew", "--help"], 0, "usage: data.py dfew [-h] --root ROOT"), (["mafw", "--fold", "1"], 2, "required: --root"),
+    (["ravdess", "--root", "none", "--out", "x.json", "--calm", "no"], 2, "invalid choice"),
+    (["dfew", "--root", "none", "--fold", "1", "--part", "val", "--out", "x.json"], 2, "invalid choice: 'val'"),
+    (["ravdess", "--root", "none", "--out", "x.json", "--actors", "1", "5"], 1, "error: --root none: no such folder."),
+])
+def test_usage(words, status, said, monkeypatch, capsys, tmp_path):
+    """Stops a mistyped command ending in a traceback, or in success."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["/some/where/data.py", *words])
+    with pytest.raises(SystemExit) as end:
+        convert.main()
+    printed = "".join(capsys.readouterr())
+    assert end.value.code == status and said in printed
+    if "COMMAND" in said:
+        assert all(re.search(rf"^    {name} +\w", printed, re.M) for name in convert.COMMANDS)
