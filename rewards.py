@@ -19,27 +19,28 @@ DFEW_WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
 VOCABULARY = (*DFEW_WORDS, "contemptuous", "disappointed", "helpless", "anxious")
 
 # What people (and models) write for each of them.  Written by hand; every alias has one target.
-# `calm` is in RAVDESS and means none of the eleven, so it is deliberately absent.
+# Words that fit two of them are deliberately absent: upset, frustrated, excited, hopeless, indifferent, horrified, tense.
+# So is `calm`, which is in RAVDESS and means none of the eleven.
 ALIASES = {
     "happy": "happiness happily joy joyful joyous cheerful glad delighted delight pleased elated amused "
              "amusement gleeful overjoyed",
     "surprise": "surprised surprising astonished astonishment amazed amazement shocked startled stunned",
-    "neutral": "neutrality indifferent expressionless emotionless unemotional",
+    "neutral": "neutrality expressionless emotionless unemotional",
     "angry": "anger angrily mad furious fury rage enraged irritated irritation annoyed annoyance outraged",
     "disgust": "disgusted disgusting revulsion revolted repulsed repulsion",
-    "sad": "sadness sadly unhappy sorrow sorrowful grief grieving heartbroken depressed melancholy "
+    "sad": "sadness sadly saddened unhappy sorrow sorrowful grief grieving heartbroken depressed melancholy "
            "miserable gloomy",
-    "fear": "fearful afraid scared frightened terrified terror fright horrified panicked panic",
+    "fear": "fearful afraid scared frightened terrified terror fright dread panicked panic",
     "contemptuous": "contempt disdain disdainful scorn scornful",
     "disappointed": "disappointment disappointing",
-    "helpless": "helplessness powerless powerlessness",
+    "helpless": "helplessness helplessly powerless powerlessness",
     "anxious": "anxiety anxiously worried worry nervous nervousness uneasy apprehensive",
 }
 _TARGET = {alias: word for word, aliases in ALIASES.items() for alias in (word, *aliases.split())}
 
 # A word right after one of these, or one word further on ("not very happy"), is denied, not stated.
-_NEGATIONS = frozenset("not no never neither nor without isn't aren't wasn't don't doesn't cannot "
-                       "can't hardly".split())
+_NEGATIONS = frozenset("not no non never neither nor without isn't aren't wasn't weren't don't doesn't didn't "
+                       "cannot can't hardly".split())
 
 
 def _between(text: str, opening: str, closing: str) -> tuple[int, int] | None:
@@ -81,6 +82,16 @@ def format(text: str) -> float:
 def bare_word(text: str) -> str | None:
     """The whole answer of a label-only model (no tags), stripped; None if it is empty."""
     return text.strip() or None
+
+
+def bare_accuracy(text: str, answer: str) -> float:
+    """R_acc of a label-only model: 1.0 if the whole answer is the label, whatever its case."""
+    return float(text.strip().lower() == answer.strip().lower())
+
+
+def bare_format(text: str) -> float:
+    """R_format of a label-only model: 1.0 if the text is exactly one bare word, without tags or punctuation."""
+    return float(text.strip().isalpha())
 
 
 def normalise(word: str) -> str | None:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import toy_world as world
 from checkpoint import BERT_FILES, TOKENIZER_FILES
 from common import UserError, run_main, write_json, write_text
-from data import CHATML, QUESTION, THINK, ClipDataset, Processor, loader, read_samples
+from data import CHATML, QUESTION, THINK, ClipDataset, Processor, View, loader, read_samples
 from model import Config, HumanOmni
 
 HERE = Path(__file__).parent
@@ -153,7 +153,8 @@ def read_media(name: str, processor: Processor, data: Path) -> tuple[torch.Tenso
     samples = read_samples(data / f"{name}.json")
     batches = [[(i, i) for i in range(at, min(at + 100, len(samples)))] for at in range(0, len(samples), 100)]
     frames, mels = [], []
-    for batch in tqdm(loader(ClipDataset(samples, processor, mode="row"), batches), desc=f"reading {name}", mininterval=1):
+    dataset = ClipDataset(samples, processor, View(prompt="row"))
+    for batch in tqdm(loader(dataset, batches), desc=f"reading {name}", mininterval=1):
         frames.append((batch.frames[:, 4:] * 127.5).round().to(torch.int8))      # there the expression is at its apex
         mels.append(batch.mel)
     return torch.cat(frames), torch.cat(mels), torch.tensor([values[s.id] for s in samples])
@@ -314,12 +315,12 @@ def build(p: Pipeline) -> None:
     if args.modalities:
         for modal in ("video", "audio"):
             p.train(f"label_{modal}", "sft.py", **labels, modal=modal)
-            p.evaluate(f"label_{modal}", p.out / f"label_{modal}" / "latest", modal=modal, label_only=True)
+            p.evaluate(f"label_{modal}", p.out / f"label_{modal}" / "latest", modal=modal, prompt="label")
 
 
 # name of the result, checkpoint, flags of eval.py
 ROWS = [("base", "base/latest", {}), ("emer_sft", "emer_sft/latest", {}),
-        ("label_sft", "label_sft/latest", {"label_only": True}), ("r1", "r1/latest", {})]
+        ("label_sft", "label_sft/latest", {"prompt": "label"}), ("r1", "r1/latest", {})]
 TITLES = {"base": "base (described clips)", "emer_sft": "EMER-SFT (cold start)", "label_sft": "MAFW-DFEW-SFT (labels)",
           "r1": "R1-Omni (RLVR)", "label_video": "labels, video alone", "label_audio": "labels, audio alone"}
 

@@ -1,76 +1,243 @@
-"""WAR, UAR, the confusion table and the two ways of scoring."""
-import random
+"""eval.py as a user calls it: views, prompts, sound files, result files, flags that have no meaning together."""
+import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from conftest import GOLDEN
 
-from eval import OTHER, class_recalls, confusion, format_confusion, summarise, war_uar
+import eval as eval_script
+import protocol
+from common import UserError, parse_args
+from data import CHOICES, THINK, View
 
-
-def test_war_and_uar_by_hand():
-    """Stops: a UAR weighted by class size, or percent mistaken for a share."""
-    truth = ["happy"] * 4 + ["sad"] * 2 + ["fear"]
-    predicted = ["happy", "happy", "happy", "sad", "sad", "fear", None]
-    war, uar = war_uar(truth, predicted)
-    assert war == pytest.approx(100 * 4 / 7)
-    assert uar == pytest.approx(100 * (3 / 4 + 1 / 2 + 0) / 3)
-
-
-def test_an_invented_word_is_wrong_and_not_a_class():
-    """Stops: a UAR averaged over predicted words too, which an invented word would lower twice."""
-    assert war_uar(["happy", "sad"], ["joyous", "sad"]) == (50.0, 50.0)
-    assert set(class_recalls(["happy", "sad"], ["joyous", "sad"])) == {"happy", "sad"}
+MODEL, MEDIA = GOLDEN / "humanomni", GOLDEN / "media"
+LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "calm"}
 
 
-def test_war_is_the_weighted_mean_of_the_recalls():
-    """Stops: WAR and per-class recall computed on different rows."""
-    rng = random.Random(0)
-    truth = rng.choices("abcd", [8, 4, 2, 1], k=300)
-    predicted = [t if rng.random() < 0.6 else rng.choice("abcdx") for t in truth]
-    recalls = class_recalls(truth, predicted)
-    war, uar = war_uar(truth, predicted)
-    assert war == pytest.approx(sum(r["n"] * r["recall"] for r in recalls.values()) / 300)
-    assert uar == pytest.approx(sum(r["recall"] for r in recalls.values()) / 4)
+def write_rows(path: Path, labels: dict[str, str] = LABELS, question: str = "Which emotion?", dataset: str = "") -> Path:
+    path.write_text(json.dumps([{"video": str(MEDIA / clip), "dataset": dataset, "conversations": [
+        {"from": "human", "value": f"<video>\n<audio>\n{question}"}, {"from": "gpt", "value": label}]}
+        for clip, label in labels.items()]))
+    return path
 
 
-def test_confusion_counts_every_clip_once_and_the_diagonal_is_the_recall():
-    """Stops: rows and columns swapped, answers outside the classes lost."""
-    truth, predicted = ["happy", "happy", "sad"], ["sad", "bliss", None]
-    table = confusion(truth, predicted)
-    assert table == {"happy": {"happy": 0, "sad": 1, OTHER: 1}, "sad": {"happy": 0, "sad": 0, OTHER: 1}}
-    lines = format_confusion(table).splitlines()
-    assert len({len(line) for line in lines[1:]}) == 1           # aligned
-    assert lines[1].split() == ["happy", ".", "1", "1", "0.0%"]
+def run(*flags) -> None:
+    """eval.py with these flags, in this process."""
+    eval_script.main(parse_args(eval_script.Args, [str(flag) for flag in flags]))
 
 
-def test_length_mismatch_is_an_error():
-    """Stops: zip() silently leaving out the longer tail."""
-    with pytest.raises(ValueError, match="2 labels but 1"):
-        war_uar(["a", "b"], ["a"])
+@pytest.fixture
+def score(tmp_path):
+    """score(rows, *flags) -> the result file."""
+    def call(rows: Path, *flags) -> dict:
+        run("--model", MODEL, "--data", rows, "--max_new_tokens", 6, "--workers", 0, "--device", "cpu",
+            "--out", tmp_path / "new" / "result.json", *flags)
+        return json.loads((tmp_path / "new" / "result.json").read_text())
+    return call
 
 
-def test_summary_scores_strictly_and_by_meaning():
-    """Stops: the reference's evaluation, which compares the whole text with the label and so scores 0."""
-    texts = ["<think>a</think>\n<answer>Happy</answer>", "<think>a</think><answer>furious</answer>",
-             "<think>a</think><answer>not sad</answer>", "sad"]
-    rows = [{"answer": a, "text": t} for a, t in zip(["happy", "angry", "sad", "sad"], texts)]
-    result = summarise(rows)
-    assert (result["war"], result["war_normalised"]) == (25.0, 50.0)
-    assert result["uar"] == pytest.approx(100 / 3)
-    assert result["format_rate"] == 75.0 and result["unparsable_rate"] == 25.0
-    assert result["out_of_vocabulary_rate"] == 50.0              # "furious", "not sad"
-    assert result["unmatched"] == [("not sad", 1)]
+def texts(result: dict) -> list[str]:
+    return [p["text"] for p in result["predictions"]]
 
 
-def test_bare_words_are_scored_by_flag():
-    """Stops: label-only models scored as if they had to write tags."""
-    rows = [{"answer": "happy", "text": " Happy\n"}, {"answer": "sad", "text": "I think it is sad"}]
-    result = summarise(rows, label_only=True)
-    assert result["war"] == 50.0 and result["war_normalised"] == 100.0 and result["format_rate"] == 50.0
+@pytest.fixture
+def inputs_for_answers(monkeypatch):
+    """The model's inputs in place of its answers: the golden one hardly listens, so a lost flag would not show in words."""
+    def told(model, processor, batch, max_new_tokens, cache=None) -> list[str]:
+        mean = lambda x: None if x is None else x.double().mean().item()
+        return [f"<answer>{ids} {mean(batch.frames)} {mean(batch.mel)}</answer>" for ids in batch.input_ids]
+    monkeypatch.setattr(eval_script, "answer", told)
 
 
-def test_calm_is_right_when_said_and_never_meant():
-    """Stops: RAVDESS's calm mapped onto neutral by the alias table."""
-    rows = [{"answer": a, "text": f"<think></think><answer>{t}</answer>"} for a, t in
-            (("calm", "calm"), ("neutral", "calm"), ("calm", "neutral"))]
-    result = summarise(rows)
-    assert result["war"] == result["war_normalised"] == pytest.approx(100 / 3)
+@pytest.fixture
+def wav(tmp_path) -> Path:
+    rate = 16_000
+    soundfile.write(tmp_path / "voice.wav", 0.3 * np.sin(np.arange(2 * rate) * 0.1).astype(np.float32), rate)
+    return tmp_path / "voice.wav"
+
+
+# ------------------------------------------------------------------------------------------------
+# One sample file
+# ------------------------------------------------------------------------------------------------
+
+def test_result_file(score, tmp_path, capsys):
+    """Stops: fields that users and --table rely on missing, and the paper's numbers not shown for a real set."""
+    result = score(write_rows(tmp_path / "rows.json", dataset="ravdess"))
+    assert {"model", "data", "dataset", "view", "war", "uar", "war_normalised", "uar_normalised", "war_ci", "uar_ci", "n",
+            "war_normalised_ci", "uar_normalised_ci", "per_class", "confusion", "format_rate", "unparsable_rate",
+            "out_of_vocabulary_rate", "unmatched", "readings", "skipped", "notes", "predictions"} == set(result)
+    assert result["dataset"] == "ravdess" and result["n"] == 3 and protocol.is_result(result)
+    assert [p["answer"] for p in result["predictions"]] == list(LABELS.values())
+    shown = capsys.readouterr().out
+    assert "R1-Omni 43.00/44.69" in shown and "calm counted as neutral: WAR/UAR" in shown and "95 % intervals" in shown
+    score(write_rows(tmp_path / "rows.json", {"wide.mp4": "happy"}, dataset="toy_dfew"))
+    assert "paper" not in capsys.readouterr().out
+
+
+def test_views_reach_the_model(score, model, processor, tmp_path, inputs_for_answers):
+    """Stops: a flag of the view that eval reads and then forgets."""
+    rows = write_rows(tmp_path / "rows.json")
+    (tmp_path / "question.txt").write_text("Is anybody there?\n")
+    cases = {"": View(), "--prompt label": View(prompt="label"), "--modal video": View(modal="video"),
+             "--modal audio": View(modal="audio"), "--mute": View(mute=True), "--blank": View(blank=True),
+             "--fit stretch": View(fit="stretch"), "--choices dfew": View(choices=CHOICES["dfew"]), "--seed 3": View(seed=3),
+             f"--question {tmp_path / 'question.txt'}": View(question="Is anybody there?")}
+    samples, ranks = eval_script.read_samples(rows), eval_script.start_ranks("cpu")
+    said = {}
+    for line, view in cases.items():
+        result = score(rows, *line.split())
+        by_hand = eval_script.evaluate(model, processor, samples, ranks, view=view, workers=0)
+        assert result["predictions"] == by_hand["predictions"] and result["war_ci"] == by_hand["war_ci"], line
+        assert result["view"] == json.loads(json.dumps(vars(view))), line
+        said[line] = tuple(texts(result))
+    assert said.pop("--seed 3") == said[""] and len(set(said.values())) == len(said)
+
+
+def test_what_counts_as_the_answer(score, tmp_path):
+    """Stops: bare words looked for between tags, and text without tags taken for an answer."""
+    thinking, bare = (score(write_rows(tmp_path / "rows.json"), "--prompt", prompt) for prompt in ("think", "label"))
+    assert [p["predicted"] for p in bare["predictions"]] == [t.strip() or None for t in texts(bare)]
+    assert [p["predicted"] for p in thinking["predictions"]] == [None] * 3 and thinking["unparsable_rate"] == 100.0
+
+
+def test_what_is_asked_is_what_the_flags_say(score, tmp_path):
+    """Stops: a question from a file that is asked beside the row's own, or a list of choices in another form."""
+    (tmp_path / "question.txt").write_text("Is anybody there?")
+    flagged = score(write_rows(tmp_path / "a.json"), "--question", tmp_path / "question.txt", "--choices", "happy", "sad")
+    asked = "Is anybody there?\nhappy, sad" + THINK
+    assert texts(flagged) == texts(score(write_rows(tmp_path / "b.json", question=asked)))
+
+
+def test_labels_outside_the_choices_are_named(score, tmp_path, capsys):
+    """Stops: a candidate list that lacks a class of the data set, unnoticed."""
+    score(write_rows(tmp_path / "rows.json"), "--choices", "ravdess")
+    assert "outside --choices" not in capsys.readouterr().err
+    score(write_rows(tmp_path / "rows.json"), "--choices", "happy", "sad")
+    assert "labels outside --choices, right only if said to the letter: calm" in capsys.readouterr().err
+
+
+def test_a_sound_file_is_a_clip_without_picture(score, wav, tmp_path, capsys):
+    """Stops: an audio-only row asked about a video that it lacks, scored with --modal video, or ending the run."""
+    shutil.copy(MEDIA / "wide.mp4", tmp_path / "wide.mp4")
+    rows = write_rows(tmp_path / "rows.json", {str(wav): "sad", "wide.mp4": "happy"})
+    result = score(rows)
+    assert result["n"] == 2 and texts(result)[:1] == texts(score(rows, "--modal", "audio"))[:1]
+    lost = score(rows, "--modal", "video")
+    assert lost["n"] == 1 and lost["skipped"][0]["id"] == str(wav) and "no video" in lost["skipped"][0]["reason"]
+    capsys.readouterr()
+    run("--model", MODEL, "--clip", wav, "--max_new_tokens", 6, "--device", "cpu", "--question", write_question(tmp_path))
+    assert capsys.readouterr().out == texts(result)[0] + "\n"
+
+
+def write_question(folder: Path) -> Path:
+    (folder / "asked.txt").write_text("Which emotion?")
+    return folder / "asked.txt"
+
+
+def test_the_answer_to_one_clip_is_written(tmp_path, capsys):
+    """Stops: --out ignored with --clip, or an answer of bare words looked for between tags."""
+    out = tmp_path / "new" / "answer.json"
+    for prompt in ("think", "label"):
+        run("--model", MODEL, "--clip", MEDIA / "wide.mp4", "--max_new_tokens", 5, "--device", "cpu", "--prompt", prompt,
+            "--out", out)
+        got = json.loads(out.read_text())
+        text = capsys.readouterr().out.removesuffix("\n")
+        assert got == {"clip": str(MEDIA / "wide.mp4"), "text": text,
+                       "predicted": text.strip() if prompt == "label" else None}
+
+
+def test_modalities_are_the_five_runs(score, tmp_path, capsys, monkeypatch, inputs_for_answers):
+    """Stops: a setting that is another one under its name, a model loaded five times, and results that are not kept."""
+    rows = write_rows(tmp_path / "rows.json")
+    lines = {"full": "", "video": "--modal video", "audio": "--modal audio", "mute": "--mute", "blank": "--blank"}
+    alone = {name: score(rows, "--prompt", "label", *line.split()) for name, line in lines.items()}
+    loaded, load = [], eval_script.HumanOmni.from_pretrained
+    monkeypatch.setattr(eval_script.HumanOmni, "from_pretrained", lambda *a, **k: loaded.append(1) or load(*a, **k))
+    capsys.readouterr()
+    result = score(rows, "--prompt", "label", "--modalities")
+    assert len(loaded) == 1 and list(result["modalities"]) == list(lines) and not protocol.is_result(result)
+    for name, kept in result["modalities"].items():
+        assert kept["predictions"] == alone[name]["predictions"] and kept["view"] == alone[name]["view"], name
+    assert len({tuple(texts(kept)) for kept in result["modalities"].values()}) == 5
+    assert capsys.readouterr().out == protocol.modality_table(alone) + "\n"
+
+
+def test_modalities_with_a_cache(score, tmp_path):
+    """Stops: grey frames or silence answered from what the cache holds of the clip itself."""
+    rows = write_rows(tmp_path / "rows.json", {"wide.mp4": "happy"})
+    flags = ("--modalities", "--feature_cache", tmp_path / "cache", "--dtype", "bfloat16")     # the cache's own precision
+    first, second = score(rows, *flags), score(rows, *flags)
+    for name, kept in first["modalities"].items():
+        assert texts(kept) == texts(second["modalities"][name]), name
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 4        # frames, sound, grey, silence
+
+
+def test_the_seed_is_the_bootstraps(score, tmp_path, monkeypatch):
+    """Stops: a --seed without effect.  By the sum of the resamples: the interval of three clips is always the same."""
+    monkeypatch.setattr(eval_script, "answer", lambda model, p, batch, *rest: ["<answer>happy</answer>"] * len(batch))
+    monkeypatch.setattr(protocol, "intervals", lambda values: [[x, x] for x in values.sum(0).tolist()])
+    rows = write_rows(tmp_path / "rows.json")
+    one, again, other = (score(rows, "--seed", seed) for seed in (0, 0, 3))
+    assert one["war_ci"] == again["war_ci"] != other["war_ci"] and one["war"] == other["war"] == pytest.approx(100 / 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags
+# ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, words", [
+    ("", "exactly one of --data, --clip, --compare, --folds, --table; there is none"),
+    ("--model m", "there is none"),
+    ("--table", "there is none"),
+    ("--model m --data d --clip c", "--data and --clip are too many"),
+    ("--compare a b --folds a b", "--compare and --folds are too many"),
+    ("--data d", "--data needs --model"),
+    ("--clip c", "--clip needs --model"),
+    ("--compare a", "takes two result files, not 1"),
+    ("--compare a b c", "takes two result files, not 3"),
+    ("--folds a", "two result files or more"),
+    ("--compare a b --model m", "--model: has no meaning with --compare"),
+    ("--table a --out t.json --mute", "--mute, --out: has no meaning with --table"),
+    ("--model m --clip c --limit 3", "--limit: has no meaning with --clip"),
+    ("--model m --clip c --modalities", "--modalities: has no meaning with --clip"),
+    ("--model m --data d --mute --modal video", "--mute with --modal video"),
+    ("--model m --data d --blank --modal audio", "--blank with --modal audio"),
+    ("--model m --data d --modalities --mute", "--modalities runs every setting"),
+    ("--model m --data d --modalities --modal audio", "--modalities runs every setting"),
+    ("--model m --data d --choices happy", "--choices happy: give at least two"),
+    ("--model m --data d --question none.txt", "--question none.txt"),
+    ("--model m --data d --seed -1", "--seed must be 0 or more"),
+])
+def test_flags_without_a_meaning_are_refused(line, words):
+    """Stops: a flag that is read and silently does nothing, and hours of a run that answers another question."""
+    with pytest.raises(UserError) as error:
+        run(*line.split())
+    assert words in str(error.value)
+
+
+def test_flags_with_a_meaning_are_not_refused():
+    """Stops: a check that knows too few combinations: silence and grey at once is the prior of the prompt."""
+    for line, job in (("--model m --data d --mute --blank", "data"), ("--model m --data d --mute --modal audio", "data"),
+                      ("--model m --clip c --blank --prompt label --choices mafw --out o --seed 3", "clip"),
+                      ("--compare a b --seed 3", "compare"), ("--folds a b", "folds"), ("--table a", "table"),
+                      ("--model m --data d --modalities --choices a b --limit 3 --batch_size 2 --workers 1", "data")):
+        assert eval_script.job_of(parse_args(eval_script.Args, line.split())) == job
+
+
+def test_result_files_need_no_model(score, tmp_path, capsys):
+    """Stops: --compare, --folds and --table that cannot read what --out wrote."""
+    for k in (1, 2):
+        score(write_rows(tmp_path / "rows.json", {list(LABELS)[k]: "sad"}, dataset=f"dfew/fold{k}/test"))
+        (tmp_path / "r1_omni").mkdir(exist_ok=True)
+        shutil.move(tmp_path / "new" / "result.json", tmp_path / "r1_omni" / f"{k}.json")
+    capsys.readouterr()
+    one, two = (tmp_path / "r1_omni" / f"{k}.json" for k in (1, 2))
+    run("--compare", one, one)
+    assert "p = 1" in capsys.readouterr().out
+    run("--folds", one, two)
+    assert capsys.readouterr().out == protocol.folds([str(one), str(two)]) + "\n"
+    run("--table", tmp_path / "r1_omni")
+    assert "| r1_omni | 0.00/0.00 (paper 65.83/56.27) |" in capsys.readouterr().out
