@@ -62,13 +62,19 @@ def parse_args(cls, argv: list[str] | None = None):
     return cls(**vars(parser.parse_args(argv)))
 
 
+OUT_OF_MEMORY = ("out of GPU memory: lower --tokens_per_micro_batch (or --micro_batch), --num_generations or "
+                 "--max_new_tokens.")
+
+
 def run_main(main, args_cls) -> None:
     """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback."""
     try:
         main(parse_args(args_cls))
-    except UserError as error:
+    except (UserError, torch.OutOfMemoryError) as error:
         # Plain text and exit 1 on this rank; torchrun then ends the others.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        who = f" (rank {dist.get_rank()})" if dist.is_initialized() else ""
+        told = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
+        print(f"error{who}: {printable(told)}", file=sys.stderr, flush=True)
         os._exit(1) if dist.is_initialized() else sys.exit(1)
     # Not after another error: leaving the group would wait for ranks that wait for this one.
     if dist.is_initialized():
@@ -128,6 +134,11 @@ def start_ranks(device: str = "auto") -> Ranks:
     return Ranks(rank, world, where)
 
 
+def printable(text: str) -> str:
+    """For the terminal: a file's name or a sampled text may hold control characters that would steer it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
@@ -136,14 +147,31 @@ def dtype_of(name: str) -> torch.dtype:
 # Files: written beside and renamed, so a reader sees the old one or the new one, never a half
 # ------------------------------------------------------------------------------------------------
 
+def sync(what) -> None:
+    """Force an open file, or the file or folder of that path, to the disk: it survives a loss of power."""
+    if not isinstance(what, (str, Path)):
+        what.flush()
+        os.fsync(what.fileno())
+        return
+    handle = os.open(what, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
     beside = path.with_name(path.name + f".tmp{os.getpid()}")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            sync(file)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def write_json(path: Path, value) -> None:

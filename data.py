@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,15 +30,15 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
 from common import AUDIO, VIDEO, UserError
-from rewards import VOCABULARY, parse_answer
+from rewards import DFEW_WORDS, VOCABULARY, parse_answer
 
 SAMPLE_RATE = 16_000
-SILENCE_SECONDS = 10           # what the reference hears where there is no sound
+SILENCE = np.zeros(10 * SAMPLE_RATE, np.float32)        # what the reference hears where there is no sound
 SEEK_ABOVE = 2_000             # frames: from here on seeking is cheaper than decoding everything
 MAX_PIXELS = 2 ** 26           # a frame of 8192 x 8192; a header that declares more is a bomb or a fault
 
 Modal = Literal["video_audio", "video", "audio"]
-Mode = Literal["think", "label", "row", "auto"]
+Prompt = Literal["think", "label", "row", "auto"]
 
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".m4a"}
@@ -77,7 +78,7 @@ def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal:
     path = Path(path)
     notes: list[str] = []
     frames = np.zeros((0, 0, 0, 3), np.uint8)
-    audio, has_audio = np.zeros(SILENCE_SECONDS * SAMPLE_RATE, np.float32), False
+    audio, has_audio = SILENCE.copy(), False
     if not path.exists():
         raise ClipError(f"{path}: no such file")
     if path.is_dir():
@@ -254,16 +255,76 @@ QUESTION = ("As an emotional recognition expert; throughout the video, which emo
 THINK = "\nOutput the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
 
 
-def question_for(question: str, target: str, mode: Mode) -> str:
-    """A row's question in the wanted form.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What of a clip the model gets, and how it is asked.  The same object for SFT, RL, evaluation and inference."""
+    modal: Modal = "video_audio"
+    prompt: Prompt = "think"
+    fit: str = "pad"                     # how a picture becomes square: "pad" or "stretch"
+    question: str | None = None          # asked instead of the rows' own
+    choices: tuple[str, ...] = ()        # candidate list; by default the model answers freely
+    shuffle_choices: bool = False        # in training; a fixed order would be learned
+    mute: bool = False                   # the sound is replaced by silence: the prompt keeps its form
+    blank: bool = False                  # the frames are replaced by grey
+    drop_audio: float = 0.0              # share of the prompts that lose the modality altogether; never both
+    drop_video: float = 0.0
+    seed: int = 0                        # of drops and orders
 
-    "think" asks for reasoning and answer, "label" for the bare word, "row" asks what the row asks; "auto" goes by the
-    target: "think" if it has tags, "label" if it is a known word, else (a description, say) "row".
-    """
-    bare = question.removesuffix(THINK)
-    if mode == "auto":
-        mode = "think" if "<answer>" in target else "label" if target.lower() in VOCABULARY else "row"
-    return {"think": bare + THINK, "label": bare, "row": question}[mode]
+    def draws(self, position: int) -> np.random.Generator:
+        """Random numbers of the prompt at one position of the run: the same on any rank and after a resume."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, position + 2 ** 62]))    # apart from the sampler's
+
+    def keeps(self, modal: str, position: int) -> str:
+        """What is left of `modal` ("video_audio", ...) at this position once modalities were dropped by chance."""
+        u = self.draws(position).random()
+        if modal != "video_audio" or u >= self.drop_audio + self.drop_video:
+            return modal
+        return "video" if u < self.drop_audio else "audio"
+
+    def ask(self, question: str, target: str, position: int = 0) -> str:
+        """A row's question in the wanted form.
+
+        "think" asks for reasoning and answer, "label" for the bare word, "row" asks what the row asks; "auto" goes by
+        the target: "think" if it has tags, "label" if it is a known word, else (a description, say) "row".
+        """
+        prompt = self.prompt
+        if prompt == "auto":
+            prompt = "think" if "<answer>" in target else "label" if target.lower() in VOCABULARY else "row"
+        question = self.question or question
+        asked = question if prompt == "row" else question.removesuffix(THINK)
+        if self.choices:
+            order = self.draws(position).permutation(len(self.choices)) if self.shuffle_choices else range(len(self.choices))
+            asked += "\n" + ", ".join(self.choices[i] for i in order)
+        return asked + THINK if prompt == "think" else asked
+
+
+# What `--choices NAME` stands for.
+CHOICES = {"dfew": DFEW_WORDS, "mafw": VOCABULARY,
+           "ravdess": ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")}
+
+
+def read_choices(words: list[str]) -> tuple[str, ...]:
+    """`--choices`: the words themselves, or the name of a data set for its labels."""
+    if len(words) == 1:                  # a list of one would be no choice
+        if words[0] not in CHOICES:
+            raise UserError(f"--choices {words[0]}: give at least two words, or one of {', '.join(CHOICES)}.")
+        return CHOICES[words[0]]
+    if len(set(words)) < len(words):
+        raise UserError(f"--choices {' '.join(words)}: a word is there twice.")
+    return tuple(words)
+
+
+def read_question(file: str | None) -> str | None:
+    """`--question FILE`: the text that is asked instead of the rows' own question."""
+    if file is None:
+        return None
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--question {file}: cannot be read ({error}); give a text file that holds the question.") from None
+    if not text or "<|" in text or "<video>" in text or "<audio>" in text:
+        raise UserError(f"--question {file}: must hold a question, without chat markup (<|, <video> or <audio>).")
+    return text
 
 
 class Processor:
@@ -395,14 +456,16 @@ class Sample:
     answer: str                # the label alone
     target: str                # the whole text of the assistant's turn: reasoning and answer, or the label
     modal: str                 # what the row has: video_audio, video or audio
+    dataset: str = ""          # where a converter took it from: "dfew/fold1/test"
 
 
-def read_samples(file, media_root: str | None = None) -> list[Sample]:
+def read_samples(file, media_root: str | None = None, strict_paths: bool = False) -> list[Sample]:
     """R1-Omni's json (a list) or jsonl (a row a line) -> samples.
 
     A row: {"video": path, "conversations": [{"from": "human", "value": "<video>\\n<audio>\\nquestion"},
-    {"from": "gpt", "value": target}]}.  Relative paths are under `media_root`, by default the file's own
-    folder.  Raises UserError that names the file and the line.
+    {"from": "gpt", "value": target}]}, and from our converters "dataset".  Relative paths are under `media_root`,
+    by default the file's own folder; with `strict_paths` nothing outside it can be named.  Raises UserError that
+    names the file and the line.
     """
     file = Path(file)
     try:
@@ -413,6 +476,11 @@ def read_samples(file, media_root: str | None = None) -> list[Sample]:
     samples = [_sample(row, root, f"{file} line {line}") for line, row in _rows(text, file)]
     if not samples:
         raise UserError(f"{file} holds no samples.")
+    if strict_paths:
+        inside = root.resolve()
+        for sample in samples:               # resolved: "..", an absolute path and a link all end somewhere
+            if not sample.clip.resolve().is_relative_to(inside):
+                raise UserError(f"{file}: {sample.id!r} is outside --media_root {root}, which --strict_paths forbids.")
     return samples
 
 
@@ -462,7 +530,7 @@ def _sample(row, root: Path, where: str) -> Sample:
     need("<|" not in question and "<video>" not in question and "<audio>" not in question, bool,
          "the question contains chat markup (<|, <video> or <audio>); leave it out")
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
-    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio")
+    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", str(row.get("dataset", "")))
 
 
 def check_labels(samples: list[Sample], file, allow: bool) -> None:
@@ -489,6 +557,7 @@ class PromptBatch:
     """B prompts.  Media have a row for each prompt that has the modality (B_v, B_a rows), in order."""
     indices: list[int]                     # position of each prompt in the run: its identity for the random numbers
     samples: list[Sample]
+    asked: list[str]                       # the question as the model gets it
     input_ids: list[list[int]]             # ragged, with placeholders
     targets: list[list[int]]               # ids of each sample's target and the end token
     frames: torch.Tensor | None            # (B_v, F, 3, S, S)
@@ -512,35 +581,45 @@ class PromptBatch:
         """Called by the loader: page-locked tensors go to the GPU while it computes."""
         return dataclasses.replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if torch.is_tensor(v)})
 
-    def select(self, start: int, stop: int) -> "PromptBatch":
-        """Prompts start .. stop-1 with their media: a micro-batch.  Views, nothing is copied."""
-        def rows(placeholder):
-            before = [sum(placeholder in ids for ids in self.input_ids[:end]) for end in (start, stop)]
-            return slice(*before)
+    def select(self, rows: list[int]) -> "PromptBatch":
+        """Those prompts, with their media: a micro-batch."""
+        def media(placeholder):              # the rows' places among the prompts that have the modality
+            place = np.cumsum([placeholder in ids for ids in self.input_ids]) - 1
+            return [int(place[b]) for b in rows if placeholder in self.input_ids[b]]
 
-        v, a, own = rows(VIDEO), rows(AUDIO), slice(start, stop)
-        where = {"frames": v, "vision": v, "mel": a, "audio": a}
-        kept = {k: None if x is None else x[where.get(k, own)] for k, x in vars(self).items() if k not in ("bad", "notes")}
-        return dataclasses.replace(self, **kept)
+        where = {"frames": media(VIDEO), "vision": media(VIDEO), "mel": media(AUDIO), "audio": media(AUDIO)}
+
+        def pick(name, x):
+            chosen = where.get(name, rows)
+            if x is None or not chosen:
+                return None
+            return x[chosen] if torch.is_tensor(x) else [x[i] for i in chosen]
+
+        return dataclasses.replace(self, **{k: pick(k, x) for k, x in vars(self).items() if k not in ("bad", "notes")})
 
 
 class ClipDataset(torch.utils.data.Dataset):
     """(run position, sample number) -> everything of one prompt, or a BadClip."""
 
-    def __init__(self, samples: list[Sample], processor: Processor, modal: Modal = "video_audio", mode: Mode = "think",
-                 num_frames: int = 8, fit: str = "pad", cache: "FeatureCache | None" = None):
-        self.samples, self.processor, self.mode = samples, processor, mode
-        self.modal, self.num_frames, self.fit, self.cache = modal, num_frames, fit, cache
+    def __init__(self, samples: list[Sample], processor: Processor, view: View = View(), num_frames: int = 8,
+                 cache: "FeatureCache | None" = None):
+        self.samples, self.processor, self.view = samples, processor, view
+        self.num_frames, self.cache = num_frames, cache
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]):
         position, number = key
-        sample, p = self.samples[number], self.processor
-        modal = "_".join(m for m in ("video", "audio") if m in self.modal and m in sample.modal)
-        if not modal:
-            return BadClip(sample.id, f"the row has no {self.modal}")
+        sample, p, view = self.samples[number], self.processor, self.view
+        has = "_".join(m for m in ("video", "audio") if m in view.modal and m in sample.modal)
+        if not has:
+            return BadClip(sample.id, f"the row has no {view.modal}")
+        if sample.clip.suffix.lower() in SOUNDS:
+            if has == "video":
+                return BadClip(sample.id, f"{sample.clip}: a sound file has no video")
+            has = "audio"
+        modal = view.keeps(has, position)
         keys = {m: self.feature_key(m, sample.clip) for m in modal.split("_")}
         known = {m: self.cache.get(key) if self.cache else None for m, key in keys.items()}
         wanted = "_".join(m for m, feature in known.items() if feature is None)
@@ -550,18 +629,16 @@ class ClipDataset(torch.utils.data.Dataset):
             if wanted:
                 clip = read_clip(sample.clip, self.num_frames, modal=wanted)
                 notes = clip.notes
-                if "video" in wanted and not len(clip.frames):
-                    if modal == "video":
-                        raise ClipError(f"{sample.clip}: a sound file has no video")
-                    modal, wanted = "audio", wanted.removeprefix("video").removeprefix("_")
-                frames = p.frames(clip.frames, self.fit) if "video" in wanted else None
-                mel = p.mel(clip.audio) if "audio" in wanted else None
+                if "video" in wanted:
+                    frames = p.frames(np.full_like(clip.frames, 127) if view.blank else clip.frames, view.fit)
+                if "audio" in wanted:
+                    mel = p.mel(SILENCE if view.mute else clip.audio)
         except ClipError as error:
             return BadClip(sample.id, str(error))
-        question = question_for(sample.question, sample.target, self.mode)
+        question = view.ask(sample.question, sample.target, position)
         return {"position": position, "sample": sample, "ids": p.prompt(question, modal), "frames": frames, "mel": mel,
-                "vision": known.get("video"), "audio": known.get("audio"), "keys": {m: keys[m] for m in modal.split("_")},
-                "question": p.question(question), "target": p.target(sample.target), "notes": notes}
+                "vision": known.get("video"), "audio": known.get("audio"), "keys": keys,
+                "question": p.question(question), "asked": question, "target": p.target(sample.target), "notes": notes}
 
     def feature_key(self, modality: str, clip: Path) -> str:
         """Names a clip's features by all that they depend on: the file, the frames taken, the fit."""
@@ -569,7 +646,8 @@ class ClipDataset(torch.utils.data.Dataset):
             stat = clip.stat()
         except OSError:
             return ""
-        what = f"{self.num_frames} {self.fit} {self.processor.image_size}" if modality == "video" else "30 s"
+        what = f"{self.num_frames} {self.view.fit} {self.processor.image_size}" if modality == "video" else "30 s"
+        what += " grey" * (modality == "video" and self.view.blank) + " silent" * (modality == "audio" and self.view.mute)
         return f"{modality} {clip.resolve()} {stat.st_size} {stat.st_mtime_ns} {what}"
 
 
@@ -628,7 +706,8 @@ def collate(items: list) -> PromptBatch:
                 for name, rows in features.items()}
     return PromptBatch(
         indices=[item["position"] for item in good], samples=[item["sample"] for item in good],
-        input_ids=[item["ids"] for item in good], targets=[item["target"] for item in good],
+        asked=[item["asked"] for item in good], input_ids=[item["ids"] for item in good],
+        targets=[item["target"] for item in good],
         frames=torch.stack(media["frames"]) if media["frames"] else None,
         mel=torch.stack(media["mel"]) if media["mel"] else None,
         vision=features["vision"] if len(features["vision"]) else None,
@@ -642,7 +721,14 @@ def loader(dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: 
            pin: bool = False) -> torch.utils.data.DataLoader:
     """One PromptBatch for each list of (run position, sample number), in order, read ahead by `workers` processes."""
     return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                                       pin_memory=pin, prefetch_factor=4 if workers else None)
+                                       pin_memory=pin, prefetch_factor=4 if workers else None, worker_init_fn=own_group)
+
+
+def own_group(worker: int) -> None:
+    """Ctrl-C and torchrun signal a whole group.  The main process answers by finishing its step, for which it needs its
+    workers: they leave its group, and end when it ends them."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def training_batches(n: int, per_step: int, steps: range, seed: int, rank: int = 0, world: int = 1
@@ -662,3 +748,9 @@ def training_batches(n: int, per_step: int, steps: range, seed: int, rank: int =
         return int(orders[epoch][position % n])
 
     return [[(p, number(p)) for p in range(s * per_step + rank, (s + 1) * per_step, world)] for s in steps]
+
+
+if __name__ == "__main__":  # python data.py dfew|mafw|ravdess|emer|mer2025|r1omni|split|check ...
+    from convert import main  # here, because convert.py builds on this file
+
+    main()

@@ -27,20 +27,22 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import rewards
 from common import Ranks, UserError, run_main, start_ranks
-from data import PromptBatch, question_for, read_samples
+from data import PromptBatch, read_samples
 from eval import evaluate
 from model import HumanOmni, embed, encode_once, frozen_reference
 from sampler import generate
-from training import MasterAdamW, Run, TrainArgs, learning_rate, set_up
+from training import MasterAdamW, Run, TrainArgs, learning_rate, micro_batches, set_up
 
 
 @dataclasses.dataclass(kw_only=True)
 class Args(TrainArgs):
+    prompt: Literal["think", "label"] = "think"  # reason and answer, or (a baseline) answer with the bare word
     epochs: float = 2.0                     # passes over the data, if max_steps is 0
     prompts_per_step: int = 16              # clips per step, over all ranks
     num_generations: int = 8                # G, completions per clip
@@ -57,6 +59,8 @@ class Args(TrainArgs):
     agg: Literal["seq", "token", "const"] = "seq"             # mean over tokens: per completion, over the step, fixed length
     beta: float = 0.04                      # weight of the KL to the starting model; 0: no reference at all
     kl: Literal["k3_ratio", "k3", "k2", "reward"] = "k3_ratio"  # form of the KL; k3 is the reference code's
+    is_cap: float | None = None             # weigh tokens by trainer / sampler probability, at most this (2)
+    max_logp_diff: float = 0.5              # mean |trainer - sampler| log-prob above which a step is refused
     inner_epochs: int = 1                   # optimiser steps on the same rollouts; the clip matters from 2 on
     micro_batch: int = 4                    # prompts (with all their completions) per forward and backward
     eval_data: list[str] = dataclasses.field(default_factory=list)  # sample files to evaluate on
@@ -106,13 +110,14 @@ def kl_terms(logps: torch.Tensor, ref_logps: torch.Tensor) -> dict[str, torch.Te
 def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor | None, advantages: torch.Tensor,
               mask: torch.Tensor, *, ratio: str = "token", gate: str = "clip", clip_low: float = 0.2,
               clip_high: float = 0.2, agg: str = "seq", beta: float = 0.04, kl: str = "k3_ratio",
-              denominator: float | None = None, delta: float | None = None, max_length: int | None = None
-              ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+              denominator: float | None = None, delta: float | None = None, max_length: int | None = None,
+              weights: torch.Tensor | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """- mean of min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL       (DeepSeekMath eq. 3; paper eq. 3)
 
     logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G).  -> scalar, detached metrics.
     `denominator` is what the weighted sum is divided by; give the global one when the batch is cut into micro-batches
     or spread over ranks: completions for agg "seq", tokens for "token", max_length * completions for "const".
+    `weights` (B, G, T), without gradient, multiply the objective of each token (see `--is_cap`), not its KL.
     """
     mask = mask.bool()
     lengths = mask.sum(-1, keepdim=True)                                 # (B, G, 1)
@@ -133,6 +138,8 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
         objective = 4 / tau * torch.sigmoid(tau * (rho - 1)) * A
     else:
         objective = rho * A
+    if weights is not None:
+        objective = weights * objective
     loss = -objective                                                    # (B, G, T)
 
     terms = None
@@ -177,6 +184,8 @@ def check_objective(args: Args) -> None:
                         "division by that little makes it the whole advantage; use --scale batch or none.")
     if args.kl == "reward" and args.beta == 0:
         raise UserError("--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta.")
+    if args.is_cap is not None and args.is_cap < 1:
+        raise UserError(f"--is_cap {args.is_cap}: a cap on weights that are about 1; use 2 or so.")
     if min(args.prompts_per_step, args.max_new_tokens, args.inner_epochs, args.micro_batch) < 1:
         raise UserError("--prompts_per_step, --max_new_tokens, --inner_epochs and --micro_batch must be 1 or more.")
 
@@ -196,6 +205,7 @@ def refuse_sampling_filters(argv: list[str]) -> None:
 @dataclasses.dataclass
 class Rollout:
     """What the policy said to B prompts, and what it was worth."""
+    prompt_length: int                     # P
     completions: torch.Tensor              # (B, G, T) ids, exactly as sampled; never re-tokenised
     lengths: torch.Tensor                  # (B, G) end token included
     finished: torch.Tensor                 # (B, G) False where max_new_tokens cut it off
@@ -210,15 +220,24 @@ class Rollout:
         """(B, G, T) from the lengths, never from token values: padding and end token are the same id."""
         return torch.arange(self.completions.shape[2], device=self.lengths.device) < self.lengths[..., None]
 
+    def select(self, rows: list[int], members: list[int]) -> "Rollout":
+        """Some completions of some prompts, cut to the longest of them: a micro-batch's part (tensors only)."""
+        lengths = self.lengths[rows][:, members]                         # (b, g)
+        T = int(lengths.max())
+        cut = {name: x[rows][:, members][..., :T] for name, x in vars(self).items() if torch.is_tensor(x) and x.dim() == 3}
+        return dataclasses.replace(self, lengths=lengths, advantages=self.advantages[rows][:, members], **cut)
 
-REWARDS = {"accuracy": rewards.accuracy, "format": lambda text, answer: rewards.format(text)}    # R = R_acc + R_format
+
+REWARDS = {     # --prompt -> name -> (text, label) -> number;  R = R_acc + R_format
+    "think": {"accuracy": rewards.accuracy, "format": lambda text, answer: rewards.format(text)},
+    "label": {"accuracy": rewards.bare_accuracy, "format": lambda text, answer: rewards.bare_format(text)}}
 
 
-def score(texts: list[list[str]], answers: list[str], device) -> dict[str, torch.Tensor]:
+def score(texts: list[list[str]], answers: list[str], device, prompt: str = "think") -> dict[str, torch.Tensor]:
     """Texts (B x G), labels (B) -> name -> (B, G)."""
     G = len(texts[0]) if texts else 0
     return {name: torch.tensor([[f(t, a) for t in group] for group, a in zip(texts, answers)], device=device).view(-1, G)
-            for name, f in REWARDS.items()}
+            for name, f in REWARDS[prompt].items()}
 
 
 def step_std(r: torch.Tensor, ranks: Ranks) -> float:
@@ -242,17 +261,20 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
 
     texts = [[processor.text(ids[:n]) for ids, n in zip(group, ns)]
              for group, ns in zip(completions.tolist(), lengths.tolist())]
-    parts = score(texts, [s.answer for s in batch.samples], embeds.device)
+    parts = score(texts, [s.answer for s in batch.samples], embeds.device, args.prompt)
     clock.lap("reward")
 
     ref_logps = None
     if reference is not None:
-        ref_logps = torch.cat([reference.completion_logps(*embed(reference, batch.select(i, i + args.micro_batch)),
-                                                          completions[i:i + args.micro_batch],
-                                                          lengths[i:i + args.micro_batch], args.temperature)
-                               for i in range(0, len(batch), args.micro_batch)])         # (B, G, T)
+        ref_logps = torch.zeros_like(logps)
+        for rows, members in micro_batches(lengths, embeds.shape[1], args.micro_batch, args.tokens_per_micro_batch):
+            own = lengths[rows][:, members]                              # (b, g)
+            longest = int(own.max())
+            ref_logps[np.ix_(rows, members, range(longest))] = reference.completion_logps(
+                *embed(reference, batch.select(rows)), completions[rows][:, members, :longest], own, args.temperature)
     clock.lap("train")
-    return Rollout(completions, lengths, finished, logps, ref_logps, texts, parts, torch.zeros_like(parts["format"]))
+    return Rollout(embeds.shape[1], completions, lengths, finished, logps, ref_logps, texts, parts,
+                   torch.zeros_like(parts["format"]))
 
 
 def compare(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
@@ -270,6 +292,13 @@ def compare(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
     return r
 
 
+def teaching(rollout: Rollout, args: Args) -> list[int]:
+    """The prompts that have a gradient.  Without a KL in the loss, a group of equal rewards has exactly none."""
+    if args.beta and args.kl != "reward":
+        return list(range(len(rollout.lengths)))
+    return rollout.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
+
+
 def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks,
            lr: float, meter: "Meter") -> bool:
     """`inner_epochs` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
@@ -283,21 +312,26 @@ def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout |
     tokens = 0 if rollout is None else int(rollout.lengths.sum())
     completions, all_tokens = ranks.sum_(torch.tensor([B * G, tokens], dtype=torch.float64, device=ranks.device)).tolist()
     denominator = {"seq": completions, "token": all_tokens, "const": completions * args.max_new_tokens}[args.agg]
+    pieces = [] if rollout is None else micro_batches(rollout.lengths, rollout.prompt_length, args.micro_batch,
+                                                      args.tokens_per_micro_batch, teaching(rollout, args))
+    meter.total("loss", 0.0)
+    disagreement = torch.zeros(2, dtype=torch.float64, device=ranks.device)      # sum of |trainer - sampler|, tokens
     old_logps, norm, finite = {}, 0.0, completions > 0
     for inner in range(args.inner_epochs if completions else 0):
-        for i in range(0, B, args.micro_batch):
-            rows = slice(i, i + args.micro_batch)
-            embeds, prompt_mask = embed(model, batch.select(i, min(B, i + args.micro_batch)))
-            logps, entropy = model.completion_logps(embeds, prompt_mask, rollout.completions[rows], rollout.lengths[rows],
-                                                    args.temperature, with_entropy=True)         # (b, G, T)
-            mask = rollout.mask[rows]
+        for i, (rows, members) in enumerate(pieces):
+            part = rollout.select(rows, members)
+            logps, entropy = model.completion_logps(*embed(model, batch.select(rows)), part.completions, part.lengths,
+                                                    args.temperature, with_entropy=True)         # (b, g, T)
+            mask = part.mask
             # The policy that sampled is the policy before the first update, so the first pass gives its log-probs:
             # the ratio is exactly 1 there, whatever the sampler's rounding.
             old = old_logps.setdefault(i, logps.detach())
+            # What sampled was the sampler's rounding of the policy, in bf16 a little off: importance weights undo it.
+            off = (old - part.logps).masked_fill(~mask, 0.0)             # (b, g, T)
             loss, metrics = grpo_loss(
-                logps, old, None if rollout.ref_logps is None else rollout.ref_logps[rows], rollout.advantages[rows], mask,
-                ratio=args.ratio, gate=args.gate, clip_low=args.clip_low, clip_high=args.clip_high, delta=args.delta,
-                agg=args.agg, beta=args.beta, kl=args.kl, denominator=denominator)
+                logps, old, part.ref_logps, part.advantages, mask, ratio=args.ratio, gate=args.gate,
+                clip_low=args.clip_low, clip_high=args.clip_high, delta=args.delta, agg=args.agg, beta=args.beta, kl=args.kl,
+                denominator=denominator, weights=None if args.is_cap is None else off.exp().clamp(max=args.is_cap))
             loss.backward()
             optimizer.collect()
             n = int(mask.sum())
@@ -307,7 +341,16 @@ def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout |
             for name, value in metrics.items():
                 meter.mean(name, float(value), n)
             if inner == 0:
-                meter.most("sampler_logp_diff/max", float((logps.detach() - rollout.logps[rows])[mask].abs().max()))
+                meter.most("sampler_logp_diff/max", float(off.abs().max()))
+                meter.mean("sampler_logp_diff/mean", float(off[mask].abs().mean()), n)
+                disagreement += torch.stack((off.abs().sum().double(), mask.sum()))
+        if inner == 0:
+            difference, count = ranks.sum_(disagreement).tolist()
+            if difference > args.max_logp_diff * count:
+                optimizer.drop()
+                ranks.say(f"\nstep refused: sampler and trainer differ by {difference / count:.3f} per token, more than "
+                          f"--max_logp_diff {args.max_logp_diff}")
+                return False
         norm, finite = optimizer.step(ranks, lr, args.max_grad_norm)
         if not finite:
             break
@@ -405,9 +448,8 @@ def rollout_rows(batch: PromptBatch, rollout: Rollout | None, step: int) -> list
     # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
     A, lengths, finished = rollout.advantages.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()
     parts = {name: r.tolist() for name, r in rollout.rewards.items()}
-    asked = [question_for(sample.question, sample.target, "think") for sample in batch.samples]
-    return [{"step": step, "clip": sample.id, "prompt": asked[b], "answer": sample.answer, "completion": g, "text": text,
-             "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
+    return [{"step": step, "clip": sample.id, "prompt": batch.asked[b], "answer": sample.answer, "completion": g,
+             "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
              "length": lengths[b][g], "finished": finished[b][g]}
             for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
 
@@ -419,9 +461,10 @@ def rollout_rows(batch: PromptBatch, rollout: Rollout | None, step: int) -> list
 def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[str, float]:
     """-> {"eval/NAME/war": percent, ...}"""
     row = {}
+    whole = dataclasses.replace(run.view, shuffle_choices=False, drop_audio=0.0, drop_video=0.0)     # nothing by chance
     for name, samples in eval_sets.items():
-        result = evaluate(run.model, run.processor, samples, ranks, modal=args.modal, fit=args.fit,
-                          max_new_tokens=args.max_new_tokens, workers=args.workers, cache=run.cache)
+        result = evaluate(run.model, run.processor, samples, ranks, view=whole, max_new_tokens=args.max_new_tokens,
+                          workers=args.workers, cache=run.cache)
         row |= {f"eval/{name}/{key}": result[key] for key in ("war", "uar", "format_rate")}
         ranks.say(f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  format {result['format_rate']:.1f} %")
     return row
@@ -456,7 +499,7 @@ def train(args: Args) -> None:
     run = set_up(args, ranks, lambda n: math.ceil(args.epochs * n / args.prompts_per_step),
                  lambda start: reference.append(frozen_reference(start) if args.beta > 0 else None))
     model, n = run.model, len(run.samples)
-    batches = run.batches(args, args.prompts_per_step, "think", ranks)
+    batches = run.batches(args, args.prompts_per_step, ranks)
     if eval_sets and run.state["step"] == 0:
         run.folder.append("metrics.jsonl", [{"step": 0} | evaluate_all(run, eval_sets, args, ranks)])
 
@@ -484,28 +527,30 @@ def train(args: Args) -> None:
         if rollout is not None:
             measure(meter, rollout, r)
         told = ranks.gather([{"meter": meter.entries, "rollouts": rollout_rows(batch, rollout, step + 1),
-                              "bad": [vars(bad) for bad in batch.bad]}])
-        counts = run.count([clip for rank in told for clip in rank["bad"]], moved)
+                              "bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}])
+        counts = run.count(told, moved, args)
+        clock.seconds["save"], run.saving = run.saving, 0.0              # of the checkpoint before this step
         row = step_row(step + 1, args, n, lr, [rank["meter"] for rank in told], clock, counts)
         run.folder.append("rollouts.jsonl", [line for rank in told for line in rank["rollouts"]])
         bar.set_postfix({short: f"{row.get(name, 0):.3f}" for short, name in
                          (("reward", "reward"), ("kl", "kl"), ("length", "completions/mean_length"))})
 
-        # 5. Look at the result, and keep it.
-        last = step + 1 == run.max_steps or run.stuck(args)
-        if eval_sets and (last or (args.eval_every and (step + 1) % args.eval_every == 0)):
+        # 5. Look at the result, and keep it.  The row first: what a checkpoint has seen is logged.
+        if eval_sets and (run.complete or (args.eval_every and (step + 1) % args.eval_every == 0)):
             row |= evaluate_all(run, eval_sets, args, ranks)
-        clock.skip()
-        if last or (args.save_every and (step + 1) % args.save_every == 0):
-            run.save()
-            clock.lap("save")
-            row["time/save"] = round(clock.seconds["save"], 4)
         run.folder.append("metrics.jsonl", [row])
-        if run.stuck(args):
+        if run.over or (args.save_every and (step + 1) % args.save_every == 0):
+            run.save()
+        if run.over:
             break
     run.finish(args)
 
 
 if __name__ == "__main__":
-    refuse_sampling_filters(sys.argv)
-    run_main(train, Args)
+    if "--doctor" in sys.argv:   # python grpo.py --doctor RUN: what is wrong with a run, in plain words
+        import doctor
+
+        doctor.main()
+    else:
+        refuse_sampling_filters(sys.argv)
+        run_main(train, Args)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import Ranks, UserError, run_main, start_ranks
 from data import PromptBatch
 from model import HumanOmni, embed, encode_once
-from training import MasterAdamW, TrainArgs, learning_rate, set_up
+from training import MasterAdamW, TrainArgs, learning_rate, micro_batches, set_up
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,8 +50,10 @@ def update(model: HumanOmni, optimizer: MasterAdamW, batch: PromptBatch, args: A
     counted = sum(len(t) for t in batch.targets)
     tokens = float(ranks.sum_(torch.tensor(float(counted), device=ranks.device)))
     loss_sum = torch.zeros((), device=ranks.device)
-    for i in range(0, len(batch), args.micro_batch):
-        micro = batch.select(i, min(len(batch), i + args.micro_batch))
+    pieces = micro_batches(torch.tensor([len(t) for t in batch.targets]).view(-1, 1), model.prompt_length(batch.input_ids),
+                           args.micro_batch, args.tokens_per_micro_batch)
+    for rows, _ in pieces:
+        micro = batch.select(rows)
         ids, lengths = pad_targets(micro.targets, ranks.device)
         logps = model.completion_logps(*embed(model, micro), ids, lengths)         # (b, 1, T), zeros past the length
         loss = -logps.sum() / tokens                 # one denominator for all micro-batches and ranks
@@ -68,7 +70,7 @@ def train(args: Args) -> None:
     if min(args.batch_size, args.micro_batch) < 1:
         raise UserError("--batch_size and --micro_batch must be 1 or more.")
     run = set_up(args, ranks, lambda n: math.ceil(args.epochs * n / args.batch_size))
-    batches = run.batches(args, args.batch_size, args.prompt, ranks)
+    batches = run.batches(args, args.batch_size, ranks)
     bar = tqdm(range(run.state["step"], run.max_steps), initial=run.state["step"], total=run.max_steps,
                disable=not ranks.first, desc="sft", mininterval=1)
     for step in bar:
@@ -77,14 +79,14 @@ def train(args: Args) -> None:
         loaded = time.perf_counter()
         lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
         row, moved = update(run.model, run.optimizer, batch, args, ranks, lr)
-        row |= run.count(ranks.gather([vars(bad) for bad in batch.bad]), moved)
+        row |= run.count(ranks.gather([{"bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}]), moved, args)
         row = {"step": step + 1, "epoch": round((step + 1) * args.batch_size / len(run.samples), 4), "lr": lr} | row
         row |= {"time/load": round(loaded - started, 4), "time/train": round(time.perf_counter() - loaded, 4)}
         run.folder.append("metrics.jsonl", [row])
         bar.set_postfix(loss=f"{row['loss']:.4f}")
-        if step + 1 == run.max_steps or run.stuck(args) or (args.save_every and (step + 1) % args.save_every == 0):
+        if run.over or (args.save_every and (step + 1) % args.save_every == 0):
             run.save()
-        if run.stuck(args):
+        if run.over:
             break
     run.finish(args)
 

@@ -1,37 +1,35 @@
-"""What the two trainers, sft.py and grpo.py, share: arguments, run folder, optimiser, schedule, resuming.
+"""What the two trainers, sft.py and grpo.py, share: arguments, micro-batches, optimiser, schedule, set-up.
 
-    out/config.json         the arguments
-        metrics.jsonl       a row a step
-        rollouts.jsonl      every sampled completion (grpo.py)
-        skipped.jsonl       every clip that could not be used
-        checkpoints/step_N  a folder that `from_pretrained` loads, and the trainer's state
-        latest              a link to the newest complete checkpoint: `--model out/latest`
+What a run leaves on disk is in run_folder.py.
 """
 import dataclasses
-import json
 import math
 import os
-import shutil
+import shlex
+import signal
 import sys
-from pathlib import Path
+import time
 from typing import Literal
 
 import torch
 
-from common import Ranks, UserError, dtype_of, write_json, write_text
+from common import Ranks, UserError, dtype_of
 from data import (
     ClipDataset,
     FeatureCache,
     Modal,
-    Mode,
     Processor,
     Sample,
+    View,
     check_labels,
     loader,
+    read_choices,
+    read_question,
     read_samples,
     training_batches,
 )
 from model import DEFAULT_TRAINED, HumanOmni
+from run_folder import STATE, RunFolder
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -48,7 +46,11 @@ class TrainArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"   # working weights; masters and Adam are always fp32
     train: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TRAINED))  # trained parts, by name
     modal: Modal = "video_audio"            # what of the clip the model gets
+    drop_audio: float = 0.0                 # share of the prompts that are asked without their sound; never both
+    drop_video: float = 0.0                 # share of the prompts that are asked without their picture
     fit: Literal["pad", "stretch"] = "pad"  # how a picture becomes square
+    question: str | None = None             # text file with the question to ask instead of the rows' own
+    choices: list[str] = dataclasses.field(default_factory=list)  # words to choose from, or dfew, mafw, ravdess
     max_steps: int = 0                      # optimiser steps; 0: as many as `epochs` needs
     lr: float = 1e-6                        # peak learning rate
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # shape after warm-up
@@ -57,100 +59,17 @@ class TrainArgs:
     weight_decay: float = 0.0               # of AdamW
     max_grad_norm: float = 1.0              # gradient norm is clipped to this; 0: never
     max_bad_steps: int = 10                 # stop after so many steps in a row without a finite gradient
+    tokens_per_micro_batch: int = 0         # positions per forward and backward instead of --micro_batch prompts; 0: off
     save_every: int = 0                     # steps between checkpoints; 0: only at the end
+    keep: int = 0                           # keep only so many checkpoints, the newest; 0: all
+    on_save_error: Literal["stop", "continue"] = "stop"  # when the disk is full: end the run, or train on and try again
     resume: bool = False                    # continue the run in --out
+    allow_changes: bool = False             # resume although flags or the sample file are not what the run started with
     overwrite: bool = False                 # replace the run in --out
     allow_labels: bool = False              # accept labels outside the vocabulary
+    strict_paths: bool = False              # refuse a sample file that names anything outside --media_root
     feature_cache: str | None = None        # folder that keeps what the towers make of a clip, for later epochs and runs
     workers: int = 2                        # processes that read media, per rank
-
-
-# ------------------------------------------------------------------------------------------------
-# The run folder
-# ------------------------------------------------------------------------------------------------
-
-# The files that get rows with a `step`.
-LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a jsonl file; a last line that was cut off by a crash, even within a character, is left out."""
-    rows = []
-    # Not splitlines(): it also cuts at U+2028 and its like, which a policy can sample and json does not escape.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def finite(row: dict) -> dict:
-    """NaN and infinity are no JSON: null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-
-
-class RunFolder:
-    """`out/`: config.json, metrics.jsonl, rollouts.jsonl, skipped.jsonl, checkpoints/step_N/, latest.
-
-    `latest` is a symbolic link to the newest complete checkpoint, so `--model out/latest` works.
-    """
-
-    def __init__(self, out: str, ranks: Ranks, args, resume: bool, overwrite: bool):
-        self.path, self.ranks = Path(out), ranks
-        if ranks.first:
-            self._prepare(resume, overwrite)
-            config = dataclasses.asdict(args) | {"argv": sys.argv, "world_size": ranks.world,
-                                                 "torch": torch.__version__}
-            write_json(self.path / "config.json", config)
-        ranks.barrier()
-
-    def _prepare(self, resume: bool, overwrite: bool) -> None:
-        used = (self.path / "config.json").exists()
-        if used and overwrite and not resume:
-            for name in ("config.json", *LOGS, "latest"):
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        elif used and not resume:
-            raise UserError(f"--out {self.path} already holds a run: continue it with --resume, replace it "
-                            "with --overwrite, or choose another folder.")
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-
-    def append(self, name: str, rows: list[dict]) -> None:
-        """Add rows to a jsonl file (rank 0)."""
-        if self.ranks.first and rows:
-            with open(self.path / name, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
-
-    def truncate(self, step: int) -> None:
-        """Forget logged rows past `step`: a resumed run writes them again, each exactly once."""
-        if self.ranks.first:
-            for name in LOGS:
-                rows = [r for r in read_jsonl(self.path / name) if r["step"] <= step]
-                if (self.path / name).exists():
-                    write_text(self.path / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        self.ranks.barrier()
-
-    def save(self, step: int, model, state: dict) -> Path:
-        """Checkpoint `step_N`: the model folder and `trainer.pt`; then `latest` points to it."""
-        final = self.path / "checkpoints" / f"step_{step}"
-        if self.ranks.first:
-            beside = final.with_name(f".{final.name}.tmp")
-            shutil.rmtree(beside, ignore_errors=True)
-            model.save_pretrained(beside, final=final)
-            torch.save(state, beside / "trainer.pt")
-            shutil.rmtree(final, ignore_errors=True)      # a step that is saved again replaces itself
-            os.rename(beside, final)
-            link = self.path / ".latest.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path("checkpoints") / final.name)
-            os.replace(link, self.path / "latest")
-        self.ranks.barrier()
-        return final
-
-    def latest(self) -> Path | None:
-        link = self.path / "latest"
-        return link.resolve() if link.exists() else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -211,6 +130,10 @@ class MasterAdamW:
         self.flat.zero_()
         return norm, finite
 
+    def drop(self) -> None:
+        """Forget the gradients that were collected."""
+        self.flat.zero_()
+
     def state_dict(self) -> dict:
         masters = [None if m is p else m.detach() for m, p in zip(self.masters, self.parameters)]
         return {"adam": self.adam.state_dict(), "masters": masters}
@@ -221,6 +144,35 @@ class MasterAdamW:
         with torch.no_grad():
             for p, master, saved in zip(self.parameters, self.masters, state["masters"]):
                 master.copy_(p if saved is None else saved)
+
+
+def micro_batches(lengths: torch.Tensor, prompt_length: int, prompts: int, tokens: int = 0, rows: list[int] | None = None
+                  ) -> list[tuple[list[int], list[int]]]:
+    """Cut B prompts with G completions each into pieces for one forward and backward.  -> [(rows, members)]
+
+    lengths (B, G).  Without a budget (`tokens` 0) a piece is `prompts` prompts.  With one it is as many prompts as
+    stay within `tokens` positions, a prompt taking prompt_length + G x the longest completion of the piece; a group
+    that is too large alone is cut too, and its prompt is run for every part.  `rows`: only these prompts.
+    The pieces' gradients add up to the same whatever the cut, because the loss has one global denominator.
+    """
+    G, longest = lengths.shape[1], lengths.amax(1).tolist()
+    everyone = list(range(G))
+
+    def fits(rows: list[int]) -> bool:
+        if not tokens:
+            return len(rows) <= prompts
+        return len(rows) * (prompt_length + G * max(longest[b] for b in rows)) <= tokens
+
+    pieces: list[tuple[list[int], list[int]]] = []
+    for b in range(len(longest)) if rows is None else rows:
+        if pieces and pieces[-1][1] == everyone and fits([*pieces[-1][0], b]):
+            pieces[-1][0].append(b)
+        elif fits([b]):
+            pieces.append(([b], everyone))
+        else:
+            share = max(1, (tokens - prompt_length) // longest[b])
+            pieces += [([b], everyone[g:g + share]) for g in range(0, G, share)]
+    return pieces
 
 
 def learning_rate(step: int, max_steps: int, peak: float, schedule: str, warmup: float, floor: float) -> float:
@@ -243,43 +195,90 @@ class Run:
     samples: list[Sample]
     processor: Processor
     model: HumanOmni
+    view: View
     cache: FeatureCache | None
     optimizer: MasterAdamW
     state: dict                 # step, skipped_samples, skipped_steps, bad_in_a_row: what a resumed run goes on from
     max_steps: int
+    signal: "StopSignal"
+    stuck: bool = False         # too many steps in a row changed nothing
+    stopped: bool = False       # somebody asked for it
+    saving: float = 0.0         # seconds of the last save, until they are logged
 
-    def batches(self, args: TrainArgs, per_step: int, mode: Mode, ranks: Ranks):
+    def batches(self, args: TrainArgs, per_step: int, ranks: Ranks):
         """This rank's PromptBatch for every step that is left."""
-        dataset = ClipDataset(self.samples, self.processor, args.modal, mode, self.model.num_frames, args.fit, self.cache)
+        dataset = ClipDataset(self.samples, self.processor, self.view, self.model.num_frames, self.cache)
         steps = training_batches(len(self.samples), per_step, range(self.state["step"], self.max_steps), args.seed,
                                  ranks.rank, ranks.world)
         return iter(loader(dataset, steps, args.workers, pin=ranks.device.type == "cuda"))
 
-    def count(self, bad: list[dict], moved: bool) -> dict:
-        """Book a finished step.  -> the counts for its row of metrics."""
-        self.folder.append("skipped.jsonl", [{"step": self.state["step"] + 1} | clip for clip in bad])
-        for clip in bad:
-            self.folder.ranks.say(f"\nskipped {clip['id']}: {clip['reason']}")
+    def count(self, told: list[dict], moved: bool, args: TrainArgs) -> dict:
+        """Book a finished step; `told`: every rank's {"bad": clips, "stop": signalled}.  -> counts for its row."""
+        bad = [clip for rank in told for clip in rank["bad"]]
         self.state["step"] += 1
+        self.folder.tell_skipped(self.state["step"], bad)
         self.state["skipped_samples"] += len(bad)
         self.state["skipped_steps"] += not moved
         self.state["bad_in_a_row"] = 0 if moved else self.state["bad_in_a_row"] + 1
+        self.stuck = self.state["bad_in_a_row"] >= args.max_bad_steps
+        self.stopped = any(rank["stop"] for rank in told)        # all ranks, or none: they must save together
         return {key: self.state[key] for key in ("skipped_samples", "skipped_steps")}
 
-    def stuck(self, args: TrainArgs) -> bool:
-        return self.state["bad_in_a_row"] >= args.max_bad_steps
+    @property
+    def complete(self) -> bool:
+        return self.state["step"] >= self.max_steps
+
+    @property
+    def over(self) -> bool:
+        return self.complete or self.stuck or self.stopped
 
     def save(self) -> None:
+        started = time.perf_counter()
         self.folder.save(self.state["step"], self.model, self.state | {"optimizer": self.optimizer.state_dict()})
+        self.saving = time.perf_counter() - started
 
     def finish(self, args: TrainArgs) -> None:
-        """Last words: what was left out, and whether the run gave up."""
-        listed = f"{self.folder.path}/skipped.jsonl"
-        if self.stuck(args):
+        """Last words: what was left out, and how to go on if this was not the end."""
+        listed, say = f"{self.folder.path}/skipped.jsonl", self.folder.ranks.say
+        if self.stuck:
             raise UserError(f"{args.max_bad_steps} steps in a row had no usable clip or no finite gradient: stopped after "
                             f"step {self.state['step']}. Bad clips are listed in {listed}; if there are none, lower --lr.")
         if self.state["skipped_samples"]:
-            self.folder.ranks.say(f"{self.state['skipped_samples']} times a clip was skipped; see {listed}")
+            say(f"{self.state['skipped_samples']} times a clip was skipped; see {listed}")
+        if not self.complete:
+            say(f"\nstopped and saved after step {self.state['step']} of {self.max_steps}. Continue with:")
+            say(resume_command())
+
+
+def resume_command() -> str:
+    """This command again, with --resume."""
+    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")] + ["--resume"]
+    local = os.environ.get("LOCAL_WORLD_SIZE")       # torchrun's
+    return shlex.join([*(["torchrun", f"--nproc_per_node={local}"] if local else ["python"]), *words])
+
+
+class StopSignal:
+    """SIGTERM and Ctrl-C set a flag, and the loop ends after the step it is in, saved.  Schedulers and people send these."""
+
+    def __init__(self):
+        self.asked = False
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, self._ask)
+
+    def _ask(self, kind, frame) -> None:
+        if not self.asked:
+            os.write(2, b"\nstopping after this step (kill -9 stops at once)\n")      # print is not safe in a handler
+        self.asked = True
+
+
+def training_view(args) -> View:
+    """What the flags say of clips and questions."""
+    if args.drop_audio < 0 or args.drop_video < 0 or args.drop_audio + args.drop_video > 1:
+        raise UserError("--drop_audio and --drop_video are shares of the prompts: 0 or more each, 1 or less together.")
+    if (args.drop_audio or args.drop_video) and args.modal != "video_audio":
+        raise UserError(f"--modal {args.modal} with --drop_audio or --drop_video: nothing would be left; drop one flag.")
+    return View(args.modal, args.prompt, args.fit, read_question(args.question), read_choices(args.choices),
+                shuffle_choices=True, drop_audio=args.drop_audio, drop_video=args.drop_video, seed=args.seed)
 
 
 def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda model: None) -> Run:
@@ -290,7 +289,8 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
     """
     if args.seed < 0 or args.max_bad_steps < 1:
         raise UserError("--seed must be 0 or more, --max_bad_steps 1 or more.")
-    samples = read_samples(args.data, args.media_root)
+    view = training_view(args)
+    samples = read_samples(args.data, args.media_root, args.strict_paths)
     check_labels(samples, args.data, args.allow_labels)
     max_steps = args.max_steps or steps_for(len(samples))
     if max_steps < 1:
@@ -307,21 +307,21 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
             raise UserError("--feature_cache with a trained tower: its features change with every step; "
                             "leave one of them out.")
         cache = FeatureCache(args.feature_cache, model.tower_fingerprints())
-    folder = RunFolder(args.out, ranks, args, args.resume, args.overwrite)
+    folder = RunFolder(args, ranks)
     before_training(model)
 
-    state = {"step": 0, "skipped_samples": 0, "skipped_steps": 0, "bad_in_a_row": 0}
+    state = {"step": 0, "skipped_samples": 0, "skipped_steps": 0, "bad_in_a_row": 0, "logs": {}}
     optimizer = MasterAdamW(trained, args.lr, args.weight_decay)
-    latest = folder.latest() if args.resume else None
-    if latest:
-        model.load_weights(latest)
+    newest = folder.newest() if args.resume else None
+    if newest:
+        model.load_weights(newest)
         # To the CPU first: Adam takes its moments to the device itself, and its step counters belong on the CPU.
-        state = torch.load(latest / "trainer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(newest / STATE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state.pop("optimizer"))
-        ranks.say(f"resuming after step {state['step']} from {latest}")
+        ranks.say(f"resuming after step {state['step']} from {newest}")
     elif args.resume:
         ranks.say(f"--resume: {folder.path} holds no checkpoint yet; starting at the first step")
-    folder.truncate(state["step"] if latest else -1)        # -1: also the evaluation at step 0 is done again
+    folder.cut_logs(state.pop("logs"))
     ranks.say(f"{len(samples)} samples, {max_steps} steps, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
               f"parameters, {ranks.world} rank(s) on {ranks.device.type}")
-    return Run(folder, samples, processor, model, cache, optimizer, state, max_steps)
+    return Run(folder, samples, processor, model, view, cache, optimizer, state, max_steps, StopSignal())

@@ -16,11 +16,14 @@ from data import (
     BadClip,
     ClipDataset,
     ClipError,
+    View,
     check_labels,
     collate,
     frame_indices,
     loader,
+    read_choices,
     read_clip,
+    read_question,
     read_samples,
     training_batches,
 )
@@ -523,7 +526,7 @@ def test_loader_keeps_order_and_reports_bad_clips(rows, processor):
 
 def test_what_a_batch_holds(rows, processor):
     """Stops a question, target or clip of one row landing in another."""
-    dataset = ClipDataset(rows, processor, mode="row")
+    dataset = ClipDataset(rows, processor, View(prompt="row"))
     batch = collate([dataset[0, 0], dataset[1, 1], dataset[2, 2]])
     clip = read_clip(rows[0].clip)
     assert all(torch.equal(f, processor.frames(clip.frames)) for f in batch.frames)
@@ -539,7 +542,7 @@ def test_what_a_batch_holds(rows, processor):
 
 def test_the_runs_modality_and_the_rows(rows, processor):
     """Stops a video-only run listening, or a row without video being asked to look."""
-    video = ClipDataset(rows, processor, modal="video")
+    video = ClipDataset(rows, processor, View(modal="video"))
     assert [isinstance(video[0, i], BadClip) for i in range(7)] == [False, False, True, True, True, True, False]
     assert "no video" in video[0, 2].reason and "no video" in video[0, 4].reason
     batch = collate([video[0, 0], video[0, 6]])
@@ -552,13 +555,13 @@ def test_select_is_slicing_by_hand(rows, processor):
     order = [2, 0, 4, 1, 6]
     items = [dataset[i, n] for i, n in enumerate(order)]
     whole = collate(items)
-    for start, stop in ((0, 2), (2, 5), (3, 4), (0, 5), (4, 9), (2, 3)):
-        part, by_hand = whole.select(start, stop), collate(items[start:stop])
+    for chosen in ([0, 1], [2, 3, 4], [3], [0, 1, 2, 3, 4], [4], [2], [4, 1, 0], [3, 0]):
+        part, by_hand = whole.select(chosen), collate([items[i] for i in chosen])
         assert part.indices == by_hand.indices and part.input_ids == by_hand.input_ids and part.targets == by_hand.targets
         assert part.samples == by_hand.samples and len(part) == len(by_hand)
         for name in ("frames", "mel"):
             a, b = getattr(part, name), getattr(by_hand, name)
-            assert (a is None or len(a) == 0) if b is None else torch.equal(a, b), (name, start, stop)
+            assert (a is None or len(a) == 0) if b is None else torch.equal(a, b), (name, chosen)
         Q = by_hand.question_ids.shape[1]
         assert torch.equal(part.question_ids[:, :Q], by_hand.question_ids) and not part.question_mask[:, Q:].any()
 
@@ -599,3 +602,77 @@ def test_features_on_disk(rows, processor, model, tmp_path):
         assert torch.equal(mixed.vision, fresh.vision)
         torch.testing.assert_close(mixed.audio, fresh.audio, atol=1e-6, rtol=0)
         assert embed(model, mixed)[0].isfinite().all()
+
+
+# What the model gets and how it is asked
+# ------------------------------------------------------------------------------------------------
+
+def test_mute_and_blank_replace_one_modality_alone(rows, processor):
+    """Stops `--mute` leaving some sound, `--blank` some picture, either touching the other, or the prompt telling."""
+    plain, muted, blank = (ClipDataset(rows, processor, view)[0, 0] for view in (View(), View(mute=True), View(blank=True)))
+    assert muted["ids"] == plain["ids"] == blank["ids"]
+    assert torch.equal(muted["frames"], plain["frames"]) and torch.equal(blank["mel"], plain["mel"])
+    silence = ClipDataset(rows, processor)[0, 6]["mel"]                   # a clip without a sound track
+    assert torch.equal(muted["mel"], silence) and not torch.equal(plain["mel"], silence)
+    grey = (127 / 255 - 0.5) / 0.5
+    torch.testing.assert_close(blank["frames"], torch.full_like(blank["frames"], grey), atol=1e-6, rtol=0)
+    assert not torch.equal(plain["frames"], blank["frames"])
+
+
+def test_muted_features_are_not_those_of_the_sound(rows, processor):
+    """Stops a muted evaluation hearing the sound after all, from the feature cache."""
+    keys = {name: ClipDataset(rows, processor, view)[0, 0]["keys"] for name, view in
+            (("plain", View()), ("mute", View(mute=True)), ("blank", View(blank=True)), ("stretch", View(fit="stretch")))}
+    assert keys["mute"]["video"] == keys["plain"]["video"] and keys["blank"]["audio"] == keys["plain"]["audio"]
+    assert len({k["audio"] for k in keys.values()}) == 2 and len({k["video"] for k in keys.values()}) == 3
+
+
+def test_dropped_modalities(rows, processor):
+    """Stops a prompt losing both, another share than asked for, or a draw that changes with the batch or on resuming."""
+    view = View(drop_audio=0.3, drop_video=0.2, seed=5)
+    kept = [view.keeps("video_audio", position) for position in range(20_000)]
+    assert set(kept) == {"video_audio", "video", "audio"}
+    for left, share in (("video", 0.3), ("audio", 0.2)):                  # within 5 sd: sqrt(.3 * .7 / 20000) = .0032
+        assert abs(kept.count(left) / 20_000 - share) < 0.017
+    assert [view.keeps("video_audio", p) for p in range(500, 520)] == kept[500:520]
+    assert kept[:200] != [View(drop_audio=0.3, drop_video=0.2, seed=6).keeps("video_audio", p) for p in range(200)]
+    assert {View(drop_audio=0.5, drop_video=0.5).keeps("video_audio", p) for p in range(50)} == {"video", "audio"}
+    assert all(View(drop_video=1.0).keeps("video", p) == "video" for p in range(20))        # it has nothing else
+    dataset = ClipDataset(rows, processor, view)
+    for position in range(12):
+        item = dataset[position, 0]
+        assert (VIDEO in item["ids"]) == ("video" in kept[position]) == (item["frames"] is not None)
+        assert (AUDIO in item["ids"]) == ("audio" in kept[position]) == (item["mel"] is not None)
+
+
+def test_what_is_asked():
+    """Stops a label-only run asking for reasoning, candidates in a free evaluation, and an order that can be learned."""
+    row = "What is felt?" + data.THINK
+    assert View().ask(row, "happy") == row and View(prompt="label").ask(row, "happy") == "What is felt?"
+    assert View(prompt="auto").ask(row, "happy") == "What is felt?"
+    assert View(prompt="auto").ask("What is felt?", "<think>a</think>\n<answer>sad</answer>") == row
+    assert View(prompt="row").ask(row, "happy") == row
+    assert View(question="Which?").ask(row, "happy") == "Which?" + data.THINK
+    listed = View(prompt="label", choices=("happy", "sad", "calm"))
+    assert listed.ask(row, "happy", 3) == listed.ask(row, "happy", 4) == "What is felt?\nhappy, sad, calm"
+    assert View(choices=("happy", "sad")).ask(row, "sad") == "What is felt?\nhappy, sad" + data.THINK
+    shuffled = View(prompt="label", choices=("happy", "sad", "calm"), shuffle_choices=True)
+    orders = [shuffled.ask(row, "sad", p) for p in range(600)]
+    assert orders[0] == shuffled.ask(row, "sad", 0)
+    assert len(set(orders)) == 6 and all(60 < orders.count(order) < 140 for order in set(orders))      # 100 each, sd 9
+
+
+def test_questions_and_choices_that_cannot_be_used(tmp_path):
+    """Stops an evaluation under another question, or other candidates, than its user believes."""
+    (tmp_path / "q.txt").write_text("\ufeff Which emotion?\n")
+    assert read_question(tmp_path / "q.txt") == "Which emotion?" and read_question(None) is None
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "markup.txt").write_text("<video> Which?")
+    for name in ("empty.txt", "markup.txt", "gone.txt"):
+        with pytest.raises(UserError, match=name):
+            read_question(tmp_path / name)
+    assert read_choices([]) == () and read_choices(["a", "b"]) == ("a", "b")
+    assert len(read_choices(["dfew"])) == 7 and len(read_choices(["mafw"])) == 11 and "calm" in read_choices(["ravdess"])
+    for words in (["happy"], ["happy", "sad", "happy"]):
+        with pytest.raises(UserError, match="--choices"):
+            read_choices(words)

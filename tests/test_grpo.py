@@ -308,3 +308,11 @@ def test_learning_rate_schedule(schedule, middle):
     assert rates[60] == pytest.approx(2.0 * middle)
     assert min(rates[10:]) >= 0.2 - 1e-9
     assert learning_rate(0, 5, 1.0, schedule, 0.0, 0.0) == 1.0
+
+
+def test_what_each_prompt_is_paid_for():
+    """Stops a label-only policy being paid for tags, or a thinking one for a bare word."""
+    texts = [["happy", " Happy\n", "<think>a</think>\n<answer>happy</answer>", "happy.", "very happy", ""]]
+    think, label = (grpo.score(texts, ["happy"], "cpu", prompt) for prompt in ("think", "label"))
+    assert think["accuracy"].tolist() == [[0, 0, 1, 0, 0, 0]] and think["format"].tolist() == [[0, 0, 1, 0, 0, 0]]
+    assert label["accuracy"].tolist() == [[1, 1, 0, 0, 0, 0]] and label["format"].tolist() == [[1, 1, 0, 0, 0, 0]]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forkserver
 import pytest
 import torch
 from conftest import GOLDEN
@@ -30,11 +31,14 @@ def write_rows(path: Path, targets: list[tuple[str, str]], asked: dict[str, str]
 
 def call(script: str, *flags, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
     """Run a script of the project; `ranks` > 1: under torchrun, as the README says."""
-    start = [sys.executable] if ranks == 1 else \
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=env,
-                          timeout=300)
+    if ranks == 1:
+        site = Path(os.environ.get("PYTHONPATH", "")) / "sitecustomize.py"       # see `moving`
+        done = forkserver.shared().run(script, *flags, hook=site.read_text() if site.is_file() else "")
+    else:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=env,
+                              timeout=300)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -67,7 +71,8 @@ def reward_lengths(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rewards\n"
-        "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)\n")
+        "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)\n"
+        "rewards.bare_accuracy = lambda text, answer: float(sum(map(ord, text)) % 2)\n")
     return folder
 
 
@@ -86,6 +91,8 @@ def test_two_processes_are_one_process(labels, tmp_path, moving):
     for name in ("reward", "reward_std", "loss", "kl", "entropy", "grad_norm", "num_tokens", "ratio/max",
                  "completions/mean_length", "frac_reward_zero_std", "clip_ratio/high_mean"):
         assert [r[name] for r in one] == pytest.approx([r[name] for r in two], rel=2e-3, abs=2e-5), name
+    for name in ("loss", "grad_norm", "kl", "entropy"):              # one step: only the order of sums differs
+        assert one[0][name] == pytest.approx(two[0][name], rel=1e-5, abs=1e-6), name
     assert one[0]["grad_norm"] > 0 and one[-1]["kl"] > 0            # it learned, so there was something to compare
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     start = load_file(MODEL / "model.safetensors")
@@ -265,3 +272,29 @@ def test_sft_then_grpo_learn_a_small_task(tmp_path):
     accuracy, form = ([r[f"rewards/{name}/mean"] for r in rows] for name in ("accuracy", "format"))
     assert accuracy[0] < 0.3 and form[0] > 0.8                      # the form is there, the word is a guess among four
     assert sum(accuracy[-5:]) / 5 > 0.9 and sum(form[-5:]) / 5 > 0.9
+
+
+def test_grpo_on_bare_words_with_missing_modalities(labels, tmp_path, moving):
+    """Stops `--prompt label` asking for reasoning or being paid for it; `--question`, `--choices`, `--drop_*` being ignored."""
+    (tmp_path / "question.txt").write_text("How does it feel?")
+    flags = ("--prompt", "label", "--question", tmp_path / "question.txt", "--choices", "happy", "sad", "--seed", 4)
+    out = tmp_path / "run"
+    grpo(out, labels, *flags, "--drop_audio", 0.5, "--drop_video", 0.5, "--max_steps", 3)
+    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 4 * 3
+    assert {r["prompt"] for r in rows} == {f"How does it feel?\n{words}" for words in ("happy, sad", "sad, happy")}
+    for r in rows:
+        text = r["text"]
+        assert r["rewards"] == {"accuracy": float(sum(map(ord, text)) % 2), "format": float(text.strip().isalpha())}
+    # One prompt for a whole group; and without their picture or sound the clips are answered otherwise.
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["step"], r["clip"]), set()).add(r["prompt"])
+    assert all(len(prompts) == 1 for prompts in groups.values())
+    plain = tmp_path / "plain"
+    grpo(plain, labels, *flags, "--max_steps", 1)
+    texts = {name: [json.loads(line)["text"] for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()[:12]]
+             for name in ("run", "plain")}
+    assert texts["run"] != texts["plain"]
+    bad = grpo(tmp_path / "bad", labels, "--drop_audio", 0.7, "--drop_video", 0.7, check=False)
+    assert bad.returncode == 1 and "--drop_audio" in bad.stderr and "Traceback" not in bad.stderr

@@ -4,7 +4,8 @@ import json
 import torch
 
 from common import start_ranks
-from training import MasterAdamW, RunFolder, read_jsonl
+from run_folder import RunFolder, read_jsonl
+from training import MasterAdamW
 
 LR = 1e-6
 
@@ -75,12 +76,15 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
 def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
     """Stops: rows lost on resume because a policy sampled U+2028, NaN that no JSON reader takes, duplicated steps."""
     folder = object.__new__(RunFolder)
-    folder.path, folder.ranks = tmp_path, start_ranks("cpu")
-    folder.append("rollouts.jsonl", [{"step": s, "text": "a\u2028b\u0085c", "kl": float("nan")} for s in (1, 2, 3)])
+    folder.path, folder.ranks, folder.unwritten = tmp_path, start_ranks("cpu"), {}
+    for step in (1, 2, 3):
+        folder.append("rollouts.jsonl", [{"step": step, "text": "a\u2028b\u0085c", "kl": float("nan")}])
+        if step == 2:
+            length = (tmp_path / "rollouts.jsonl").stat().st_size
     with open(tmp_path / "rollouts.jsonl", "ab") as file:
         file.write('{"step": 4, "text": "\u00e9'.encode()[:-1])
     rows = read_jsonl(tmp_path / "rollouts.jsonl")
     assert [r["step"] for r in rows] == [1, 2, 3] and rows[0] == {"step": 1, "text": "a\u2028b\u0085c", "kl": None}
-    folder.truncate(2)
+    folder.cut_logs({"rollouts.jsonl": length})
     lines = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["step"] for line in lines[:-1]] == [1, 2]

@@ -1,0 +1,424 @@
+"""What real runs meet: signals, kills at any moment, full disks, damaged checkpoints, NaN, ranks that die.
+
+The measure is always the same: the run that was interrupted ends bit for bit as the one that was not.
+"""
+import contextlib
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forkserver
+import pytest
+import torch
+from conftest import GOLDEN
+from safetensors.torch import load_file
+
+from common import OUT_OF_MEMORY
+from run_folder import damage
+
+ROOT = Path(__file__).parents[1]
+MEDIA = GOLDEN / "media"
+LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "angry", "silent_no_track.mp4": "fear"}
+STEPS = 6
+
+# A random policy never says a label; this reward differs within a group, so that every step moves the weights.
+MOVING = ("import rewards\n"
+          "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)\n")
+
+
+def write_rows(path: Path, labels: dict[str, str]) -> Path:
+    path.write_text(json.dumps([{"video": clip, "conversations": [
+        {"from": "human", "value": "<video>\n<audio>\nWhich emotion?"}, {"from": "gpt", "value": label}]}
+        for clip, label in labels.items()]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "labels.json", LABELS)
+
+
+def flags(script: str, out: Path, labels: Path, *more) -> list[str]:
+    """Six steps of two prompts over four clips: three epochs; a schedule that falls."""
+    own = {"grpo.py": ("--max_new_tokens", 5, "--num_generations", 3, "--prompts_per_step", 2),
+           "sft.py": ("--batch_size", 2, "--micro_batch", 1)}[script]
+    return [str(word) for word in (
+        "--model", GOLDEN / "humanomni", "--data", labels, "--media_root", MEDIA, "--out", out, "--max_steps", STEPS,
+        "--lr", 1e-3, "--schedule", "linear", "--workers", 0, "--save_every", 1, *own, *more)]
+
+
+def run(script: str, out: Path, labels: Path, *more, hook: str = "", check: bool = True):
+    done = forkserver.shared().run(script, *flags(script, out, labels, *more), hook=MOVING + hook)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def under_torchrun(script: str, out: Path, labels: Path, *more, ranks: int = 2, launch=("--standalone",), hook: str = "",
+                   folder: Path | None = None) -> list:
+    """Command and environment of a run on several ranks; `hook` is executed in each of them."""
+    site = (folder or out.parent) / "site"
+    site.mkdir(exist_ok=True)
+    (site / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{MOVING}{hook}")
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)}
+    return [[sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}", str(ROOT / script),
+             *flags(script, out, labels, *more)], env]
+
+
+def end_of(out: Path) -> dict:
+    """Everything that a run left, without times."""
+    timed = ("time/", "tokens_per", "memory")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    state = torch.load(out / "latest" / "trainer.pt", weights_only=True)
+    return {"weights": load_file(out / "latest" / "model.safetensors"), "adam": state["optimizer"]["adam"]["state"],
+            "step": state["step"], "metrics": [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows],
+            "rollouts": (out / "rollouts.jsonl").read_text() if (out / "rollouts.jsonl").exists() else ""}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    """Bit for bit."""
+    assert a["step"] == b["step"] == STEPS and [r["step"] for r in a["metrics"]] == list(range(1, STEPS + 1))
+    assert a["metrics"] == b["metrics"] and a["rollouts"] == b["rollouts"]
+    assert a["weights"].keys() == b["weights"].keys()
+    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+    for i in a["adam"]:
+        for name in a["adam"][i]:
+            assert torch.equal(a["adam"][i][name], b["adam"][i][name]), (i, name)
+
+
+@pytest.fixture(scope="module")
+def whole(labels, tmp_path_factory) -> dict:
+    """The run that nothing happens to, by script."""
+    folder, ends = tmp_path_factory.mktemp("whole"), {}
+    for script in ("grpo.py", "sft.py"):
+        run(script, folder / script, labels)
+        ends[script] = end_of(folder / script)
+    start = load_file(GOLDEN / "humanomni" / "model.safetensors")
+    for end in ends.values():
+        assert max(float((end["weights"][k] - start[k]).abs().max()) for k in start) > 1e-4      # there is something to lose
+    return ends
+
+
+# ---- stopping and going on -------------------------------------------------------------------------
+
+def signal_at(step: int, kind: str) -> str:
+    """A hook: the process gets a signal while it books that step."""
+    return f"""
+import os, signal, training
+book = training.Run.count
+def count(self, *args):
+    if self.state["step"] + 1 == {step}:
+        os.kill(os.getpid(), signal.{kind})
+    return book(self, *args)
+training.Run.count = count
+"""
+
+
+@pytest.mark.parametrize("script, kind", [("grpo.py", "SIGTERM"), ("grpo.py", "SIGINT"), ("sft.py", "SIGTERM")])
+def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole, labels, tmp_path):
+    """Stops: work lost to a scheduler's SIGTERM or to Ctrl-C; replayed data; Adam, schedule or reference reset on resume."""
+    out = tmp_path / "run"
+    done = run(script, out, labels, "--save_every", 0, hook=signal_at(3, kind))
+    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) in (3, 4) and (out / "latest").resolve().name == f"step_{len(rows)}"       # the flag is seen next step
+    command = shlex.split(done.stdout.strip().splitlines()[-1])
+    assert command[0] == "python" and command[1].endswith(script) and command[-1] == "--resume"
+    again = forkserver.shared().run(script, *command[2:], hook=MOVING)
+    assert again.returncode == 0 and "resuming after step" in again.stdout, again.stderr[-2000:]
+    assert_same(end_of(out), whole[script])
+
+
+def test_killed_at_twenty_random_moments(whole, labels, tmp_path):
+    """Stops: half a checkpoint taken for a whole one, rows twice or missing, a run that cannot be resumed."""
+    server, out, random_ = forkserver.shared(), tmp_path / "run", random.Random(0)
+    more, kills, lived = ["--keep", 2], 0, 0.6
+    while kills < 20:
+        job = server.start("grpo.py", *flags("grpo.py", out, labels, *more), hook=MOVING)
+        deadline = time.monotonic() + random_.uniform(0, lived)
+        while time.monotonic() < deadline:
+            time.sleep(0.005)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(job.pid, signal.SIGKILL)
+        done = server.wait(job)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
+        kills += done.returncode != 0
+        lived = min(6.0, lived * 1.25)
+        if done.returncode == 0:                 # it came to its end: that must be right too, and then from the start
+            assert_same(end_of(out), whole["grpo.py"])
+            shutil.rmtree(out)
+            more = ["--keep", 2]
+        elif (out / "config.json").exists():
+            more = ["--keep", 2, "--resume"]
+    run("grpo.py", out, labels, *more)
+    assert_same(end_of(out), whole["grpo.py"])
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_5", "step_6"]
+
+
+KILL_IN_SAVE = """
+import os, signal, run_folder
+left = {n}
+def dying(f):
+    def g(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f(*args, **kwargs)
+    return g
+class Os:
+    def __getattr__(self, name):
+        return getattr(os, name)
+    rename = staticmethod(dying(os.rename))
+    replace = staticmethod(dying(os.replace))
+    truncate = staticmethod(dying(os.truncate))
+run_folder.os = Os()
+for name in ("write_json", "sync", "digest"):
+    setattr(run_folder, name, dying(getattr(run_folder, name)))
+"""
+
+
+def test_killed_at_every_kind_of_operation_of_a_save(whole, labels, tmp_path):
+    """Stops: a moment between two file operations in which neither the old checkpoint nor the new one is there."""
+    out, n, kills = tmp_path / "run", 3, 0
+    more: list[str] = []
+    while kills < 25:
+        done = run("grpo.py", out, labels, "--keep", 1, *more, hook=KILL_IN_SAVE.format(n=n), check=False)
+        if done.returncode == 0:
+            assert_same(end_of(out), whole["grpo.py"])
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        kills, n = kills + 1, n + 7              # another operation, and in time some progress
+        latest = out / "latest"
+        assert not latest.is_symlink() or damage(latest.resolve()) is None or not latest.exists()
+        more = ["--resume"] if (out / "config.json").exists() else []
+    assert kills >= 5
+    run("grpo.py", out, labels, "--keep", 1, "--resume")
+    assert_same(end_of(out), whole["grpo.py"])
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step_{STEPS}"]
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "no manifest", "file lost"])
+def test_a_damaged_newest_checkpoint_is_passed_over(harm, whole, labels, tmp_path):
+    """Stops: a run that trusts a torn file, or that gives up although the checkpoint before is sound."""
+    out = tmp_path / "run"
+    run("grpo.py", out, labels, "--max_steps", 4, "--allow_changes")
+    newest = out / "checkpoints" / "step_4"
+    if harm == "truncated":
+        os.truncate(newest / "trainer.pt", 1000)
+    elif harm == "flipped":
+        data = bytearray((newest / "model.safetensors").read_bytes())
+        data[len(data) // 2] ^= 1
+        (newest / "model.safetensors").write_bytes(data)
+    elif harm == "no manifest":
+        (newest / "manifest.json").unlink()
+    else:
+        (newest / "tokenizer_config.json").unlink()
+    assert damage(newest) and damage(out / "checkpoints" / "step_3") is None
+    done = run("grpo.py", out, labels, "--max_steps", 4, "--resume")
+    assert "step_4 is damaged" in done.stdout and "resuming after step 3" in done.stdout
+    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [1, 2, 3, 4] and damage(newest) is None
+    for checkpoint in (out / "checkpoints").iterdir():
+        os.truncate(checkpoint / "trainer.pt", 1000)
+    done = run("grpo.py", out, labels, "--max_steps", 4, "--resume", check=False)
+    assert done.returncode == 1 and "every checkpoint is damaged" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
+    """Stops: a resumed run under other flags or other data, with nothing in the folder that tells."""
+    data = write_rows(tmp_path / "data.json", LABELS)
+    out = tmp_path / "run"
+    run("grpo.py", out, data, "--max_steps", 2)
+    done = run("grpo.py", out, data, "--max_steps", 2, "--resume", "--lr", 1e-2, check=False)
+    assert done.returncode == 1 and "--lr was 0.001 and is 0.01" in done.stderr
+    assert json.loads((out / "config.json").read_text())["lr"] == 1e-3                # nor was it noted as the run's
+    write_rows(data, LABELS | {"wide.mp4": "sad"})
+    done = run("grpo.py", out, data, "--max_steps", 3, "--resume", check=False)
+    assert done.returncode == 1 and "has other contents" in done.stderr and "--allow_changes" in done.stderr
+    done = run("grpo.py", out, data, "--max_steps", 3, "--resume", "--allow_changes")
+    assert "schedule is stretched" in done.stdout and (out / "latest").resolve().name == "step_3"
+
+
+# ---- several ranks ---------------------------------------------------------------------------------
+
+def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path):
+    """Stops: clips skipped or repeated because the number of GPUs changed between two parts of a run."""
+    out = tmp_path / "run"
+    command, env = under_torchrun("grpo.py", out, labels, "--save_every", 0, hook=signal_at(3, "SIGTERM"))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]                                  # workers ended well, so torchrun did
+    assert "torchrun --nproc_per_node=2" in done.stdout
+    done = run("grpo.py", out, labels, "--save_every", 0, "--resume")
+    assert "2 rank(s) before, 1 now" in done.stdout
+    end = end_of(out)
+    assert [r["step"] for r in end["metrics"]] == list(range(1, STEPS + 1))
+    key = lambda r: (r["step"], r["clip"], r["completion"])
+    rows = [sorted(map(json.loads, e["rollouts"].splitlines()), key=key) for e in (end, whole["grpo.py"])]
+    assert [(key(r), r["text"]) for r in rows[0]] == [(key(r), r["text"]) for r in rows[1]]
+    for k, v in whole["grpo.py"]["weights"].items():
+        torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
+
+
+DIE = """
+import os, signal, training
+book = training.Run.count
+def count(self, *args):
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if self.state["step"] + 1 == 4 and os.environ["RANK"] == "1" and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return book(self, *args)
+training.Run.count = count
+"""
+
+
+def test_a_dead_rank_ends_the_run_by_name_or_is_restarted(whole, labels, tmp_path):
+    """Stops: seven ranks that wait for ever for the eighth; a restart that begins at step 0 or changes the result."""
+    started = time.monotonic()
+    command, env = under_torchrun("grpo.py", tmp_path / "dead", labels, hook=DIE)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and time.monotonic() - started < 60 + 60              # its start and a minute
+    assert "rank      : 1" in done.stderr and "-9" in done.stderr
+    out = tmp_path / "restarted"
+    command, env = under_torchrun("grpo.py", out, labels, "--resume", launch=("--standalone", "--max_restarts=1"), hook=DIE)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(r"resuming after step [34] ", done.stdout)      # rank 0 may have saved the step in which rank 1 died
+    end = end_of(out)
+    assert [r["step"] for r in end["metrics"]] == list(range(1, STEPS + 1))
+    for k, v in whole["grpo.py"]["weights"].items():
+        torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
+
+
+def test_two_machines_are_one(labels, tmp_path):
+    """Stops: a multi-node launch that splits the data, the seed or the writing by local rank."""
+    port = 20_000 + os.getpid() % 20_000
+    launch = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=7",
+              "--local_addr=127.0.0.1")
+    agents = []
+    for _ in range(2):
+        command, env = under_torchrun("grpo.py", tmp_path / "nodes", labels, "--max_steps", 3, ranks=1, launch=launch)
+        agents.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    for agent in agents:
+        _, err = agent.communicate(timeout=300)
+        assert agent.returncode == 0, err[-3000:]
+    command, env = under_torchrun("grpo.py", tmp_path / "one", labels, "--max_steps", 3, ranks=2)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = end_of(tmp_path / "nodes"), end_of(tmp_path / "one")
+    assert a["metrics"] == b["metrics"] and a["rollouts"] == b["rollouts"]
+    assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
+
+
+# ---- faults ----------------------------------------------------------------------------------------
+
+def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
+    """Stops: one NaN that ends a run of days, or lives on in Adam's moments; and a run that skips for ever."""
+    hook = ("import training\nstep = training.MasterAdamW.step\nseen = 0\n"
+            "def poisoned(self, *args):\n"
+            "    global seen\n"
+            "    seen += 1\n"
+            "    if seen in {when}: self.flat[7] = float('{what}')\n"
+            "    return step(self, *args)\n"
+            "training.MasterAdamW.step = poisoned\n")
+    for what in ("nan", "inf"):
+        out = tmp_path / what
+        run("grpo.py", out, labels, hook=hook.format(when="(2, 4)", what=what))
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        assert [r["skipped_steps"] for r in rows] == [0, 1, 1, 2, 2, 2] and len(rows) == STEPS
+        assert [r["grad_norm"] is None for r in rows] == [False, True, False, True, False, False]
+        assert all(v.isfinite().all() for v in end_of(out)["weights"].values())
+        assert rows[0]["loss"] == whole["grpo.py"]["metrics"][0]["loss"]
+    done = run("grpo.py", tmp_path / "stuck", labels, "--max_bad_steps", 3, check=False,
+               hook=hook.format(when="range(2, 99)", what="nan"))
+    assert done.returncode == 1 and "3 steps in a row" in done.stderr and "stopped after step 4" in done.stderr
+    assert (tmp_path / "stuck" / "latest").resolve().name == "step_4"
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int):
+    """A file system of that size, if this user may mount one."""
+    folder.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
+                                           capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(whole, labels, tmp_path):
+    """Stops: a full disk that tears the only checkpoint, loses rows, or is not told."""
+    run("grpo.py", tmp_path / "size", labels, "--max_steps", 1)
+    one = sum(p.stat().st_size for p in (tmp_path / "size" / "latest").resolve().rglob("*")) / 2 ** 20
+    with small_disk(tmp_path / "disk", int(2.5 * one) + 1) as disk:                  # two checkpoints, not three
+        done = run("grpo.py", disk / "run", labels, check=False)
+        assert done.returncode == 1 and "cannot write" in done.stderr and "--resume" in done.stderr, done.stderr[-1500:]
+        assert "Traceback" not in done.stderr and damage((disk / "run" / "latest").resolve()) is None
+        assert (disk / "run" / "latest").resolve().name == "step_2"
+        shutil.rmtree(disk / "run" / "checkpoints" / "step_1")                        # room
+        run("grpo.py", disk / "run", labels, "--resume", "--keep", 1, "--on_save_error", "continue")
+        assert_same(end_of(disk / "run"), whole["grpo.py"])
+    with small_disk(tmp_path / "disk2", int(2.5 * one) + 1) as disk:
+        done = run("grpo.py", disk / "run", labels, "--on_save_error", "continue")
+        assert "training goes on" in done.stdout
+        rows = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert rows == list(range(1, STEPS + 1)) and (disk / "run" / "latest").resolve().name == "step_2"
+        assert sorted(p.name for p in (disk / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
+
+
+def test_log_rows_that_did_not_fit_are_written_later(tmp_path):
+    """Stops: rows lost, or half a row left, when a log cannot be written for a while."""
+    from common import start_ranks
+    from run_folder import RunFolder
+
+    folder = object.__new__(RunFolder)
+    folder.path, folder.ranks, folder.unwritten, folder.on_save_error = tmp_path / "gone", start_ranks("cpu"), {}, "continue"
+    folder.append("metrics.jsonl", [{"step": 1}])
+    folder.append("metrics.jsonl", [{"step": 2}])
+    folder.path.mkdir()
+    folder.append("metrics.jsonl", [{"step": 3}])
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n' and not folder.unwritten
+
+
+def test_out_of_gpu_memory_names_the_flags(tmp_path):
+    """Stops: a page of traceback where three flags would help."""
+    (tmp_path / "s.py").write_text(
+        "import dataclasses, torch\nfrom common import run_main\n"
+        "@dataclasses.dataclass\nclass Args:\n    x: int = 0  # nothing\n"
+        "def main(args):\n    raise torch.OutOfMemoryError('CUDA out of memory')\nrun_main(main, Args)\n")
+    done = forkserver.shared().run(tmp_path / "s.py")
+    assert done.returncode == 1 and OUT_OF_MEMORY in done.stderr and "Traceback" not in done.stderr
+    assert all(flag in OUT_OF_MEMORY for flag in ("--tokens_per_micro_batch", "--num_generations", "--max_new_tokens"))
+
+
+# ---- precision -------------------------------------------------------------------------------------
+
+def test_the_first_ratio_is_exactly_one_and_the_sampler_agrees(whole):
+    """Stops: dropout, another prompt or another temperature between sampling and training."""
+    for row in whole["grpo.py"]["metrics"]:
+        assert row["ratio/mean"] == row["ratio/max"] == 1.0 and row["sampler_logp_diff/max"] < 1e-4
+        assert row["sampler_logp_diff/mean"] <= row["sampler_logp_diff/max"]
+
+
+def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
+    """Stops: training on samples of another policy than the one that is trained."""
+    hook = ("import sampler\nmake = sampler.generate\n"
+            "def other(*args, **kwargs):\n"
+            "    completions, lengths, logps = make(*args, **kwargs)\n"
+            "    return completions, lengths, logps - 0.7\n"
+            "sampler.generate = other\n")
+    run("grpo.py", tmp_path / "off", labels, "--max_steps", 2, hook=hook)
+    rows = [json.loads(line) for line in (tmp_path / "off" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped_steps"] for r in rows] == [1, 2] and rows[0]["sampler_logp_diff/mean"] > 0.5
+    run("grpo.py", tmp_path / "told", labels, "--max_steps", 2, "--max_logp_diff", 2, hook=hook)
+    rows = [json.loads(line) for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped_steps"] for r in rows] == [0, 0]
