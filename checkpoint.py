@@ -9,8 +9,13 @@ A released HumanOmni checkpoint is a folder (or a hub repository):
 The vision and the audio tower may be stored in it or not; config.json names where the stock ones are.
 Every fault ends in a UserError that names the file, the keys, and what to do.
 """
+import contextlib
+import dataclasses
 import json
+import math
 import os
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -107,48 +112,83 @@ def bert_source(path: str, given: str | None) -> str:
 # Reading weights
 # ------------------------------------------------------------------------------------------------
 
-def weight_index(path: str) -> dict[str, Path]:
-    """Every stored key -> the file that holds it.  safetensors before .bin, single before sharded."""
+OPEN_BYTES = 2 ** 26       # so much is read of a weight file before it is opened anew
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A tensor in a weight file, unread."""
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@contextlib.contextmanager
+def readable(file: Path):
+    """Both libraries raise whatever the bytes make them raise; here it becomes one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"cannot read weights from {file}: {type(error).__name__}: {error}") from None
+
+
+def load_bin(file: Path) -> dict[str, torch.Tensor]:
+    # weights_only: a checkpoint is data.  mmap: tensors are read when they are copied.
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+
+
+def headers(file: Path) -> dict[str, Stored]:
+    """What one weight file holds; no tensor is read."""
+    with readable(file):
+        if file.suffix != ".safetensors":
+            return {key: Stored(file, tuple(tensor.shape), tensor.dtype) for key, tensor in load_bin(file).items()}
+        with safe_open(file, "pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}       # noqa: SIM118 (it is no dict)
+            return {key: Stored(file, tuple(s.get_shape()), DTYPES[s.get_dtype()]) for key, s in slices.items()}
+
+
+def weight_index(path: str) -> dict[str, Stored]:
+    """Every stored key -> where and what it is.  safetensors before .bin, single before sharded."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         single = find_file(path, stem, required=False)
         if single:
-            return dict.fromkeys(keys_in(single), single)
+            return headers(single)
         index = find_file(path, f"{stem}.index.json", required=False)
         if index:
             shards = read_json(index)["weight_map"]
-            files = {shard: find_file(path, shard) for shard in set(shards.values())}
-            return {key: files[shard] for key, shard in shards.items()}
+            held = {shard: headers(find_file(path, shard)) for shard in sorted(set(shards.values()))}
+            absent = [key for key, shard in shards.items() if key not in held[shard]]
+            if absent:
+                raise UserError(f"{index} names {len(absent)} weights that are not in their files: {list_some(absent)}.")
+            return {key: held[shard][key] for key, shard in shards.items()}
     raise UserError(f"{path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards.")
 
 
-def keys_in(file: Path) -> list[str]:
-    return list(read_tensors(file, None))
+def read_tensors(index: dict[str, Stored]):
+    """Yield (key, tensor) for every key of `index`, file by file.
 
-
-def read_tensors(file: Path, keys: list[str] | None):
-    """Yield (key, tensor) for `keys` of one weight file; with None only the keys, tensors left unread.
-
-    One tensor at a time, and the file is opened anew for each: a memory-mapped file stays resident
-    while it is open, and loading would hold the checkpoint twice.
+    A file is opened anew every OPEN_BYTES: what was read of a mapped file stays resident while it is
+    open, and loading would hold the checkpoint twice.
     """
-    try:
-        if file.suffix == ".safetensors":
-            if keys is None:
-                with safe_open(file, "pt") as opened:
-                    yield from opened.keys()
-                return
-            for key in keys:
-                with safe_open(file, "pt") as opened:
-                    tensor = opened.get_tensor(key)
-                yield key, tensor
-        else:
-            # weights_only: a checkpoint is data.  mmap: tensors are read when they are copied.
-            stored = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            yield from (stored if keys is None else ((key, stored[key]) for key in keys))
-    except UserError:
-        raise
-    except Exception as error:      # both libraries raise whatever the bytes make them raise
-        raise UserError(f"cannot read weights from {file}: {type(error).__name__}: {error}") from None
+    parts: dict[tuple[Path, int], list[str]] = {}
+    done = Counter()
+    for key, stored in index.items():
+        parts.setdefault((stored.file, done[stored.file] // OPEN_BYTES), []).append(key)
+        done[stored.file] += stored.bytes
+    for (file, _), keys in sorted(parts.items()):
+        with readable(file):
+            read = safe_open(file, "pt").get_tensor if file.suffix == ".safetensors" else load_bin(file).__getitem__
+        for key in keys:
+            with readable(file):
+                tensor = read(key)
+            yield key, tensor
 
 
 # ------------------------------------------------------------------------------------------------
@@ -169,7 +209,7 @@ def stored_name(key: str) -> str:
 UNUSED = ("model.audio_tower.audio_tower.projector.", "model.audio_tower.audio_tower.classifier.",
           "model.audio_tower.audio_tower.masked_spec_embed", "model.rotary_emb.")
 
-_TOWERS = {"vision": "model.vision_tower.", "audio": "model.audio_tower.", "bert": "model.bert_model."}
+TOWERS = {"vision": "model.vision_tower.", "audio": "model.audio_tower.", "bert": "model.bert_model."}
 
 
 def stock_tower(kind: str, source: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -179,7 +219,8 @@ def stock_tower(kind: str, source: str, dtype: torch.dtype) -> dict[str, torch.T
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()       # it warns of the heads that we do not use
     try:
-        tower, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        # Mismatches are "ignored" there only to be told here: its own error refers to a log that is switched off.
+        tower, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as error:
         raise UserError(f"cannot load the {kind} tower from {source}: {str(error).splitlines()[0]}") from None
     finally:
@@ -190,42 +231,95 @@ def stock_tower(kind: str, source: str, dtype: torch.dtype) -> dict[str, torch.T
     missing = [k for k in info["missing_keys"] if k.startswith(prefix) and not k.startswith("pooler.")]
     if missing:
         raise UserError(f"the {kind} tower at {source} lacks {len(missing)} weights: {list_some(missing)}.")
-    return {_TOWERS[kind] + k: v for k, v in tower.state_dict().items()}
+    wrong = [f"{key} is {tuple(stored)}, not {tuple(wanted)}" for key, stored, wanted in info["mismatched_keys"]]
+    if wrong:
+        raise UserError(f"the weights of {source} have another geometry than its config.json says: {list_some(wrong, 6)}.")
+    return {TOWERS[kind] + k: v for k, v in tower.state_dict().items()}
 
 
 # ------------------------------------------------------------------------------------------------
 # Load and save
 # ------------------------------------------------------------------------------------------------
 
-def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, dtype, device, say):
-    """A model of class `cls` with the weights of `path`; see HumanOmni.from_pretrained."""
+@dataclasses.dataclass
+class Plan:
+    """What a model will be made of: all that is known before a weight is read."""
+    path: str
+    model: torch.nn.Module               # on the meta device: shapes without memory
+    towers: dict                         # kind -> the tower's transformers configuration
+    source: dict[str, str]               # kind -> folder or hub id of the tower
+    index: dict[str, Stored]             # every key of the checkpoint's files
+    from_file: set[str]                  # towers whose weights are taken from these files, not from `source`
+    ours: dict[str, str]                 # stored key -> the model's key, for all that is taken from these files
+    ignored: tuple[str, ...]             # prefixes of keys that may be stored and are not taken
+    faults: list[str]                    # why this cannot be loaded, a sentence each
+
+
+def make_plan(cls, config, path, vision_tower, audio_tower, bert) -> Plan:
+    """The plan of a model of class `cls`; see HumanOmni.from_pretrained.  Reads configurations and headers alone."""
     given = {"vision": vision_tower, "audio": audio_tower, "bert": bert}
     source = {"vision": tower_source(path, config.raw, "mm_vision_tower", vision_tower),
               "audio": tower_source(path, config.raw, "mm_audio_tower", audio_tower),
               "bert": bert_source(path, bert)}
-    configs = {kind: tower_config(kind, source[kind]) for kind in source}
-    check_geometry(path, config, configs)
-    with torch.device("meta"):                       # shapes only; every tensor is put in its place below
-        model = cls(config, configs["vision"], configs["audio"], configs["bert"])
-
+    towers = {kind: tower_config(kind, source[kind]) for kind in source}
+    check_geometry(path, config, towers)
+    with torch.device("meta"):
+        model = cls(config, towers["vision"], towers["audio"], towers["bert"])
     index = weight_index(path)
-    stored = {kind for kind, prefix in _TOWERS.items() if any(key.startswith(prefix) for key in index)}
+    stored = {kind for kind, prefix in TOWERS.items() if any(key.startswith(prefix) for key in index)}
     # A stored BERT always wins: RL trained it, and `bert` is mostly given for its tokenizer.
     from_file = {kind for kind in stored if kind == "bert" or not given[kind]}
-    tensors = read_own(model, path, index, from_file, dtype, device)
-    for kind in set(_TOWERS) - from_file:
-        tensors |= {k: v.to(device) for k, v in stock_tower(kind, source[kind], dtype).items()}
-    place(model, tensors, path)
-    fill_buffers(model, device)
-    for kind in ("vision", "audio"):                 # frozen, as in the reference, until `set_trained` says otherwise
-        model.get_submodule(_TOWERS[kind].rstrip(".")).requires_grad_(False)
-
     model.stored_towers = {kind for kind in ("vision", "audio") if kind in stored}
     model.local_towers = {f"mm_{kind}_tower": Path(source[kind]).resolve() for kind in ("vision", "audio")
                           if Path(source[kind]).is_dir() and not Path(str(config.raw[f"mm_{kind}_tower"])).is_absolute()}
-    read_side_files(model, path, source["bert"])
-    say(f"{path}: " + ", ".join(f"{kind} from {'the checkpoint' if kind in from_file else source[kind]}"
-                                for kind in _TOWERS) + f"; {dtype} on {device}".replace("torch.", ""))
+    others = tuple(prefix for kind, prefix in TOWERS.items() if kind not in from_file)
+    ours = {stored_name(key): key for key in model.state_dict() if not key.startswith(others)}
+    ignored = UNUSED + others + (("lm_head.weight",) if config.tie_word_embeddings else ())
+    plan = Plan(path, model, towers, source, index, from_file, ours, ignored, [])
+    plan.faults = find_faults(plan)
+    return plan
+
+
+def find_faults(plan: Plan) -> list[str]:
+    """Compare what is stored with what the model wants."""
+    missing = set(plan.ours) - set(plan.index)
+    unexpected = {key for key in plan.index if key not in plan.ours and not key.startswith(plan.ignored)}
+    faults = []
+    if missing or unexpected:
+        told = [f"lacks {len(missing)} weights ({list_some(missing)})"] if missing else []
+        told += [f"has {len(unexpected)} that the model does not know ({list_some(unexpected)})"] if unexpected else []
+        faults.append(f"the checkpoint {plan.path} {' and '.join(told)}: "
+                      "config.json and the weights do not belong together.")
+    shapes = {key: tuple(tensor.shape) for key, tensor in plan.model.state_dict().items()}
+    wrong = [f"{key} is {plan.index[key].shape}, not {shapes[mine]}" for key, mine in plan.ours.items()
+             if key in plan.index and plan.index[key].shape != shapes[mine]]
+    if wrong:
+        faults.append(f"the weights of {plan.path} have another geometry than config.json says: {list_some(wrong, 6)}.")
+    return faults
+
+
+def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, dtype, device, say):
+    """A model of class `cls` with the weights of `path`; see HumanOmni.from_pretrained."""
+    plan = make_plan(cls, config, path, vision_tower, audio_tower, bert)
+    if plan.faults:
+        raise UserError(" ".join(plan.faults))
+    model, tensors = plan.model, {}
+    # The stock towers first, and the largest of them: their library holds the file and the weights at once.
+    for kind in ("audio", "vision", "bert"):
+        if kind not in plan.from_file:
+            tensors |= {k: v.to(device) for k, v in stock_tower(kind, plan.source[kind], dtype).items()}
+    for key, tensor in read_tensors({k: s for k, s in plan.index.items() if k in plan.ours or k.startswith(UNUSED)}):
+        if key in plan.ours:
+            tensors[plan.ours[key]] = tensor.to(device=device, dtype=dtype, copy=True)
+        else:
+            model.unused[key] = tensor.clone()
+    model.load_state_dict(tensors, assign=True)
+    fill_buffers(model, device)
+    for kind in ("vision", "audio"):                 # frozen, as in the reference, until `set_trained` says otherwise
+        model.get_submodule(TOWERS[kind].rstrip(".")).requires_grad_(False)
+    read_side_files(model, path, plan.source["bert"])
+    say(f"{path}: " + ", ".join(f"{kind} from {'the checkpoint' if kind in plan.from_file else plan.source[kind]}"
+                                for kind in TOWERS) + f"; {dtype} on {device}".replace("torch.", ""))
     return model
 
 
@@ -255,53 +349,12 @@ def check_geometry(path: str, config, towers: dict) -> None:
                         "even number.")
 
 
-def by_file(index: dict[str, Path]) -> dict[Path, list[str]]:
-    files: dict[Path, list[str]] = {}
-    for key, file in index.items():
-        files.setdefault(file, []).append(key)
-    return files
-
-
-def read_own(model, path, index, from_file, dtype, device) -> dict[str, torch.Tensor]:
-    """The tensors of the checkpoint file that we use, under our keys; lists what is missing or unexpected."""
-    skipped = tuple(prefix for kind, prefix in _TOWERS.items() if kind not in from_file)
-    ours = {stored_name(key): key for key in model.state_dict() if not key.startswith(skipped)}
-    ignored = UNUSED + skipped + (("lm_head.weight",) if model.config.tie_word_embeddings else ())
-    missing = set(ours) - set(index)
-    unexpected = {key for key in index if key not in ours and not key.startswith(ignored)}
-    if missing or unexpected:
-        told = [f"lacks {len(missing)} weights ({list_some(missing)})"] if missing else []
-        told += [f"has {len(unexpected)} that the model does not know ({list_some(unexpected)})"] if unexpected else []
-        raise UserError(f"the checkpoint {path} {' and '.join(told)}: config.json and the weights do not belong together.")
-    tensors = {}
-    for file, keys in by_file({k: f for k, f in index.items() if k in ours or k.startswith(UNUSED)}).items():
-        for key, tensor in read_tensors(file, keys):
-            if key in ours:
-                tensors[ours[key]] = tensor.to(device=device, dtype=dtype, copy=True)
-            else:
-                model.unused[key] = tensor.clone()
-    return tensors
-
-
 def overwrite_weights(model, path: str) -> None:
     """Copy the weights of a checkpoint into a model of the same geometry, in place."""
     own = {stored_name(key): value for key, value in model.state_dict().items()}
-    index = {key: file for key, file in weight_index(path).items() if key in own}
     with torch.no_grad():
-        for file, keys in by_file(index).items():
-            for key, tensor in read_tensors(file, keys):
-                own[key].copy_(tensor)
-
-
-def place(model, tensors: dict[str, torch.Tensor], path: str) -> None:
-    wrong = [f"{key} is {tuple(tensors[key].shape)}, not {tuple(value.shape)}" for key, value in model.state_dict().items()
-             if key in tensors and tensors[key].shape != value.shape]
-    if wrong:
-        raise UserError(f"the weights of {path} have another geometry than config.json says: {list_some(wrong, 6)}.")
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"cannot load {path}: {error}") from None
+        for key, tensor in read_tensors({k: s for k, s in weight_index(path).items() if k in own}):
+            own[key].copy_(tensor)
 
 
 def fill_buffers(model, device) -> None:
@@ -338,7 +391,7 @@ def save_checkpoint(model, path: Path, final: Path) -> None:
     for name, content in model.files.items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(content)
-    left_out = tuple(_TOWERS[kind] for kind in ("vision", "audio")
+    left_out = tuple(TOWERS[kind] for kind in ("vision", "audio")
                      if kind not in model.stored_towers and not is_trained(model, kind))
     tensors = {stored_name(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()
                if not key.startswith(left_out)}
@@ -349,7 +402,8 @@ def save_checkpoint(model, path: Path, final: Path) -> None:
     for key, folder in model.local_towers.items():   # still true from where the checkpoint will stand
         raw[key] = os.path.relpath(folder, final.resolve())      # resolved: ".." leaves the target of a link
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(path / "config.json", path / "model.safetensors")        # its library lets the owner alone read it
 
 
 def is_trained(model, kind: str) -> bool:
-    return any(p.requires_grad for n, p in model.named_parameters() if n.startswith(_TOWERS[kind]))
+    return any(p.requires_grad for n, p in model.named_parameters() if n.startswith(TOWERS[kind]))

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
 from common import AUDIO, VIDEO, UserError
@@ -683,7 +683,8 @@ class FeatureCache:
         file = self._file(key)
         file.parent.mkdir(exist_ok=True)
         beside = file.with_suffix(f".tmp{os.getpid()}")
-        save_file({"x": x.to("cpu", torch.bfloat16).contiguous()}, beside)
+        # Not save_file: its files can be read by their owner alone, and a cache is shared.
+        beside.write_bytes(save({"x": x.to("cpu", torch.bfloat16).contiguous()}))
         self.left -= beside.stat().st_size
         os.replace(beside, file)
 

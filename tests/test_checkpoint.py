@@ -1,16 +1,25 @@
 """Checkpoints as users have them: every layout loads, every fault is one sentence, saving loses nothing."""
 import json
 import os
+import re
 import shutil
+import stat
+import sys
 
+import forkserver
 import pytest
 import torch
+import transformers
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
+import checkpoint
+import inspect_checkpoint
+from checkpoint import list_some, read_tensors, stored_name, weight_index
 from common import UserError
 from data import Processor
-from model import HumanOmni
+from model import PARTS, HumanOmni
+from rehearsal import meta_model, write_random
 
 VISION, AUDIO, BERT = "model.vision_tower.", "model.audio_tower.", "model.bert_model."
 
@@ -203,6 +212,114 @@ def test_half_precision_storage(home, stored, dtype):
     assert saved.keys() == half.keys() and all(torch.equal(saved[k], half[k]) for k in half)
 
 
+def test_stock_towers_in_the_hubs_layout(home, stored):
+    """Stops random towers where a repository holds more than we use: SigLIP with its text half, Whisper with its
+    decoder, BERT with its pre-training heads and the old names (gamma, beta) of its norms."""
+    torch.manual_seed(0)
+    config = {kind: json.loads((home / name / "config.json").read_text()) for kind, name in
+              (("vision", "siglip"), ("audio", "whisper"), ("bert", "bert"))}
+    text = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    siglip = transformers.SiglipModel(transformers.SiglipConfig(vision_config=config["vision"], text_config=text))
+    whisper = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**config["audio"]))
+    bert = transformers.BertForPreTraining(transformers.BertConfig(**config["bert"]))
+    for tower, name in ((siglip, "siglip"), (whisper, "whisper"), (bert, "bert")):
+        for p in tower.parameters():
+            p.data.normal_()                              # nothing may keep what a constructor would give it again
+        tower.save_pretrained(home / name)
+    old = {k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+           for k, v in load_file(home / "bert" / "model.safetensors").items()}
+    assert any(k.endswith("gamma") for k in old) and all(k.startswith(("bert.", "cls.")) for k in old)
+    write_weights(home / "bert", old)
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith((VISION, AUDIO, BERT))})
+    loaded, _ = load(home / "humanomni")
+    for ours, theirs in ((loaded.model.vision_tower, siglip.vision_model), (loaded.model.audio_tower, whisper.model.encoder),
+                         (loaded.model.bert_model, bert.bert)):
+        ours = {k.removeprefix("vision_model."): v for k, v in ours.state_dict().items()}
+        theirs = theirs.state_dict()
+        assert ours.keys() >= theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_files_are_read_in_parts(home, stored, suffix, monkeypatch):
+    """Stops a tensor being lost or doubled where a file is closed and opened anew."""
+    if suffix == "bin":
+        (home / "humanomni" / "model.safetensors").unlink()
+        torch.save(stored, home / "humanomni" / "pytorch_model.bin")
+    index = weight_index(str(home / "humanomni"))
+    assert {k: (s.shape, s.dtype, s.bytes) for k, s in index.items()} == \
+        {k: (tuple(v.shape), v.dtype, v.numel() * 4) for k, v in stored.items()}
+    for size in (100_000, 2 ** 40):
+        monkeypatch.setattr(checkpoint, "OPEN_BYTES", size)
+        read = [(k, v.clone()) for k, v in read_tensors(index)]
+        assert sorted(k for k, _ in read) == sorted(stored) and all(torch.equal(v, stored[k]) for k, v in read)
+
+
+def test_parts_of_different_precision(home, stored):
+    """Stops a file that holds bf16 and fp32 side by side (masters, a BERT of its own) being loaded as one of them."""
+    mixed = {k: v if k.startswith(BERT) else v.bfloat16() for k, v in stored.items()}
+    write_weights(home / "humanomni", mixed)
+    loaded, _ = load(home / "humanomni", dtype=torch.float32)
+    ours = {stored_name(k): v for k, v in loaded.state_dict().items()}
+    assert all(v.dtype == torch.float32 and torch.equal(v, mixed[k].float()) for k, v in ours.items())
+
+
+def test_a_tokenizer_without_a_chat_template(home):
+    """Stops a prompt without turns from a checkpoint that lacks the template, or the fallback going unnoticed."""
+    golden = json.loads((GOLDEN / "prompt.json").read_text())
+    expected = Processor.from_pretrained(home / "humanomni").prompt(golden["question"])
+    file = home / "humanomni" / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("chat_template")
+    file.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="humanomni: the tokenizer has no chat template; using ChatML"):
+        processor = Processor.from_pretrained(home / "humanomni")
+    assert processor.prompt(golden["question"]) == expected
+    for key, tags in (("prompt", "<vi_start><video><vi_end>\n<au_start><audio><au_end>\n"),
+                      ("prompt_video_only", "<vi_start><video><vi_end>\n")):
+        turn = [{"role": "user", "content": tags + golden["question"]}]
+        text = processor.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        assert text == golden[key]
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------
+
+# Resident memory at most, file mappings included, over what the imports took.
+PEAK = """
+import sys, torch
+from model import HumanOmni
+status = lambda name: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")                                  # VmHWM starts anew
+model = HumanOmni.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]), say=lambda line: None)
+held = sum(p.numel() * p.element_size() for p in model.parameters())
+print(held, status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loading_holds_the_weights_once(home, dtype):
+    """Stops a loader that keeps file and weights in memory together: a real checkpoint would need twice its size."""
+    folder, name = home / "humanomni", str(dtype).removeprefix("torch.")
+    change_config(folder, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4,
+                  num_hidden_layers=16, vocab_size=32768)
+    (home / "peak.py").write_text(PEAK)
+    shapes = {stored_name(key): tuple(x.shape) for key, x in meta_model(home).state_dict().items()}
+    write_random(folder / "model.safetensors", shapes, dtype, seed=0)
+    for layout in ("safetensors", "bin") if dtype == torch.bfloat16 else ("safetensors",):
+        if layout == "bin":
+            torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+            (folder / "model.safetensors").unlink()
+        done = forkserver.shared().run(home / "peak.py", folder, name)
+        assert done.returncode == 0, done.stderr[-2000:]
+        held, peak = map(int, done.stdout.split())
+        assert held > 3e8 * dtype.itemsize and held <= peak < 1.3 * held, layout
+    shutil.rmtree(folder)                                # pytest would keep a gigabyte
+
+
 # ------------------------------------------------------------------------------------------------
 # Round trip
 # ------------------------------------------------------------------------------------------------
@@ -227,6 +344,8 @@ def test_round_trip_keeps_everything(home, stored):
 
     for name in ("generation_config.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         assert (out / name).read_bytes() == (home / "humanomni" / name).read_bytes()
+    modes = {stat.S_IMODE(f.stat().st_mode) for f in out.iterdir() if f.is_file()}
+    assert len(modes) == 1                                # whoever may read the one may read the other
     again, _ = load(out)
     assert_equal_weights(again, loaded)
     assert again.eos_ids == loaded.eos_ids == [380]
@@ -321,6 +440,14 @@ def test_missing_keys_are_listed(home, stored):
     refused(home / "humanomni", "model.mm_projector.", "and 114 more")
 
 
+def test_a_file_with_fewer_layers(home, stored):
+    """Stops a checkpoint cut to two of its three layers being completed with random ones."""
+    third = [k for k in stored if k.startswith("model.layers.2.")]
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if k not in third})
+    refused(home / "humanomni", str(home / "humanomni"), f"lacks {len(third)} weights ({list_some(third)})")
+    assert len(third) == 12                               # so few that all are named
+
+
 def test_one_missing_tower_weight_is_not_a_missing_tower(home, stored):
     """Stops a damaged tower being completed from elsewhere without a word."""
     gone = next(k for k in stored if k.startswith(VISION))
@@ -404,6 +531,16 @@ def test_missing_shard(home, stored):
     refused(home / "humanomni", "model-00002-of-00003.safetensors")
 
 
+def test_an_index_that_names_what_no_shard_holds(home, stored):
+    """Stops a shard of another upload: found before gigabytes are read, and named."""
+    write_shards(home / "humanomni", stored, "model.safetensors")
+    file = home / "humanomni" / "model-00002-of-00003.safetensors"
+    held = load_file(file)
+    gone = sorted(held)[0]
+    save_file({k: v for k, v in held.items() if k != gone}, file)
+    refused(home / "humanomni", "model.safetensors.index.json names 1 weights", gone)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
 def test_truncated_weights(home, share):
     """Stops a partial download being loaded, or crashing in the mapping."""
@@ -430,6 +567,15 @@ def test_a_tower_that_lacks_weights(home, stored):
     refused(home / "humanomni", "audio tower", str(home / "whisper"), "layers.0.fc1.weight")
 
 
+def test_a_tower_of_another_geometry(home, stored):
+    """Stops an error that refers to a log nobody sees: the tensor and both shapes are named."""
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith(VISION)})
+    tower = load_file(home / "siglip" / "model.safetensors")
+    name = next(k for k in tower if k.endswith("layers.0.mlp.fc1.weight"))
+    write_weights(home / "siglip", tower | {name: torch.zeros(4, 4)})
+    refused(home / "humanomni", str(home / "siglip"), "layers.0.mlp.fc1.weight is (4, 4), not (96, 48)")
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("echo code from a checkpoint",)
@@ -441,3 +587,115 @@ def test_code_in_a_bin_is_refused(home, stored, capfd):
     torch.save({**stored, "x": Evil()}, home / "humanomni" / "pytorch_model.bin")
     refused(home / "humanomni", str(home / "humanomni" / "pytorch_model.bin"))
     assert "code from a checkpoint" not in capfd.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------
+# python model.py inspect
+# ------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def inspect(monkeypatch, capsys):
+    """`python model.py WORDS ...` within this process, for its seconds of imports.  -> (stdout, stderr)"""
+    def run(*words, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["model.py", *map(str, words)])
+        try:
+            inspect_checkpoint.main()
+            ended = 0
+        except SystemExit as end:
+            ended = end.code
+        told = capsys.readouterr()
+        assert ended == code, told.err
+        return told.out, told.err
+
+    return run
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """part -> its cells: parameters, trained, stored as, size, unit, from"""
+    rows = (re.split(r"\s+", line.strip()) for line in text.splitlines())
+    return {row[0]: [row[1].replace(",", ""), row[2].replace(",", ""), *row[3:]] for row in rows
+            if row[0] in (*PARTS, "together") and re.fullmatch(r"[\d,]+", row[1])}
+
+
+def test_inspect_counts_what_is_stored(home, stored):
+    """Stops numbers that are not the file's: counted here from the tensors themselves, part by part."""
+    file = home / "humanomni" / "model.safetensors"
+    done = forkserver.shared().run("model.py", "inspect", home / "humanomni")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    text, parts = done.stdout, table(done.stdout)
+    prefixes = PARTS | {"vision": (VISION,), "audio": (AUDIO + "audio_tower.encoder.",)}
+    for part, prefix in prefixes.items():
+        n = sum(v.numel() for k, v in stored.items() if k.startswith(prefix))
+        trained = n if part in ("decoder", "projectors", "gate") else 0
+        assert parts[part] == [str(n), str(trained), "float32", f"{4 * n / 1e3:.2f}", "kB", file.name], part
+    total = sum(int(parts[part][0]) for part in PARTS)
+    assert parts["together"] == [str(total), str(sum(int(parts[part][1]) for part in PARTS))]
+    unused = [v.numel() for k, v in stored.items() if ".projector." in k or ".classifier." in k]
+    assert f"used by nothing: {len(unused)} tensors, {4 * sum(unused) / 1e3:.2f} kB (model.audio_tower" in text
+    assert f"{len(stored)} tensors in model.safetensors, {file.stat().st_size / 1e6:.2f} MB" in text
+    assert "128 video tokens (8 frames) + 50 audio tokens + text" in text     # 8 x (64 / 8 / 2)^2, 150 / 3
+    assert "tied to the embedding, not stored" in text
+
+
+def test_inspect_tells_where_weights_come_from(home, stored, inspect):
+    """Stops: a tower that is reported as stored but taken from elsewhere, the wrong parts trained, an unseen head."""
+    half = {k: v.bfloat16() for k, v in stored.items() if not k.startswith(AUDIO)}
+    half["lm_head.weight"] = half["model.embed_tokens.weight"].clone()
+    write_shards(home / "humanomni", half, "model.safetensors", count=2)
+    text, _ = inspect("inspect", home / "humanomni", "--vision_tower", home / "siglip", "--train", "bert", "vision")
+    parts, loaded = table(text), load(home / "humanomni", vision_tower=str(home / "siglip"))[0]
+    both = ["model-00001-of-00002.safetensors,", "model-00002-of-00002.safetensors"]
+    assert parts["bert"][2] == "bfloat16" and parts["bert"][5:] == both
+    for part, folder in (("vision", "siglip"), ("audio", "whisper")):
+        tower = load_file(home / folder / "model.safetensors").values()
+        size = f"{4 * sum(v.numel() for v in tower) / 1e3:.2f}"
+        assert parts[part][2:] == ["float32", size, "kB", str((home / folder).resolve())]
+    for part, prefix in PARTS.items():
+        n = sum(p.numel() for key, p in loaded.named_parameters() if key.startswith(prefix))
+        assert parts[part][:2] == [str(n), str(n if part in ("bert", "vision") else 0)], part
+    assert "stored all the same" in text                                      # the tied head
+    nobodys = [k for k in half if k.startswith(VISION)] + ["lm_head.weight"]
+    assert f"used by nothing: {len(nobodys)} tensors" in text
+
+
+def test_inspect_of_a_tower_that_is_not_here(home, stored, inspect, monkeypatch):
+    """Stops a download of gigabytes, or a crash, for a look at a checkpoint whose tower was never fetched."""
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if not k.startswith(VISION)})
+    hub = "google/siglip-base-patch16-224"
+    change_config(home / "humanomni", mm_vision_tower=hub)
+    find = checkpoint.find_file                          # as if config.json, and nothing else, had been fetched
+    monkeypatch.setattr(checkpoint, "find_file", lambda path, name, required=True: find(
+        str(home / "siglip") if (path, name) == (hub, "config.json") else path, name, required))
+    text, _ = inspect("inspect", home / "humanomni")
+    n = sum(v.numel() for k, v in stored.items() if k.startswith(VISION))
+    assert table(text)["vision"] == [str(n), "0", "?", "?", f"{hub}:", "not", "on", "this", "disk"]
+
+
+def test_inspect_reads_no_weights(home, inspect):
+    """Stops an inspection that takes as long as loading: here only the header is left of the file."""
+    expected = table(inspect("inspect", home / "humanomni")[0])
+    file = home / "humanomni" / "model.safetensors"
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    file.write_bytes(content[:header] + bytes(len(content) - header))
+    assert expected["decoder"] and table(inspect("inspect", home / "humanomni")[0]) == expected
+
+
+def test_inspect_tells_faults(home, stored, inspect):
+    """Stops a checkpoint that cannot be loaded being called sound."""
+    change_config(home / "humanomni", intermediate_size=96)
+    write_weights(home / "humanomni", {k: v for k, v in stored.items() if k != "model.norm.weight"} | {"x": torch.ones(2)})
+    text, fault = inspect("inspect", home / "humanomni", code=1)
+    assert "decoder" in table(text) and len(fault.splitlines()) == 1
+    assert "used by nothing: 4 tensors" in text           # a tensor that nobody knows is a fault, not among them
+    for words in ("lacks 1 weights (model.norm.weight)", "has 1 that the model does not know (x)",
+                  "mlp.down_proj.weight is (64, 128), not (64, 96)"):
+        assert words in fault
+    assert "not a part of the model" in inspect("inspect", GOLDEN / "humanomni", "--train", "towers", code=1)[1]
+
+
+@pytest.mark.parametrize("words", [(), ("inspect",), ("inspect", "--train"), ("load", "x")])
+def test_usage(words, inspect):
+    """Stops `python model.py` doing nothing without a word."""
+    out, fault = inspect(*words, code=2)
+    assert fault.startswith("usage: python model.py inspect PATH") and not out

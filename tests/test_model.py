@@ -455,7 +455,7 @@ def test_encode_once_changes_nothing(fresh_model, forward):
     """Stops cached tower outputs that differ from the towers, and a trained tower that gets no gradient."""
     model = fresh_model
     batch = PromptBatch(
-        indices=[0, 1], samples=[None, None], input_ids=forward["input_ids"].tolist(), targets=[[], []],
+        indices=[0, 1], samples=[None, None], asked=["", ""], input_ids=forward["input_ids"].tolist(), targets=[[], []],
         frames=forward["frames"], mel=forward["mel"], vision=[None, None], audio=[None, None],
         question_ids=forward["question_ids"], question_mask=forward["question_mask"], keys=[{"video": "", "audio": ""}] * 2,
         bad=[], notes=[])
