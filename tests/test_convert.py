@@ -145,6 +145,14 @@ def test_flat_layout(tmp_path, monkeypatch, capsys):
     assert "note: no clip at all of 5 classes: surprise, neutral, angry, disgust, fear" in capsys.readouterr().out
 
 
+def test_pictures_without_sound_are_no_clips(tmp_path, monkeypatch):
+    """Stops the avis of cropped faces, which have no sound, standing in for clips that are missing."""
+    small_dfew(tmp_path, monkeypatch, "video_name,label\n1,1\n10001,2\n",
+               [f"Clip/{name}" for name in ("original/part_1/1.mp4", "clip_224x224_avi/10001.avi", "faces/10001.mp4")],
+               {"happy": 1, "sad": 1})
+    refused("1 of its 2 clips", command="dfew", root=tmp_path, fold=1, part="train", out=tmp_path / "a.json")
+
+
 def test_missing_clips(sets, tmp_path, capsys):
     """Stops an incomplete folder giving a smaller data set that nobody notices."""
     file = fake.dfew_list(sets / "DFEW", 1, "test")
@@ -472,6 +480,17 @@ def test_paths_of_another_machine(tmp_path, capsys):
     assert "note: 1 paths fit several files equally well" in printed
     assert "note: 1 clips stand in several rows, which are kept: x/b/3.mp4" in printed
     assert "note: labels outside the vocabulary are kept as they are: He is happy to be there., calm" in printed
+
+
+def test_how_a_path_is_matched():
+    """Stops folders far from the file outweighing those next to it, and a tie where they could decide."""
+    def best(path: str, *files: str) -> list[str]:
+        return [str(file) for file in convert.best_matches(path, [Path(file) for file in files])]
+
+    assert best("/a/b/c/near/1.mp4", "/r/near/1.mp4", "/r/c/b/a/far/1.mp4") == ["/r/near/1.mp4"]
+    assert best("/m/part/x/1.mp4", "/r/other/q/1.mp4", "/r/part/q/1.mp4") == ["/r/part/q/1.mp4"]
+    assert best("/m/x/1.mp4", "/r/a/1.mp4", "/r/b/1.mp4") == ["/r/a/1.mp4", "/r/b/1.mp4"]
+    assert best("/m/DFEW/1.mp4", "/r/mafw/1.mp4") == best("/m/1.mp4") == []
 
 
 # ------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def test_two_processes_are_one_process(labels, tmp_path, moving):
     start = load_file(MODEL / "model.safetensors")
     moved = max(float((a[k] - start[k]).abs().max()) for k in a)
     apart = max(float((a[k] - b[k]).abs().max()) for k in a)
-    assert moved > 1e-3 and apart < 0.02 * moved
+    assert moved > 1e-3 and apart < 0.05 * moved
     texts = [sorted((r["step"], r["clip"], r["completion"], r["text"]) for r in
                     map(json.loads, (tmp_path / run / "rollouts.jsonl").read_text().splitlines())) for run in ("one", "two")]
     assert texts[0] == texts[1]                                     # every completion, token for token

@@ -112,8 +112,8 @@ def test_grpo_has_one_gradient_for_any_micro_batch(world, agg):
     for flags in ({"micro_batch": 1}, {"micro_batch": 2}, *({"tokens_per_micro_batch": n} for n in
                   (1, P + 10, P + 20, 2 * P + 60, 10_000))):
         cut, row, _ = grpo_gradient(world, agg=agg, **flags)
-        # fp32, twelve pieces whose advantages cancel; local means were wrong by more than 0.1.
-        assert float((cut - whole).norm() / whole.norm()) < 1e-4, flags
+        # fp32, twelve pieces that nearly cancel (1e-4 was seen); local means are wrong by more than 0.1.
+        assert float((cut - whole).norm() / whole.norm()) < 5e-4, flags
         for name in ("loss", "entropy", "kl", "ratio/mean", "sampler_logp_diff/max"):
             assert row[name] == pytest.approx(told[name], rel=1e-4, abs=1e-5), (flags, name)
 
