@@ -19,14 +19,17 @@ Legend   B prompts   G completions per prompt   P prompt length (in embeddings) 
 """
 import copy
 import dataclasses
+import functools
 import hashlib
+import os
+import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from checkpoint import find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
@@ -128,12 +131,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * self.d)
         self.o_proj = nn.Linear(self.heads * self.d, c.hidden_size, bias=False)
 
-    def forward(self, x, rope, attend):
-        """x (B, L, D).  `attend(q, k, v)` takes (B, L, H or K, d) and returns (B, L, H*d)."""
+    def qkv(self, x, rope):
+        """x (B, L, D) -> q (B, L, H, d), k and v (B, L, K, d), q and k turned by their position."""
         q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.d)), rope)
         k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.d)), rope)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.d))
-        return self.o_proj(attend(q, k, v))
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -155,9 +158,26 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
-    def forward(self, x, rope, attend):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
+    # In two halves: what stands between them differs with what the decoder is run for, see `run_layers`.
+
+    def before_attention(self, x, rope):
+        """x (B, L, D) -> q (B, L, H, d), k and v (B, L, K, d)"""
+        return self.self_attn.qkv(self.input_layernorm(x), rope)
+
+    def after_attention(self, x, attended):
+        """x (B, L, D), attended (B, L, H*d) -> (B, L, D)"""
+        x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+@functools.cache
+def compiled(function):
+    """`function`, compiled once per process.
+
+    Functions are compiled, never a model's own methods: a bound method that sits in a module is not copied with the
+    module, and a copy of the model would go on computing with the weights of the original.
+    """
+    return torch.compile(function)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -315,6 +335,7 @@ class HumanOmni(nn.Module):
         self.model = Backbone(config, vision, audio, bert)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.is_compiled = False                 # see `compile_layers`
         self.eos_ids: list[int] = []             # every id that ends a turn
         self.files: dict[str, bytes] = {}        # tokenizer and the like, copied on into what we save
         self.unused: dict[str, torch.Tensor] = {}        # tensors of the file that nothing uses; saved again
@@ -334,6 +355,22 @@ class HumanOmni(nn.Module):
     def num_frames(self) -> int:
         """Frames taken from a clip."""
         return self.config.raw.get("num_frames", 8)
+
+    @property
+    def video_tokens(self) -> int:
+        """Embeddings that a clip's frames take in a prompt: 392 at full size."""
+        tower = self.model.vision_tower.config
+        return self.num_frames * ((tower.image_size // tower.patch_size) // 2) ** 2
+
+    @property
+    def audio_tokens(self) -> int:
+        """Embeddings that its sound takes: 500 at full size."""
+        return self.model.audio_tower.config.max_source_positions // AUDIO_POOL
+
+    def prompt_length(self, rows: list[list[int]]) -> int:
+        """P of the prompts' embeddings, before they are made."""
+        media = {VIDEO: self.video_tokens, AUDIO: self.audio_tokens}
+        return max((sum(media.get(i, 1) for i in row) for row in rows), default=0)
 
     def tower_fingerprints(self) -> dict[str, str]:
         """Names the towers' weights, for the keys of a feature cache: {"video": ..., "audio": ...}."""
@@ -444,11 +481,27 @@ class HumanOmni(nn.Module):
 
     # ---- the decoder, run in four ways -----------------------------------------------------------
 
+    def compile_layers(self) -> None:
+        """From now on run the decoder's layers through torch.compile: the same numbers up to rounding, fewer kernels.
+
+        Attention over whole sequences is left to its own kernel.  Raises UserError if nothing can be compiled here.
+        """
+        if self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+            raise UserError("--compile: on a CPU torch.compile needs a C++ compiler; install g++ or leave the flag out.")
+        self.is_compiled = True
+
     def run_layers(self, x: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
-        """x (B, L, D) through all layers and the last norm.  `attend(i, q, k, v)` is layer i's attention."""
+        """x (B, L, D) through all layers and the last norm.
+
+        `attend(i, q, k, v)` is layer i's attention: q (B, L, H, d), k and v (B, L, K, d) -> (B, L, H*d).
+        """
         rope = rope_table(positions, self.config, x.dtype)
+        before, after = DecoderLayer.before_attention, DecoderLayer.after_attention
+        if self.is_compiled:
+            before, after = compiled(before), compiled(after)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, lambda q, k, v, i=i: attend(i, q, k, v))
+            q, k, v = before(layer, x, rope)
+            x = after(layer, x, attend(i, q, k, v))
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -456,12 +509,9 @@ class HumanOmni(nn.Module):
 
         fp32 also when the weights are bf16: rounding logits to bf16 alone moves log-probs by 2e-2.
         """
-        weight = self.head_weight
-        if hidden.dtype == torch.float32:
-            return F.linear(hidden, weight)
-        if hidden.is_cuda and not torch.is_grad_enabled():        # bf16 product, fp32 sum and result
-            return torch.mm(hidden.flatten(0, -2), weight.t(), out_dtype=torch.float32).unflatten(0, hidden.shape[:-1])
-        return F.linear(hidden.float(), weight.float())
+        if torch.is_grad_enabled():
+            return F.linear(hidden.float(), self.head_weight.float())
+        return fp32_product(hidden.flatten(0, -2), self.head_weight).unflatten(0, hidden.shape[:-1])
 
     def forward(self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None) -> torch.Tensor:
         """The slow obvious form: prompt and S text ids after it, all at once.  -> logits (B, P + S, V) fp32"""
@@ -478,7 +528,7 @@ class HumanOmni(nn.Module):
         see, cache = causal_mask(mask), []
 
         def attend(i, q, k, v):
-            cache.append((k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous()))
+            cache.append((k.transpose(1, 2), v.transpose(1, 2)))
             return sdpa(q, k, v, see, causal=see is None)
 
         hidden = self.run_layers(embeds, positions_of(mask), attend)
@@ -509,29 +559,19 @@ class HumanOmni(nn.Module):
         # The prompt's last state predicts token 0 of every completion; token t's state predicts t + 1.
         first = last_real(hidden[:, :P], mask)[:, None, None].expand(B, G, 1, -1)  # (B, G, 1, D)
         states = torch.cat((first, hidden[:, P:].unflatten(1, (G, S))), 2)         # (B, G, T, D)
-        logps, entropy = self.token_logps(states[inside], ids[inside], temperature)
+        logps, entropy = self.token_logps(states[inside], ids[inside], temperature, with_entropy=with_entropy)
         out = states.new_zeros(B, G, T, dtype=torch.float32).masked_scatter(inside, logps)
         if not with_entropy:
             return out
         return out, torch.zeros_like(out).masked_scatter(inside, entropy)
 
-    def token_logps(self, states, targets, temperature: float = 1.0, chunk: int | None = None):
-        """states (N, D), targets (N,) -> log-probabilities and entropies, both (N,) fp32.
+    def token_logps(self, states, targets, temperature: float = 1.0, chunk: int | None = None, with_entropy: bool = True):
+        """states (N, D), targets (N,) -> log-probabilities (N,) fp32, and entropies (N,) without gradient, or None.
 
-        In chunks that are computed again in the backward pass: no (N, V) tensor is ever kept.
+        `chunk`: rows whose logits exist at a time.  On a CPU what fits into its cache is faster than what does not.
         """
-        chunk = chunk or max(64, 2 ** 26 // self.config.vocab_size)
-
-        def one(states, targets):
-            logp = (self.logits(states) / temperature).log_softmax(-1)             # (chunk, V)
-            with torch.no_grad():
-                entropy = -(logp.exp() * logp).sum(-1)
-            return logp.gather(-1, targets[:, None])[:, 0], entropy
-
-        parts = [checkpoint(one, s, t, use_reentrant=False) if torch.is_grad_enabled() else one(s, t)
-                 for s, t in zip(states.split(chunk), targets.split(chunk))]
-        logps, entropies = zip(*parts)
-        return torch.cat(logps), torch.cat(entropies)
+        chunk = chunk or max(64, 2 ** (26 if states.is_cuda else 23) // self.config.vocab_size)
+        return HeadLogps.apply(states, self.head_weight, targets, temperature, chunk, with_entropy)
 
     # ---- files: see checkpoint.py ----------------------------------------------------------------
 
@@ -604,6 +644,56 @@ def frozen_reference(model: HumanOmni) -> HumanOmni:
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
+def fp32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x (N, D), weight (V, D) -> x @ weight.T (N, V), summed and kept in fp32 also for bf16 factors.  No gradient."""
+    if x.is_cuda and x.dtype != torch.float32:
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)          # only here: it has no kernel elsewhere
+    return F.linear(x.float(), weight.float())
+
+
+class HeadLogps(torch.autograd.Function):
+    """log softmax(states @ weight.T / temperature) at `targets`, a chunk of rows at a time.
+
+    Written out, because autograd would keep several (N, V) tensors: 1 GB for each 1,600 tokens at V = 152,000.  A row's
+    log-probability needs of its logits only one entry and log sum exp.  The backward pass makes the logits again:
+    d logp / d logits = (one at the target) - softmax.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, targets, temperature, chunk, with_entropy):
+        wide = weight if weight.is_cuda else weight.float()        # once, not once per chunk
+        logps, norms, entropies = [], [], []
+        for s, y in zip(states.split(chunk), targets.split(chunk)):
+            logits = fp32_product(s, wide).div_(temperature)                       # (chunk, V)
+            norms.append(logits.logsumexp(-1))                                     # (chunk,)
+            logps.append(logits.gather(-1, y[:, None])[:, 0] - norms[-1])
+            if with_entropy:                                       # - sum p log p = log sum exp - sum p * logits
+                p = (logits - norms[-1][:, None]).exp_()
+                entropies.append(norms[-1] - p.mul_(logits).sum(-1))
+        ctx.save_for_backward(states, weight, targets, torch.cat(norms))
+        ctx.temperature, ctx.chunk = temperature, chunk
+        entropy = torch.cat(entropies) if with_entropy else None
+        if with_entropy:
+            ctx.mark_non_differentiable(entropy)
+        return torch.cat(logps), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        states, weight, targets, norms = ctx.saved_tensors
+        wide = weight if weight.is_cuda else weight.float()
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_states = []
+        for s, y, norm, g in zip(*(x.split(ctx.chunk) for x in (states, targets, norms, grad / ctx.temperature))):
+            d = fp32_product(s, wide).div_(ctx.temperature).sub_(norm[:, None]).exp_()     # softmax (chunk, V)
+            d.mul_(-g[:, None]).scatter_add_(-1, y[:, None], g[:, None])
+            d = d.to(wide.dtype)
+            d_states.append(torch.mm(d, wide).to(s.dtype))
+            if d_weight is not None:
+                d_weight += fp32_product(d.t(), s.t())           # summed over the chunks in fp32, rounded once
+        return torch.cat(d_states), None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
 def last_real(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """hidden (B, P, D), mask (B, P) -> the state at each row's last real position (B, D)."""
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
@@ -637,3 +727,10 @@ def shared_prefix_attend(mask: torch.Tensor, G: int, S: int):
         return torch.cat((prompt, completions.unflatten(0, (B, G)).flatten(1, 2)), 1)
 
     return attend
+
+
+if __name__ == "__main__":
+    # Not at the top: it imports this file in its turn.
+    from inspect_checkpoint import main
+
+    main()

@@ -1,9 +1,9 @@
 """Batched sampling: G completions for each of B prompts, and the log-probability of every token sampled.
 
     prefill        every prompt once, not once per completion
-    decode step    one token for all B*G rows: attention over [the prompt's keys, shared by its group |
-                   the row's own keys]; the head in fp32; the next token from the full distribution
-    generate       the loop over steps
+    step           one token for all rows: attention over [the prompt's keys, shared by its group | the row's own keys],
+                   the head in fp32, the next token from the full distribution
+    generate       the loop over steps; finished rows are left behind; on a GPU a step is one captured CUDA graph
     generate_naive its slow twin: no cache, the whole sequence again for every token.  Same tokens.
 
 The full distribution, always: no top-k, no top-p, no repetition penalty.  The loss scores the full
@@ -12,14 +12,31 @@ softmax, and a policy must be scored by the distribution it was sampled from.
 Randomness is one uniform number per (seed, prompt, completion, position), drawn ahead.  So what is sampled
 for a prompt depends neither on the other prompts of its batch nor on the number of ranks.
 
-Legend   B prompts   G completions per prompt   P prompt length   T max_new_tokens   V vocabulary
-         D width   H query heads   K key/value heads   R = H/K   d head size
+Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length   T max_new_tokens   V vocabulary
+         S how much of T a step looks at   L layers   D width   H query heads   K key/value heads   R = H/K   d head size
 """
+import dataclasses
+import weakref
+
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from model import HumanOmni, sdpa
+from model import HumanOmni, compiled, rope_table, rotate, sdpa
 
+# Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
+PREFIX_STEP = {"cpu": 1, "cuda": 64}         # P is rounded up to a multiple of this
+SUFFIX_STEP = {"cpu": 16, "cuda": 128}       # and S to one of this
+LOOK_EVERY = {"cpu": 1, "cuda": 16}          # steps between looks at who is done; a look waits for the device
+COMPACT_FROM = {"cpu": 8, "cuda": 256}       # rows from which it pays to leave finished ones behind
+KEPT_SHAPES = 8                              # on a GPU: shapes whose memory and graphs are kept from call to call
+
+
+# ------------------------------------------------------------------------------------------------
+# Choosing a token
+# ------------------------------------------------------------------------------------------------
 
 def uniforms(seed: int, prompt_ids: list[int], num_generations: int, T: int, device) -> torch.Tensor:
     """(B, G, T) float64 in [0, 1): a counter-based generator keyed by (seed, prompt, completion)."""
@@ -28,61 +45,383 @@ def uniforms(seed: int, prompt_ids: list[int], num_generations: int, T: int, dev
     return torch.from_numpy(np.array(rows)).to(device)
 
 
-def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+BELOW_ONE = 1 - 2 ** -52                     # times a double: certainly less than that double
+
+
+def find(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which interval holds a point, when intervals of these lengths are laid end to end?
+
+    mass (N, n) float64, sought (N, 1) below the sum of mass -> index (N, 1), and how far into it (N, 1).
+    An interval without length is never the answer: the first sum that exceeds what is sought has just grown.
+    """
+    ends = mass.cumsum(-1)
+    sought = torch.minimum(sought, ends[:, -1:] * BELOW_ONE)             # two ways to sum differ in the last bit
+    index = torch.searchsorted(ends, sought, right=True)
+    index = index.clamp(max=mass.shape[1] - 1)                           # only for masses that are no number
+    return index, sought - (ends - mass).gather(1, index)
+
+
+def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bool, block: int = 256
+           ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (N, V) fp32, u (N,) -> token (N,) and its log-probability (N,) under softmax(logits / temperature).
 
-    Inverse CDF: the first token whose cumulative probability exceeds u.  In float64: an fp32 sum over
-    152,000 tokens is off by more than the probability of most of them.
+    Inverse CDF: the first token whose cumulative probability exceeds u.  In float64: an fp32 sum over 152,000 tokens is
+    off by more than the probability of most of them.  But not over all of them one by one, which costs as much as the
+    decoder: the mass of each block of tokens is summed, u finds its block among the sums, then its token in the block.
+
+    The same method on every device, so that rollouts are too.  It takes one random number a row; the race of
+    exponentials that GPU samplers like takes V.
     """
-    logp = (logits / temperature).log_softmax(-1)                        # (N, V)
+    V = logits.shape[1]
+    scaled = logits / temperature if temperature != 1 else logits
+    top = scaled.amax(-1, keepdim=True)                                  # (N, 1)
+    p = (scaled - top).exp_()                                            # (N, V) without the denominator
+    whole = V // block
+    masses = [p[:, :whole * block].unflatten(1, (whole, block)).sum(-1, dtype=torch.float64)]
+    if V % block:
+        masses.append(p[:, whole * block:].sum(-1, keepdim=True, dtype=torch.float64))
+    mass = torch.cat(masses, 1)                                          # (N, blocks)
+    total = mass.sum(-1, keepdim=True)                                   # (N, 1)
     if greedy:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1, keepdim=True)
     else:
-        cdf = logp.double().exp().cumsum(-1)                             # (N, V)
-        token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0]
+        at, rest = find(mass, u[:, None] * total)
+        columns = at * block + torch.arange(block, device=p.device)      # (N, block)
+        inside = p.gather(1, columns.clamp(max=V - 1)).masked_fill(columns >= V, 0.0).double()
+        token = (at * block + find(inside, rest)[0]).clamp(max=V - 1)    # (N, 1)
+    logp = scaled.gather(1, token) - top - total.log()
+    return token[:, 0], logp[:, 0].float()
 
 
-class SuffixCache:
-    """Keys and values of the completions, preallocated: per layer (B, K, G, T, d)."""
+# ------------------------------------------------------------------------------------------------
+# The weights, laid out for many small steps
+# ------------------------------------------------------------------------------------------------
 
-    def __init__(self, model: HumanOmni, B: int, G: int, T: int):
-        c = model.config
-        shape = (c.num_hidden_layers, 2, B, c.num_key_value_heads, G, T, c.head_dim)
-        self.kv = torch.empty(shape, dtype=model.dtype, device=model.device)
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _linear_flops(x_shape, *_, out_shape=None, **__) -> int:
+        """So that a FlopCounterMode sees our products too."""
+        return 2 * out_shape.numel() * x_shape[-1]
 
 
-def decode_attend(prefix, suffix: SuffixCache, prefix_bias: torch.Tensor | None, t: int):
-    """Attention of one new token per completion (position t of the suffix) over [prefix | suffix up to t].
+class Product:
+    """x (..., D) -> x @ weight.T + bias, where `weights` and `biases` of several layers are stacked into one.
+
+    One product instead of three is one launch instead of three.  On CPU oneDNN also lays a weight out in its own blocks;
+    for a few rows this is worth nearly a factor of two, as long as the weight is not so small that it never leaves the
+    cache.  Either is a copy: `refresh` it when the weights have changed.
+    """
+
+    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor] | None = None):
+        self.weights, self.biases = weights, biases
+        self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
+        self.bias = torch.cat(biases) if biases else None
+        self.blocked = None
+        if ONEDNN and self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 \
+                and self.weight.numel() >= 2 ** 18:
+            self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+            self.weight = None
+
+    def refresh(self) -> None:
+        """Copy the weights again, into the same memory: captured graphs read it."""
+        if len(self.weights) > 1:
+            torch.cat(self.weights, out=self.weight)
+        if self.biases:
+            torch.cat(self.biases, out=self.bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.blocked is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, "none", [], "")
+
+
+@dataclasses.dataclass
+class PackedLayer:
+    """What a DecoderLayer computes with, in four products instead of seven."""
+    input_norm: nn.Module
+    qkv: Product
+    out: Product
+    mlp_norm: nn.Module
+    gate_up: Product
+    down: Product
+
+    @classmethod
+    def of(cls, layer) -> "PackedLayer":
+        a, mlp = layer.self_attn, layer.mlp
+        qkv = a.q_proj, a.k_proj, a.v_proj
+        return cls(layer.input_layernorm, Product([x.weight for x in qkv], [x.bias for x in qkv]),
+                   Product([a.o_proj.weight]), layer.post_attention_layernorm,
+                   Product([mlp.gate_proj.weight, mlp.up_proj.weight]), Product([mlp.down_proj.weight]))
+
+
+# ------------------------------------------------------------------------------------------------
+# One step
+# ------------------------------------------------------------------------------------------------
+
+class Rows:
+    """All that decoding reads and writes, preallocated: N = B * G rows, G of them behind each of B prompts.
+
+    A captured graph finds tensors where it left them, so everything changes in place, the position too.
+    """
+
+    def __init__(self, model: HumanOmni, B: int, G: int, P: int, T: int):
+        c, N = model.config, B * G
+        zeros = lambda *shape, dtype=model.dtype: torch.zeros(shape, dtype=dtype, device=model.device)
+        self.B, self.G, self.P, self.T = B, G, P, T
+        L, K, d = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
+        self.prefix = zeros(L, 2, B, K, P, d)                            # keys and values of the prompts
+        self.suffix = zeros(L, 2, B, K, G, T, d)                         # and of the completions
+        self.bias = zeros(B, 1, 1, 1, P + T, dtype=torch.float32)        # -inf where nothing is to be seen, else 0
+        self.rope = zeros(2, B, T, 1, d)                                 # cos and sin of every position to come
+        self.u = zeros(T, N, dtype=torch.float64)                        # the random numbers
+        self.tokens = zeros(T, N, dtype=torch.long)
+        self.logps = zeros(T, N, dtype=torch.float32)
+        self.lengths = zeros(N, dtype=torch.long)
+        self.done = zeros(N, dtype=torch.bool)
+        self.t = zeros(1, dtype=torch.long)                              # index of the newest token
+        self.ends = torch.tensor(model.eos_ids, device=model.device)     # tokens that end a row
+        self.origin = zeros(N, dtype=torch.long)                         # which row this was at first; -1: none
+        # Pinned, so that reading it is one transfer and one wait.
+        self.seen = torch.zeros(N, dtype=torch.bool, pin_memory=model.device.type == "cuda")
+
+    def start(self, model: HumanOmni, mask: torch.Tensor, prefix, u: torch.Tensor) -> None:
+        """mask (B, P'), prefix per layer k and v (B, K, P', d) with P' <= P, u (B, G, T).  What was here before is gone:
+        what a mask hides has no weight, but 0 * NaN would be NaN."""
+        P = mask.shape[1]
+        self.prefix.zero_()
+        for ours, (k, v) in zip(self.prefix, prefix):
+            ours[0, :, :, :P], ours[1, :, :, :P] = k, v
+        self.suffix.zero_()
+        self.bias.fill_(-torch.inf)[:, 0, 0, 0, :P].masked_fill_(mask, 0.0)
+        positions = mask.sum(-1, keepdim=True) + torch.arange(self.T, device=mask.device)          # (B, T)
+        self.rope.copy_(torch.stack(rope_table(positions, model.config, model.dtype)))
+        self.u.copy_(u.flatten(0, 1).t())
+        self.tokens.fill_(model.eos_ids[0])
+        for x in (self.logps, self.lengths, self.done, self.t):
+            x.zero_()
+        torch.arange(len(self.origin), out=self.origin)
+
+    def take(self, rows: "Rows", index: torch.Tensor) -> None:
+        """Go on with rows[index], index (B, G); all of one line have one prompt; -1 is an empty place."""
+        at = index.clamp(min=0)
+        prompt = at[:, 0] // rows.G                                      # (B,)
+        self.prefix.copy_(rows.prefix[:, :, prompt])
+        self.suffix.copy_(rows.suffix.movedim(4, 3)[:, :, at // rows.G, at % rows.G].movedim(3, 4))
+        self.bias.copy_(rows.bias[prompt])
+        self.rope.copy_(rows.rope[:, prompt])
+        at, empty = at.flatten(), index.flatten() < 0
+        for name in ("u", "tokens", "logps", "lengths", "done", "origin"):
+            getattr(self, name).copy_(getattr(rows, name)[..., at])
+        self.done |= empty
+        self.origin.masked_fill_(empty, -1)
+        self.t.copy_(rows.t)
+
+    def alive(self) -> torch.Tensor:
+        """(B, G) on the CPU: who goes on.  Waits for the device."""
+        self.seen.copy_(self.done, non_blocking=True)
+        if self.done.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return ~self.seen.view(self.B, self.G)
+
+
+def decode_layer(w: PackedLayer, x, rope, prefix, suffix, bias, t, S: int):
+    """One layer for one new token a row: x (B, G, D), the group where a sequence would be -> (B, G, D)
+
+    prefix (2, B, K, P, d), suffix (2, B, K, G, T, d), bias (B, 1, 1, 1, P + T), t (1,).  Slot t of the suffix is written,
+    slots below S are looked at; the bias hides those that are still empty.
 
     All G * R queries of a key head meet the shared prefix in one product; nothing is copied per completion.
     One softmax over the concatenated scores, in fp32: no merging of partial results, nothing approximated.
     """
+    B, G, _ = x.shape
+    _, _, K, P, d = prefix.shape
+    qkv = w.qkv(w.input_norm(x)).view(B, G, -1, d)                                         # (B, G, H + 2K, d)
+    q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
+    v = qkv[:, :, -K:]
+    suffix[0].index_copy_(3, t, k.transpose(1, 2)[:, :, :, None])                          # (B, K, G, 1, d)
+    suffix[1].index_copy_(3, t, v.transpose(1, 2)[:, :, :, None])
 
-    def attend(i, q, k, v):
-        # q (B, G, H, d), k and v (B, G, K, d): the group stands where a sequence would.
-        B, G, H, d = q.shape
-        K = k.shape[2]
-        own = suffix.kv[i]                                               # (2, B, K, G, T, d)
-        own[0, :, :, :, t] = k.transpose(1, 2)
-        own[1, :, :, :, t] = v.transpose(1, 2)
-        prefix_k, prefix_v = prefix[i]                                   # (B, K, P, d)
-        own_k, own_v = own[0, ..., :t + 1, :], own[1, ..., :t + 1, :]    # (B, K, G, t+1, d)
-        P = prefix_k.shape[2]
+    q = q.reshape(B, G, K, -1, d).transpose(1, 2)                                          # (B, K, G, R, d)
+    from_prefix = q.reshape(B, K, -1, d) @ prefix[0].transpose(-1, -2)                     # (B, K, G*R, P)
+    from_own = q @ suffix[0, ..., :S, :].transpose(-1, -2)                                 # (B, K, G, R, S)
+    scores = torch.cat((from_prefix.view(B, K, G, -1, P), from_own), -1)                   # (B, K, G, R, P + S)
+    weights = torch.add(bias[..., :P + S], scores, alpha=d ** -0.5).softmax(-1).to(x.dtype)        # the bias is fp32
+    out = (weights[..., :P].reshape(B, K, -1, P) @ prefix[1]).view(B, K, G, -1, d)         # (B, K, G, R, d)
+    out = out + weights[..., P:] @ suffix[1, ..., :S, :]
+    x = x + w.out(out.transpose(1, 2).reshape(B, G, -1))
 
-        q = (q * d ** -0.5).view(B, G, K, H // K, d).permute(0, 2, 1, 3, 4)                # (B, K, G, R, d)
-        from_prefix = q.reshape(B, K, -1, d) @ prefix_k.transpose(-1, -2)                  # (B, K, G*R, P)
-        if prefix_bias is not None:
-            from_prefix = from_prefix + prefix_bias
-        scores = torch.cat((from_prefix.view(B, K, G, -1, P), q @ own_k.transpose(-1, -2)), -1)
-        weights = scores.float().softmax(-1).to(q.dtype)                                   # (B, K, G, R, P+t+1)
-        out = weights[..., :P].reshape(B, K, -1, P) @ prefix_v                             # (B, K, G*R, d)
-        out = out.view(B, K, G, -1, d) + weights[..., P:] @ own_v                          # (B, K, G, R, d)
-        return out.permute(0, 2, 1, 3, 4).reshape(B, G, H * d)
+    gate, up = w.gate_up(w.mlp_norm(x)).chunk(2, -1)
+    return x + w.down(F.silu(gate) * up)
 
-    return attend
 
+def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
+    """Choose token t of every row from logits (N, V) and write it down; a row that is done gets end tokens."""
+    token, logp = choose(logits, r.u.index_select(0, r.t)[0], temperature, greedy)
+    r.tokens.index_copy_(0, r.t, torch.where(r.done, r.ends[0], token)[None])
+    r.logps.index_copy_(0, r.t, logp.masked_fill(r.done, 0.0)[None])
+    r.lengths += ~r.done
+    r.done |= (token[:, None] == r.ends).any(-1)
+
+
+def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool) -> None:
+    """Read token t of every row, write token t + 1.  No shape and no address depends on t, and nothing waits for the
+    device: what a graph needs to be captured once and replayed for every t below S."""
+    layer = compiled(decode_layer) if decoder.compile else decode_layer
+    r.bias.index_fill_(-1, r.t + r.P, 0.0)
+    x = model.model.embed_tokens(r.tokens.index_select(0, r.t)).view(r.B, r.G, -1)                 # (B, G, D)
+    rope = r.rope.index_select(2, r.t).unbind(0)                         # cos, sin (B, 1, 1, d)
+    for w, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
+        x = layer(w, x, rope, prefix, suffix, r.bias, r.t, S)
+    x = model.model.norm(x).flatten(0, 1)                                # (N, D)
+    logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)          # (N, V) fp32
+    r.t += 1
+    record(r, logits, temperature, greedy)
+
+
+# ------------------------------------------------------------------------------------------------
+# What lives longer than one call: graphs
+# ------------------------------------------------------------------------------------------------
+
+def uses_graphs(model: HumanOmni) -> bool:
+    return model.device.type == "cuda"
+
+
+def graph_memory():
+    """A stream to capture on and one memory for the intermediate results of all graphs: no two run at a time."""
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+
+class StepGraph:
+    """A step as one captured CUDA graph: some 700 kernels for the price of one launch."""
+
+    def __init__(self, run, memory):
+        """`run()` is called twice: to warm up (libraries set themselves up at the first call, which cannot be
+        captured), and to be captured, which computes nothing.  So the step has been made once."""
+        stream, pool = memory
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may pin memory meanwhile, which a global capture would take for ours.
+        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            run()
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+class Decoder:
+    """A model's packed weights; on a GPU also memory and graphs, kept from call to call.
+
+    Graphs know addresses, not tensors.  Weights that an optimiser writes in place stay where they are; `signature`
+    tells when they do not, and the whole Decoder is then thrown away.
+    """
+
+    def __init__(self, model: HumanOmni):
+        self.signature = self.signature_of(model)
+        self.layers = [PackedLayer.of(layer) for layer in model.model.layers]
+        self.head = Product([model.head_weight])
+        # torch.compile does not know oneDNN's layout, and what has it gains little from being compiled.
+        products = [p for w in self.layers for p in (w.qkv, w.out, w.gate_up, w.down)]
+        self.compile = model.is_compiled and all(p.blocked is None for p in products)
+        self.rows: dict[tuple, Rows] = {}
+        self.graphs: dict[tuple, StepGraph] = {}
+        self.memory = graph_memory() if uses_graphs(model) else None
+
+    @staticmethod
+    def signature_of(model: HumanOmni) -> tuple:
+        parts = model.model.embed_tokens, model.model.layers, model.model.norm
+        addresses = [p.data_ptr() for part in parts for p in part.parameters()]
+        return *addresses, model.head_weight.data_ptr(), model.is_compiled, *model.eos_ids
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: HumanOmni) -> "Decoder":
+        """Without graphs a new one.  With them the one from last time, with the weights as they are now."""
+        if not uses_graphs(model):
+            return cls(model)
+        known = _decoders.get(model)
+        if known is None or known.signature != cls.signature_of(model):
+            _decoders[model] = known = cls(model)
+        for layer in known.layers:
+            layer.qkv.refresh()
+            layer.gate_up.refresh()
+        return known
+
+    def rows_for(self, model: HumanOmni, B: int, G: int, P: int, T: int) -> Rows:
+        """Memory for such a batch.  For graphs the same as last time, or they would be of no use."""
+        if not uses_graphs(model):
+            return Rows(model, B, G, P, T)
+        shape = B, G, P, T
+        if shape not in self.rows:
+            if len(self.rows) == KEPT_SHAPES:                            # start anew, once nothing runs any more
+                torch.cuda.synchronize()
+                self.rows.clear()
+                self.graphs.clear()
+                self.memory = graph_memory()
+            self.rows[shape] = Rows(model, *shape)
+        return self.rows[shape]
+
+    def advance(self, model: HumanOmni, r: Rows, t: int, temperature: float, greedy: bool) -> None:
+        """Make step t: as a graph where there are graphs."""
+        S = round_up(t + 1, SUFFIX_STEP[model.device.type], r.T)
+        run = lambda: step(model, self, r, S, temperature, greedy)
+        key = r.B, r.G, r.P, r.T, S, temperature, greedy
+        if not uses_graphs(model):
+            run()
+        elif key in self.graphs:
+            self.graphs[key].replay()
+        else:
+            self.graphs[key] = StepGraph(run, self.memory)
+
+
+_decoders: "weakref.WeakKeyDictionary[HumanOmni, Decoder]" = weakref.WeakKeyDictionary()
+
+
+def round_up(n: int, to: int, most: int | None = None) -> int:
+    """The next multiple of `to`, but no more than `most`."""
+    n = -(-n // to) * to
+    return n if most is None else min(n, most)
+
+
+# ------------------------------------------------------------------------------------------------
+# Leaving finished rows behind
+# ------------------------------------------------------------------------------------------------
+
+def halvings(n: int) -> list[int]:
+    """8 -> [8, 4, 2, 1], 6 -> [6, 3, 2, 1]"""
+    return [n] if n == 1 else [n, *halvings((n + 1) // 2)]
+
+
+def regroup(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
+    """alive (B, G) -> (B', G') indices of the rows that go on, b * G + g, one prompt a line, -1 where nobody is; or None
+    where too little would be saved.
+
+    A prompt that has more than G' rows left takes several lines, each with a copy of its prefix; a line costs about as
+    much to read as a row costs to compute.  B' is exact, or a halving of B: every shape is a graph of its own.
+    """
+    B, G = alive.shape
+    left = [row.nonzero()[:, 0] + b * G for b, row in enumerate(alive)]
+    best = None
+    for g in halvings(G):
+        lines = [line for members in left for line in members.split(g) if len(line)]
+        b = len(lines) if exact else min((n for n in halvings(B) if n >= len(lines)), default=None)
+        if b and (best is None or b * (g + 1) < best[0]):
+            best = b * (g + 1), b, g, lines
+    if best is None or best[0] > 0.75 * B * (G + 1):
+        return None
+    _, b, g, lines = best
+    index = torch.full((b, g), -1)
+    for i, line in enumerate(lines):
+        index[i, :len(line)] = line
+    return index
+
+
+# ------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_generations: int, max_new_tokens: int,
@@ -95,34 +434,41 @@ def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_gen
     A completion ends with its end token, which is kept and counted; what stands past the length is an end
     token with log-probability 0, and belongs to nothing.
     """
-    B, G, T = len(embeds), num_generations, max_new_tokens
-    u = uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device)
-    ends = torch.tensor(model.eos_ids, device=model.device)
+    B, P, G, T = *mask.shape, num_generations, max_new_tokens
+    kind = model.device.type
     hidden, prefix = model.prefill(embeds, mask)                         # (B, D); per layer k, v (B, K, P, d)
-    suffix = SuffixCache(model, B, G, T)
-    prefix_bias = None if bool(mask.all()) else \
-        torch.zeros(mask.shape, dtype=model.dtype, device=model.device).masked_fill(~mask, -torch.inf)[:, None, None]
-    start = mask.sum(-1, keepdim=True)                                   # (B, 1) position of the first new token
+    decoder = Decoder.of(model)
+    r = decoder.rows_for(model, B, G, round_up(P, PREFIX_STEP[kind]), T)
+    r.start(model, mask, prefix, uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device))
+    record(r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy)     # all of a group start alike
 
-    completions = ends[0].repeat(B, G, T)
-    logps = torch.zeros(B, G, T, device=model.device)
-    lengths = torch.zeros(B, G, dtype=torch.long, device=model.device)
-    done = torch.zeros(B, G, dtype=torch.bool, device=model.device)
-    logits = model.logits(hidden)[:, None].expand(B, G, -1)              # (B, G, V): all start from the same state
-    for t in range(T):
-        token, logp = choose(logits.reshape(B * G, -1), u[:, :, t].reshape(-1), temperature, greedy)
-        token, logp = token.view(B, G), logp.view(B, G)
-        completions[:, :, t] = torch.where(done, ends[0], token)
-        logps[:, :, t] = logp.masked_fill(done, 0.0)
-        lengths += ~done
-        done |= torch.isin(token, ends)
-        # Looking at `done` waits for the device: on a GPU only now and then.
-        if t == T - 1 or ((not done.is_cuda or t % 16 == 15) and bool(done.all())):
-            break
-        x = model.model.embed_tokens(completions[:, :, t])               # (B, G, D)
-        hidden = model.run_layers(x, (start + t).expand(B, G), decode_attend(prefix, suffix, prefix_bias, t))
-        logits = model.logits(hidden)                                    # (B, G, V)
-    return completions, lengths, logps
+    completions = torch.empty(T, B * G, dtype=torch.long, device=model.device)
+    logps, lengths = torch.empty(T, B * G, device=model.device), torch.empty(B * G, dtype=torch.long, device=model.device)
+
+    def deliver(r: Rows) -> None:
+        """What these rows have so far, to where it belongs."""
+        real = (r.origin >= 0).nonzero()[:, 0]
+        to = r.origin[real]
+        completions[:, to], logps[:, to], lengths[to] = r.tokens[:, real], r.logps[:, real], r.lengths[real]
+
+    looked = B * G                                                       # rows that went on when last looked at
+    for t in range(T - 1):
+        if t % LOOK_EVERY[kind] == LOOK_EVERY[kind] - 1:
+            alive = r.alive()
+            going = int(alive.sum())
+            if going == 0:
+                break
+            if going < looked and 2 * going <= r.B * r.G >= COMPACT_FROM[kind]:
+                index = regroup(alive, exact=kind == "cpu")
+                if index is not None:
+                    deliver(r)
+                    fewer = decoder.rows_for(model, *index.shape, r.P, T)
+                    fewer.take(r, index.to(model.device))
+                    r = fewer
+            looked = going
+        decoder.advance(model, r, t, temperature, greedy)
+    deliver(r)
+    return completions.t().reshape(B, G, T), lengths.view(B, G), logps.t().reshape(B, G, T)
 
 
 @torch.no_grad()

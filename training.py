@@ -60,6 +60,7 @@ class TrainArgs:
     max_grad_norm: float = 1.0              # gradient norm is clipped to this; 0: never
     max_bad_steps: int = 10                 # stop after so many steps in a row without a finite gradient
     tokens_per_micro_batch: int = 0         # positions per forward and backward instead of --micro_batch prompts; 0: off
+    compile: bool = False                   # run the decoder's layers through torch.compile
     save_every: int = 0                     # steps between checkpoints; 0: only at the end
     keep: int = 0                           # keep only so many checkpoints, the newest; 0: all
     on_save_error: Literal["stop", "continue"] = "stop"  # when the disk is full: end the run, or train on and try again
@@ -298,6 +299,8 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
     model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device, say=ranks.say)
+    if args.compile:
+        model.compile_layers()
     trained = model.set_trained(args.train)
     if not trained:
         raise UserError("--train names no part of the model: there would be nothing to learn.")

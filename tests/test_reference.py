@@ -67,4 +67,4 @@ def test_the_reference_names_every_subcommand_and_job():
     for flag in ("compare", "folds", "table", "modalities", "modal", "mute", "blank", "choices", "question", "prompt label",
                  "drop_audio", "drop_video", "calm", "actors", "allow_missing", "resume", "keep", "clip"):
         assert f"--{flag}" in text, flag
-    assert "model.py inspect" in text
+    assert "model.py inspect" in text and "grpo.py --doctor" in text

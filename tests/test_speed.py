@@ -1,0 +1,147 @@
+"""Work that is not done: counted operations against formulas from the geometry.  Never a wall time."""
+import shutil
+
+import pytest
+import torch
+from conftest import load_golden_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import grpo
+import sampler
+from common import start_ranks
+from data import PromptBatch
+from model import compiled, embed, encode_once
+from training import MasterAdamW
+
+G, T = 3, 5
+
+
+def flops(run) -> int:
+    # The fused kernels of a CPU are not counted; written out, attention is products like all others.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def linear_flops(model) -> int:
+    """Of the decoder's products for one position: 2 x weights, the embedding and norms apart."""
+    return 2 * sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+
+
+def pair_flops(model) -> int:
+    """Of attention, for one query position and one key position in all layers: q k and weights v, 2 d each and head."""
+    c = model.config
+    return c.num_hidden_layers * c.num_attention_heads * 4 * c.head_dim
+
+
+def head_flops(model) -> int:
+    return 2 * model.config.hidden_size * model.config.vocab_size
+
+
+@pytest.fixture(scope="module")
+def batch(forward) -> PromptBatch:
+    return PromptBatch(
+        indices=[0, 1], samples=[None] * 2, asked=[""] * 2, input_ids=forward["input_ids"].tolist(), targets=[[], []],
+        frames=forward["frames"], mel=forward["mel"], vision=[None] * 2, audio=[None] * 2,
+        question_ids=forward["question_ids"], question_mask=forward["question_mask"],
+        keys=[{"video": "", "audio": ""}] * 2, bad=[], notes=[])
+
+
+def test_prefill_runs_each_prompt_once(model, prompt):
+    """Stops a prompt that is run once per completion, or a head over its positions."""
+    embeds, mask = prompt
+    B, P = mask.shape
+    with torch.no_grad():
+        counted = flops(lambda: model.prefill(embeds, mask))
+    assert counted == B * P * linear_flops(model) + B * P * P * pair_flops(model)
+
+
+def test_decoding_costs_a_token_and_not_a_prompt(model, prompt, monkeypatch):
+    """Stops a cache that is not used, a prefix read per completion as a product of its own, a head over the past."""
+    embeds, mask = prompt
+    B, P = mask.shape
+    monkeypatch.setattr(model, "eos_ids", [-7])                          # never produced: all rows run to the end
+    with torch.no_grad():
+        prefill = flops(lambda: model.prefill(embeds, mask))
+        counted = flops(lambda: sampler.generate(model, embeds, mask, G, T))
+    rows, seen = B * G * (T - 1), P + min(T, sampler.SUFFIX_STEP["cpu"])
+    first = B * head_flops(model)                                        # one head for a group: it starts from one state
+    assert counted == prefill + first + rows * (linear_flops(model) + head_flops(model) + seen * pair_flops(model))
+
+
+def test_the_loss_runs_the_prompt_once_and_the_head_on_completions(model, prompt):
+    """Stops G copies of the prompt in training, and logits over it: 7 times the work at full size."""
+    embeds, mask = prompt
+    B, P = mask.shape
+    completions, lengths = torch.randint(0, 300, (B, G, T)), torch.tensor([[5, 3, 1], [2, 5, 4]])
+    S = T - 1                                                            # the last token is predicted, never read
+    expected = B * (P + G * S) * linear_flops(model)
+    expected += B * (P * P + G * S * (P + S)) * pair_flops(model)
+    expected += int(lengths.sum()) * head_flops(model)                   # not on padding either
+    with torch.no_grad():
+        assert flops(lambda: model.completion_logps(embeds, mask, completions, lengths)) == expected
+        repeated = flops(lambda: model.logits(model.hidden(*(x.repeat_interleave(G, 0) for x in (embeds, mask)))))
+    assert repeated > 2 * expected                                       # what it replaces, even before the completions
+
+
+def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
+    """Stops towers that run again for the reference, for the loss or for each completion: 17 times in the reference code."""
+    model = fresh_model
+    model.set_trained()
+    calls = {"vision": 0, "audio": 0}
+
+    def counted(name, method):
+        def run(media):
+            calls[name] += len(media)
+            return method(media)
+        return run
+
+    monkeypatch.setattr(model, "encode_frames", counted("vision", model.encode_frames))
+    monkeypatch.setattr(model, "encode_audio", counted("audio", model.encode_audio))
+    reference = grpo.frozen_reference(model)
+    args = grpo.Args(model="", data="", out="", num_generations=G, max_new_tokens=T, inner_epochs=2, micro_batch=1)
+    ranks = start_ranks("cpu")
+    samples = [type("S", (), {"answer": "happy"})] * 2
+    once = encode_once(model, batch.__class__(**(vars(batch) | {"samples": samples})))
+    assert calls == {"vision": 2, "audio": 2}
+    decode = type("P", (), {"text": staticmethod(lambda ids: " ".join(map(str, ids)))})
+    rollout = grpo.roll_out(model, reference, decode, once, args, grpo.Clock())
+    grpo.compare(rollout, args, ranks)
+    rollout.advantages = torch.randn(2, G)
+    grpo.update(model, MasterAdamW(model.set_trained(), 0.0), once, rollout, args, ranks, 0.0, grpo.Meter())
+    assert calls == {"vision": 2, "audio": 2}
+
+
+def test_nothing_as_large_as_tokens_times_vocabulary_is_kept(model, prompt):
+    """Stops a (tokens, V) tensor that autograd keeps for the backward pass: 5 GB a group at full size."""
+    embeds, mask = prompt
+    completions = torch.randint(0, 300, (2, 20, 40))
+    lengths = torch.full((2, 20), 40)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+        model.completion_logps(embeds, mask, completions, lengths, with_entropy=True)
+    V, D = model.config.vocab_size, model.config.hidden_size
+    assert {shape for shape in kept if V in shape} == {(V, D)}           # the head itself
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_are_the_layers(batch):
+    """Stops a compiled path that computes something else, in sampling, in the loss or in its gradient."""
+    results = []
+    for compile_ in (False, True):
+        model = load_golden_model()
+        if compile_:
+            model.compile_layers()
+        trained = model.set_trained()
+        embeds, mask = embed(model, encode_once(model, batch))
+        tokens, lengths, logps = sampler.generate(model, embeds.detach(), mask, G, T, seed=1)
+        out = model.completion_logps(embeds, mask, tokens, lengths)
+        out.sum().backward()
+        results.append((tokens, logps, out.detach(), torch.cat([p.grad.flatten() for p in trained if p.grad is not None])))
+    plain, fast = results
+    assert torch.equal(plain[0], fast[0])
+    for a, b in zip(plain[1:3], fast[1:3]):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert float((plain[3] - fast[3]).norm() / plain[3].norm()) < 1e-4
+    compiled.cache_clear()
