@@ -1,5 +1,6 @@
 """Clips, prompts, sample files and batches: the reference's numbers, and everything that is wrong in the wild."""
 import json
+import os
 import random
 from unittest import mock
 
@@ -676,3 +677,37 @@ def test_questions_and_choices_that_cannot_be_used(tmp_path):
     for words in (["happy"], ["happy", "sad", "happy"]):
         with pytest.raises(UserError, match="--choices"):
             read_choices(words)
+
+
+def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
+    """Stops features of an older file or of other towers, a torn entry that ends a run, and a full disk."""
+    cache = data.FeatureCache(tmp_path / "c", {"video": "tower 1", "audio": "tower 2"})
+    dataset = ClipDataset(rows, processor, cache=cache)
+    x = torch.randn(5, 7)
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"12345")
+    key = dataset.feature_key("video", clip)
+    cache.put(key, x)
+    assert torch.equal(cache.get(key), x.bfloat16()) and cache.get(dataset.feature_key("audio", clip)) is None
+    assert data.FeatureCache(tmp_path / "c", {"video": "tower 3", "audio": "tower 2"}).get(key) is None      # other weights
+    clip.write_bytes(b"123456")                                                                     # another file
+    assert dataset.feature_key("video", clip) != key and cache.get(dataset.feature_key("video", clip)) is None
+    assert ClipDataset(rows, processor, View(fit="stretch")).feature_key("video", clip) != dataset.feature_key("video", clip)
+    assert ClipDataset(rows, processor, num_frames=4).feature_key("video", clip) != dataset.feature_key("video", clip)
+    file = next((tmp_path / "c").glob("*/*.safetensors"))
+    assert file.stat().st_mode & 0o777 == 0o666 & ~current_umask()                                  # others may read it
+    file.write_bytes(file.read_bytes()[:-3])
+    assert cache.get(key) is None                                                                   # torn: made again
+    cache.put(key, x)
+    assert torch.equal(cache.get(key), x.bfloat16())
+    small = data.FeatureCache(tmp_path / "small", {"video": "", "audio": ""}, max_gb=1e-7)           # 107 bytes
+    small.put("video a", x)
+    small.put("video b", x)
+    assert small.get("video a") is not None and small.get("video b") is None
+    assert not [p for p in tmp_path.rglob("*") if ".tmp" in p.name]
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -251,6 +251,16 @@ def test_feature_cache_changes_nothing_but_the_work(labels, tmp_path, moving):
     assert {f: f.stat().st_mtime_ns for f in files} == stamps       # nothing was encoded again
     a, b = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    # Every clip is known: whoever opens one now, or runs a tower, ends the run.  All three scripts use the folder.
+    forbid = "import data, model\ndata.read_clip = model.HumanOmni.encode_frames = model.HumanOmni.encode_audio = None\n"
+    place = ("--model", MODEL, "--data", labels, "--media_root", MEDIA, "--workers", 0)
+    cached = ("--feature_cache", tmp_path / "features")
+    short = ("--max_steps", 2, "--max_new_tokens", 3, "--num_generations", 2)
+    for script, more in (("grpo.py", ("--out", tmp_path / "g", *short)), ("sft.py", ("--out", tmp_path / "s", *short[:2])),
+                         ("eval.py", ("--out", tmp_path / "e.json", *short[2:4]))):
+        done = forkserver.shared().run(script, *place, *cached, *more, hook=forbid)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert forkserver.shared().run("eval.py", *place, *short[2:4], hook=forbid).returncode == 1      # it does forbid
 
 
 def test_sft_then_grpo_learn_a_small_task(tmp_path):
@@ -275,7 +285,7 @@ def test_sft_then_grpo_learn_a_small_task(tmp_path):
 
 
 def test_grpo_on_bare_words_with_missing_modalities(labels, tmp_path, moving):
-    """Stops `--prompt label` asking for reasoning or being paid for it; `--question`, `--choices`, `--drop_*` being ignored."""
+    """Stops `--prompt label` asking or paying for reasoning; `--question`, `--choices` and `--drop_*` being ignored."""
     (tmp_path / "question.txt").write_text("How does it feel?")
     flags = ("--prompt", "label", "--question", tmp_path / "question.txt", "--choices", "happy", "sad", "--seed", 4)
     out = tmp_path / "run"
