@@ -353,8 +353,8 @@ def read_dfew(file: Path) -> list[Listed]:
     listed = []
     for where, row in table(file, ("video_name", "label")):
         name, label = row["video_name"], row["label"]
-        if not re.fullmatch("[0-9]+", name):
-            raise UserError(f"{where}: the clip {name!r} is not a number; expected video_name,label as in 1600,3.")
+        if not re.fullmatch("[0-9]{1,18}", name):        # Python refuses to convert thousands of digits
+            raise UserError(f"{where}: the clip {name[:60]!r} is not a number; expected video_name,label as in 1600,3.")
         if label == "0":
             raise UserError(f"{where}: label 0. This is a repackaged copy that counts from 0; read as DFEW's own labels, "
                             "which count from 1, every emotion would become another one. Use the distributed lists.")

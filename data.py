@@ -9,7 +9,10 @@ dataset turns it into a BadClip, and the batch carries it in `bad`, to be counte
 Legend   F frames taken from a clip   S side of the vision tower's input   M mel channels   T mel frames
          d decoded frames of the file
 """
+import contextlib
+import ctypes
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -35,7 +38,14 @@ from rewards import DFEW_WORDS, VOCABULARY, parse_answer
 SAMPLE_RATE = 16_000
 SILENCE = np.zeros(10 * SAMPLE_RATE, np.float32)        # what the reference hears where there is no sound
 SEEK_ABOVE = 2_000             # frames: from here on seeking is cheaper than decoding everything
-MAX_PIXELS = 2 ** 26           # a frame of 8192 x 8192; a header that declares more is a bomb or a fault
+
+# A file of a few bytes can declare terabytes.  What is beyond these limits is a bomb or a fault.
+MAX_PIXELS = 4096 * 2304       # of a picture: 4K
+MAX_SIDE = 4096                # of a picture: it is padded to a square of its longer side
+MAX_PACKETS = 2 ** 20          # of one stream: ten hours of video
+MAX_DECODED = 2 ** 34          # pixels decoded for one clip: 2,000 frames of 4K or 8,000 of 1080p
+MAX_BLOCK = 2 ** 27            # bytes that libav takes at once, for a picture or for the index of a file
+SOUND_RATES = range(1_000, 768_001)      # Hz
 
 Modal = Literal["video_audio", "video", "audio"]
 Prompt = Literal["think", "label", "row", "auto"]
@@ -79,13 +89,17 @@ def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal:
     notes: list[str] = []
     frames = np.zeros((0, 0, 0, 3), np.uint8)
     audio, has_audio = SILENCE.copy(), False
-    if not path.exists():
-        raise ClipError(f"{path}: no such file")
-    if path.is_dir():
+    try:
+        size, is_folder = path.stat().st_size, path.is_dir()
+    except FileNotFoundError:
+        raise ClipError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:           # a name that is too long, a loop of links, a null byte
+        raise ClipError(f"{path}: cannot be opened: {error}") from None
+    if is_folder:
         frames = _read_folder(path, num_frames)
         notes.append("a folder of frames has no sound: silence")
         return Clip(frames, audio, has_audio, notes)
-    if path.stat().st_size == 0:
+    if size == 0:                                    # also pipes and devices, which might never end
         raise ClipError(f"{path}: the file is empty")
     if modal != "audio" and path.suffix.lower() not in SOUNDS:
         frames = _read_video(path, num_frames, notes)
@@ -98,11 +112,63 @@ def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal:
     return Clip(frames, audio, has_audio, notes)
 
 
+# What clips come in.  libav knows hundreds more, some of which are lists of further files and addresses to open: a clip
+# must not lead out of its folder.
+FORMATS = ("mov,matroska,avi,asf,flv,mpeg,mpegts,ogg,gif,apng,wav,flac,mp3,aac,"
+           "image2,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe")
+LIMITS = {"max_pixels": str(MAX_PIXELS)}             # for the decoders: a stream may change its size on the way
+OPENING = LIMITS | {"format_whitelist": FORMATS, "protocol_whitelist": "file", "pattern_type": "none"}
+
+# One for the whole process; libav offers no other.  The default is 2 GiB, and stays where PyAV was built in a way that
+# hides the function: clips are read all the same, only a bomb may take more memory.
+with contextlib.suppress(AttributeError, OSError):
+    ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(MAX_BLOCK))
+
+
 def _open(path: Path):
     try:
-        return av.open(str(path), metadata_errors="replace")
+        # An absolute path: of "12:30.mp4" the part before the colon would be taken for a protocol.
+        container = av.open(os.path.abspath(path), metadata_errors="replace", options=OPENING)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise ClipError(f"{path}: cannot be opened: {error}") from None
+        unlisted = getattr(error, "errno", None) == errno.EINVAL
+        raise ClipError(f"{path}: cannot be opened: {f'its format is none of {FORMATS}' if unlisted else error}") from None
+    for stream in (*container.streams.video, *container.streams.audio):
+        if stream.codec_context is not None:
+            stream.codec_context.thread_count = 1    # the loader's workers are the parallelism
+            stream.codec_context.options = LIMITS
+    return container
+
+
+@dataclasses.dataclass
+class Budget:
+    """What one pass through a clip may decode.  In pixels, not in seconds: a slow machine must not refuse more clips."""
+    path: Path
+    pixels: int
+
+    def need(self, pixels: int) -> None:
+        if pixels > self.pixels:
+            raise ClipError(f"{self.path}: too long for its size: more than {MAX_DECODED} pixels would have to be decoded")
+
+    def decode(self, packet) -> list:
+        """The frames of a packet.  Raises ClipError if they are too large, or if it was one packet too many."""
+        pixels = _cost(packet.stream.codec_context)
+        self.need(pixels)
+        self.pixels -= pixels                        # also for a packet that turns out damaged
+        frames = packet.decode()
+        for frame in frames:
+            _check_size(frame, self.path)
+        return frames
+
+
+def _cost(context, frames: int = 1) -> int:
+    """Pixels of so many frames.  The smallest take their time, too: at least 256 x 256."""
+    return frames * max(context.width * context.height, 2 ** 16)
+
+
+def _check_size(picture, path: Path) -> None:
+    if picture.width * picture.height > MAX_PIXELS or max(picture.width, picture.height) > MAX_SIDE:
+        raise ClipError(f"{path}: has pictures of {picture.width} x {picture.height}, more than {MAX_PIXELS} pixels or "
+                        f"{MAX_SIDE} at a side")
 
 
 def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
@@ -111,20 +177,24 @@ def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
         if not container.streams.video:
             raise ClipError(f"{path}: has no video stream")
         stream = container.streams.video[0]
-        if stream.codec_context is None:
+        context = stream.codec_context
+        if context is None:
             raise ClipError(f"{path}: its video codec is unknown")
-        size = stream.codec_context.width * stream.codec_context.height
-        if size > MAX_PIXELS:
-            raise ClipError(f"{path}: declares frames of {size} pixels, more than {MAX_PIXELS}")
+        _check_size(context, path)
         # Headers lie about the number of frames (0 in mkv, off by one in avi), packets do not.
-        times, damaged = _packet_times(container)
+        times, keys, damaged = _packets(container, path)
         promised = max(stream.frames, len(times))
     sound = not damaged and len(times) >= promised - 1 and None not in times
     if len(times) > SEEK_ABOVE and sound:
-        try:
-            return np.stack([_frame_at(path, t) for t in np.sort(times)[frame_indices(len(times), num_frames)]])
-        except (ClipError, av.error.FFmpegError, OSError, ValueError):
-            pass                                     # an index that does not hold: read it from the start instead
+        chosen = np.argsort(times, kind="stable")[frame_indices(len(times), num_frames)]         # packets, by place
+        since = chosen - np.maximum.accumulate(keys * np.arange(len(keys)))[chosen] + 1          # the key frame before
+        if _cost(context, int(since.sum())) <= MAX_DECODED:
+            try:
+                budget = Budget(path, MAX_DECODED)
+                return np.stack([_frame_at(path, times[i], budget) for i in chosen])
+            except (ClipError, av.error.FFmpegError, OSError, ValueError):
+                pass                                 # an index that does not hold: read it from the start instead
+    Budget(path, MAX_DECODED).need(_cost(context, len(times)))       # now, not after minutes of decoding
     wanted = set(frame_indices(max(len(times), 1), num_frames).tolist())
     found, d, errors = _decode_frames(path, wanted)
     if d == 0:
@@ -137,31 +207,33 @@ def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
     return _stack([found[i] for i in frame_indices(d, num_frames).tolist()], path)
 
 
-def _packet_times(container) -> tuple[list[int | None], bool]:
-    """Presentation time of every packet of the first video stream, and whether reading broke off."""
-    times = []
+def _packets(container, path: Path) -> tuple[list[int | None], list[bool], bool]:
+    """Of every packet of the first video stream: presentation time, is it a key frame.  And whether reading broke off."""
+    times, keys = [], []
     try:
-        for packet in container.demux(container.streams.video[0]):
+        for number, packet in enumerate(container.demux(container.streams.video[0])):
+            if number == MAX_PACKETS:
+                raise ClipError(f"{path}: too long: more than {MAX_PACKETS} packets of video")
             if packet.size and not packet.is_discard:
                 times.append(packet.pts)
+                keys.append(packet.is_keyframe)
     except (av.error.FFmpegError, OSError):
-        return times, True
-    return times, False
+        return times, keys, True
+    return times, keys, False
 
 
 def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray], int, int]:
     """Decode all, keep the frames of those numbers.  -> (number -> frame, frames decoded, damaged packets)"""
-    found, d, errors = {}, 0, 0
+    found, d, errors, budget = {}, 0, 0, Budget(path, MAX_DECODED)
     with _open(path) as container:
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1        # the loader's workers are the parallelism
-        packets, packet = container.demux(stream), None      # ends with an empty packet, which flushes the decoder
+        stream, packet = container.streams.video[0], None
+        packets = container.demux(stream)            # ends with an empty packet, which flushes the decoder
         while True:
             try:
                 packet = next(packets, None)
                 if packet is None:
                     break
-                for frame in packet.decode():
+                for frame in budget.decode(packet):
                     if d in wanted:
                         found[d] = _upright(frame)
                     d += 1
@@ -172,12 +244,12 @@ def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray],
     return found, d, errors
 
 
-def _frame_at(path: Path, time: int) -> np.ndarray:
+def _frame_at(path: Path, time: int, budget: Budget) -> np.ndarray:
     """The frame shown at `time` (in the stream's time base), found from the key frame before it."""
     with _open(path) as container:
         stream = container.streams.video[0]
         container.seek(int(time), stream=stream, backward=True)
-        for frame in container.decode(stream):
+        for frame in (frame for packet in container.demux(stream) for frame in budget.decode(packet)):
             if frame.pts is not None and frame.pts >= time:
                 if frame.pts != time:
                     break
@@ -201,14 +273,20 @@ def _read_folder(path: Path, num_frames: int) -> np.ndarray:
     def natural(p: Path):
         return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", p.name)]
 
-    files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural)
+    try:
+        files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural)
+    except OSError as error:
+        raise ClipError(f"{path}: cannot be opened: {error}") from None
     if not files:
         raise ClipError(f"{path}: the folder holds no pictures")
-    frames = {}
+    frames, budget = {}, Budget(path, MAX_DECODED)
     for i in set(frame_indices(len(files), num_frames).tolist()):
+        if not files[i].is_file():                   # reading a pipe might never end
+            raise ClipError(f"{files[i]}: is no file")
         with _open(files[i]) as container:
             try:
-                frames[i] = _upright(next(container.decode(video=0)))
+                decoded = (frame for packet in container.demux(video=0) for frame in budget.decode(packet))
+                frames[i] = _upright(next(decoded))
             except (av.error.FFmpegError, StopIteration, IndexError, ValueError) as error:
                 raise ClipError(f"{files[i]}: cannot be decoded: {error}") from None
     return _stack([frames[i] for i in frame_indices(len(files), num_frames).tolist()], path)
@@ -223,11 +301,15 @@ def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray 
             notes.append("no audio track: silence")
             return None
         packets = container.demux(container.streams.audio[0])
-        while count < limit:
+        for _ in range(MAX_PACKETS):
+            if count >= limit:
+                break
             try:
                 packet = next(packets, None)
                 frames = [None] if packet is None else packet.decode()       # None flushes the resampler
                 for frame in frames:
+                    if frame and frame.sample_rate not in SOUND_RATES:       # a sample of 1 Hz would become 16,000
+                        raise ValueError(f"{frame.sample_rate} Hz")
                     for out in resampler.resample(frame):
                         parts.append(out.to_ndarray()[0])
                         count += parts[-1].size
@@ -473,15 +555,22 @@ def read_samples(file, media_root: str | None = None, strict_paths: bool = False
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the sample file {file}: {error}") from None
     root = Path(media_root) if media_root else file.parent
-    samples = [_sample(row, root, f"{file} line {line}") for line, row in _rows(text, file)]
+    samples = []
+    for line, row in _rows(text, file):
+        where = f"{file} line {line}"
+        samples.append(_sample(row, root, where))
+        if strict_paths and not _is_inside(samples[-1].clip, root):
+            raise UserError(f"{where}: {samples[-1].id!r} is outside --media_root {root}, which --strict_paths forbids.")
     if not samples:
         raise UserError(f"{file} holds no samples.")
-    if strict_paths:
-        inside = root.resolve()
-        for sample in samples:               # resolved: "..", an absolute path and a link all end somewhere
-            if not sample.clip.resolve().is_relative_to(inside):
-                raise UserError(f"{file}: {sample.id!r} is outside --media_root {root}, which --strict_paths forbids.")
     return samples
+
+
+def _is_inside(clip: Path, root: Path) -> bool:
+    try:
+        return clip.resolve().is_relative_to(root.resolve())     # "..", an absolute path and a link all end somewhere
+    except (OSError, RuntimeError):                              # or nowhere: links in a circle
+        return False
 
 
 def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
@@ -493,6 +582,8 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
                     yield line, json.loads(row)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
+                except (RecursionError, ValueError) as error:    # too deep; a number of thousands of digits
+                    raise UserError(f"{file} line {line} holds more than can be read: {error}.") from None
         return
     decoder = json.JSONDecoder()
     space = re.compile(r"[\s,]*")
@@ -504,6 +595,8 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
             row, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise UserError(f"{file} line {error.lineno} is not valid JSON: {error.msg}.") from None
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{file} line {line} holds more than can be read: {error}.") from None
         yield line, row
         at = space.match(text, end).end()
     if text[at:].strip() != "]":
@@ -520,7 +613,8 @@ def _sample(row, root: Path, where: str) -> Sample:
     need(row, dict, "a row must be an object with \"video\" and \"conversations\"")
     clip = need(row.get("video", row.get("audio")), str, 'lacks "video", the path of the clip')
     turns = need(row.get("conversations"), list, 'lacks "conversations", a list of turns')
-    said = {turn.get("from"): turn.get("value") for turn in turns if isinstance(turn, dict)}
+    turns = [turn for turn in turns if isinstance(turn, dict) and isinstance(turn.get("from"), str)]
+    said = {turn["from"]: turn.get("value") for turn in turns}
     human = need(said.get("human"), str, 'has no turn {"from": "human", "value": question}')
     target = need(said.get("gpt"), str, 'has no turn {"from": "gpt", "value": label}').strip()
     tags = [name for name in ("video", "audio") if f"<{name}>" in human]
@@ -530,7 +624,12 @@ def _sample(row, root: Path, where: str) -> Sample:
     need("<|" not in question and "<video>" not in question and "<audio>" not in question, bool,
          "the question contains chat markup (<|, <video> or <audio>); leave it out")
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
-    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", str(row.get("dataset", "")))
+    dataset = str(row.get("dataset", ""))
+    need("\0" not in clip, bool, "the path of the clip contains a null byte")
+    # A lone surrogate: JSON can spell it, but no file name and no log can hold it, and the run would end there.
+    need(not re.search(r"[\ud800-\udfff]", clip + human + target + dataset), bool,
+         "contains half a character (\\ud800 to \\udfff)")
+    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", dataset)
 
 
 def check_labels(samples: list[Sample], file, allow: bool) -> None:
