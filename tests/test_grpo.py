@@ -316,3 +316,20 @@ def test_what_each_prompt_is_paid_for():
     think, label = (grpo.score(texts, ["happy"], "cpu", prompt) for prompt in ("think", "label"))
     assert think["accuracy"].tolist() == [[0, 0, 1, 0, 0, 0]] and think["format"].tolist() == [[0, 0, 1, 0, 0, 0]]
     assert label["accuracy"].tolist() == [[1, 1, 0, 0, 0, 0]] and label["format"].tolist() == [[1, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("gate", ["clip", "none", "cispo", "sapo"])
+def test_importance_weights_multiply_the_objective_and_not_the_kl(gate):
+    """Stops weights that also scale the pull to the reference, reach masked tokens, or get a gradient."""
+    logps, old, ref, A, mask = crafted()
+    w = 0.5 + torch.rand(logps.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    high = 5.0 if gate == "cispo" else 0.2
+    of = lambda beta, weights: grpo.grpo_loss(logps, old, ref, A, mask, gate=gate, clip_high=high, agg="token", beta=beta,
+                                              weights=weights)[0]
+    plain, kl = of(0.0, None), of(1.0, None) - of(0.0, None)
+    torch.testing.assert_close(of(1.0, w) - of(0.0, w), kl)
+    torch.testing.assert_close(of(0.0, torch.full_like(w, 3.0)), 3 * plain)
+    # One token at a time: the loss is linear in each weight, with that token's share as its slope.
+    g, g_weighted = gradient(plain, logps), gradient(of(0.0, w), logps)
+    torch.testing.assert_close(g_weighted, w * g)
+    assert g.abs().sum() > 0 and not g_weighted[~mask].any()

@@ -1,5 +1,6 @@
 """One optimiser step of GRPO and SFT, however it is cut into micro-batches."""
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import grpo
 import sft
 from common import AUDIO, VIDEO, start_ranks
 from data import PromptBatch
-from model import encode_once
+from model import embed, encode_once
 from training import MasterAdamW, micro_batches
 
 LENGTHS = torch.tensor([[7, 3, 5, 1], [2, 2, 1, 2], [9, 9, 4, 6]])
@@ -157,3 +158,19 @@ def test_prompt_length_is_what_embedding_makes(world):
                                            vision=part.vision, audio=part.audio)
             assert model.prompt_length(part.input_ids) == embeds.shape[1]
     assert any(VIDEO in ids and AUDIO not in ids for ids in batch.input_ids)
+
+
+def test_the_samplers_rounding_is_undone_up_to_a_cap(world):
+    """Stops `--is_cap` doing nothing, weighing by sampler / trainer, or weighing above its cap."""
+    model, trained, batch, rollout = world
+    with torch.no_grad():
+        once = model.completion_logps(*embed(model, batch), rollout.completions, rollout.lengths)
+    gradient = lambda off, **flags: grpo_gradient((model, trained, batch, dataclasses.replace(rollout, logps=once - off)),
+                                                  beta=0.0, **flags)[0]
+    plain = gradient(0.0)
+    torch.testing.assert_close(gradient(0.0, is_cap=2.0), plain, rtol=1e-3, atol=1e-5)
+    for ratio, weight in ((1.5, 1.5), (3.0, 2.0), (0.25, 0.25)):         # trainer / sampler, at most 2
+        off = math.log(ratio)
+        torch.testing.assert_close(gradient(off, is_cap=2.0), weight * plain, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(gradient(off), plain, rtol=1e-3, atol=1e-5)          # and by default it is off
+
