@@ -79,7 +79,7 @@ def child(request: dict) -> int:
     for name, stream in (("out.txt", 1), ("err.txt", 2)):
         os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     os.setpgid(0, 0)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
