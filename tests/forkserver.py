@@ -51,6 +51,8 @@ class ForkServer:
 
     def start(self, script: str, *flags, hook: str = "", cwd=None, env: dict | None = None) -> Job:
         folder = Path(tempfile.mkdtemp(prefix="job"))
+        for name in ("out.txt", "err.txt"):      # here: a child may be killed before it opens them
+            (folder / name).touch()
         args = [str(ROOT / script), *map(str, flags)]
         return Job(self._ask({"args": args, "hook": hook, "folder": str(folder), "cwd": str(cwd or ROOT), "env": env or {}}),
                    folder, args)
