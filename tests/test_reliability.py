@@ -342,6 +342,29 @@ def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
     assert (tmp_path / "stuck" / "latest").resolve().name == "step_4"
 
 
+def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_two_ranks_are_one_for_sft(labels, tmp_path):
+    """Stops: ranks that part because one skipped and one did not; an SFT loss that is averaged per rank."""
+    hook = ("import os, training\nstep = training.MasterAdamW.step\nseen = 0\n"
+            "def poisoned(self, *args):\n"
+            "    global seen\n"
+            "    seen += 1\n"
+            "    if seen == 2 and os.environ.get('RANK', '1') == '1': self.flat[7] = float('nan')\n"
+            "    return step(self, *args)\n"
+            "training.MasterAdamW.step = poisoned\n")
+    command, env = under_torchrun("sft.py", tmp_path / "two", labels, "--save_every", 0, hook=hook)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run("sft.py", tmp_path / "one", labels, "--save_every", 0, hook=hook)
+    two, one = end_of(tmp_path / "two"), end_of(tmp_path / "one")
+    assert [r["skipped_steps"] for r in two["metrics"]] == [r["skipped_steps"] for r in one["metrics"]] == [0, 1, 1, 1, 1, 1]
+    for a, b in zip(one["metrics"], two["metrics"]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["num_tokens"] == b["num_tokens"]
+    assert one["metrics"][0]["loss"] == pytest.approx(two["metrics"][0]["loss"], rel=1e-6)
+    assert one["metrics"][0]["grad_norm"] == pytest.approx(two["metrics"][0]["grad_norm"], rel=1e-6)
+    for k, v in one["weights"].items():
+        torch.testing.assert_close(two["weights"][k], v, atol=1e-4, rtol=0)
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int):
     """A file system of that size, if this user may mount one."""
