@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import re
 import shlex
 import shutil
 import signal
@@ -279,22 +278,13 @@ training.Run.count = count
 """
 
 
-def test_a_dead_rank_ends_the_run_by_name_or_is_restarted(whole, labels, tmp_path):
-    """Stops: seven ranks that wait for ever for the eighth; a restart that begins at step 0 or changes the result."""
+def test_a_dead_rank_ends_the_run_by_name(labels, tmp_path):
+    """Stops: seven ranks that wait for ever for the eighth."""
     started = time.monotonic()
     command, env = under_torchrun("grpo.py", tmp_path / "dead", labels, hook=DIE)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and time.monotonic() - started < 60 + 60              # its start and a minute
     assert "rank      : 1" in done.stderr and "-9" in done.stderr
-    out = tmp_path / "restarted"
-    command, env = under_torchrun("grpo.py", out, labels, "--resume", launch=("--standalone", "--max_restarts=1"), hook=DIE)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"resuming after step [34] ", done.stdout)      # rank 0 may have saved the step in which rank 1 died
-    end = end_of(out)
-    assert [r["step"] for r in end["metrics"]] == list(range(1, STEPS + 1))
-    for k, v in whole["grpo.py"]["weights"].items():
-        torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
 
 
 def test_two_machines_are_one(labels, tmp_path):
