@@ -37,7 +37,7 @@ from tqdm import tqdm
 import rewards
 from checkpoint import list_some
 from common import UserError, run_main, write_json, write_text
-from data import IMAGES, QUESTION, SOUNDS, THINK, ClipError, Sample, read_clip, read_samples
+from data import IMAGES, QUESTION, SOUNDS, THINK, ClipError, Sample, open_media, read_clip, read_samples
 from rewards import DFEW_WORDS, VOCABULARY
 
 # ------------------------------------------------------------------------------------------------
@@ -696,7 +696,7 @@ def count_frames(clip: Path) -> int:
     """Frames of a clip that can be read, by its packets: nothing is decoded."""
     if clip.is_dir():
         return sum(file.suffix.lower() in IMAGES for file in clip.iterdir())
-    with av.open(str(clip), metadata_errors="replace") as container:
+    with open_media(clip) as container:
         try:
             return sum(bool(packet.size) and not packet.is_discard for packet in container.demux(video=0))
         except av.error.FFmpegError:

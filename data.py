@@ -125,7 +125,8 @@ with contextlib.suppress(AttributeError, OSError):
     ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(MAX_BLOCK))
 
 
-def _open(path: Path):
+def open_media(path: Path):
+    """An av container, held to the limits above.  Raises ClipError."""
     try:
         # An absolute path: of "12:30.mp4" the part before the colon would be taken for a protocol.
         container = av.open(os.path.abspath(path), metadata_errors="replace", options=OPENING)
@@ -173,7 +174,7 @@ def _check_size(picture, path: Path) -> None:
 
 def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
     """-> uint8 (F, H, W, 3), upright."""
-    with _open(path) as container:
+    with open_media(path) as container:
         if not container.streams.video:
             raise ClipError(f"{path}: has no video stream")
         stream = container.streams.video[0]
@@ -225,7 +226,7 @@ def _packets(container, path: Path) -> tuple[list[int | None], list[bool], bool]
 def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray], int, int]:
     """Decode all, keep the frames of those numbers.  -> (number -> frame, frames decoded, damaged packets)"""
     found, d, errors, budget = {}, 0, 0, Budget(path, MAX_DECODED)
-    with _open(path) as container:
+    with open_media(path) as container:
         stream, packet = container.streams.video[0], None
         packets = container.demux(stream)            # ends with an empty packet, which flushes the decoder
         while True:
@@ -246,7 +247,7 @@ def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray],
 
 def _frame_at(path: Path, time: int, budget: Budget) -> np.ndarray:
     """The frame shown at `time` (in the stream's time base), found from the key frame before it."""
-    with _open(path) as container:
+    with open_media(path) as container:
         stream = container.streams.video[0]
         container.seek(int(time), stream=stream, backward=True)
         for frame in (frame for packet in container.demux(stream) for frame in budget.decode(packet)):
@@ -283,7 +284,7 @@ def _read_folder(path: Path, num_frames: int) -> np.ndarray:
     for i in set(frame_indices(len(files), num_frames).tolist()):
         if not files[i].is_file():                   # reading a pipe might never end
             raise ClipError(f"{files[i]}: is no file")
-        with _open(files[i]) as container:
+        with open_media(files[i]) as container:
             try:
                 decoded = (frame for packet in container.demux(video=0) for frame in budget.decode(packet))
                 frames[i] = _upright(next(decoded))
@@ -296,7 +297,7 @@ def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray 
     """-> float32 (n,) at 16 kHz, or None with a note."""
     limit, parts, count, errors = int(max_seconds * SAMPLE_RATE), [], 0, 0
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
-    with _open(path) as container:
+    with open_media(path) as container:
         if not container.streams.audio:
             notes.append("no audio track: silence")
             return None
@@ -335,6 +336,11 @@ def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray 
 QUESTION = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the characters "
             "is the most obvious to you?")
 THINK = "\nOutput the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
+
+
+def has_markup(text: str) -> bool:
+    """Does a text hold what only the prompt itself may: a chat turn's marks, or a placeholder for a clip?"""
+    return "<|" in text or "<video>" in text or "<audio>" in text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -404,7 +410,7 @@ def read_question(file: str | None) -> str | None:
         text = Path(file).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--question {file}: cannot be read ({error}); give a text file that holds the question.") from None
-    if not text or "<|" in text or "<video>" in text or "<audio>" in text:
+    if not text or has_markup(text):
         raise UserError(f"--question {file}: must hold a question, without chat markup (<|, <video> or <audio>).")
     return text
 
@@ -467,7 +473,7 @@ class Processor:
 
         The text between placeholders is tokenised piece by piece, as the reference does.
         """
-        if "<|" in question or "<video>" in question or "<audio>" in question:
+        if has_markup(question):
             raise UserError(f"the question {question[:60]!r} contains chat markup (<|, <video> or <audio>): leave it out.")
         media = {"video": "<vi_start><video><vi_end>\n", "audio": "<au_start><audio><au_end>\n"}
         content = "".join(tag for name, tag in media.items() if name in modal) + question
@@ -621,7 +627,7 @@ def _sample(row, root: Path, where: str) -> Sample:
     question = re.sub(r"^(\s*<(video|audio)>\s*)+", "", human).strip()
     answer = parse_answer(target) if "<answer>" in target else target
     need(question, str, "the human turn has no question")
-    need("<|" not in question and "<video>" not in question and "<audio>" not in question, bool,
+    need(not has_markup(question), bool,
          "the question contains chat markup (<|, <video> or <audio>); leave it out")
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
     dataset = str(row.get("dataset", ""))

@@ -9,7 +9,6 @@ stretches of a run: its first steps and its latest ones, a quarter of the run ea
     rows          metrics.jsonl, a dict a step         early, late   the two stretches of it
     answers       what rollouts.jsonl says, counted; the file may be larger than the memory, so it is read row by row
 """
-import contextlib
 import dataclasses
 import json
 import math
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import rewards
 from common import UserError, printable
+from run_folder import read_rows
 
 USAGE = "usage: python grpo.py --doctor RUN        (RUN: the --out folder of grpo.py or sft.py)"
 
@@ -156,22 +156,6 @@ def facts_at_start(run: Run, *names: str) -> dict[str, float | str]:
 # ------------------------------------------------------------------------------------------------
 # Reading a run folder
 # ------------------------------------------------------------------------------------------------
-
-def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of a jsonl file, one at a time.  What is no row (a last line that is half written) is passed over."""
-    try:
-        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-            for line in file:
-                row = None
-                with contextlib.suppress(ValueError, RecursionError):
-                    row = json.loads(line)
-                if isinstance(row, dict):
-                    yield row
-    except FileNotFoundError:
-        return                               # not written yet, or never
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-
 
 def count_answers(rows: Iterator[dict], late_from: int, prompt: str) -> tuple[Answers, Answers]:
     """Rows of rollouts.jsonl -> (the whole run, the steps from `late_from` on)."""

@@ -376,10 +376,6 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         self.last = now
 
-    def skip(self) -> None:
-        """What was done since the last lap is nobody's time."""
-        self.last = time.perf_counter()
-
 
 class Meter:
     """Numbers of one step, joined over micro-batches and ranks: weighted means, totals, maxima and minima."""

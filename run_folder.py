@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -40,16 +41,21 @@ FREE = {"out", "resume", "overwrite", "device", "workers", "save_every", "keep",
 LENGTH = {"max_steps", "epochs"}     # may grow; but they shape the schedule
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a jsonl file; a last line that was cut off by a crash, even within a character, is left out."""
-    rows = []
-    # Not splitlines(): it also cuts at U+2028 and its like, which a policy can sample and json does not escape.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def read_rows(path: Path) -> Iterator[dict]:
+    """Rows of a jsonl file, one at a time.  What is no row (a last line that is half written) is passed over."""
+    try:
+        # newline: U+2028 and its like end no line, and a policy can sample them.
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+            for line in file:
+                row = None
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
+    except FileNotFoundError:
+        return                               # not written yet, or never
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
 def finite(row: dict) -> dict:

@@ -42,7 +42,7 @@ import rewards
 from common import Ranks, UserError, printable
 from data import read_samples
 from model import HumanOmni
-from run_folder import RunFolder, read_jsonl
+from run_folder import RunFolder, read_rows
 
 ROOT = Path(__file__).parents[1]
 MIB = 2 ** 20
@@ -660,7 +660,7 @@ def test_a_row_of_a_log_is_a_line(folder, said):
     (folder / "rollouts.jsonl").unlink(missing_ok=True)
     rows = [{"step": i, text: i, "text": text} for i, text in enumerate(said)]
     run.append("rollouts.jsonl", rows)
-    assert read_jsonl(folder / "rollouts.jsonl") == rows
+    assert list(read_rows(folder / "rollouts.jsonl")) == rows
     assert (folder / "rollouts.jsonl").read_bytes().count(b"\n") == len(rows)
 
 

@@ -221,6 +221,19 @@ def test_user_errors_are_one_sentence(flags, words, labels, tmp_path):
         assert word in done.stderr
 
 
+def test_paths_and_compiling_reach_their_code(labels, tmp_path):
+    """Stops `--strict_paths` and `--compile` being accepted and forgotten."""
+    rows = write_rows(tmp_path / "rows.json", [(str((MEDIA / "wide.mp4").resolve()), "happy")])
+    place = ("--model", MODEL, "--out", tmp_path / "run", "--max_steps", 1, "--workers", 0)
+    for script in ("grpo.py", "sft.py"):
+        done = call(script, *place, "--data", rows, "--media_root", tmp_path, "--strict_paths", check=False)
+        assert done.returncode == 1 and "--strict_paths forbids" in done.stderr and "line 1" in done.stderr
+        said = "import model\nfrom common import UserError\ndef told(self): raise UserError('compiling')\n" \
+            "model.HumanOmni.compile_layers = told\n"
+        done = forkserver.shared().run(script, *place, "--data", labels, "--media_root", MEDIA, "--compile", hook=said)
+        assert done.returncode == 1 and done.stderr.strip() == "error: compiling"
+
+
 def test_labels_outside_the_vocabulary_are_refused_by_name(tmp_path):
     """Stops: training on a typing error."""
     data = write_rows(tmp_path / "rows.json", [("wide.mp4", "hapy")])

@@ -4,7 +4,7 @@ import json
 import torch
 
 from common import start_ranks
-from run_folder import RunFolder, read_jsonl
+from run_folder import RunFolder, read_rows
 from training import MasterAdamW
 
 LR = 1e-6
@@ -83,7 +83,7 @@ def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
             length = (tmp_path / "rollouts.jsonl").stat().st_size
     with open(tmp_path / "rollouts.jsonl", "ab") as file:
         file.write('{"step": 4, "text": "\u00e9'.encode()[:-1])
-    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    rows = list(read_rows(tmp_path / "rollouts.jsonl"))
     assert [r["step"] for r in rows] == [1, 2, 3] and rows[0] == {"step": 1, "text": "a\u2028b\u0085c", "kl": None}
     folder.cut_logs({"rollouts.jsonl": length})
     lines = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
