@@ -9,7 +9,9 @@ import json
 import os
 import re
 import sys
+import time
 import typing
+import uuid
 from pathlib import Path
 
 import torch
@@ -130,8 +132,31 @@ def start_ranks(device: str = "auto") -> Ranks:
     if cuda:
         torch.cuda.set_device(where)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=where if cuda else None)
+        dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(), rank=rank, world_size=world,
+                                device_id=where if cuda else None)
     return Ranks(rank, world, where)
+
+
+def fresh_store() -> dist.Store:
+    """The store in which ranks find each other's addresses, without what an earlier attempt left in it.
+
+    torchrun --max_restarts keeps one store for all attempts, so that a restarted rank could read the address of one
+    that is dead, and be refused or wait for ever.  Here rank 0 draws a name under which this attempt's keys go.  The
+    others must not take a dead rank 0's name for it: each deletes what is there and waits for the next, and rank 0
+    repeats itself until all have it.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    if rank == 0:
+        name = uuid.uuid4().hex
+        while not store.check([f"{name}/{r}" for r in range(1, world)]):
+            for r in range(1, world):
+                store.set(f"name/{r}", name)
+            time.sleep(0.05)
+    else:
+        store.delete_key(f"name/{rank}")
+        name = store.get(f"name/{rank}").decode()
+        store.set(f"{name}/{rank}", "has it")
+    return dist.PrefixStore(name, store)
 
 
 def printable(text: str) -> str:

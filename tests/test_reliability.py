@@ -6,26 +6,29 @@ import contextlib
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import forkserver
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import GOLDEN
 from safetensors.torch import load_file
+from test_runs import LABELS, MEDIA, metrics, write_rows
 
+import common
 from common import OUT_OF_MEMORY
 from run_folder import damage
 
 ROOT = Path(__file__).parents[1]
-MEDIA = GOLDEN / "media"
-LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "angry", "silent_no_track.mp4": "fear"}
 STEPS = 6
 
 # A random policy never says a label; this reward differs within a group, so that every step moves the weights.
@@ -33,16 +36,9 @@ MOVING = ("import rewards\n"
           "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)\n")
 
 
-def write_rows(path: Path, labels: dict[str, str]) -> Path:
-    path.write_text(json.dumps([{"video": clip, "conversations": [
-        {"from": "human", "value": "<video>\n<audio>\nWhich emotion?"}, {"from": "gpt", "value": label}]}
-        for clip, label in labels.items()]))
-    return path
-
-
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("rows") / "labels.json", LABELS)
+    return write_rows(tmp_path_factory.mktemp("rows") / "labels.json", list(LABELS.items()))
 
 
 def flags(script: str, out: Path, labels: Path, *more) -> list[str]:
@@ -66,7 +62,8 @@ def under_torchrun(script: str, out: Path, labels: Path, *more, ranks: int = 2, 
     """Command and environment of a run on several ranks; `hook` is executed in each of them."""
     site = (folder or out.parent) / "site"
     site.mkdir(exist_ok=True)
-    (site / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{MOVING}{hook}")
+    (site / "hook.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{MOVING}{hook}")
+    (site / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: import hook\n")   # not in torchrun itself
     env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)}
     return [[sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}", str(ROOT / script),
              *flags(script, out, labels, *more)], env]
@@ -75,7 +72,7 @@ def under_torchrun(script: str, out: Path, labels: Path, *more, ranks: int = 2, 
 def end_of(out: Path) -> dict:
     """Everything that a run left, without times."""
     timed = ("time/", "tokens_per", "memory")
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(out)
     state = torch.load(out / "latest" / "trainer.pt", weights_only=True)
     return {"weights": load_file(out / "latest" / "model.safetensors"), "adam": state["optimizer"]["adam"]["state"],
             "step": state["step"], "metrics": [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows],
@@ -126,7 +123,7 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole
     """Stops: work lost to a scheduler's SIGTERM or to Ctrl-C; replayed data; Adam, schedule or reference reset on resume."""
     out = tmp_path / "run"
     done = run(script, out, labels, "--save_every", 0, hook=signal_at(3, kind))
-    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [r["step"] for r in metrics(out)]
     assert len(rows) in (3, 4) and (out / "latest").resolve().name == f"step_{len(rows)}"       # the flag is seen next step
     command = shlex.split(done.stdout.strip().splitlines()[-1])
     assert command[0] == "python" and command[1].endswith(script) and command[-1] == "--resume"
@@ -223,7 +220,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(harm, whole, labels, tmp_pat
     assert damage(newest) and damage(out / "checkpoints" / "step_3") is None
     done = run("grpo.py", out, labels, "--max_steps", 4, "--resume")
     assert "step_4 is damaged" in done.stdout and "resuming after step 3" in done.stdout
-    rows = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [r["step"] for r in metrics(out)]
     assert rows == [1, 2, 3, 4] and damage(newest) is None
     for checkpoint in (out / "checkpoints").iterdir():
         os.truncate(checkpoint / "trainer.pt", 1000)
@@ -233,13 +230,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over(harm, whole, labels, tmp_pat
 
 def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
     """Stops: a resumed run under other flags or other data, with nothing in the folder that tells."""
-    data = write_rows(tmp_path / "data.json", LABELS)
+    data = write_rows(tmp_path / "data.json", list(LABELS.items()))
     out = tmp_path / "run"
     run("grpo.py", out, data, "--max_steps", 2)
     done = run("grpo.py", out, data, "--max_steps", 2, "--resume", "--lr", 1e-2, check=False)
     assert done.returncode == 1 and "--lr was 0.001 and is 0.01" in done.stderr
     assert json.loads((out / "config.json").read_text())["lr"] == 1e-3                # nor was it noted as the run's
-    write_rows(data, LABELS | {"wide.mp4": "sad"})
+    write_rows(data, list((LABELS | {"wide.mp4": "sad"}).items()))
     done = run("grpo.py", out, data, "--max_steps", 3, "--resume", check=False)
     assert done.returncode == 1 and "has other contents" in done.stderr and "--allow_changes" in done.stderr
     done = run("grpo.py", out, data, "--max_steps", 3, "--resume", "--allow_changes")
@@ -266,12 +263,18 @@ def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path
         torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
 
 
-DIE = """
-import os, signal, training
+def die_once(out: Path, step: int) -> str:
+    """A hook: rank 1 is killed while it books that step, in the first attempt.
+
+    A file tells the attempts apart: torchrun counts an agent's own failures only.
+    """
+    return f"""
+import os, pathlib, signal, training
 book = training.Run.count
 def count(self, *args):
-    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if self.state["step"] + 1 == 4 and os.environ["RANK"] == "1" and first:
+    died = pathlib.Path({str(out.with_suffix(".died"))!r})
+    if self.state["step"] + 1 == {step} and os.environ["RANK"] == "1" and not died.exists():
+        died.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return book(self, *args)
 training.Run.count = count
@@ -281,28 +284,72 @@ training.Run.count = count
 def test_a_dead_rank_ends_the_run_by_name(labels, tmp_path):
     """Stops: seven ranks that wait for ever for the eighth."""
     started = time.monotonic()
-    command, env = under_torchrun("grpo.py", tmp_path / "dead", labels, hook=DIE)
+    command, env = under_torchrun("grpo.py", tmp_path / "dead", labels, hook=die_once(tmp_path / "dead", 4))
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0 and time.monotonic() - started < 60 + 60              # its start and a minute
     assert "rank      : 1" in done.stderr and "-9" in done.stderr
 
 
+def test_a_restarted_rank_finds_the_living(monkeypatch):
+    """Stops: ranks that torchrun restarts taking a dead rank's address from the store that it keeps for all attempts."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False) for _ in range(3)]
+    mine = threading.local()
+    monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(stores[mine.rank], mine.rank, 3)]))
+
+    def start(rank: int, found: dict) -> None:
+        mine.rank = rank
+        found[rank] = common.fresh_store()
+
+    for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):               # rank 0 may come first or last
+        found: dict = {}
+        threads = [threading.Thread(target=start, args=(rank, found), daemon=True) for rank in order]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join(timeout=20)
+        assert len(found) == 3                                                        # else one waits for a dead rank
+        assert not any(store.check([f"address {rank}"]) for store in found.values() for rank in range(3))
+        for rank, store in found.items():
+            store.set(f"address {rank}", str(attempt))
+        assert all(store.get(f"address {r}") == str(attempt).encode() for store in found.values() for r in range(3))
+
+
+def test_torchrun_restarts_a_run_that_lost_a_rank(whole, labels, tmp_path):
+    """Stops: a restart by torchrun that hangs, or that starts the run anew instead of going on from its last checkpoint."""
+    out = tmp_path / "run"
+    command, env = under_torchrun("grpo.py", out, labels, "--resume", launch=("--max_restarts=1",), hook=die_once(out, 4))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # Rank 0 may have saved the step in which rank 1 died: they had joined their gradients.
+    assert re.search(r"resuming after step [34] ", done.stdout)
+    end = end_of(out)
+    assert [r["step"] for r in end["metrics"]] == list(range(1, STEPS + 1))
+    for k, v in whole["grpo.py"]["weights"].items():
+        torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
+
+
 def test_two_machines_are_one(labels, tmp_path):
-    """Stops: a multi-node launch that splits the data, the seed or the writing by local rank."""
-    port = 20_000 + os.getpid() % 20_000
+    """Stops: a multi-node launch that splits the data, the seed or the writing by local rank, or that cannot restart."""
+    port, out = 20_000 + os.getpid() % 20_000, tmp_path / "nodes"
     launch = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=7",
-              "--local_addr=127.0.0.1")
+              "--local_addr=127.0.0.1", "--max_restarts=1")
     agents = []
     for _ in range(2):
-        command, env = under_torchrun("grpo.py", tmp_path / "nodes", labels, "--max_steps", 3, ranks=1, launch=launch)
+        command, env = under_torchrun("grpo.py", out, labels, "--max_steps", 3, "--resume", ranks=1, launch=launch,
+                                      hook=die_once(out, 3))
         agents.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    said = ""
     for agent in agents:
-        _, err = agent.communicate(timeout=300)
+        told, err = agent.communicate(timeout=300)
         assert agent.returncode == 0, err[-3000:]
+        said += told
+    assert re.search(r"resuming after step [23] ", said)                              # one of them lost its rank
     command, env = under_torchrun("grpo.py", tmp_path / "one", labels, "--max_steps", 3, ranks=2)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    a, b = end_of(tmp_path / "nodes"), end_of(tmp_path / "one")
+    a, b = end_of(out), end_of(tmp_path / "one")
     assert a["metrics"] == b["metrics"] and a["rollouts"] == b["rollouts"]
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
 
@@ -321,7 +368,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
     for what in ("nan", "inf"):
         out = tmp_path / what
         run("grpo.py", out, labels, hook=hook.format(when="(2, 4)", what=what))
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        rows = metrics(out)
         assert [r["skipped_steps"] for r in rows] == [0, 1, 1, 2, 2, 2] and len(rows) == STEPS
         assert [r["grad_norm"] is None for r in rows] == [False, True, False, True, False, False]
         assert all(v.isfinite().all() for v in end_of(out)["weights"].values())
@@ -383,7 +430,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(whole, labels, tmp_path):
     with small_disk(tmp_path / "disk2", int(2.5 * one) + 1) as disk:
         done = run("grpo.py", disk / "run", labels, "--on_save_error", "continue")
         assert "training goes on" in done.stdout
-        rows = [json.loads(line)["step"] for line in (disk / "run" / "metrics.jsonl").read_text().splitlines()]
+        rows = [r["step"] for r in metrics(disk / "run")]
         assert rows == list(range(1, STEPS + 1)) and (disk / "run" / "latest").resolve().name == "step_2"
         assert sorted(p.name for p in (disk / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
 
@@ -430,8 +477,8 @@ def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
             "    return completions, lengths, logps - 0.7\n"
             "sampler.generate = other\n")
     run("grpo.py", tmp_path / "off", labels, "--max_steps", 2, hook=hook)
-    rows = [json.loads(line) for line in (tmp_path / "off" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "off")
     assert [r["skipped_steps"] for r in rows] == [1, 2] and rows[0]["sampler_logp_diff/mean"] > 0.5
     run("grpo.py", tmp_path / "told", labels, "--max_steps", 2, "--max_logp_diff", 2, hook=hook)
-    rows = [json.loads(line) for line in (tmp_path / "told" / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path / "told")
     assert [r["skipped_steps"] for r in rows] == [0, 0]
