@@ -140,10 +140,10 @@ def start_ranks(device: str = "auto") -> Ranks:
 def fresh_store() -> dist.Store:
     """The store in which ranks find each other's addresses, without what an earlier attempt left in it.
 
-    torchrun --max_restarts keeps one store for all attempts, so that a restarted rank could read the address of one
-    that is dead, and be refused or wait for ever.  Here rank 0 draws a name under which this attempt's keys go.  The
-    others must not take a dead rank 0's name for it: each deletes what is there and waits for the next, and rank 0
-    repeats itself until all have it.
+    torchrun --max_restarts (torch 2.13) keeps one store for all attempts, so that a restarted rank could read the
+    address of one that is dead, and be refused or wait for ever.  Here rank 0 draws a name under which this attempt's
+    keys go.  The others must not take a dead rank 0's name for it: each deletes what is there and waits for the next,
+    and rank 0 repeats itself until all have it.
     """
     store, rank, world = next(dist.rendezvous("env://"))
     if rank == 0:
