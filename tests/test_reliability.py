@@ -259,6 +259,8 @@ def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path
     key = lambda r: (r["step"], r["clip"], r["completion"])
     rows = [sorted(map(json.loads, e["rollouts"].splitlines()), key=key) for e in (end, whole["grpo.py"])]
     assert [(key(r), r["text"]) for r in rows[0]] == [(key(r), r["text"]) for r in rows[1]]
+    for name in ("reward", "loss", "kl", "entropy", "grad_norm"):                     # of a step on two ranks, and on one
+        assert end["metrics"][0][name] == pytest.approx(whole["grpo.py"]["metrics"][0][name], rel=1e-6, abs=1e-7), name
     for k, v in whole["grpo.py"]["weights"].items():
         torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
 
