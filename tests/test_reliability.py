@@ -335,8 +335,10 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(whole, labels, tmp_path):
 def test_two_machines_are_one(labels, tmp_path):
     """Stops: a multi-node launch that splits the data, the seed or the writing by local rank, or that cannot restart."""
     port, out = 20_000 + os.getpid() % 20_000, tmp_path / "nodes"
-    launch = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=7",
-              "--local_addr=127.0.0.1", "--max_restarts=1")
+    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if "--nnodes" in line)
+    words = shlex.split(line.replace("HOST:29500", f"127.0.0.1:{port}"))
+    assert words[0] == "torchrun" and {"--nnodes=2", "--max_restarts=3"} < set(words) and words[-1] == "--resume"
+    launch = (*words[1:words.index("grpo.py")], "--local_addr=127.0.0.1")
     agents = []
     for _ in range(2):
         command, env = under_torchrun("grpo.py", out, labels, "--max_steps", 3, "--resume", ranks=1, launch=launch,
