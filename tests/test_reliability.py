@@ -57,16 +57,25 @@ def run(script: str, out: Path, labels: Path, *more, hook: str = "", check: bool
     return done
 
 
-def under_torchrun(script: str, out: Path, labels: Path, *more, ranks: int = 2, launch=("--standalone",), hook: str = "",
-                   folder: Path | None = None) -> list:
+def under_torchrun(script: str, out: Path, labels: Path, *more, ranks: int = 2, launch=("--standalone",), hook: str = ""
+                   ) -> list:
     """Command and environment of a run on several ranks; `hook` is executed in each of them."""
-    site = (folder or out.parent) / "site"
+    site = out.parent / "site"
     site.mkdir(exist_ok=True)
     (site / "hook.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{MOVING}{hook}")
     (site / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: import hook\n")   # not in torchrun itself
     env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)}
     return [[sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}", str(ROOT / script),
              *flags(script, out, labels, *more)], env]
+
+
+def run_on_two(script: str, out: Path, labels: Path, *more, check: bool = True, **how):
+    """`run` on two ranks; `how`: see under_torchrun."""
+    command, env = under_torchrun(script, out, labels, *more, **how)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def end_of(out: Path) -> dict:
@@ -248,9 +257,7 @@ def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
 def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path):
     """Stops: clips skipped or repeated because the number of GPUs changed between two parts of a run."""
     out = tmp_path / "run"
-    command, env = under_torchrun("grpo.py", out, labels, "--save_every", 0, hook=signal_at(3, "SIGTERM"))
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]                                  # workers ended well, so torchrun did
+    done = run_on_two("grpo.py", out, labels, "--save_every", 0, hook=signal_at(3, "SIGTERM"))  # ended well, so torchrun too
     assert "torchrun --nproc_per_node=2" in done.stdout
     done = run("grpo.py", out, labels, "--save_every", 0, "--resume")
     assert "2 rank(s) before, 1 now" in done.stdout
@@ -286,8 +293,7 @@ training.Run.count = count
 def test_a_dead_rank_ends_the_run_by_name(labels, tmp_path):
     """Stops: seven ranks that wait for ever for the eighth."""
     started = time.monotonic()
-    command, env = under_torchrun("grpo.py", tmp_path / "dead", labels, hook=die_once(tmp_path / "dead", 4))
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = run_on_two("grpo.py", tmp_path / "dead", labels, hook=die_once(tmp_path / "dead", 4), check=False)
     assert done.returncode != 0 and time.monotonic() - started < 60 + 60              # its start and a minute
     assert "rank      : 1" in done.stderr and "-9" in done.stderr
 
@@ -321,9 +327,7 @@ def test_a_restarted_rank_finds_the_living(monkeypatch):
 def test_torchrun_restarts_a_run_that_lost_a_rank(whole, labels, tmp_path):
     """Stops: a restart by torchrun that hangs, or that starts the run anew instead of going on from its last checkpoint."""
     out = tmp_path / "run"
-    command, env = under_torchrun("grpo.py", out, labels, "--resume", launch=("--max_restarts=1",), hook=die_once(out, 4))
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_on_two("grpo.py", out, labels, "--resume", launch=("--max_restarts=1",), hook=die_once(out, 4))
     # Rank 0 may have saved the step in which rank 1 died: they had joined their gradients.
     assert re.search(r"resuming after step [34] ", done.stdout)
     end = end_of(out)
@@ -350,9 +354,7 @@ def test_two_machines_are_one(labels, tmp_path):
         assert agent.returncode == 0, err[-3000:]
         said += told
     assert re.search(r"resuming after step [23] ", said)                              # one of them lost its rank
-    command, env = under_torchrun("grpo.py", tmp_path / "one", labels, "--max_steps", 3, ranks=2)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two("grpo.py", tmp_path / "one", labels, "--max_steps", 3)
     a, b = end_of(out), end_of(tmp_path / "one")
     assert a["metrics"] == b["metrics"] and a["rollouts"] == b["rollouts"]
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
@@ -392,9 +394,7 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_two_ranks_are_one_for_
             "    if seen == 2 and os.environ.get('RANK', '1') == '1': self.flat[7] = float('nan')\n"
             "    return step(self, *args)\n"
             "training.MasterAdamW.step = poisoned\n")
-    command, env = under_torchrun("sft.py", tmp_path / "two", labels, "--save_every", 0, hook=hook)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two("sft.py", tmp_path / "two", labels, "--save_every", 0, hook=hook)
     run("sft.py", tmp_path / "one", labels, "--save_every", 0, hook=hook)
     two, one = end_of(tmp_path / "two"), end_of(tmp_path / "one")
     assert [r["skipped_steps"] for r in two["metrics"]] == [r["skipped_steps"] for r in one["metrics"]] == [0, 1, 1, 1, 1, 1]

@@ -16,13 +16,13 @@ from common import UserError
 from toy import SETS, cue_rates
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--scale", "0.005")
+SCALE = 0.005
 
 
 def run_toy(out: Path) -> str:
     """The command itself."""
-    done = subprocess.run([sys.executable, str(ROOT / "toy.py"), "--out", str(out), *SMALL], capture_output=True,
-                          text=True, env=dict(os.environ) | {"OMP_NUM_THREADS": "1"}, timeout=500)
+    done = subprocess.run([sys.executable, str(ROOT / "toy.py"), "--out", str(out), "--scale", str(SCALE)],
+                          capture_output=True, text=True, env=dict(os.environ) | {"OMP_NUM_THREADS": "1"}, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -37,7 +37,7 @@ def build(out: Path) -> str:
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(toy.subprocess, "run", start)
-        toy.main(toy.Args(out=str(out), scale=float(SMALL[1])))
+        toy.main(toy.Args(out=str(out), scale=SCALE))
     return said.getvalue()
 
 
