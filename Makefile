@@ -9,11 +9,15 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 toy: $(VENV)/installed
-	$(RUN) toy.py
+	$(RUN) -m toy
 
 # The same, and two more trainings: on video alone and on audio alone.
 toy-modalities: $(VENV)/installed
-	$(RUN) toy.py --modalities
+	$(RUN) -m toy --modalities
+
+# The lesson's own tests alone, in under a minute.
+lesson: $(VENV)/installed
+	$(RUN) -m pytest -q tests/test_*.py
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q tests
@@ -21,4 +25,4 @@ test: $(VENV)/installed
 clean:
 	rm -rf runs $(VENV) .pytest_cache
 
-.PHONY: toy toy-modalities test clean
+.PHONY: toy toy-modalities lesson test clean

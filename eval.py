@@ -21,9 +21,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-import protocol
 import rewards
-from common import Ranks, UserError, dtype_of, printable, run_main, start_ranks, write_json
 from data import (
     QUESTION,
     BadClip,
@@ -39,8 +37,10 @@ from data import (
     read_question,
     read_samples,
 )
+from lib import protocol
+from lib.common import Ranks, UserError, dtype_of, printable, run_main, start_ranks, write_json
+from lib.protocol import war_uar as war_uar  # the measure itself, for whoever looks for it here
 from model import HumanOmni, embed, encode_once
-from protocol import war_uar as war_uar  # the measure itself, for whoever looks for it here
 from sampler import generate
 
 PLAIN = View()             # the whole clip, the rows' own question, reasoning and answer
@@ -136,6 +136,11 @@ def parse(text: str, prompt: str) -> str | None:
     return rewards.bare_word(text) if prompt == "label" else rewards.parse_answer(text)
 
 
+def well_formed(text: str, prompt: str) -> float:
+    """Has the text the form that was asked for: think and answer, or the bare word?"""
+    return rewards.bare_format(text) if prompt == "label" else rewards.format(text)
+
+
 def evaluate(model: HumanOmni, processor: Processor, samples: list[Sample], ranks: Ranks, *, view: View = PLAIN,
              batch_size: int = 16, max_new_tokens: int = 512, workers: int = 2, progress: bool = False,
              cache: FeatureCache | None = None) -> dict:
@@ -151,12 +156,12 @@ def evaluate(model: HumanOmni, processor: Processor, samples: list[Sample], rank
         skipped += [vars(bad) for bad in batch.bad]
         notes += batch.notes
         texts = answer(model, processor, batch, max_new_tokens, cache) if len(batch) else []
-        done += [{"index": i, "id": s.id, "answer": s.answer, "text": t, "predicted": parse(t, view.prompt)}
-                 for i, s, t in zip(batch.indices, batch.samples, texts)]
+        done += [{"index": i, "id": s.id, "answer": s.answer, "text": t, "predicted": parse(t, view.prompt),
+                  "format": well_formed(t, view.prompt)} for i, s, t in zip(batch.indices, batch.samples, texts)]
     predictions = sorted(ranks.gather(done), key=lambda p: p["index"])
     skipped, notes = ranks.gather(skipped), ranks.gather(notes)
     about = {"dataset": protocol.dataset_of({s.dataset for s in samples}), "view": dataclasses.asdict(view)}
-    return about | protocol.summarise(predictions, view.prompt, view.seed) | \
+    return about | protocol.summarise(predictions, view.seed) | \
         {"skipped": skipped, "notes": notes, "predictions": predictions}
 
 

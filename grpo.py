@@ -21,9 +21,7 @@ Legend   B prompts on this rank (b in a micro-batch)   G completions per prompt 
 """
 import dataclasses
 import math
-import resource
 import sys
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -32,9 +30,10 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from common import Ranks, UserError, run_main, start_ranks
 from data import PromptBatch, read_samples
 from eval import evaluate
+from lib.common import Ranks, UserError, run_main, start_ranks
+from lib.metrics import Clock, Meter, measure, rollout_rows, step_row
 from model import HumanOmni, embed, encode_once, frozen_reference
 from sampler import generate
 from training import MasterAdamW, Run, TrainArgs, learning_rate, micro_batches, set_up
@@ -248,7 +247,7 @@ def step_std(r: torch.Tensor, ranks: Ranks) -> float:
 
 
 @torch.no_grad()
-def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock: "Clock") -> Rollout:
+def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock: Clock) -> Rollout:
     """Sample G completions per prompt, score them, and score them under the reference."""
     embeds, mask = embed(model, batch)                                   # (B, P, D), (B, P)
     completions, lengths, logps = generate(model, embeds, mask, args.num_generations, args.max_new_tokens,
@@ -300,7 +299,7 @@ def teaching(rollout: Rollout, args: Args) -> list[int]:
 
 
 def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks,
-           lr: float, meter: "Meter") -> bool:
+           lr: float, meter: Meter) -> bool:
     """`inner_epochs` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
 
     Every rank calls it, also one without a usable clip: it takes part in the sums with nothing.
@@ -359,98 +358,6 @@ def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout |
 
 
 # ------------------------------------------------------------------------------------------------
-# Numbers to look at
-# ------------------------------------------------------------------------------------------------
-
-class Clock:
-    """Seconds per named part.  On a GPU, work is queued: a lap waits for it, or it would be booked on the next."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_initialized():      # not is_available: a run with --device cpu leaves the GPU alone
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
-        self.last = now
-
-
-class Meter:
-    """Numbers of one step, joined over micro-batches and ranks: weighted means, totals, maxima and minima."""
-
-    def __init__(self):
-        self.entries: dict[str, tuple[str, float, float]] = {}           # name -> (kind, value, weight)
-
-    def mean(self, name: str, value: float, weight: float) -> None:
-        self._add(name, ("mean", value * weight, weight))
-
-    def total(self, name: str, value: float) -> None:
-        self._add(name, ("total", value, 1.0))
-
-    def most(self, name: str, value: float) -> None:
-        self._add(name, ("most", value, 1.0))
-
-    def least(self, name: str, value: float) -> None:
-        self._add(name, ("least", value, 1.0))
-
-    def _add(self, name: str, entry: tuple[str, float, float]) -> None:
-        kind, value, weight = entry
-        if name in self.entries:
-            _, before, weight_before = self.entries[name]
-            value = max(before, value) if kind == "most" else min(before, value) if kind == "least" else before + value
-            weight += weight_before
-        self.entries[name] = (kind, value, weight)
-
-    @staticmethod
-    def join(ranks: list[dict]) -> dict[str, float]:
-        """Every rank's entries -> one value each.  A rank without prompts has fewer names and adds nothing."""
-        joined = Meter()
-        for entries in ranks:
-            for name, entry in entries.items():
-                joined._add(name, entry)
-        return {name: value / weight if kind == "mean" and weight else value
-                for name, (kind, value, weight) in joined.entries.items()}
-
-
-def measure(meter: Meter, rollout: Rollout, r: torch.Tensor) -> None:
-    """What the rollout looks like, into the meter.  r (B, G): the total rewards."""
-    B, G = r.shape
-    for name, part in rollout.rewards.items():
-        meter.mean(f"rewards/{name}/mean", float(part.mean()), B)
-        meter.mean(f"rewards/{name}/std", float(part.std(1).mean()), B)
-    meter.mean("reward", float(r.mean()), B)
-    meter.mean("reward_std", float(r.std(1).mean()), B)
-    dead = r.amax(1) == r.amin(1)                                        # (B,)
-    accuracy = rollout.rewards["accuracy"]                               # (B, G)
-    right, wrong = accuracy.amin(1) == 1, accuracy.amax(1) == 0          # (B,)
-    meter.mean("frac_reward_zero_std", float(dead.float().mean()), B)
-    meter.mean("frac_reward_zero_std/all_right", float((dead & right).float().mean()), B)
-    meter.mean("frac_reward_zero_std/all_wrong", float((dead & wrong).float().mean()), B)
-    lengths = rollout.lengths.float()
-    meter.mean("completions/mean_length", float(lengths.mean()), B)
-    meter.least("completions/min_length", float(lengths.min()))
-    meter.most("completions/max_length", float(lengths.max()))
-    meter.mean("completions/clipped_ratio", float((~rollout.finished).float().mean()), B)
-    meter.mean("unique_completions", sum(len(set(group)) for group in rollout.texts) / (B * G), B)
-    meter.total("num_tokens", float(rollout.lengths.sum()))
-
-
-def rollout_rows(batch: PromptBatch, rollout: Rollout | None, step: int) -> list[dict]:
-    """Every completion of this rank as a row of rollouts.jsonl."""
-    if rollout is None:
-        return []
-    # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
-    A, lengths, finished = rollout.advantages.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()
-    parts = {name: r.tolist() for name, r in rollout.rewards.items()}
-    return [{"step": step, "clip": sample.id, "prompt": batch.asked[b], "answer": sample.answer, "completion": g,
-             "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
-             "length": lengths[b][g], "finished": finished[b][g]}
-            for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
-
-
-# ------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------
 
@@ -464,18 +371,6 @@ def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[st
         row |= {f"eval/{name}/{key}": result[key] for key in ("war", "uar", "format_rate")}
         ranks.say(f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  format {result['format_rate']:.1f} %")
     return row
-
-
-def step_row(step: int, args: Args, n: int, lr: float, meters: list[dict], clock: Clock, counts: dict) -> dict:
-    """One row of metrics.jsonl.  n: samples in the data."""
-    row = {"step": step, "epoch": round(step * args.prompts_per_step / n, 4), "lr": lr}
-    row |= Meter.join(meters) | counts
-    row |= {f"time/{name}": round(seconds, 4) for name, seconds in clock.seconds.items()}
-    for name in ("generate", "train"):
-        row[f"tokens_per_second/{name}"] = round(row.get("num_tokens", 0) / max(clock.seconds.get(name, 0), 1e-9), 1)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return row | {"memory_gb": round(peak / 2 ** 30, 3)}
 
 
 def read_eval_sets(args: Args) -> dict[str, list]:
@@ -543,10 +438,5 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if "--doctor" in sys.argv:   # python grpo.py --doctor RUN: what is wrong with a run, in plain words
-        import doctor
-
-        doctor.main()
-    else:
-        refuse_sampling_filters(sys.argv)
-        run_main(train, Args)
+    refuse_sampling_filters(sys.argv)
+    run_main(train, Args)

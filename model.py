@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from checkpoint import find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
-from common import AUDIO, PAD, VIDEO, UserError
+from lib.checkpoint import find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
+from lib.common import AUDIO, PAD, VIDEO, UserError
+from lib.head import HeadLogps, fp32_product
+from lib.projector import VideoProjector, two_layers
 
 GATE_HIDDEN = 3584         # fixed at every model size, as in the reference code
 AUDIO_POOL = 3             # 1,500 encoder states -> 500 tokens
@@ -206,105 +207,6 @@ def sdpa(q, k, v, mask=None, causal=False):
         shared = 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1)
     return out.transpose(1, 2).flatten(2)
-
-
-# ------------------------------------------------------------------------------------------------
-# Video and audio into the decoder's width
-# ------------------------------------------------------------------------------------------------
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of (N, C, h, w)."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ConvNorm(nn.Module):
-    def __init__(self, c_in: int, c_out: int, kernel: int, groups: int = 1):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = ChannelNorm(c_out, eps=1e-5)       # the reference's name; it is a layer norm
-
-    def forward(self, x):
-        return self.bn(self.conv(x))
-
-
-class SqueezeExcite(nn.Module):
-    def __init__(self, channels: int, squeeze: int):
-        super().__init__()
-        self.fc1 = nn.Conv2d(channels, squeeze, 1)
-        self.fc2 = nn.Conv2d(squeeze, channels, 1)
-
-    def forward(self, x):
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
-
-
-class RegBlock(nn.Module):
-    """A RegNet-Y block with depthwise 3x3: (N, c_in, h, w) -> (N, c_out, h, w)."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.conv1 = ConvNorm(c_in, c_out, 1)
-        self.conv2 = ConvNorm(c_out, c_out, 3, groups=c_out)
-        self.se = SqueezeExcite(c_out, round(c_in / 4))        # a quarter of what comes in, not of what goes out
-        self.conv3 = ConvNorm(c_out, c_out, 1)
-        self.downsample = ConvNorm(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x):
-        y = F.silu(self.conv2(F.silu(self.conv1(x))))
-        return F.silu(self.conv3(self.se(y)) + self.downsample(x))
-
-
-class RegStage(nn.Module):
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.b1, self.b2 = RegBlock(c_in, c_out), RegBlock(c_out, c_out)
-
-    def forward(self, x):
-        return self.b2(self.b1(x))
-
-
-def two_layers(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(c_in, hidden), nn.GELU(), nn.Linear(hidden, c_out))
-
-
-class VideoProjector(nn.Module):
-    """Three views of the same patches (whole scene, body, face), mixed by the gate."""
-
-    def __init__(self, c_in: int, width: int):
-        super().__init__()
-        for branch in ("video", "body"):
-            self.add_module(f"s1_{branch}", RegStage(c_in, width))
-            # Sees frames t-1 and t and halves the map; index 0 holds the weights, as in the checkpoint.
-            self.add_module(f"sampler_{branch}", nn.Sequential(
-                nn.Conv3d(width, width, 2, stride=(1, 2, 2), padding=(1, 0, 0)), nn.SiLU()))
-            self.add_module(f"s2_{branch}", RegStage(width, width))
-            self.add_module(f"readout_{branch}", two_layers(width, width, width))
-        self.mlp_2xgelu_face = two_layers(c_in, width, width)
-
-    def forward(self, patches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """patches (B, F, n, C) on an h x h map, weights (B, 3) -> (B, F * h/2 * h/2, D)."""
-        B, frames, n, C = patches.shape
-        h = int(n ** 0.5)
-        maps = patches.reshape(B * frames, h, h, C).permute(0, 3, 1, 2)            # (B*F, C, h, h)
-        tokens = [self._branch(name, maps, B) for name in ("video", "body")] + [self._face(patches, h)]
-        return sum(w[:, None, None] * t for w, t in zip(weights.unbind(1), tokens))
-
-    def _branch(self, name: str, maps: torch.Tensor, B: int) -> torch.Tensor:
-        x = self.get_submodule(f"s1_{name}")(maps)                                 # (B*F, D, h, h)
-        x = x.unflatten(0, (B, -1)).transpose(1, 2)                                # (B, D, F, h, h)
-        x = self.get_submodule(f"sampler_{name}")(x)[:, :, :-1]                    # (B, D, F, h/2, h/2)
-        x = x.transpose(1, 2).flatten(0, 1)                                        # (B*F, D, h/2, h/2)
-        x = self.get_submodule(f"s2_{name}")(x)
-        x = x.flatten(2).transpose(1, 2).unflatten(0, (B, -1)).flatten(1, 2)       # (B, F*h/2*h/2, D)
-        return self.get_submodule(f"readout_{name}")(x)
-
-    def _face(self, patches: torch.Tensor, h: int) -> torch.Tensor:
-        B, frames = patches.shape[:2]
-        x = self.mlp_2xgelu_face(patches)                                          # (B, F, n, D)
-        x = x.flatten(0, 1).transpose(1, 2).unflatten(2, (h, h))                   # (B*F, D, h, h)
-        x = F.interpolate(x, size=((h + 1) // 2, (h + 1) // 2), mode="bilinear", align_corners=False)
-        return x.flatten(2).transpose(1, 2).unflatten(0, (B, frames)).flatten(1, 2)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -573,7 +475,7 @@ class HumanOmni(nn.Module):
         chunk = chunk or max(64, 2 ** (26 if states.is_cuda else 23) // self.config.vocab_size)
         return HeadLogps.apply(states, self.head_weight, targets, temperature, chunk, with_entropy)
 
-    # ---- files: see checkpoint.py ----------------------------------------------------------------
+    # ---- files: see lib/checkpoint.py -------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, path, vision_tower=None, audio_tower=None, bert=None,
@@ -644,56 +546,6 @@ def frozen_reference(model: HumanOmni) -> HumanOmni:
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
-def fp32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x (N, D), weight (V, D) -> x @ weight.T (N, V), summed and kept in fp32 also for bf16 factors.  No gradient."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)          # only here: it has no kernel elsewhere
-    return F.linear(x.float(), weight.float())
-
-
-class HeadLogps(torch.autograd.Function):
-    """log softmax(states @ weight.T / temperature) at `targets`, a chunk of rows at a time.
-
-    Written out, because autograd would keep several (N, V) tensors: 1 GB for each 1,600 tokens at V = 152,000.  A row's
-    log-probability needs of its logits only one entry and log sum exp.  The backward pass makes the logits again:
-    d logp / d logits = (one at the target) - softmax.
-    """
-
-    @staticmethod
-    def forward(ctx, states, weight, targets, temperature, chunk, with_entropy):
-        wide = weight if weight.is_cuda else weight.float()        # once, not once per chunk
-        logps, norms, entropies = [], [], []
-        for s, y in zip(states.split(chunk), targets.split(chunk)):
-            logits = fp32_product(s, wide).div_(temperature)                       # (chunk, V)
-            norms.append(logits.logsumexp(-1))                                     # (chunk,)
-            logps.append(logits.gather(-1, y[:, None])[:, 0] - norms[-1])
-            if with_entropy:                                       # - sum p log p = log sum exp - sum p * logits
-                p = (logits - norms[-1][:, None]).exp_()
-                entropies.append(norms[-1] - p.mul_(logits).sum(-1))
-        ctx.save_for_backward(states, weight, targets, torch.cat(norms))
-        ctx.temperature, ctx.chunk = temperature, chunk
-        entropy = torch.cat(entropies) if with_entropy else None
-        if with_entropy:
-            ctx.mark_non_differentiable(entropy)
-        return torch.cat(logps), entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        states, weight, targets, norms = ctx.saved_tensors
-        wide = weight if weight.is_cuda else weight.float()
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        d_states = []
-        for s, y, norm, g in zip(*(x.split(ctx.chunk) for x in (states, targets, norms, grad / ctx.temperature))):
-            d = fp32_product(s, wide).div_(ctx.temperature).sub_(norm[:, None]).exp_()     # softmax (chunk, V)
-            d.mul_(-g[:, None]).scatter_add_(-1, y[:, None], g[:, None])
-            d = d.to(wide.dtype)
-            d_states.append(torch.mm(d, wide).to(s.dtype))
-            if d_weight is not None:
-                d_weight += fp32_product(d.t(), s.t())           # summed over the chunks in fp32, rounded once
-        return torch.cat(d_states), None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
-
-
 def last_real(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """hidden (B, P, D), mask (B, P) -> the state at each row's last real position (B, D)."""
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
@@ -727,10 +579,3 @@ def shared_prefix_attend(mask: torch.Tensor, G: int, S: int):
         return torch.cat((prompt, completions.unflatten(0, (B, G)).flatten(1, 2)), 1)
 
     return attend
-
-
-if __name__ == "__main__":
-    # Not at the top: it imports this file in its turn.
-    from inspect_checkpoint import main
-
-    main()

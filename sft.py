@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from common import Ranks, UserError, run_main, start_ranks
 from data import PromptBatch
+from lib.common import Ranks, UserError, run_main, start_ranks
 from model import HumanOmni, embed, encode_once
 from training import MasterAdamW, TrainArgs, learning_rate, micro_batches, set_up
 

@@ -1,6 +1,6 @@
 """What the two trainers, sft.py and grpo.py, share: arguments, micro-batches, optimiser, schedule, set-up.
 
-What a run leaves on disk is in run_folder.py.
+What a run leaves on disk is in lib/run_folder.py.
 """
 import dataclasses
 import math
@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 
-from common import Ranks, UserError, dtype_of
 from data import (
     ClipDataset,
     FeatureCache,
@@ -28,8 +27,9 @@ from data import (
     read_samples,
     training_batches,
 )
+from lib.common import Ranks, UserError, dtype_of
+from lib.run_folder import STATE, RunFolder
 from model import DEFAULT_TRAINED, HumanOmni
-from run_folder import STATE, RunFolder
 
 
 @dataclasses.dataclass(kw_only=True)

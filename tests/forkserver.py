@@ -1,4 +1,4 @@
-"""Runs the project's scripts without paying for their imports each time.
+"""Runs the project's scripts and `-m` programs without paying for their imports each time.
 
 `python grpo.py` spends most of a test's time on importing torch and transformers.  This process imports them once
 and forks for every run; a fork executes the script file itself as __main__, with its own arguments and output.
@@ -49,11 +49,11 @@ class ForkServer:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, script: str, *flags, hook: str = "", cwd=None, env: dict | None = None) -> Job:
+    def start(self, script, *flags, hook: str = "", cwd=None, env: dict | None = None) -> Job:
         folder = Path(tempfile.mkdtemp(prefix="job"))
         for name in ("out.txt", "err.txt"):      # here: a child may be killed before it opens them
             (folder / name).touch()
-        args = [str(ROOT / script), *map(str, flags)]
+        args = [str(ROOT / script) if str(script).endswith(".py") else script, *map(str, flags)]
         return Job(self._ask({"args": args, "hook": hook, "folder": str(folder), "cwd": str(cwd or ROOT), "env": env or {}}),
                    folder, args)
 
@@ -88,7 +88,11 @@ def child(request: dict) -> int:
     sys.argv = request["args"]
     try:
         exec(request["hook"], {})
-        runpy.run_path(request["args"][0], run_name="__main__")
+        program = request["args"][0]
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:                                    # tools.doctor, toy: as `python -m` does
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -9,9 +9,9 @@ import soundfile
 from conftest import GOLDEN
 
 import eval as eval_script
-import protocol
-from common import UserError, parse_args
 from data import CHOICES, THINK, View
+from lib import protocol
+from lib.common import UserError, parse_args
 
 MODEL, MEDIA = GOLDEN / "humanomni", GOLDEN / "media"
 LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "calm"}
@@ -241,3 +241,9 @@ def test_result_files_need_no_model(score, tmp_path, capsys):
     assert capsys.readouterr().out == protocol.folds([str(one), str(two)]) + "\n"
     run("--table", tmp_path / "r1_omni")
     assert "| r1_omni | 0.00/0.00 (paper 65.83/56.27) |" in capsys.readouterr().out
+
+
+def test_bare_words_have_their_own_form():
+    """Stops: label-only models said to lack a form that nobody asked them for."""
+    assert [eval_script.well_formed(t, "label") for t in ("Happy", "I think it is sad")] == [1.0, 0.0]
+    assert [eval_script.well_formed(t, "think") for t in ("Happy", "<think>a</think><answer>b</answer>")] == [0.0, 1.0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import grpo
-from common import UserError
+from lib.common import UserError
 from training import learning_rate
 
 OPTIONS = {

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 import transformers
 from conftest import GOLDEN
 
-from common import AUDIO, PAD, VIDEO, UserError
 from data import PromptBatch
 from grpo import grpo_loss
+from lib.common import AUDIO, PAD, VIDEO, UserError
 from model import Config, HumanOmni, causal_mask, embed, encode_once, frozen_reference
 from sampler import generate
 

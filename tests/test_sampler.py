@@ -56,7 +56,7 @@ def test_logps_are_the_trainers(sampled_model, temperature):
     completions, lengths, logps = generate(sampled_model, embeds, mask, 5, T, temperature, seed=1)
     with torch.no_grad():
         ours = sampled_model.completion_logps(embeds, mask, completions, lengths, temperature)
-    torch.testing.assert_close(logps, ours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logps, ours, atol=1e-5, rtol=1e-5)
     assert (logps[inside(lengths)] < 0).all()
 
 
@@ -244,7 +244,7 @@ def test_logits_that_are_no_numbers_do_not_crash():
 
 def assert_same(a, b) -> None:
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    torch.testing.assert_close(a[2], b[2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(a[2], b[2], atol=1e-5, rtol=1e-5)         # sums in another order, by processor
 
 
 def both(model, seed=3, G=4, lengths=(7, 2, 5), temperature=1.0, greedy=False):

@@ -1,17 +1,14 @@
 """Work that is not done: counted operations against formulas from the geometry.  Never a wall time."""
-import shutil
-
 import pytest
 import torch
-from conftest import load_golden_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 import sampler
-from common import start_ranks
 from data import PromptBatch
-from model import compiled, embed, encode_once
+from lib.common import start_ranks
+from model import encode_once
 from training import MasterAdamW
 
 G, T = 3, 5
@@ -123,25 +120,3 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_kept(model, prompt):
         model.completion_logps(embeds, mask, completions, lengths, with_entropy=True)
     V, D = model.config.vocab_size, model.config.hidden_size
     assert {shape for shape in kept if V in shape} == {(V, D)}           # the head itself
-
-
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
-def test_compiled_layers_are_the_layers(batch):
-    """Stops a compiled path that computes something else, in sampling, in the loss or in its gradient."""
-    results = []
-    for compile_ in (False, True):
-        model = load_golden_model()
-        if compile_:
-            model.compile_layers()
-        trained = model.set_trained()
-        embeds, mask = embed(model, encode_once(model, batch))
-        tokens, lengths, logps = sampler.generate(model, embeds.detach(), mask, G, T, seed=1)
-        out = model.completion_logps(embeds, mask, tokens, lengths)
-        out.sum().backward()
-        results.append((tokens, logps, out.detach(), torch.cat([p.grad.flatten() for p in trained if p.grad is not None])))
-    plain, fast = results
-    assert torch.equal(plain[0], fast[0])
-    for a, b in zip(plain[1:3], fast[1:3]):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert float((plain[3] - fast[3]).norm() / plain[3].norm()) < 1e-4
-    compiled.cache_clear()

@@ -3,8 +3,8 @@ import json
 
 import torch
 
-from common import start_ranks
-from run_folder import RunFolder, read_rows
+from lib.common import start_ranks
+from lib.run_folder import RunFolder, read_rows
 from training import MasterAdamW
 
 LR = 1e-6

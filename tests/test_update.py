@@ -8,8 +8,8 @@ from conftest import load_golden_model
 
 import grpo
 import sft
-from common import AUDIO, VIDEO, start_ranks
 from data import PromptBatch
+from lib.common import AUDIO, VIDEO, start_ranks
 from model import embed, encode_once
 from training import MasterAdamW, micro_batches
 

@@ -10,7 +10,7 @@ import soundfile
 from conftest import GOLDEN
 from fake_datasets import build_all
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # The commands are the README's; only their size is ours: a few clips, a few tokens, one process.
 SMALL = {"eval.py": "--limit 4 --max_new_tokens 3 --workers 0", "sft.py": "--max_steps 1 --batch_size 2 --workers 0",
@@ -41,7 +41,7 @@ def test_every_command_of_the_reference_runs(place):
     assert len(lines) > 30
     for line in lines:
         words = shlex.split(HUB.sub(str(GOLDEN / "humanomni"), re.sub(r"(?<= )/data\b", f"{place}/data", line)))
-        words = words[2:] if words[0] == "torchrun" else words[1:]
+        words = words[2:] if words[0] in ("torchrun", "python") and words[1].startswith("-") else words[1:]
         script, flags = words[0], words[1:]
         out = flags[flags.index("--out") + 1] if "--out" in flags else None
         runs_model = "--model" in flags and not {"--clip"} & set(flags)
@@ -63,8 +63,8 @@ def test_the_reference_names_every_subcommand_and_job():
     """Stops: a converter or a way to evaluate that no reader can find."""
     text = "\n".join(commands())
     for name in ("dfew", "mafw", "ravdess", "emer", "mer2025", "r1omni", "split", "check"):
-        assert f"data.py {name} " in text
+        assert f"tools.convert {name} " in text
     for flag in ("compare", "folds", "table", "modalities", "modal", "mute", "blank", "choices", "question", "prompt label",
                  "drop_audio", "drop_video", "calm", "actors", "allow_missing", "resume", "keep", "clip"):
         assert f"--{flag}" in text, flag
-    assert "model.py inspect" in text and "grpo.py --doctor" in text
+    assert "tools.inspect" in text and "tools.doctor" in text

@@ -1,10 +1,10 @@
-"""What a checkpoint is made of, without reading its weights: `python model.py inspect PATH`.
+"""What a checkpoint is made of, without reading its weights: `python -m tools.inspect PATH`.
 
 Reads configurations and the headers of weight files alone, so seconds also for gigabytes.  A checkpoint that is
 a hub id is downloaded first; a tower that is one is only looked for among what was downloaded before.
 
-    python model.py inspect runs/r1/latest
-    python model.py inspect StarJiaxing/R1-Omni-0.5B --train decoder projectors gate bert
+    python -m tools.inspect runs/r1/latest
+    python -m tools.inspect StarJiaxing/R1-Omni-0.5B --train decoder projectors gate bert
 """
 import dataclasses
 import sys
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from checkpoint import TOWERS, Plan, Stored, find_file, list_some, make_plan, weight_index
-from common import UserError, run_main
+from lib.checkpoint import TOWERS, Plan, Stored, find_file, list_some, make_plan, weight_index
+from lib.common import UserError, run_main
 from model import DEFAULT_TRAINED, PARTS, Config, HumanOmni
 
-USAGE = ("usage: python model.py inspect PATH [--vision_tower FOLDER] [--audio_tower FOLDER] [--bert FOLDER] "
+USAGE = ("usage: python -m tools.inspect PATH [--vision_tower FOLDER] [--audio_tower FOLDER] [--bert FOLDER] "
          f"[--train PART ...]\nparts: {', '.join(PARTS)}")
 
 
@@ -117,9 +117,13 @@ def inspect(args: Args) -> None:
 
 
 def main() -> None:
-    """`python model.py ...`: the word inspect, a path, then flags as in every script."""
-    if len(sys.argv) < 3 or sys.argv[1] != "inspect" or sys.argv[2].startswith("-"):
+    """A path, then flags as in every script."""
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(USAGE, file=sys.stderr)
         sys.exit(2)
-    sys.argv[1:3] = ["--model", sys.argv[2]]
+    sys.argv[1:2] = ["--model", sys.argv[1]]
     run_main(inspect, Args)
+
+
+if __name__ == "__main__":
+    main()

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-import rewards
-from common import UserError
+from lib.common import UserError
+from lib.words import VOCABULARY, normalise
 
 OTHER = "other"            # the column for answers that are no label of the data set
 RATES = ("war", "uar", "war_normalised", "uar_normalised")
@@ -55,7 +55,7 @@ def words_of(predictions: list[dict]) -> tuple[list[str], list[str | None], list
     said = [None if p["predicted"] is None else p["predicted"].strip().lower() for p in predictions]
     # A model trained on a class outside the vocabulary (calm) is right when it says exactly that.
     classes = set(truth)
-    meant = [w if w is None or w in classes else rewards.normalise(w) for w in said]
+    meant = [w if w is None or w in classes else normalise(w) for w in said]
     return truth, said, meant
 
 
@@ -104,23 +104,19 @@ def format_confusion(table: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def summarise(predictions: list[dict], prompt: str = "think", seed: int = 0) -> dict:
-    """Rows of {"id", "answer", "predicted", "text"} -> every number of a result file.
-
-    `prompt`: what the model was asked for, "think" (tags) or "label" (the bare word); only the format rate needs it.
-    """
+def summarise(predictions: list[dict], seed: int = 0) -> dict:
+    """Rows of {"id", "answer", "predicted", "format"} -> every number of a result file."""
     truth, said, meant = words_of(predictions)
     n = max(1, len(predictions))
-    form = rewards.bare_format if prompt == "label" else rewards.format
     result = {}
     for suffix, words in (("", said), ("_normalised", meant)):
         result[f"war{suffix}"], result[f"uar{suffix}"] = war_uar(truth, words)
         result[f"war{suffix}_ci"], result[f"uar{suffix}_ci"] = intervals(resample(truth, [words], seed)[0])
     return result | {
         "n": len(predictions),
-        "format_rate": 100.0 * sum(form(p["text"]) for p in predictions) / n,
+        "format_rate": 100.0 * sum(p["format"] for p in predictions) / n,
         "unparsable_rate": 100.0 * sum(w is None for w in said) / n,
-        "out_of_vocabulary_rate": 100.0 * sum(w is not None and w not in rewards.VOCABULARY for w in said) / n,
+        "out_of_vocabulary_rate": 100.0 * sum(w is not None and w not in VOCABULARY for w in said) / n,
         "per_class": class_recalls(truth, said), "confusion": confusion(truth, said),
         "unmatched": Counter(w for w, m in zip(said, meant) if w is not None and m is None).most_common(10),
         "readings": readings(predictions),

@@ -13,12 +13,12 @@ import forkserver
 import pytest
 import torch
 
-import doctor
-from common import Ranks, UserError
-from doctor import AFTER_MIN_STEPS, AT_ONCE, MIN_STEPS, REMEDIES, diagnose
+from lib.common import Ranks, UserError
+from tools import doctor
+from tools.doctor import AFTER_MIN_STEPS, AT_ONCE, MIN_STEPS, REMEDIES, diagnose
 from training import MasterAdamW, learning_rate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
 CONFIG = {"dtype": "float32", "lr": 1e-5, "schedule": "linear", "warmup": 0.0, "lr_floor": 0.1, "max_steps": 240,
           "epochs": 2.0, "prompts_per_step": 8, "num_generations": 8, "max_new_tokens": 160, "inner_epochs": 1, "beta": 0.04,
@@ -201,7 +201,7 @@ def test_every_finding_has_a_test_and_a_row_in_the_docs():
     """Stops a finding without a remedy, a test or a line in docs/metrics.md, or docs of one that is gone."""
     source = Path(__file__).read_text()
     assert [name for name in REMEDIES if f'"{name}"' not in source] == []
-    table = (ROOT / "docs/metrics.md").read_text().split("--doctor")[-1]
+    table = (ROOT / "docs/metrics.md").read_text().split("tools.doctor")[-1]
     assert re.findall(r"^\| \*\*(.+?)\*\* \|", table, re.MULTILINE) == list(REMEDIES)
 
 
@@ -542,11 +542,11 @@ def test_no_run_folder_is_a_sentence(tmp_path):
 # ------------------------------------------------------------------------------------------------
 
 def call(*words):
-    return forkserver.shared().run("grpo.py", "--doctor", *words)
+    return forkserver.shared().run("tools.doctor", *words)
 
 
 def test_the_command(tmp_path):
-    """Stops a --doctor that is no flag of grpo.py, wrong exit statuses, or findings out of order."""
+    """Stops wrong exit statuses, or findings out of order."""
     faults = put(time__load=2.0, ratio__max=1.5, completions__clipped_ratio=0.5)
     sick = write_run(tmp_path / "sick", 40, faults, rollouts=False)
     done = call(sick)

@@ -1,7 +1,7 @@
 """A rehearsal at the true size, without the weights: the released layout and geometry, filled with random numbers.
 
-    python rehearsal.py                                 both dtypes: 14 GB of disk and 18 GB of memory
-    python rehearsal.py --dtype bfloat16 --keep
+    python -m tools.rehearsal                                 both dtypes: 14 GB of disk and 18 GB of memory
+    python -m tools.rehearsal --dtype bfloat16 --keep
 
     humanomni/   the released config.json; decoder, projectors, gate and BERT in bf16, the tied head left out
     siglip/      as on the hub: the whole model in fp32, of which we use the vision half
@@ -9,7 +9,7 @@
     bert/        configuration and tokenizer
     clip.mp4     two seconds of picture and sound
 
-Then the real commands run on it: `model.py inspect`, `eval.py --clip` and one step of `grpo.py` with two completions of
+Then the real commands run on it: `tools.inspect`, `eval.py --clip` and one step of `grpo.py` with two completions of
 eight tokens, on the CPU.  report.md tells how long each took and how much memory it had at most.  What the model says
 means nothing: the weights are random, and the tokenizer is the tests', which knows few words.  Linux only (/proc).
 """
@@ -30,14 +30,14 @@ import numpy as np
 import torch
 import transformers
 
-from checkpoint import DTYPES, stored_name, tower_config
-from common import UserError, dtype_of, run_main, write_json, write_text
 from data import QUESTION, THINK, Processor
+from lib import media
+from lib.checkpoint import DTYPES, stored_name, tower_config
+from lib.common import UserError, dtype_of, run_main, write_json, write_text
 from model import Config, HumanOmni
-from toy_world import FPS, SAMPLE_RATE, encode
 
-HERE = Path(__file__).parent
-GOLDEN = HERE / "tests" / "golden"         # has a config.json by the reference code, and the only tokenizers that we own
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests" / "golden"         # has a config.json by the reference code, and the only tokenizers that we own
 
 
 @dataclasses.dataclass
@@ -116,7 +116,7 @@ def media_tokens(model: HumanOmni, out: Path) -> tuple[int, int]:
     processor = Processor.from_pretrained(out / "humanomni")
     side, audio = processor.image_size, model.model.audio_tower.config
     frames = torch.empty(1, model.num_frames, 3, side, side, device=model.device)
-    mel = torch.empty(1, *processor.mel(np.zeros(SAMPLE_RATE, np.float32)).shape, device=model.device)
+    mel = torch.empty(1, *processor.mel(np.zeros(media.SAMPLE_RATE, np.float32)).shape, device=model.device)
     assert mel.shape[1:] == (audio.num_mel_bins, 2 * audio.max_source_positions)
     video = model.model.mm_projector(model.encode_frames(frames), torch.empty(1, 3, device=model.device))      # (1, n, D)
     heard = model.model.audio_projector(model.encode_audio(mel))                                              # (1, n, D)
@@ -179,10 +179,10 @@ def weight_files(model: HumanOmni, geometry: Geometry) -> dict[str, tuple[dict[s
 
 def write_clip(path: Path) -> None:
     """Two seconds: a moving pattern of 256 x 256, and a tone."""
-    t, y, x = np.meshgrid(np.arange(2 * FPS), np.arange(256), np.arange(256), indexing="ij")
+    t, y, x = np.meshgrid(np.arange(20), np.arange(256), np.arange(256), indexing="ij")
     waves = [np.sin(x / 17 + t / 5), np.sin(y / 23 - t / 7), np.sin((x + y) / 31)]
     frames = np.stack([127 + 120 * wave for wave in waves], -1).astype(np.uint8)
-    encode(path, frames, np.sin(np.arange(2 * SAMPLE_RATE) * 0.2).astype(np.float32) / 2)
+    media.write_clip(path, frames, np.sin(np.arange(2 * media.SAMPLE_RATE) * 0.2).astype(np.float32) / 2, fps=10)
     write_json(path.parent / "rows.json", [{"video": path.name, "conversations": [
         {"from": "human", "value": f"<video>\n<audio>\n{QUESTION}{THINK}"}, {"from": "gpt", "value": "happy"}]}])
 
@@ -236,7 +236,7 @@ def measure(out: Path, dtype: str, *words) -> Measured:
     print(command, flush=True)
     started = time.perf_counter()
     with open(log, "w") as file:
-        child = subprocess.Popen([sys.executable, str(HERE / words[0]), *words[1:]], stdout=file, stderr=subprocess.STDOUT,
+        child = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], stdout=file, stderr=subprocess.STDOUT,
                                  env=os.environ | {"HF_HUB_OFFLINE": "1"})
         # wait4 gives this child's own peak.  Linux starts it at the peak of the process that it was forked from.
         _, status, usage = os.wait4(child.pid, 0)

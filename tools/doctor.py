@@ -1,6 +1,6 @@
 """What is wrong with a run, in plain words, from its run folder alone: no model, no GPU, also while the run goes on.
 
-    python grpo.py --doctor runs/r1
+    python -m tools.doctor runs/r1
 
 A rule is a pure function of what was logged: Run -> Finding or None.  Each has one threshold, a named constant with
 its reason.  A rule whose metrics are not there is silent, so runs of sft.py are read too.  Most rules compare two
@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import rewards
-from common import UserError, printable
-from run_folder import read_rows
+from lib.common import UserError, printable
+from lib.run_folder import read_rows
 
-USAGE = "usage: python grpo.py --doctor RUN        (RUN: the --out folder of grpo.py or sft.py)"
+USAGE = "usage: python -m tools.doctor RUN        (RUN: the --out folder of grpo.py or sft.py)"
 
 # ---- how much must be there --------------------------------------------------------------------
 SHORTEST, LONGEST = 10, 100    # steps of a stretch: fewer are noise, more would blur what happens now
@@ -214,7 +214,7 @@ REMEDIES = {
         "Sampler and trainer score the same tokens differently: see sampler_logp_diff. --dtype float32 tells whether "
         "it is rounding.",
     "no usable clip":
-        "Look at skipped.jsonl, and run `python data.py check` over the sample file.",
+        "Look at skipped.jsonl, and run `python -m tools.convert check` over the sample file.",
     "ratio off":
         "The loss is computed against another policy than the one that is trained. The old log-probs must be the "
         "trainer's own of the first pass: dropout off, same temperature, same weights. Look at what was changed in "
@@ -224,7 +224,7 @@ REMEDIES = {
         "it away. If not, it is a fault of the code: positions, masks or the key/value cache differ between "
         "sampler.generate and model.completion_logps.",
     "clips skipped":
-        "skipped.jsonl lists them; run `python data.py check` over the sample file. If one class or one source is "
+        "skipped.jsonl lists them; run `python -m tools.convert check` over the sample file. If one class or one source is "
         "missing, what is learned is biased.",
     "learning rate too small":
         "A higher --lr, more steps, or --dtype float32 where bfloat16 is the limit.",
@@ -713,8 +713,8 @@ def report(run: Run, findings: list[Finding]) -> str:
 
 
 def main() -> None:
-    """`python grpo.py --doctor RUN`.  Exit 0, whatever is found; 2 if there is nothing to read."""
-    words = [word for word in sys.argv[1:] if word != "--doctor"]
+    """`python -m tools.doctor RUN`.  Exit 0, whatever is found; 2 if there is nothing to read."""
+    words = sys.argv[1:]
     if len(words) != 1 or words[0].startswith("-"):
         print(USAGE, file=sys.stderr)
         sys.exit(2)

@@ -8,10 +8,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import toy
-from common import Ranks
+from lib.common import Ranks
 from model import PARTS, HumanOmni
+from tools import bench
+from toy.humanomni import tiny_humanomni
 from training import MasterAdamW
 
 CPU = torch.device("cpu")
@@ -170,8 +170,8 @@ def test_clips_through_the_towers(tiny, arm, passes):
 # ------------------------------------------------------------------------------------------------
 
 def test_toy_is_the_miniature(tmp_path):
-    """Stops the toy size from drifting off toy.py's model."""
-    theirs = toy.tiny_humanomni(tmp_path, ["a few words to learn merges from"], 0)
+    """Stops the toy size from drifting off the miniature's model."""
+    theirs = tiny_humanomni(tmp_path, ["a few words to learn merges from"], 0)
     ours = bench.build_model(bench.SIZES["toy"], "meta", torch.float32, 0)
     words = ("embed_tokens", "bert_model.embeddings")        # vocabularies: the world's sentences decide them
     shapes = [{n: p.shape for n, p in m.named_parameters() if not any(w in n for w in words)} for m in (theirs, ours)]

@@ -1,15 +1,13 @@
-"""The miniature's world: run with `pytest tests/test_toy_world.py`, about 10 s on two cores."""
+"""The miniature's world: run with `pytest tests/test_toy/world.py`, about 10 s on two cores."""
 import json
 import re
-import sys
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import toy_world as world
+from toy import world
 
 SMALL = 0.001  # MIN_CLIPS of every split
 

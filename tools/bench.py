@@ -1,9 +1,9 @@
 """Speed, side by side: one GRPO step as the public reference does it, and as this repository does it.
 
-    python bench.py                                  the miniature's model, all arms, under two minutes
-    python bench.py --size mid                       half HumanOmni's width and depth; about nine minutes on two cores
-    python bench.py --size full --device cuda        the true geometry with random weights; judges every target
-    python bench.py --size mid --ranks               the same step on one process and on two
+    python -m tools.bench                                  the miniature's model, all arms, under two minutes
+    python -m tools.bench --size mid                       half HumanOmni's width and depth; about nine minutes on two cores
+    python -m tools.bench --size full --device cuda        the true geometry with random weights; judges every target
+    python -m tools.bench --size mid --ranks               the same step on one process and on two
 
     A  the faithful loop, from public transformers parts: both towers run on every copy of a clip, for the policy and
        for the reference (2G+1 times a clip and step); generate(num_return_sequences=G); the prompt G times; logits of
@@ -55,13 +55,13 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import AUDIO, VIDEO, Ranks, UserError, dtype_of, run_main, start_ranks, write_json
 from grpo import advantages, grpo_loss, score
+from lib.common import AUDIO, VIDEO, Ranks, UserError, dtype_of, run_main, start_ranks, write_json
 from model import PARTS, Config, HumanOmni, frozen_reference
 from sampler import generate
 from training import MasterAdamW
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 BETA = 0.04                # the paper's weight of the KL
 LR = 1e-6
 GREEDY_TOKENS = 32         # compared between the arms
@@ -135,7 +135,7 @@ def _bert(width: int, layers: int, heads: int, inner: int, V: int) -> dict:
 
 
 SIZES = {
-    # The model of toy.py.
+    # The miniature's model.
     "toy": Size(_decoder(128, 4, 4, 2, 384, 703, 10000.0), _vision(96, 4, 4, 64, 192), _audio(96, 2, 4, 192, 80, 100),
                 _bert(32, 1, 2, 64, 128), text=60, arms="ABCDE", prompts=2, tokens=80, micro_batch=2,
                 gate_completions=8, slow_repeats=5, rows=(8, 32, 128, 512), copied_rows=128, sweep_tokens=16),
@@ -889,7 +889,7 @@ def machine_name(device: torch.device) -> str:
 def save(report: dict, args: Args, key: str) -> Path:
     """Into the machine's json file, under `key`; what it holds of other sizes stays."""
     slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
-    path = Path(args.out) if args.out else HERE / "results" / f"bench_{slug}.json"
+    path = Path(args.out) if args.out else ROOT / "results" / f"bench_{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     held = json.loads(path.read_text()) if path.exists() else {}
     write_json(path, held | {key: report})
@@ -897,7 +897,7 @@ def save(report: dict, args: Args, key: str) -> Path:
 
 
 def circumstances(args: Args, ranks: Ranks, dtype: torch.dtype) -> dict:
-    return {"command": " ".join(("python", "bench.py", *sys.argv[1:])), "date": datetime.date.today().isoformat(),
+    return {"command": " ".join(("python", "-m", "tools.bench", *sys.argv[1:])), "date": datetime.date.today().isoformat(),
             "machine": machine_name(ranks.device), "threads": torch.get_num_threads(), "torch": torch.__version__,
             "transformers": transformers.__version__, "dtype": str(dtype).removeprefix("torch."), "seed": args.seed}
 
@@ -934,10 +934,11 @@ def scaling(args: Args) -> None:
         flags = {"size": args.size, "prompts": args.prompts, "tokens": args.tokens, "generations": args.generations,
                  "repeats": args.repeats, "slow_repeats": args.slow_repeats, "seed": args.seed}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                   str(HERE / "bench.py"), "--ranks", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                   "-m", "tools.bench", "--ranks", *(word for k, v in flags.items() for word in (f"--{k}", str(v)))]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
         if done.returncode:
-            raise UserError(f"bench.py --ranks: {n} process(es) ended with status {done.returncode}; see their words above.")
+            raise UserError(f"tools.bench --ranks: {n} process(es) ended with {done.returncode}; see their words above.")
         results.append(json.loads(done.stdout.strip().splitlines()[-1]))
     one, two = results
     efficiency = one["median_ms"] / (2 * two["median_ms"])

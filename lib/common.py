@@ -30,7 +30,7 @@ class UserError(Exception):
 # Arguments: one dataclass a script.  Its fields are the flags, its comments are the help.
 # ------------------------------------------------------------------------------------------------
 
-def parse_args(cls, argv: list[str] | None = None):
+def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
     """Command line -> an instance of the dataclass `cls`.  Unknown flags are an error (exit 2).
 
     Every field is a flag of the same name; `x: int = 3  # help` gives its type, default and help.
@@ -39,7 +39,10 @@ def parse_args(cls, argv: list[str] | None = None):
     source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1]))
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#[ ]*(.*)$", source, re.MULTILINE))
     doc = sys.modules[cls.__module__].__doc__
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+    spec = sys.modules["__main__"].__spec__          # of a program that was started by `python -m`
+    if prog is None and spec and cls.__module__ == "__main__":
+        prog = f"python -m {spec.name.removesuffix('.__main__')}"
+    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     for field in dataclasses.fields(cls):
         options: dict = {"help": comments.get(field.name, "").replace("%", "%%")}
@@ -68,10 +71,10 @@ OUT_OF_MEMORY = ("out of GPU memory: lower --tokens_per_micro_batch (or --micro_
                  "--max_new_tokens.")
 
 
-def run_main(main, args_cls) -> None:
+def run_main(main, args_cls, prog: str | None = None) -> None:
     """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback."""
     try:
-        main(parse_args(args_cls))
+        main(parse_args(args_cls, prog=prog))
     except (UserError, torch.OutOfMemoryError) as error:
         # Plain text and exit 1 on this rank; torchrun then ends the others.
         who = f" (rank {dist.get_rank()})" if dist.is_initialized() else ""

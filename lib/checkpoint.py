@@ -25,7 +25,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import UserError
+from lib.common import UserError
 
 # ------------------------------------------------------------------------------------------------
 # Finding files

@@ -13,10 +13,10 @@ from pathlib import Path
 import fake_datasets as fake
 import pytest
 
-import convert
 import rewards
-from common import UserError
 from data import QUESTION, THINK, ClipError, read_clip, read_samples
+from lib.common import UserError
+from tools import convert
 
 # MAFW's words and ours, typed apart from convert.py.
 OURS = {"anger": "angry", "disgust": "disgust", "fear": "fear", "happiness": "happy", "neutral": "neutral",
@@ -718,21 +718,22 @@ def test_an_error_that_nobody_foresaw(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------
 
 def test_the_real_command(tmp_path):
-    """Stops `python data.py check` failing where the functions work: two copies of a module, processes, exit status."""
+    """Stops the real command failing where the functions work: two copies of a module, processes, exit status."""
     fake.link_clips(tmp_path, ["a.mp4", "b.mp4"])
     rows_file(tmp_path / "rows.json", ("a.mp4", "happy"), ("b.mp4", "sad"), ("c.mp4", "sad"))
-    script = Path(convert.__file__).with_name("data.py")
     report = tmp_path / "report.json"
-    done = subprocess.run([sys.executable, script, "check", "--data", tmp_path / "rows.json", "--out", report],
-                          capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "tools.convert", "check", "--data", tmp_path / "rows.json", "--out", report]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          cwd=Path(convert.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert "2 of them without a fault" in done.stdout and list(found(json.loads(report.read_text()), "bad")) == ["c.mp4"]
 
 
 @pytest.mark.parametrize("words, status, said", [
-    ([], 2, "usage: data.py COMMAND"), (["--help"], 0, "usage: data.py COMMAND"),
+    ([], 2, "usage: python -m tools.convert COMMAND"), (["--help"], 0, "usage: python -m tools.convert COMMAND"),
     (["dfwe"], 2, "error: there is no command dfwe."),
-    (["dfew", "--help"], 0, "usage: data.py dfew [-h] --root ROOT"), (["mafw", "--fold", "1"], 2, "required: --root"),
+    (["dfew", "--help"], 0, "usage: python -m tools.convert dfew [-h] --root ROOT"),
+    (["mafw", "--fold", "1"], 2, "required: --root"),
     (["ravdess", "--root", "none", "--out", "x.json", "--calm", "no"], 2, "invalid choice"),
     (["dfew", "--root", "none", "--fold", "1", "--part", "val", "--out", "x.json"], 2, "invalid choice: 'val'"),
     (["ravdess", "--root", "none", "--out", "x.json", "--actors", "1", "5"], 1, "error: --root none: no such folder."),

@@ -8,8 +8,8 @@ import statistics
 import numpy as np
 import pytest
 
-from common import UserError
-from protocol import (
+from lib.common import UserError
+from lib.protocol import (
     OTHER,
     PAPER,
     PAPER_SETS,
@@ -43,7 +43,7 @@ from protocol import (
 def row(clip: str, answer: str, predicted: str | None) -> dict:
     """A prediction of a model that reasons; None: it wrote no tags."""
     text = "hm" if predicted is None else f"<think>a</think><answer>{predicted}</answer>"
-    return {"id": clip, "answer": answer, "predicted": predicted, "text": text}
+    return {"id": clip, "answer": answer, "predicted": predicted, "text": text, "format": float(predicted is not None)}
 
 
 def result(triples, dataset: str = "", data: str = "test.json") -> dict:
@@ -121,12 +121,11 @@ def test_summary_scores_strictly_and_by_meaning():
     assert got["war_ci"][0] <= 25.0 <= got["war_ci"][1] < got["war_normalised_ci"][1] == 100.0
 
 
-def test_bare_words_have_their_own_form():
-    """Stops: label-only models said to lack a form that nobody asked them for."""
-    rows = [row(*t) | {"text": t[2]} for t in (("1", "happy", "Happy"), ("2", "sad", "I think it is sad"))]
-    got = summarise(rows, prompt="label")
+def test_the_format_rate_is_the_mean_of_the_forms():
+    """Stops a format rate that is no percentage of the clips, or a bare word that counts as wrong when it is meant."""
+    rows = [row("1", "happy", "Happy"), row("2", "sad", "I think it is sad") | {"format": 0.0}]
+    got = summarise(rows)
     assert got["war"] == 50.0 and got["war_normalised"] == 100.0 and got["format_rate"] == 50.0
-    assert summarise(rows)["format_rate"] == 0.0
 
 
 def test_the_ten_most_frequent_unmatched_answers():

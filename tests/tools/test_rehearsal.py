@@ -10,9 +10,9 @@ import transformers
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
-import rehearsal
-from common import UserError
-from rehearsal import RELEASED, Args, Geometry, check_geometry, count, measure, meta_model, rehearse, write_configs
+from lib.common import UserError
+from tools import rehearsal
+from tools.rehearsal import RELEASED, Args, Geometry, check_geometry, count, measure, meta_model, rehearse, write_configs
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
 TINY = Geometry(

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common import Ranks, UserError, printable, sync, write_json
+from lib.common import Ranks, UserError, printable, sync, write_json
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
 MANIFEST = "manifest.json"

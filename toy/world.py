@@ -12,9 +12,9 @@ Twelve emotions, each a pair (face, voice). Faces and voices are shared, no pair
 so neither seeing nor hearing alone is enough, and every clip knows its true cues: what a model
 says it saw and heard can be scored word by word (`cue_scores`).
 
-    python toy_world.py --out data/toy               # 5,540 mp4 clips of 2 s and their json files
-    python toy_world.py --out data/toy --scale 0.1   # a tenth of them
-    python toy_world.py --check                      # how well an ideal observer can do, no files
+    python -m toy.world --out data/toy               # 5,540 mp4 clips of 2 s and their json files
+    python -m toy.world --out data/toy --scale 0.1   # a tenth of them
+    python -m toy.world --check                      # how well an ideal observer can do, no files
 
 Interrupted builds resume; a clip depends only on (seed, set, split, index) and, for its label, the scale.
 
@@ -31,14 +31,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 from tqdm import tqdm
 
-from common import write_json
+from lib.common import write_json
+from lib.media import SAMPLE_RATE, write_clip
 
 VERSION = 2             # raise it when a change alters clips or texts: old folders are then refused
-SIZE, FPS, SECONDS, SAMPLE_RATE = 64, 10, 2.0, 16_000
+SIZE, FPS, SECONDS = 64, 10, 2.0
 FRAMES, SAMPLES = round(FPS * SECONDS), round(SAMPLE_RATE * SECONDS)
 FLIP = 0.08             # chance that a cue of a clip is not at the typical level of its emotion
 JITTER = 0.15           # spread of a value within its level; levels stay apart by 0.45 or more
@@ -458,28 +458,8 @@ def render(seed: int, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     return draw(values[:len(SEEN)], who, speech, rng), samples
 
 
-def encode(path: Path, frames: np.ndarray, samples: np.ndarray) -> None:
-    """Write H.264 + AAC. The file appears under its name only when it is complete."""
-    part = path.with_suffix(".part")
-    with av.open(str(part), "w", format="mp4") as file:
-        # mbtree is off because x264's is not deterministic: one file in a hundred came out with other bytes
-        video = file.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "crf": "21", "threads": "1",
-                                                              "x264-params": "no-mbtree=1"})
-        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        audio = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"})
-        audio.bit_rate = 48_000
-        for image in frames:
-            file.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        file.mux(video.encode())
-        sound = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
-        sound.sample_rate, sound.pts = SAMPLE_RATE, 0  # without pts the encoder's 64 ms of priming stay in the clip
-        file.mux(audio.encode(sound))
-        file.mux(audio.encode())
-    os.replace(part, path)
-
-
 def make(out: Path, seed: int, clip: Clip) -> None:
-    encode(out / clip.path, *render(seed, clip))
+    write_clip(out / clip.path, *render(seed, clip), FPS)
 
 
 def row(seed: int, clip: Clip) -> dict:
@@ -562,7 +542,7 @@ def main() -> None:
     try:
         build(args.out, args.seed, args.scale, args.workers)
     except ValueError as error:
-        sys.exit(f"toy_world.py: {error}")
+        sys.exit(f"toy.world: {error}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ import transformers
 from conftest import GOLDEN
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-import inspect_checkpoint
-from checkpoint import list_some, read_tensors, stored_name, weight_index
-from common import UserError
 from data import Processor
+from lib import checkpoint
+from lib.checkpoint import list_some, read_tensors, stored_name, weight_index
+from lib.common import UserError
 from model import PARTS, HumanOmni
-from rehearsal import meta_model, write_random
+from tools import inspect as inspect_checkpoint
+from tools.rehearsal import meta_model, write_random
 
 VISION, AUDIO, BERT = "model.vision_tower.", "model.audio_tower.", "model.bert_model."
 
@@ -590,14 +590,14 @@ def test_code_in_a_bin_is_refused(home, stored, capfd):
 
 
 # ------------------------------------------------------------------------------------------------
-# python model.py inspect
+# python -m tools.inspect
 # ------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def inspect(monkeypatch, capsys):
-    """`python model.py WORDS ...` within this process, for its seconds of imports.  -> (stdout, stderr)"""
+    """`python -m tools.inspect WORDS ...` within this process, for its seconds of imports.  -> (stdout, stderr)"""
     def run(*words, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["model.py", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["tools.inspect", *map(str, words)])
         try:
             inspect_checkpoint.main()
             ended = 0
@@ -620,7 +620,7 @@ def table(text: str) -> dict[str, list[str]]:
 def test_inspect_counts_what_is_stored(home, stored):
     """Stops numbers that are not the file's: counted here from the tensors themselves, part by part."""
     file = home / "humanomni" / "model.safetensors"
-    done = forkserver.shared().run("model.py", "inspect", home / "humanomni")
+    done = forkserver.shared().run("tools.inspect", home / "humanomni")
     assert done.returncode == 0 and not done.stderr, done.stderr
     text, parts = done.stdout, table(done.stdout)
     prefixes = PARTS | {"vision": (VISION,), "audio": (AUDIO + "audio_tower.encoder.",)}
@@ -642,7 +642,7 @@ def test_inspect_tells_where_weights_come_from(home, stored, inspect):
     half = {k: v.bfloat16() for k, v in stored.items() if not k.startswith(AUDIO)}
     half["lm_head.weight"] = half["model.embed_tokens.weight"].clone()
     write_shards(home / "humanomni", half, "model.safetensors", count=2)
-    text, _ = inspect("inspect", home / "humanomni", "--vision_tower", home / "siglip", "--train", "bert", "vision")
+    text, _ = inspect(home / "humanomni", "--vision_tower", home / "siglip", "--train", "bert", "vision")
     parts, loaded = table(text), load(home / "humanomni", vision_tower=str(home / "siglip"))[0]
     both = ["model-00001-of-00002.safetensors,", "model-00002-of-00002.safetensors"]
     assert parts["bert"][2] == "bfloat16" and parts["bert"][5:] == both
@@ -666,36 +666,36 @@ def test_inspect_of_a_tower_that_is_not_here(home, stored, inspect, monkeypatch)
     find = checkpoint.find_file                          # as if config.json, and nothing else, had been fetched
     monkeypatch.setattr(checkpoint, "find_file", lambda path, name, required=True: find(
         str(home / "siglip") if (path, name) == (hub, "config.json") else path, name, required))
-    text, _ = inspect("inspect", home / "humanomni")
+    text, _ = inspect(home / "humanomni")
     n = sum(v.numel() for k, v in stored.items() if k.startswith(VISION))
     assert table(text)["vision"] == [str(n), "0", "?", "?", f"{hub}:", "not", "on", "this", "disk"]
 
 
 def test_inspect_reads_no_weights(home, inspect):
     """Stops an inspection that takes as long as loading: here only the header is left of the file."""
-    expected = table(inspect("inspect", home / "humanomni")[0])
+    expected = table(inspect(home / "humanomni")[0])
     file = home / "humanomni" / "model.safetensors"
     content = file.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
     file.write_bytes(content[:header] + bytes(len(content) - header))
-    assert expected["decoder"] and table(inspect("inspect", home / "humanomni")[0]) == expected
+    assert expected["decoder"] and table(inspect(home / "humanomni")[0]) == expected
 
 
 def test_inspect_tells_faults(home, stored, inspect):
     """Stops a checkpoint that cannot be loaded being called sound."""
     change_config(home / "humanomni", intermediate_size=96)
     write_weights(home / "humanomni", {k: v for k, v in stored.items() if k != "model.norm.weight"} | {"x": torch.ones(2)})
-    text, fault = inspect("inspect", home / "humanomni", code=1)
+    text, fault = inspect(home / "humanomni", code=1)
     assert "decoder" in table(text) and len(fault.splitlines()) == 1
     assert "used by nothing: 4 tensors" in text           # a tensor that nobody knows is a fault, not among them
     for words in ("lacks 1 weights (model.norm.weight)", "has 1 that the model does not know (x)",
                   "mlp.down_proj.weight is (64, 128), not (64, 96)"):
         assert words in fault
-    assert "not a part of the model" in inspect("inspect", GOLDEN / "humanomni", "--train", "towers", code=1)[1]
+    assert "not a part of the model" in inspect(GOLDEN / "humanomni", "--train", "towers", code=1)[1]
 
 
-@pytest.mark.parametrize("words", [(), ("inspect",), ("inspect", "--train"), ("load", "x")])
+@pytest.mark.parametrize("words", [(), ("--train",)])
 def test_usage(words, inspect):
-    """Stops `python model.py` doing nothing without a word."""
+    """Stops an inspection doing nothing without a word."""
     out, fault = inspect(*words, code=2)
-    assert fault.startswith("usage: python model.py inspect PATH") and not out
+    assert fault.startswith("usage: python -m tools.inspect PATH") and not out

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import eval as eval_script
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MEDIA = GOLDEN / "media"
 MODEL = GOLDEN / "humanomni"
 LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "angry", "silent_no_track.mp4": "fear"}
@@ -228,7 +228,7 @@ def test_paths_and_compiling_reach_their_code(labels, tmp_path):
     for script in ("grpo.py", "sft.py"):
         done = call(script, *place, "--data", rows, "--media_root", tmp_path, "--strict_paths", check=False)
         assert done.returncode == 1 and "--strict_paths forbids" in done.stderr and "line 1" in done.stderr
-        said = "import model\nfrom common import UserError\ndef told(self): raise UserError('compiling')\n" \
+        said = "import model\nfrom lib.common import UserError\ndef told(self): raise UserError('compiling')\n" \
             "model.HumanOmni.compile_layers = told\n"
         done = forkserver.shared().run(script, *place, "--data", labels, "--media_root", MEDIA, "--compile", hook=said)
         assert done.returncode == 1 and done.stderr.strip() == "error: compiling"

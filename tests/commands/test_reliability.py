@@ -24,11 +24,11 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 from test_runs import LABELS, MEDIA, metrics, write_rows
 
-import common
-from common import OUT_OF_MEMORY
-from run_folder import damage
+from lib import common
+from lib.common import OUT_OF_MEMORY
+from lib.run_folder import damage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STEPS = 6
 
 # A random policy never says a label; this reward differs within a group, so that every step moves the weights.
@@ -168,7 +168,8 @@ def test_killed_at_twenty_random_moments(whole, labels, tmp_path):
 
 
 KILL_IN_SAVE = """
-import os, signal, run_folder
+import os, signal
+from lib import run_folder
 left = {n}
 def dying(f):
     def g(*args, **kwargs):
@@ -441,8 +442,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(whole, labels, tmp_path):
 
 def test_log_rows_that_did_not_fit_are_written_later(tmp_path):
     """Stops: rows lost, or half a row left, when a log cannot be written for a while."""
-    from common import start_ranks
-    from run_folder import RunFolder
+    from lib.common import start_ranks
+    from lib.run_folder import RunFolder
 
     folder = object.__new__(RunFolder)
     folder.path, folder.ranks, folder.unwritten, folder.on_save_error = tmp_path / "gone", start_ranks("cpu"), {}, "continue"
@@ -456,7 +457,7 @@ def test_log_rows_that_did_not_fit_are_written_later(tmp_path):
 def test_out_of_gpu_memory_names_the_flags(tmp_path):
     """Stops: a page of traceback where three flags would help."""
     (tmp_path / "s.py").write_text(
-        "import dataclasses, torch\nfrom common import run_main\n"
+        "import dataclasses, torch\nfrom lib.common import run_main\n"
         "@dataclasses.dataclass\nclass Args:\n    x: int = 0  # nothing\n"
         "def main(args):\n    raise torch.OutOfMemoryError('CUDA out of memory')\nrun_main(main, Args)\n")
     done = forkserver.shared().run(tmp_path / "s.py")

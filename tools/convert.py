@@ -1,13 +1,13 @@
 """Data sets as they are distributed become sample files; sample files are split and checked.
 
-    python data.py dfew    --root /data/DFEW --fold 1 --part train --out dfew_fold1_train.json
-    python data.py mafw    --root /data/MAFW --fold 1 --part test --out mafw_fold1_test.json
-    python data.py ravdess --root /data/RAVDESS --out ravdess.json
-    python data.py emer    --root /data/EMER --out emer.json
-    python data.py mer2025 --root /data/MER2025 --out mer2025.json
-    python data.py r1omni  --data theirs.json --root /data --out ours.json
-    python data.py split   --data dfew_fold1_train.json --n 400 --train train.json --val val.json
-    python data.py check   --data train.json --media_root /data/DFEW --out report.json
+    python -m tools.convert dfew    --root /data/DFEW --fold 1 --part train --out dfew_fold1_train.json
+    python -m tools.convert mafw    --root /data/MAFW --fold 1 --part test --out mafw_fold1_test.json
+    python -m tools.convert ravdess --root /data/RAVDESS --out ravdess.json
+    python -m tools.convert emer    --root /data/EMER --out emer.json
+    python -m tools.convert mer2025 --root /data/MER2025 --out mer2025.json
+    python -m tools.convert r1omni  --data theirs.json --root /data --out ours.json
+    python -m tools.convert split   --data dfew_fold1_train.json --n 400 --train train.json --val val.json
+    python -m tools.convert check   --data train.json --media_root /data/DFEW --out report.json
 
 A converter reads the data set's own lists, finds every clip, prints the counts beside the official ones, and
 writes nothing if they differ: a list that lost a line or a folder that lost a part gives numbers that cannot be
@@ -35,9 +35,10 @@ import numpy as np
 from tqdm import tqdm
 
 import rewards
-from checkpoint import list_some
-from common import UserError, run_main, write_json, write_text
-from data import IMAGES, QUESTION, SOUNDS, THINK, ClipError, Sample, open_media, read_clip, read_samples
+from data import QUESTION, THINK, Sample, read_samples
+from lib.checkpoint import list_some
+from lib.common import UserError, run_main, write_json, write_text
+from lib.media import IMAGES, SOUNDS, ClipError, open_media, read_clip
 from rewards import DFEW_WORDS, VOCABULARY
 
 # ------------------------------------------------------------------------------------------------
@@ -779,18 +780,22 @@ COMMANDS = {"dfew": (dfew, FoldArgs), "mafw": (mafw, MafwArgs), "ravdess": (ravd
 
 
 def main() -> None:
-    """python data.py COMMAND flags: the first word chooses the function and its arguments."""
-    script, *words = sys.argv
+    """python -m tools.convert COMMAND flags: the first word chooses the function and its arguments."""
+    script, words = "python -m tools.convert", sys.argv[1:]
     command = words[0] if words else ""
     if command not in COMMANDS:
         lines = [f"    {name:8} {function.__doc__.splitlines()[0]}" for name, (function, _) in COMMANDS.items()]
         asked = command in ("-h", "--help")
-        usage = f"usage: {Path(script).name} COMMAND --flag ...\n\n" + "\n".join(lines) + \
-            f"\n\n{Path(script).name} COMMAND --help lists a command's flags."
+        usage = f"usage: {script} COMMAND --flag ...\n\n" + "\n".join(lines) + \
+            f"\n\n{script} COMMAND --help lists a command's flags."
         if command and not asked:
             usage += f"\n\nerror: there is no command {command}."
         print(usage, file=sys.stdout if asked else sys.stderr)
         sys.exit(0 if asked else 2)
     function, args_cls = COMMANDS[command]
-    sys.argv = [f"{script} {command}", *words[1:]]     # argparse names the program after it
-    run_main(function, args_cls)
+    sys.argv[1:] = words[1:]
+    run_main(function, args_cls, prog=f"{script} {command}")
+
+
+if __name__ == "__main__":
+    main()

@@ -11,17 +11,17 @@ from pathlib import Path
 import forkserver
 import pytest
 
-import toy
-from common import UserError
-from toy import SETS, cue_rates
+from lib.common import UserError
+from toy import __main__ as toy
+from toy.__main__ import SETS, cue_rates
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCALE = 0.005
 
 
 def run_toy(out: Path) -> str:
     """The command itself."""
-    done = subprocess.run([sys.executable, str(ROOT / "toy.py"), "--out", str(out), "--scale", str(SCALE)],
+    done = subprocess.run([sys.executable, "-m", "toy", "--out", str(out), "--scale", str(SCALE)], cwd=ROOT,
                           capture_output=True, text=True, env=dict(os.environ) | {"OMP_NUM_THREADS": "1"}, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

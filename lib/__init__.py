@@ -1,0 +1,1 @@
+"""What the scripts on top need and a student need not open."""

@@ -1,0 +1,326 @@
+"""A file on disk becomes frames and sound, or one typed error: `read_clip`.
+
+Media are other people's files: cut off, mislabelled, hostile.  A bad one never crashes a run, never takes more than
+bounded memory and time, and is never replaced by another: `read_clip` raises ClipError, which names file and reason.
+
+Legend   F frames taken from a clip   H, W height and width   d decoded frames of the file
+"""
+import contextlib
+import ctypes
+import dataclasses
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+
+SAMPLE_RATE = 16_000
+SILENCE = np.zeros(10 * SAMPLE_RATE, np.float32)        # what the reference hears where there is no sound
+SEEK_ABOVE = 2_000             # frames: from here on seeking is cheaper than decoding everything
+
+# A file of a few bytes can declare terabytes.  What is beyond these limits is a bomb or a fault.
+MAX_PIXELS = 4096 * 2304       # of a picture: 4K
+MAX_SIDE = 4096                # of a picture: it is padded to a square of its longer side
+MAX_PACKETS = 2 ** 20          # of one stream: ten hours of video
+MAX_DECODED = 2 ** 34          # pixels decoded for one clip: 2,000 frames of 4K or 8,000 of 1080p
+MAX_BLOCK = 2 ** 27            # bytes that libav takes at once, for a picture or for the index of a file
+SOUND_RATES = range(1_000, 768_001)      # Hz
+
+Modal = Literal["video_audio", "video", "audio"]     # what of a clip is wanted
+
+IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".m4a"}
+
+
+class ClipError(Exception):
+    """A clip that cannot be used; the message names the file and the reason."""
+
+
+@dataclasses.dataclass
+class Clip:
+    frames: np.ndarray         # uint8 (F, H, W, 3); (0, 0, 0, 3) if there is no video or none was asked for
+    audio: np.ndarray          # float32 (n,) at 16 kHz mono; 10 s of zeros if there is none
+    has_audio: bool
+    notes: list[str]           # what was wrong with it, if anything: silent, degraded, short
+
+
+def frame_indices(d: int, num_frames: int) -> np.ndarray:
+    """Which of d frames are taken: the middle of each of `num_frames` equal parts.  (F,)
+
+    By count, not by time.  numpy rounds halves to even, as the reference does; 1e-6 moves exact halves up.
+    """
+    return np.round((d - 1) / num_frames * (np.arange(num_frames) + 0.5) + 1e-6).astype(int)
+
+
+def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal: Modal = "video_audio") -> Clip:
+    """Read a video file, a sound file, a gif or a folder of frames.
+
+    With `modal` "video" or "audio" only that stream is touched.  Raises ClipError, and nothing else, for a
+    file that is missing, empty, corrupt or lacks the video stream (sound files may lack it).  Missing or
+    unreadable sound is no error: 10 s of silence, `has_audio` False and a note.
+    """
+    path = Path(path)
+    notes: list[str] = []
+    frames = np.zeros((0, 0, 0, 3), np.uint8)
+    audio, has_audio = SILENCE.copy(), False
+    try:
+        size, is_folder = path.stat().st_size, path.is_dir()
+    except FileNotFoundError:
+        raise ClipError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:           # a name that is too long, a loop of links, a null byte
+        raise ClipError(f"{path}: cannot be opened: {error}") from None
+    if is_folder:
+        frames = _read_folder(path, num_frames)
+        notes.append("a folder of frames has no sound: silence")
+        return Clip(frames, audio, has_audio, notes)
+    if size == 0:                                    # also pipes and devices, which might never end
+        raise ClipError(f"{path}: the file is empty")
+    if modal != "audio" and path.suffix.lower() not in SOUNDS:
+        frames = _read_video(path, num_frames, notes)
+    if modal != "video":
+        heard = _read_audio(path, max_audio_seconds, notes)
+        if heard is not None:
+            audio, has_audio = heard, True
+        elif path.suffix.lower() in SOUNDS:
+            raise ClipError(f"{path}: no readable sound in a sound file")
+    return Clip(frames, audio, has_audio, notes)
+
+
+# What clips come in.  libav knows hundreds more, some of which are lists of further files and addresses to open: a clip
+# must not lead out of its folder.
+FORMATS = ("mov,matroska,avi,asf,flv,mpeg,mpegts,ogg,gif,apng,wav,flac,mp3,aac,"
+           "image2,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe")
+LIMITS = {"max_pixels": str(MAX_PIXELS)}             # for the decoders: a stream may change its size on the way
+OPENING = LIMITS | {"format_whitelist": FORMATS, "protocol_whitelist": "file", "pattern_type": "none"}
+
+# One for the whole process; libav offers no other.  The default is 2 GiB, and stays where PyAV was built in a way that
+# hides the function: clips are read all the same, only a bomb may take more memory.
+with contextlib.suppress(AttributeError, OSError):
+    ctypes.CDLL(av._core.__file__).av_max_alloc(ctypes.c_size_t(MAX_BLOCK))
+
+
+def open_media(path: Path):
+    """An av container, held to the limits above.  Raises ClipError."""
+    try:
+        # An absolute path: of "12:30.mp4" the part before the colon would be taken for a protocol.
+        container = av.open(os.path.abspath(path), metadata_errors="replace", options=OPENING)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        unlisted = getattr(error, "errno", None) == errno.EINVAL
+        raise ClipError(f"{path}: cannot be opened: {f'its format is none of {FORMATS}' if unlisted else error}") from None
+    for stream in (*container.streams.video, *container.streams.audio):
+        if stream.codec_context is not None:
+            stream.codec_context.thread_count = 1    # the loader's workers are the parallelism
+            stream.codec_context.options = LIMITS
+    return container
+
+
+@dataclasses.dataclass
+class Budget:
+    """What one pass through a clip may decode.  In pixels, not in seconds: a slow machine must not refuse more clips."""
+    path: Path
+    pixels: int
+
+    def need(self, pixels: int) -> None:
+        if pixels > self.pixels:
+            raise ClipError(f"{self.path}: too long for its size: more than {MAX_DECODED} pixels would have to be decoded")
+
+    def decode(self, packet) -> list:
+        """The frames of a packet.  Raises ClipError if they are too large, or if it was one packet too many."""
+        pixels = _cost(packet.stream.codec_context)
+        self.need(pixels)
+        self.pixels -= pixels                        # also for a packet that turns out damaged
+        frames = packet.decode()
+        for frame in frames:
+            _check_size(frame, self.path)
+        return frames
+
+
+def _cost(context, frames: int = 1) -> int:
+    """Pixels of so many frames.  The smallest take their time, too: at least 256 x 256."""
+    return frames * max(context.width * context.height, 2 ** 16)
+
+
+def _check_size(picture, path: Path) -> None:
+    if picture.width * picture.height > MAX_PIXELS or max(picture.width, picture.height) > MAX_SIDE:
+        raise ClipError(f"{path}: has pictures of {picture.width} x {picture.height}, more than {MAX_PIXELS} pixels or "
+                        f"{MAX_SIDE} at a side")
+
+
+def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
+    """-> uint8 (F, H, W, 3), upright."""
+    with open_media(path) as container:
+        if not container.streams.video:
+            raise ClipError(f"{path}: has no video stream")
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        if context is None:
+            raise ClipError(f"{path}: its video codec is unknown")
+        _check_size(context, path)
+        # Headers lie about the number of frames (0 in mkv, off by one in avi), packets do not.
+        times, keys, damaged = _packets(container, path)
+        promised = max(stream.frames, len(times))
+    sound = not damaged and len(times) >= promised - 1 and None not in times
+    if len(times) > SEEK_ABOVE and sound:
+        chosen = np.argsort(times, kind="stable")[frame_indices(len(times), num_frames)]         # packets, by place
+        since = chosen - np.maximum.accumulate(keys * np.arange(len(keys)))[chosen] + 1          # the key frame before
+        if _cost(context, int(since.sum())) <= MAX_DECODED:
+            try:
+                budget = Budget(path, MAX_DECODED)
+                return np.stack([_frame_at(path, times[i], budget) for i in chosen])
+            except (ClipError, av.error.FFmpegError, OSError, ValueError):
+                pass                                 # an index that does not hold: read it from the start instead
+    Budget(path, MAX_DECODED).need(_cost(context, len(times)))       # now, not after minutes of decoding
+    wanted = set(frame_indices(max(len(times), 1), num_frames).tolist())
+    found, d, errors = _decode_frames(path, wanted)
+    if d == 0:
+        raise ClipError(f"{path}: no frame can be decoded")
+    if d != len(times):                              # damaged or hidden frames: choose again among those that came
+        wanted = set(frame_indices(d, num_frames).tolist())
+        found, d, errors = _decode_frames(path, wanted)
+    if errors or damaged or d < promised - 1:
+        notes.append(f"degraded: {d} of {promised} frames could be decoded")
+    return _stack([found[i] for i in frame_indices(d, num_frames).tolist()], path)
+
+
+def _packets(container, path: Path) -> tuple[list[int | None], list[bool], bool]:
+    """Of every packet of the first video stream: presentation time, is it a key frame.  And whether reading broke off."""
+    times, keys = [], []
+    try:
+        for number, packet in enumerate(container.demux(container.streams.video[0])):
+            if number == MAX_PACKETS:
+                raise ClipError(f"{path}: too long: more than {MAX_PACKETS} packets of video")
+            if packet.size and not packet.is_discard:
+                times.append(packet.pts)
+                keys.append(packet.is_keyframe)
+    except (av.error.FFmpegError, OSError):
+        return times, keys, True
+    return times, keys, False
+
+
+def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray], int, int]:
+    """Decode all, keep the frames of those numbers.  -> (number -> frame, frames decoded, damaged packets)"""
+    found, d, errors, budget = {}, 0, 0, Budget(path, MAX_DECODED)
+    with open_media(path) as container:
+        stream, packet = container.streams.video[0], None
+        packets = container.demux(stream)            # ends with an empty packet, which flushes the decoder
+        while True:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    break
+                for frame in budget.decode(packet):
+                    if d in wanted:
+                        found[d] = _upright(frame)
+                    d += 1
+            except (av.error.FFmpegError, OSError, ValueError):
+                errors += 1
+                if packet is None or errors > 10_000:
+                    break
+    return found, d, errors
+
+
+def _frame_at(path: Path, time: int, budget: Budget) -> np.ndarray:
+    """The frame shown at `time` (in the stream's time base), found from the key frame before it."""
+    with open_media(path) as container:
+        stream = container.streams.video[0]
+        container.seek(int(time), stream=stream, backward=True)
+        for frame in (frame for packet in container.demux(stream) for frame in budget.decode(packet)):
+            if frame.pts is not None and frame.pts >= time:
+                if frame.pts != time:
+                    break
+                return _upright(frame)
+    raise ClipError(f"{path}: no frame at time {time}")
+
+
+def _upright(frame) -> np.ndarray:
+    """Decoded frame -> uint8 (H, W, 3).  The display matrix is not applied by the decoder; phones rely on it."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
+
+
+def _stack(frames: list[np.ndarray], path: Path) -> np.ndarray:
+    if len({f.shape for f in frames}) > 1:
+        raise ClipError(f"{path}: the picture changes its size within the clip")
+    return np.stack(frames)
+
+
+def _read_folder(path: Path, num_frames: int) -> np.ndarray:
+    """A folder of pictures in natural order: 2.png before 10.png."""
+    def natural(p: Path):
+        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", p.name)]
+
+    try:
+        files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural)
+    except OSError as error:
+        raise ClipError(f"{path}: cannot be opened: {error}") from None
+    if not files:
+        raise ClipError(f"{path}: the folder holds no pictures")
+    frames, budget = {}, Budget(path, MAX_DECODED)
+    for i in set(frame_indices(len(files), num_frames).tolist()):
+        if not files[i].is_file():                   # reading a pipe might never end
+            raise ClipError(f"{files[i]}: is no file")
+        with open_media(files[i]) as container:
+            try:
+                decoded = (frame for packet in container.demux(video=0) for frame in budget.decode(packet))
+                frames[i] = _upright(next(decoded))
+            except (av.error.FFmpegError, StopIteration, IndexError, ValueError) as error:
+                raise ClipError(f"{files[i]}: cannot be decoded: {error}") from None
+    return _stack([frames[i] for i in frame_indices(len(files), num_frames).tolist()], path)
+
+
+def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray | None:
+    """-> float32 (n,) at 16 kHz, or None with a note."""
+    limit, parts, count, errors = int(max_seconds * SAMPLE_RATE), [], 0, 0
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+    with open_media(path) as container:
+        if not container.streams.audio:
+            notes.append("no audio track: silence")
+            return None
+        packets = container.demux(container.streams.audio[0])
+        for _ in range(MAX_PACKETS):
+            if count >= limit:
+                break
+            try:
+                packet = next(packets, None)
+                frames = [None] if packet is None else packet.decode()       # None flushes the resampler
+                for frame in frames:
+                    if frame and frame.sample_rate not in SOUND_RATES:       # a sample of 1 Hz would become 16,000
+                        raise ValueError(f"{frame.sample_rate} Hz")
+                    for out in resampler.resample(frame):
+                        parts.append(out.to_ndarray()[0])
+                        count += parts[-1].size
+                if packet is None:
+                    break
+            except (av.error.FFmpegError, OSError, ValueError):
+                errors += 1
+                if errors > 10_000:
+                    break
+    if not count:
+        notes.append("unreadable audio: silence")
+        return None
+    if errors:
+        notes.append(f"degraded: {errors} damaged audio packets were left out")
+    audio = np.concatenate(parts)[:limit].astype(np.float32)
+    return np.nan_to_num(audio, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def write_clip(path: Path, frames: np.ndarray, samples: np.ndarray, fps: int) -> None:
+    """frames uint8 (F, H, W, 3), samples float32 (n,) at 16 kHz -> an mp4 (H.264, AAC), there only when whole."""
+    part = path.with_suffix(".part")
+    with av.open(str(part), "w", format="mp4") as file:
+        # mbtree is off because x264's is not deterministic: one file in a hundred came out with other bytes
+        video = file.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "21", "threads": "1",
+                                                              "x264-params": "no-mbtree=1"})
+        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        audio = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"})
+        audio.bit_rate = 48_000
+        for image in frames:
+            file.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(video.encode())
+        sound = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+        sound.sample_rate, sound.pts = SAMPLE_RATE, 0  # without pts the encoder's 64 ms of priming stay in the clip
+        file.mux(audio.encode(sound))
+        file.mux(audio.encode())
+    os.replace(part, path)

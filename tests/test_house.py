@@ -1,0 +1,66 @@
+"""The house: eight scripts on top, what they need below, programs beside them; arrows point one way."""
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LESSON = {"grpo", "sft", "eval", "training", "model", "sampler", "data", "rewards"}
+FLOORS = {"lib": {"lib"}, "lesson": {"lib", "lesson"}, "tools": {"lib", "lesson", "tools"}, "toy": {"lib", "lesson", "toy"}}
+FILES = [f for f in sorted(ROOT.glob("*.py")) + [f for floor in ("lib", "tools", "toy") for f in
+                                                 sorted((ROOT / floor).glob("**/*.py"))]]
+
+
+def floor_of(module: str) -> str | None:
+    """The floor that a module of ours is on; None for other people's."""
+    first = module.split(".")[0]
+    return "lesson" if first in LESSON else first if first in ("lib", "tools", "toy", "tests") else None
+
+
+def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
+    found = [(node, alias.name) for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return found + [(node, node.module or "") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+
+
+def test_the_top_floor_is_the_lesson():
+    """Stops a ninth script on top, and a lesson that cannot be read in a few sittings."""
+    lines = {f.stem: len(f.read_text().splitlines()) for f in ROOT.glob("*.py")}
+    assert set(lines) == LESSON
+    assert max(lines.values()) <= 600 and sum(lines.values()) <= 3000, lines
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_arrows_point_one_way(file):
+    """Stops lib/ knowing the lesson, the lesson knowing its tools, imports in a circle hidden at the end of a file."""
+    tree = ast.parse(file.read_text())
+    mine = file.parent.name if file.parent != ROOT else "lesson"
+    for _, module in imports(tree):
+        assert floor_of(module) in {None, *FLOORS[mine]}, f"{file.name} ({mine}) imports {module}"
+    body = [node for node in tree.body if not isinstance(node, ast.Expr)]
+    first = next((i for i, node in enumerate(body) if isinstance(node, ast.FunctionDef | ast.ClassDef)), len(body))
+    late = [node for node in body[first:] for _ in imports(node)[:1] if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert not late, f"{file.name} imports at line {late[0].lineno}, after its first definition"
+
+
+def test_nothing_imports_in_a_circle():
+    """Stops two files of the same floor that need each other."""
+    needs = {}
+    for file in FILES:
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        found = imports(ast.parse(file.read_text()))
+        needs[name] = {module for _, module in found}
+        # `from lib import media` needs lib.media.
+        needs[name] |= {f"{module}.{alias.name}" for node, module in found for alias in node.names}
+    needs = {name: names & set(needs) for name, names in needs.items()}
+    while needs:
+        free = [name for name, names in needs.items() if not names & set(needs)]
+        assert free, f"a circle among {sorted(needs)}"
+        needs = {name: names for name, names in needs.items() if name not in free}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_function_is_long(file):
+    """Stops a function that does not fit on two screens."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 100, f"{file.name}: {node.name}"

@@ -1,0 +1,1 @@
+"""Programs beside the lesson: python -m tools.NAME."""

@@ -1,0 +1,1 @@
+"""The miniature: python -m toy."""
