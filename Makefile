@@ -2,18 +2,23 @@
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
+# The scripts need what is installed there: said when it is made, and again where the first command of one's own comes.
+HOW = @echo "To run the scripts yourself, first type:  source $(VENV)/bin/activate"
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
+	$(HOW)
 
 toy: $(VENV)/installed
 	$(RUN) -m toy
+	$(HOW)
 
 # The same, and two more trainings: on video alone and on audio alone.
 toy-modalities: $(VENV)/installed
 	$(RUN) -m toy --modalities
+	$(HOW)
 
 # The lesson's own tests alone, in under a minute.
 lesson: $(VENV)/installed

@@ -11,9 +11,10 @@
     label_sft   sft.py on the labels that RL sees, bare words                      = MAFW-DFEW-SFT
     r1          grpo.py from emer_sft, labels only                                 = R1-Omni
 
-Each stage is a call of the project's own scripts, printed as a user would type it.  A stage whose result is there, and
-newer than what it is made from, is not done again; delete its folder, or give --fresh, to repeat it.  The order of
-things is the paper's; the numbers are this little world's.
+Each stage is a call of the project's own scripts, printed as a user would type it.  OUT/made_from.json keeps what each
+was made from: its flags and the SHA-256 of the files.  A stage whose result is there and was made from the same is not
+done again; delete its folder, or give --fresh, to repeat it.  The order of things is the paper's; the numbers are this
+little world's.
 """
 import dataclasses
 import json
@@ -28,13 +29,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.common import UserError, run_main, write_text
+from lib.common import UserError, run_main, write_json, write_text
+from lib.run_folder import digest
 from toy import world
 from toy.humanomni import make_humanomni
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("toy_dfew_test", "toy_mafw_test", "toy_ravdess_test")
 MAX_NEW_TOKENS = 80        # the reasoning has about 62
+UNKNOWN = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
 
 
 @dataclasses.dataclass
@@ -58,20 +61,49 @@ class Pipeline:
         self.args, self.out = args, Path(args.out)
         self.data = Path(args.data) if args.data else self.out / "data"
         self.times_file = self.out / "times.json"
-        self.seconds = json.loads(self.times_file.read_text()) if self.times_file.exists() else {}
+        self.made_file = self.out / "made_from.json"
+        self.seconds, self.made = (json.loads(f.read_text()) if f.exists() else {}
+                                   for f in (self.times_file, self.made_file))
+        self.recorded: set[Path] = set()             # results of which is known what they were made from
 
-    def stage(self, name: str, done: list[Path], needs: list[Path], work) -> None:
-        """Do `work` unless all of `done` exist and are newer than what they were made from; remember how long it took."""
-        made = [f.stat().st_mtime for f in done if f.exists()]
-        if len(made) == len(done) and not self.args.fresh and min(made) >= max([0, *(f.stat().st_mtime for f in needs)]):
-            print(f"== {name}: {done[0]} is there")
+    def stage(self, name: str, done: list[Path], inputs: dict[str, Path], flags: dict, work) -> None:
+        """Do `work` unless all of `done` are there, made from files like `inputs` under the same flags; keep the time."""
+        now = {flag: str(value) for flag, value in flags.items()} | {flag: digest(file) for flag, file in inputs.items()}
+        missing = [f for f in done if not f.exists()]
+        why = self.stale(name, now, inputs, missing)
+        if not missing and not why:
+            known = name in self.made
+            self.recorded |= set(done) if known else set()
+            print(f"== {name}: {done[0]} is there" + ("" if known else UNKNOWN))
             return
-        print(f"== {name}", flush=True)
+        print(f"== {name}" + (f": made anew, because {why}" if why else ""), flush=True)
         started = time.time()
+        self.note(name, None)                        # begun: what is there until it is done is no result
         work()
+        self.note(name, now)
+        self.recorded |= set(done)
         self.seconds[name] = round(time.time() - started, 1)
         write_text(self.times_file, json.dumps(self.seconds) + "\n")
         print(f"   {self.seconds[name]:.0f} s", flush=True)
+
+    def stale(self, name: str, now: dict, inputs: dict[str, Path], missing: list[Path]) -> str:
+        """Why a stage that was done has to be done again; "" if it has not, or was never done."""
+        known = name in self.made
+        if known and self.made[name] is None:
+            return "it was begun and not finished"
+        if missing:
+            return f"{missing[0]} is missing" if known or (self.out / name).exists() else ""
+        if self.args.fresh:
+            return "of --fresh"
+        if not known:                                # an older toy made it, before anything that is on record
+            newer = [file for file in inputs.values() if file in self.recorded]
+            return f"{newer[0]} was made after it" if newer else ""
+        changed = sorted(k for k in now.keys() | self.made[name] if now.get(k) != self.made[name].get(k))
+        return f"{', '.join(changed)} changed" if changed else ""
+
+    def note(self, name: str, made: dict | None) -> None:
+        self.made[name] = made
+        write_json(self.made_file, self.made)
 
     def run(self, script: str, threads: int | None = None, quiet: bool = False, **flags) -> None:
         """`python SCRIPT --flag value ...`; True is a switch."""
@@ -85,13 +117,15 @@ class Pipeline:
         if result.returncode:
             raise UserError(f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}")
 
-    def train(self, name: str, script: str, model: Path, **flags) -> None:
+    def train(self, name: str, script: str, model: Path, data: Path, **flags) -> None:
         """One trained stage: OUT/name/latest."""
+        flags |= {"seed": self.args.seed}
+
         def work():
-            self.run(script, out=self.out / name, overwrite=True, seed=self.args.seed, model=model,
+            self.run(script, out=self.out / name, overwrite=True, model=model, data=data,
                      feature_cache=self.out / "features", **flags)
 
-        self.stage(name, [weights(self.out / name / "latest")], [weights(model)], work)
+        self.stage(name, [weights(self.out / name / "latest")], {"model": weights(model), "data": data}, flags, work)
 
     def evaluate(self, name: str, model: Path, **flags) -> None:
         """A model on the three test sets: OUT/eval/NAME.SET.json.  Two at a time, a thread each."""
@@ -103,7 +137,8 @@ class Pipeline:
             with ThreadPoolExecutor(2) as pool:
                 list(pool.map(one, SETS))
 
-        self.stage(f"eval {name}", [self.result(name, s) for s in SETS], [weights(model)], work)
+        inputs = {"model": weights(model)} | {s: self.data / f"{s}.json" for s in SETS}
+        self.stage(f"eval {name}", [self.result(name, s) for s in SETS], inputs, flags, work)
 
     def result(self, name: str, test_set: str) -> Path:
         return self.out / "eval" / f"{name}.{test_set}.json"
@@ -120,9 +155,13 @@ def build(p: Pipeline) -> None:
     """All stages, in the paper's order."""
     args, data = p.args, p.data
     p.out.mkdir(parents=True, exist_ok=True)
-    p.stage("clips", [data / "cues.json"], [], lambda: world.build(data, seed=0, scale=args.scale))
-    p.stage("humanomni", [weights(p.out / "humanomni")], [data / "cues.json"],
-            lambda: make_humanomni(p.out, data, args.seed, args.scale))
+    world.claim(data, seed=0, scale=args.scale)      # clips are never made anew: those of another world are refused
+    if (data / "cues.json").exists():
+        print(f"== clips: {data / 'cues.json'} is there")
+    else:
+        p.stage("clips", [data / "cues.json"], {}, {}, lambda: world.build(data, seed=0, scale=args.scale))
+    p.stage("humanomni", [weights(p.out / "humanomni")], {"data": data / "cues.json"},
+            {"seed": args.seed, "scale": args.scale}, lambda: make_humanomni(p.out, data, args.seed, args.scale))
     p.train("base", "sft.py", model=p.out / "humanomni", data=data / "toy_base_train.json", prompt="row", allow_labels=True,
             train="decoder", max_steps=p.steps(500), batch_size=16, micro_batch=16, lr=2e-3)
     p.train("emer_sft", "sft.py", model=p.out / "base" / "latest", data=data / "toy_emer_train.json",

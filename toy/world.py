@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.common import write_json
+from lib.common import UserError, write_json
 from lib.media import SAMPLE_RATE, write_clip
 
 VERSION = 2             # raise it when a change alters clips or texts: old folders are then refused
@@ -483,16 +483,17 @@ def claim(out: Path, seed: int, scale: float) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         if found != world:
-            raise ValueError(f"{out} holds another world ({found}, asked for {world}): delete the folder or "
-                             "choose another --out")
-    elif (out / "clips").exists():
-        raise ValueError(f"{out} holds clips but no world.json: delete the folder or choose another --out")
+            raise UserError(f"{out} holds another world ({found}, asked for {world}): delete the folder or "
+                            "choose another --out.")
+        return
+    if (out / "clips").exists():
+        raise UserError(f"{out} holds clips but no world.json: delete the folder or choose another --out.")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, world)
 
 
 def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> None:
-    """Write the clips that are missing under `out`, then all sample files. Raises ValueError on a foreign folder."""
+    """Write the clips that are missing under `out`, then all sample files. Raises UserError on a foreign folder."""
     out = Path(out)
     claim(out, seed, scale)
     clips = plan(seed, scale)
@@ -541,7 +542,7 @@ def main() -> None:
         parser.error("--seed must be 0 or more, --scale above 0, --workers 1 or more")
     try:
         build(args.out, args.seed, args.scale, args.workers)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"toy.world: {error}")
 
 

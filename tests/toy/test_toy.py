@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import forkserver
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lib.common import UserError
 from toy import __main__ as toy
@@ -92,9 +94,70 @@ def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
     second = run_toy(out)
     assert second.count(" is there") == 2 + 4 + 4 and "   python " not in second
     assert before == {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
-    os.utime(out / "emer_sft" / "latest" / "model.safetensors")
+    weights = load_file(out / "emer_sft" / "latest" / "model.safetensors")
+    weights["model.norm.weight"] += 0.01
+    save_file(weights, out / "emer_sft" / "latest" / "model.safetensors", {"format": "pt"})
     redone = [line[3:] for line in build(out).splitlines() if line.startswith("== ") and " is there" not in line]
-    assert redone == ["r1", "eval emer_sft", "eval r1"]
+    assert redone == [f"{stage}: made anew, because model changed" for stage in ("r1", "eval emer_sft", "eval r1")]
+
+
+def test_a_copied_folder_is_left_alone(run, tmp_path):
+    """Stops: a finished miniature trained anew, and overwritten, because a copy has other times than the original."""
+    copy = shutil.copytree(run[0], tmp_path / "copy", symlinks=True, copy_function=shutil.copy)
+    for age, file in enumerate(sorted(copy.rglob("*.*"))):           # what is made from a file may be older than it
+        if file.is_file():
+            os.utime(file, (10 ** 9 - age, 10 ** 9 - age))
+    before = {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
+    assert build(copy).count(" is there\n") == 2 + 4 + 4
+    assert before == {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
+
+
+def test_why_a_stage_is_made_anew(tmp_path, capsys):
+    """Stops: a result that is overwritten without a word, kept after its flags or files changed, or half made and kept."""
+    source, first, second = (tmp_path / name for name in ("source", "first", "second"))
+    source.write_text("a")
+
+    def go(lr=1, fails=False, **flags) -> list[str]:
+        pipeline = toy.Pipeline(toy.Args(out=str(tmp_path), **flags))
+
+        def make(to: Path, of: Path) -> None:
+            to.write_text(f"{of.read_text()} {lr}")
+            if fails:
+                raise KeyboardInterrupt
+
+        pipeline.stage("one", [first], {"data": source}, {"lr": lr}, lambda: make(first, source))
+        pipeline.stage("two", [second], {"model": first}, {}, lambda: make(second, first))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
+
+    there = [f"== one: {first} is there", f"== two: {second} is there"]
+    kept = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
+    anew = lambda one, two="model changed": [f"== one: made anew, because {one}", f"== two: made anew, because {two}"]
+    assert go() == ["== one", "== two"] and go() == there
+    assert go(lr=2) == anew("lr changed") and second.read_text() == "a 2 2" and go(lr=2) == there
+    source.write_text("b")
+    assert go() == anew("data, lr changed") and second.read_text() == "b 1 1"
+    assert go(fresh=True) == anew("of --fresh", "of --fresh")
+    first.unlink()
+    assert go() == [f"== one: made anew, because {first} is missing", there[1]]      # `two` is still true of it
+    with pytest.raises(KeyboardInterrupt):
+        go(lr=3, fails=True)
+    capsys.readouterr()
+    assert go(lr=3) == anew("it was begun and not finished")
+    (tmp_path / "made_from.json").unlink()                           # as an older toy left it
+    source.write_text("c")
+    assert go() == [line + kept for line in there] and first.read_text() == "b 3"
+    first.unlink()
+    assert go() == ["== one", f"== two: made anew, because {first} was made after it"]
+
+
+def test_make_says_how_to_go_on(tmp_path):
+    """Stops: a first command after `make toy` that ends with "No module named 'torch'"."""
+    make = lambda: subprocess.run(["make", "toy", f"VENV={tmp_path}", "PYTHON=true", "RUN=true"], cwd=ROOT, check=True,
+                                  capture_output=True, text=True).stdout.splitlines()
+    line = f"To run the scripts yourself, first type:  source {tmp_path}/bin/activate"
+    first = make()
+    assert first[-1] == line and first.count(line) == 2              # also where the environment was made
+    assert make() == ["true -m toy", line]
 
 
 def test_a_stage_is_a_command_and_its_failure_is_told(run, tmp_path):

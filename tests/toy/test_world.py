@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 
+from lib.common import UserError
 from toy import world
 
 SMALL = 0.001  # MIN_CLIPS of every split
@@ -41,7 +42,7 @@ def test_resume_remakes_only_what_is_missing(folder):
 
 def test_another_world_in_the_folder_is_refused(folder):
     """Stops clips of two seeds ending up under one set of labels."""
-    with pytest.raises(ValueError, match="delete the folder"):
+    with pytest.raises(UserError, match="delete the folder"):
         world.build(folder, seed=4, scale=SMALL, workers=1)
 
 
