@@ -8,6 +8,7 @@ dataset turns it into a BadClip, and the batch carries it in `bad`, to be counte
 
 Legend   F frames taken from a clip   S side of the vision tower's input   M mel channels   T mel frames
 """
+import contextlib
 import dataclasses
 import json
 import os
@@ -291,6 +292,9 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
                 try:
                     yield line, json.loads(row)
                 except json.JSONDecodeError as error:
+                    with contextlib.suppress(ValueError, RecursionError):
+                        json.loads(text)
+                        raise UserError(f"{file} is JSON, but no list of samples: give a list, or a row a line.") from None
                     raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
                 except (RecursionError, ValueError) as error:    # too deep; a number of thousands of digits
                     raise UserError(f"{file} line {line} holds more than can be read: {error}.") from None

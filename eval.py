@@ -48,20 +48,23 @@ PLAIN = View()             # the whole clip, the rows' own question, reasoning a
 
 @dataclasses.dataclass
 class Args:
-    model: str | None = None                # checkpoint folder or hub id; for --data and --clip
+    # -- what to do (give one)
     data: str | None = None                 # sample file (json or jsonl) to score the model on
     clip: str | None = None                 # one video or sound file: print the model's answer to it
     compare: list[str] = dataclasses.field(default_factory=list)  # two result files: McNemar's test and the difference
     folds: list[str] = dataclasses.field(default_factory=list)  # result files of one data set's folds: their mean
     table: list[str] = dataclasses.field(default_factory=list)  # folders of result files, one a row: the paper's table
-    media_root: str | None = None           # folder under which the sample file's paths are; default: beside the file
-    out: str | None = None                  # result file, FILE.json, of --data or --clip
-    seed: int = 0                           # of the bootstrap; greedy decoding draws nothing
+    # -- model
+    model: str | None = None                # checkpoint folder or hub id; for --data and --clip
     vision_tower: str | None = None         # folder or hub id that replaces the checkpoint's vision tower
     audio_tower: str | None = None          # the same for the audio tower
     bert: str | None = None                 # the same for BERT's tokenizer
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    dtype: Literal["float32", "bfloat16"] = "float32"   # of the weights
+    # -- data and result
+    media_root: str | None = None           # folder under which the sample file's paths are; default: beside the file
+    limit: int = 0                          # only the first so many samples; 0: all
+    out: str | None = None                  # result file, FILE.json, of --data or --clip
+    seed: int = 0                           # of the bootstrap; greedy decoding draws nothing
+    # -- what the model sees and is asked
     prompt: Literal["think", "label"] = "think"  # ask for reasoning and answer, or for the bare word, and score it so
     question: str | None = None             # text file with the question to ask instead of the rows' own
     choices: list[str] = dataclasses.field(default_factory=list)  # words to choose from, or dfew, mafw, ravdess
@@ -71,9 +74,11 @@ class Args:
     modalities: bool = False                # one after another: all, video alone, audio alone, mute, blank; and their table
     fit: Literal["pad", "stretch"] = "pad"  # how a picture becomes square
     max_new_tokens: int = 512               # longest answer
+    # -- speed and memory
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"   # of the weights
     batch_size: int = 16                    # clips at a time, per rank
     feature_cache: str | None = None        # folder that keeps what the towers make of a clip, for other runs
-    limit: int = 0                          # only the first so many samples; 0: all
     workers: int = 2                        # processes that read media, per rank
 
 

@@ -41,27 +41,40 @@ from training import MasterAdamW, Run, TrainArgs, learning_rate, micro_batches, 
 
 @dataclasses.dataclass(kw_only=True)
 class Args(TrainArgs):
+    # -- sampling
     prompt: Literal["think", "label"] = "think"  # reason and answer, or (a baseline) answer with the bare word
-    epochs: float = 2.0                     # passes over the data, if max_steps is 0
     prompts_per_step: int = 16              # clips per step, over all ranks
     num_generations: int = 8                # G, completions per clip
     max_new_tokens: int = 512               # longest completion
     temperature: float = 1.0                # divides the logits, in sampling and in the loss
-    # The objective.  The defaults are the paper's; a modern set is --agg token --clip_high 0.28 --beta 0.
-    baseline: Literal["mean", "loo"] = "mean"                 # what a reward is compared with: the group, or the others
-    scale: Literal["group", "batch", "none"] = "group"        # standard deviation that advantages are divided by
-    ratio: Literal["token", "sequence"] = "token"             # importance ratio per token, or per completion (GSPO)
-    gate: Literal["clip", "cispo", "sapo", "none"] = "clip"   # what bounds the ratio
+    # -- objective (the defaults are the paper's; a modern set is --agg token --clip_high 0.28 --beta 0)
+    baseline: Literal["mean", "loo"] = "mean"           # what a reward is compared with
+        # mean: of its group (GRPO); loo: of the others in it (RLOO)
+    scale: Literal["group", "batch", "none"] = "group"  # what that difference is divided by
+        # group, batch: standard deviation of the rewards of its group (GRPO), of the step; none: nothing (Dr.GRPO)
+    ratio: Literal["token", "sequence"] = "token"       # rho = probability now / when it was sampled
+        # token: of each token (GRPO); sequence: geometric mean of the completion (GSPO, whose clips are 3e-4 and 4e-4)
+    gate: Literal["clip", "cispo", "sapo", "none"] = "clip"  # how far rho may move the objective rho A
+        # clip: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (GRPO); none: without bound
+        # cispo: min(rho, clip_high) only weighs log-probs, no token loses its gradient; sapo: a sigmoid of rho - 1
     clip_low: float = 0.2                   # lower clip: 1 - clip_low
-    clip_high: float = 0.2                  # upper clip: 1 + clip_high; for cispo the ceiling itself (5)
+    clip_high: float = 0.2                  # upper clip: 1 + clip_high; for cispo the ceiling itself, about 5
     delta: float | None = None              # second ceiling of the ratio where the advantage is negative (clip only)
-    agg: Literal["seq", "token", "const"] = "seq"             # mean over tokens: per completion, over the step, fixed length
+    agg: Literal["seq", "token", "const"] = "seq"       # how the tokens' losses become one
+        # seq: mean over each completion, then over completions (GRPO); token: over all tokens of the step (DAPO)
+        # const: sum / (completions x max_new_tokens) (Dr.GRPO)
     beta: float = 0.04                      # weight of the KL to the starting model; 0: no reference at all
-    kl: Literal["k3_ratio", "k3", "k2", "reward"] = "k3_ratio"  # form of the KL; k3 is the reference code's
-    is_cap: float | None = None             # weigh tokens by trainer / sampler probability, at most this (2)
+    kl: Literal["k3_ratio", "k3", "k2", "reward"] = "k3_ratio"  # form of the KL, with x = log-prob of reference - policy
+        # k3_ratio: rho (e^x - x - 1), its gradient is the reverse KL's (the paper's eq. 3); k2: x^2 / 2, likewise
+        # k3: e^x - x - 1 as in the reference code, the forward KL's gradient; reward: beta sum(-x) is taken off the reward
+    is_cap: float | None = None             # weigh tokens by trainer / sampler probability, at most 2 (say); default: off
     max_logp_diff: float = 0.5              # mean |trainer - sampler| log-prob above which a step is refused
+    # -- optimiser
+    epochs: float = 2.0                     # passes over the data, if --max_steps is 0
     inner_epochs: int = 1                   # optimiser steps on the same rollouts; the clip matters from 2 on
+    # -- speed and memory
     micro_batch: int = 4                    # prompts (with all their completions) per forward and backward
+    # -- evaluation on the way
     eval_data: list[str] = dataclasses.field(default_factory=list)  # sample files to evaluate on
     eval_every: int = 0                     # steps between evaluations; 0: only at step 0 and at the end
     eval_limit: int = 0                     # samples per evaluation; 0: all

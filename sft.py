@@ -28,13 +28,17 @@ from training import MasterAdamW, TrainArgs, learning_rate, micro_batches, set_u
 
 @dataclasses.dataclass(kw_only=True)
 class Args(TrainArgs):
-    lr: float = 2e-5                        # peak learning rate
-    schedule: Literal["linear", "cosine", "constant"] = "cosine"  # shape after warm-up
-    warmup: float = 0.03                    # share of the steps that the rate rises
-    epochs: float = 5.0                     # passes over the data, if max_steps is 0
+    # Flags that TrainArgs has stay in its groups; here they get other defaults.
+    lr: float = 2e-5
+    schedule: Literal["linear", "cosine", "constant"] = "cosine"
+    warmup: float = 0.03
+    # -- fine-tuning
+    prompt: Literal["auto", "think", "label", "row"] = "auto"  # what the question asks for
+        # auto: as the row's target is, reasoning or bare label, else as the row has it; think: reasoning and answer
+        # label: the bare word; row: what the row itself asks
+    epochs: float = 5.0                     # passes over the data, if --max_steps is 0
     batch_size: int = 16                    # samples per step, over all ranks
     micro_batch: int = 8                    # samples per forward and backward
-    prompt: Literal["auto", "think", "label", "row"] = "auto"  # question: by the target, or fixed, or as the row has it
 
 
 def pad_targets(targets: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,49 +28,55 @@ from data import (
     training_batches,
 )
 from lib.common import Ranks, UserError, dtype_of
-from lib.run_folder import STATE, RunFolder
+from lib.run_folder import STATE, RunFolder, check_outputs
 from model import DEFAULT_TRAINED, HumanOmni
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainArgs:
+    # -- model
     model: str                              # checkpoint folder or hub id to start from
-    data: str                               # sample file (json or jsonl)
-    out: str                                # run folder
-    media_root: str | None = None           # folder under which the sample file's paths are; default: beside the file
-    seed: int = 0                           # decides the data order and every sampled token
     vision_tower: str | None = None         # folder or hub id that replaces the checkpoint's vision tower
     audio_tower: str | None = None          # the same for the audio tower
     bert: str | None = None                 # folder or hub id of BERT's tokenizer
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    dtype: Literal["float32", "bfloat16"] = "float32"   # working weights; masters and Adam are always fp32
     train: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TRAINED))  # trained parts, by name
+    # -- data
+    data: str                               # sample file (json or jsonl)
+    media_root: str | None = None           # folder under which the sample file's paths are; default: beside the file
+    strict_paths: bool = False              # refuse a sample file that names anything outside --media_root
+    allow_labels: bool = False              # accept labels outside the vocabulary
+    feature_cache: str | None = None        # folder that keeps what the towers make of a clip, for later epochs and runs
+    workers: int = 2                        # processes that read media, per rank
+    # -- what the model sees and is asked
     modal: Modal = "video_audio"            # what of the clip the model gets
-    drop_audio: float = 0.0                 # share of the prompts that are asked without their sound; never both
-    drop_video: float = 0.0                 # share of the prompts that are asked without their picture
+    drop_audio: float = 0.0                 # share of the prompts that are asked without their sound; never both; 0: none
+    drop_video: float = 0.0                 # share of the prompts that are asked without their picture; 0: none
     fit: Literal["pad", "stretch"] = "pad"  # how a picture becomes square
     question: str | None = None             # text file with the question to ask instead of the rows' own
     choices: list[str] = dataclasses.field(default_factory=list)  # words to choose from, or dfew, mafw, ravdess
-    max_steps: int = 0                      # optimiser steps; 0: as many as `epochs` needs
+    # -- optimiser
+    max_steps: int = 0                      # optimiser steps; 0: as many as --epochs needs
     lr: float = 1e-6                        # peak learning rate
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # shape after warm-up
-    warmup: float = 0.0                     # share of the steps that the rate rises
-    lr_floor: float = 0.0                   # lowest rate, as a share of the peak
-    weight_decay: float = 0.0               # of AdamW
+    warmup: float = 0.0                     # share of the steps that the rate rises; 0: none
+    lr_floor: float = 0.0                   # lowest rate, as a share of the peak; 0: it falls to nothing
+    weight_decay: float = 0.0               # of AdamW; 0: none
     max_grad_norm: float = 1.0              # gradient norm is clipped to this; 0: never
     max_bad_steps: int = 10                 # stop after so many steps in a row without a finite gradient
+    # -- speed and memory
+    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"   # working weights; masters and Adam are always fp32
     tokens_per_micro_batch: int = 0         # positions per forward and backward instead of --micro_batch prompts; 0: off
     compile: bool = False                   # run the decoder's layers through torch.compile
+    # -- run folder and saving
+    out: str                                # run folder, empty or new
+    seed: int = 0                           # decides the data order and every sampled token
     save_every: int = 0                     # steps between checkpoints; 0: only at the end
     keep: int = 0                           # keep only so many checkpoints, the newest; 0: all
     on_save_error: Literal["stop", "continue"] = "stop"  # when the disk is full: end the run, or train on and try again
     resume: bool = False                    # continue the run in --out
     allow_changes: bool = False             # resume although flags or the sample file are not what the run started with
     overwrite: bool = False                 # replace the run in --out
-    allow_labels: bool = False              # accept labels outside the vocabulary
-    strict_paths: bool = False              # refuse a sample file that names anything outside --media_root
-    feature_cache: str | None = None        # folder that keeps what the towers make of a clip, for later epochs and runs
-    workers: int = 2                        # processes that read media, per rank
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,7 +265,11 @@ def resume_command() -> str:
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C set a flag, and the loop ends after the step it is in, saved.  Schedulers and people send these."""
+    """SIGTERM and Ctrl-C set a flag, and the loop ends after the step it is in, saved.  Schedulers and people send these.
+
+    A Ctrl-C after that ends the process at once.  A SIGTERM does not: torchrun sends one when it gets a second Ctrl-C
+    itself, and the save in progress is worth its 30 seconds.
+    """
 
     def __init__(self):
         self.asked = False
@@ -268,7 +278,8 @@ class StopSignal:
 
     def _ask(self, kind, frame) -> None:
         if not self.asked:
-            os.write(2, b"\nstopping after this step (kill -9 stops at once)\n")      # print is not safe in a handler
+            os.write(2, b"\nstopping after this step, saved; Ctrl-C again ends at once, unsaved\n")    # print is unsafe here
+            signal.signal(signal.SIGINT, signal.SIG_DFL)         # Python's own would wait for a hanging collective
         self.asked = True
 
 
@@ -290,6 +301,7 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
     """
     if args.seed < 0 or args.max_bad_steps < 1:
         raise UserError("--seed must be 0 or more, --max_bad_steps 1 or more.")
+    check_outputs(args, ranks)
     view = training_view(args)
     samples = read_samples(args.data, args.media_root, args.strict_paths)
     check_labels(samples, args.data, args.allow_labels)

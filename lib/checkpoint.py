@@ -51,14 +51,22 @@ def read_json(file: Path) -> dict:
         raise UserError(f"cannot read {file}: {error}") from None
 
 
+def is_place(name: str) -> bool:
+    """A path on this machine by its form, and no hub id ("owner/model")."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def find_file(path: str, name: str, required: bool = True) -> Path | None:
     """`name` in a local folder or in a hub repository -> a path on disk (downloaded if need be)."""
+    if (Path(path) / "checkpoints").is_dir():
+        newest = f"use {path}/latest" if (Path(path) / "latest").is_dir() else "it holds no checkpoint yet"
+        raise UserError(f"{path} is a run folder; {newest}.")
     if Path(path).is_dir():
         file = Path(path) / name
         if file.is_file():
             return file
         problem = "the folder has no such file"
-    elif Path(path).exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1:
+    elif Path(path).exists() or is_place(str(path)):
         problem = "there is no such folder"
     else:
         try:
@@ -95,7 +103,12 @@ def tower_source(path: str, config: dict, key: str, given: str | None) -> str:
     if Path(path).is_dir() and (Path(path) / named).is_dir():        # also true for an absolute path that exists
         return str((Path(path) / named).resolve())
     stock = HUB_TOWERS[key]
-    return stock if Path(named).name == stock.split("/")[1] else named
+    if Path(named).name == stock.split("/")[1]:
+        return stock
+    if is_place(named):
+        raise UserError(f"{path}/config.json names {named} as {key}, and there is no such folder (was the checkpoint "
+                        "moved?): say where things are with --vision_tower, --audio_tower and --bert.")
+    return named
 
 
 def bert_source(path: str, given: str | None) -> str:

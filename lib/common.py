@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 import typing
 import uuid
@@ -30,22 +31,54 @@ class UserError(Exception):
 # Arguments: one dataclass a script.  Its fields are the flags, its comments are the help.
 # ------------------------------------------------------------------------------------------------
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A line of a flag's comment is a line of its help, wrapped where it is too long."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return [piece for line in text.split("\n") for piece in super(Help, self)._split_lines(line, width)]
+
+
+def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
+    """field of a dataclass -> its help, and -> the group that it is in.  A field that is redefined stays in its group.
+
+        # -- optimiser                      starts a group
+        lr: float = 1e-6                    # peak learning rate
+            # and more lines of the same help
+    """
+    helps, groups = {}, {}
+    for base in reversed(cls.__mro__[:-1]):
+        group, name = "", None
+        for line in inspect.getsource(base).splitlines():
+            if section := re.match(r"    # -- (.+)", line):
+                group = section[1]
+            elif field := re.match(r"    (\w+):[^#]*(?:#\s*(.*))?$", line):
+                name = field[1]
+                helps[name] = field[2] or helps.get(name, "")
+                groups.setdefault(name, group)
+            elif name and (more := re.match(r"     +#\s*(.*)", line)):
+                helps[name] += "\n" + more[1]
+            else:
+                name = None
+    return helps, groups
+
+
 def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
     """Command line -> an instance of the dataclass `cls`.  Unknown flags are an error (exit 2).
 
-    Every field is a flag of the same name; `x: int = 3  # help` gives its type, default and help.
+    Every field is a flag of the same name; `x: int = 3  # help` gives its type, default and help (see read_comments).
     A bool is a switch, a list takes several words, a Literal is a choice.
     """
-    source = "".join(inspect.getsource(c) for c in reversed(cls.__mro__[:-1]))
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#[ ]*(.*)$", source, re.MULTILINE))
+    helps, groups = read_comments(cls)
     doc = sys.modules[cls.__module__].__doc__
     spec = sys.modules["__main__"].__spec__          # of a program that was started by `python -m`
     if prog is None and spec and cls.__module__ == "__main__":
         prog = f"python -m {spec.name.removesuffix('.__main__')}"
-    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    for field in dataclasses.fields(cls):
-        options: dict = {"help": comments.get(field.name, "").replace("%", "%%")}
+    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=Help, allow_abbrev=False)
+    sections = {g: parser.add_argument_group(g) if g else parser for g in dict.fromkeys(groups.values())}
+    fields = dataclasses.fields(cls)
+    for field in fields:
+        told = helps[field.name]
+        options: dict = {}
         kind = next((a for a in typing.get_args(field.type) if a is not type(None)), field.type) \
             if type(None) in typing.get_args(field.type) else field.type         # `int | None` -> int
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -61,9 +94,14 @@ def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
             options["required"] = True
         else:
             options["default"] = default
-            if kind is not bool and default not in (None, "", []):
-                options["help"] += " (%(default)s)"
-        parser.add_argument(f"--{field.name}", **options)
+            # Shown, but not where there is none, nor a 0 of which the help says what it means ("; 0: off").
+            if kind is not bool and default not in (None, "", []) and not (default == 0 and re.search(r"\b0: ", told)):
+                shown = " ".join(map(str, default)) if isinstance(default, list) else default
+                told = re.sub("$", f" ({shown})", told, count=1, flags=re.MULTILINE)         # after its first line
+        sections[groups[field.name]].add_argument(f"--{field.name}", help=told.replace("%", "%%"), **options)
+    if len(fields) > 12:                             # sixty flags in a row would hide the error below them
+        needed = "".join(f" --{f.name} {f.name.upper()}" for f in fields if f.default is f.default_factory)
+        parser.usage = f"%(prog)s [-h]{needed} [--flag value ...]"
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -186,6 +224,22 @@ def sync(what) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_writable(path, flag: str = "--out", folder: bool = False) -> None:
+    """Before the work: can that file be written, or files in that folder, also where it is yet to be made?
+
+    Leaves nothing; raises UserError.
+    """
+    here = Path(path).absolute()
+    try:
+        if here.exists() and here.is_dir() != folder:
+            raise OSError(None, "it is a file, not a folder" if folder else "it is a folder, not a file")
+        there = next(p for p in (here, *here.parents)[not folder:] if os.path.lexists(p))
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        what = "folder" if folder else "file"
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}): name a {what} that can.") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lib.common import Ranks, UserError, printable, sync, write_json
+from lib.common import Ranks, UserError, check_writable, printable, sync, write_json
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
 MANIFEST = "manifest.json"
@@ -82,6 +82,31 @@ def damage(checkpoint: Path) -> str | None:
     return None if STATE in files else f"{STATE} is not listed"
 
 
+def check_outputs(args, ranks: Ranks) -> None:
+    """Can the run write where it is to, and is --out its own?  Asked before anything is loaded; raises UserError."""
+    out = Path(args.out)
+    if args.feature_cache:                           # may be another disk on every machine
+        check_writable(args.feature_cache, "--feature_cache", folder=True)
+    if not ranks.first:
+        return
+    check_writable(out, folder=True)
+    config, found = None, sorted(out.iterdir()) if out.is_dir() else []
+    with contextlib.suppress(OSError, ValueError):
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    if isinstance(config, dict) and "world_size" in config:
+        if not (args.resume or args.overwrite):
+            raise UserError(f"--out {out} already holds a run: continue it with --resume, replace it with --overwrite, or "
+                            "choose another folder.")
+        return
+    # A run may have been killed before its config.json; shells and schedulers write their logs here.
+    own = {*LOGS, "checkpoints", "latest", Path(args.feature_cache or "latest").name}
+    others = [p.name for p in found if p.name not in own and p.suffix not in (".log", ".out", ".err", ".txt")
+              and not p.name.startswith((".", "config.json.tmp"))]
+    if others:
+        raise UserError(f"--out {out} holds other things and no run ({', '.join(others[:3])}{', ...' * (len(others) > 3)}): "
+                        "choose a new or an empty folder.")
+
+
 class RunFolder:
     """The folder of one run.  Rank 0 writes; every rank calls, because some calls wait for all."""
 
@@ -97,18 +122,18 @@ class RunFolder:
     # ---- starting and resuming --------------------------------------------------------------------
 
     def _prepare(self, args) -> None:
+        check_outputs(args, self.ranks)
         before = self.path / "config.json"
+        # A link (`RUN/latest`) points elsewhere tomorrow.
+        start = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
         config = dataclasses.asdict(args) | {"argv": sys.argv, "world_size": self.ranks.world, "torch": torch.__version__,
-                                             "data_sha256": digest(Path(args.data))}
+                                             "data_sha256": digest(Path(args.data)), "model_resolved": start}
         if before.exists() and args.resume:
             self._check_same(json.loads(before.read_text()), config, args.allow_changes)
-        elif before.exists() and args.overwrite:
+        elif before.exists():                                    # --overwrite
             for name in ("config.json", *LOGS, "latest"):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
-        elif before.exists():
-            raise UserError(f"--out {self.path} already holds a run: continue it with --resume, replace it "
-                            "with --overwrite, or choose another folder.")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         for left in self.checkpoints.glob(".step_*"):            # of a process that was killed while it saved
             shutil.rmtree(left, ignore_errors=True)
@@ -117,9 +142,13 @@ class RunFolder:
     def _check_same(self, old: dict, new: dict, allow: bool) -> None:
         """A continuation under other flags would be another run under the old one's name."""
         changed = sorted(k for k in new if k in old and old[k] != new[k] and k not in FREE | {"argv", "torch", "world_size"})
-        told = [f"--{k} was {old[k]!r} and is {new[k]!r}" for k in changed if k != "data_sha256" and k not in LENGTH]
+        told = [f"--{k} was {old[k]!r} and is {new[k]!r}" for k in changed
+                if k not in LENGTH | {"data_sha256", "model_resolved"}]
         if "data_sha256" in changed:
             told.append(f"the sample file {new['data']} has other contents")
+        places = [Path(config.get("model_resolved", "")) for config in (old, new)]
+        if "model_resolved" in changed and places[0].name != places[1].name:     # else the whole tree was moved
+            told.append(f"--model {new['model']} was {places[0]} and is {places[1]}")
         if told and not allow:
             raise UserError(f"--resume {self.path}: {'; '.join(told)}. Give what the run was started with, "
                             "or --allow_changes.")

@@ -169,6 +169,9 @@ GOOD = json.dumps(row())
     ("a.json", f"[\n{GOOD},\n{{oops}}\n]", "line 3"),
     ("a.json", f"[\n{GOOD},\n{GOOD}\n", "does not end"),
     ("a.json", f"[{GOOD}]\n[{GOOD}]", "does not end"),
+    ("a.json", '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n}', "is JSON, but no list of samples"),    # toy's cues.json
+    ("a.json", json.dumps(row(), indent=1), "is JSON, but no list of samples"),
+    ("a.json", '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n', "line 1 is not valid JSON"),
     ("a.json", "[]", "no samples"),
     ("a.json", "", "no samples"),
     ("a.jsonl", f"{GOOD}\n" + json.dumps({"conversations": []}), 'line 2: lacks "video"'),

@@ -114,14 +114,15 @@ def whole(labels, tmp_path_factory) -> dict:
 
 # ---- stopping and going on -------------------------------------------------------------------------
 
-def signal_at(step: int, kind: str) -> str:
-    """A hook: the process gets a signal while it books that step."""
+def signal_at(step: int, *kinds: str) -> str:
+    """A hook: the process gets a signal, or one after the other, while it books that step."""
     return f"""
 import os, signal, training
 book = training.Run.count
 def count(self, *args):
     if self.state["step"] + 1 == {step}:
-        os.kill(os.getpid(), signal.{kind})
+        for kind in {kinds}:
+            os.kill(os.getpid(), getattr(signal, kind))
     return book(self, *args)
 training.Run.count = count
 """
@@ -139,6 +140,16 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole
     again = forkserver.shared().run(script, *command[2:], hook=MOVING)
     assert again.returncode == 0 and "resuming after step" in again.stdout, again.stderr[-2000:]
     assert_same(end_of(out), whole[script])
+
+
+def test_a_second_ctrl_c_ends_at_once(labels, tmp_path):
+    """Stops: a second Ctrl-C that does nothing; and torchrun's SIGTERM, which follows its own, tearing the save."""
+    done = run("grpo.py", tmp_path / "twice", labels, hook=signal_at(3, "SIGTERM", "SIGINT"), check=False)
+    assert done.returncode == -signal.SIGINT and done.stderr.strip().endswith("Ctrl-C again ends at once, unsaved")
+    assert [r["step"] for r in metrics(tmp_path / "twice")] == [1, 2]                 # nor was the step ended
+    run("grpo.py", tmp_path / "term", labels, "--save_every", 0, hook=signal_at(3, "SIGINT", "SIGTERM", "SIGTERM"))
+    steps = [r["step"] for r in metrics(tmp_path / "term")]
+    assert steps[-1] in (3, 4) and (tmp_path / "term" / "latest").resolve().name == f"step_{steps[-1]}"
 
 
 def test_killed_at_twenty_random_moments(whole, labels, tmp_path):

@@ -253,6 +253,49 @@ def test_a_used_run_folder_is_not_overwritten_by_accident(labels, tmp_path):
     assert [r["step"] for r in metrics(out)] == [1, 2]
 
 
+def test_outputs_are_checked_before_anything_is_loaded(labels, tmp_path):
+    """Stops: a traceback after minutes of loading, or a run that is mixed into, or replaces, a folder that is no run."""
+    (tmp_path / "file").write_text("")
+    shutil.copytree(MODEL, tmp_path / "checkpoint")
+    for name in ("thesis", "logged"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("kept")
+    (tmp_path / "logged" / "train.log").write_text("")               # `... | tee OUT/train.log`
+    told = {("--out", "file"): ["cannot be written", "it is a file"], ("--out", "file/run"): ["cannot be written"],
+            ("--feature_cache", "file"): ["--feature_cache", "it is a file"],
+            ("--out", "thesis"): ["holds other things and no run (chapter.tex)"],
+            ("--out", "thesis", "--overwrite"): ["holds other things"],
+            ("--out", "thesis", "--resume"): ["holds other things"],
+            ("--out", "checkpoint", "--overwrite"): ["holds other things and no run (added_tokens.json, config.json,"],
+            ("--out", "logged"): ["cannot find config.json of nowhere/at/all"]}
+    for (flag, name, *more), words in told.items():                  # a model that is not there would be told of otherwise
+        done = grpo(tmp_path / "run", labels, flag, tmp_path / name, *more, model=Path("nowhere/at/all"), check=False)
+        assert done.returncode == 1 and "Traceback" not in done.stderr and "\n" not in done.stderr.strip()
+        assert all(word in done.stderr for word in words), done.stderr
+    assert not (tmp_path / "run").exists() and [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    assert (tmp_path / "checkpoint" / "config.json").read_bytes() == (MODEL / "config.json").read_bytes()
+
+
+def test_a_start_that_is_a_link_is_recorded(labels, tmp_path):
+    """Stops: a run resumed from another start, and with another KL reference, because `latest` points elsewhere by now."""
+    start, out = tmp_path / "start", tmp_path / "run"
+    for step in (1, 2):
+        for folder in ("humanomni", "siglip", "whisper", "bert"):
+            shutil.copytree(GOLDEN / folder, start / f"step_{step}" / folder)
+    (start / "latest").symlink_to("step_1/humanomni")
+    assert grpo(out, labels, "--max_steps", 1, model=start / "latest").returncode == 0
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model"], config["model_resolved"]) == (str(start / "latest"), str(start / "step_1" / "humanomni"))
+    shutil.move(start, tmp_path / "moved")                           # all of it, and the flags as before
+    start.symlink_to("moved")
+    grpo(out, labels, "--max_steps", 1, "--resume", model=start / "latest")
+    (start / "step_2" / "humanomni").rename(start / "step_2" / "other")
+    (start / "latest").unlink()
+    (start / "latest").symlink_to("step_2/other")
+    done = grpo(out, labels, "--max_steps", 2, "--resume", model=start / "latest", check=False)
+    assert done.returncode == 1 and f"--model {start}/latest was " in done.stderr and "step_2/other" in done.stderr
+
+
 def test_feature_cache_changes_nothing_but_the_work(labels, tmp_path, moving):
     """Stops: stale or mixed-up features; a second epoch that sees other numbers than the first."""
     flags = ("--max_steps", 2, "--lr", 1e-3, "--feature_cache", tmp_path / "features")

@@ -517,6 +517,23 @@ def test_missing_folder_and_hub_ids(tmp_path):
     refused(tmp_path / "empty", "config.json", str(tmp_path / "empty"))
 
 
+def test_a_run_folder_and_a_moved_checkpoint_are_told(home, tmp_path):
+    """Stops a run's config.json being taken for a broken checkpoint's, and a moved tower that no flag is named for."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text('{"lr": 1e-6}')
+    refused(run, f"{run} is a run folder; it holds no checkpoint yet.")
+    shutil.copytree(home / "humanomni", run / "checkpoints" / "step_1")
+    (run / "latest").symlink_to("checkpoints/step_1")
+    for start in (HumanOmni, Processor):
+        with pytest.raises(UserError, match=f"^{re.escape(str(run))} is a run folder; use {re.escape(str(run))}/latest.$"):
+            start.from_pretrained(run)
+    moved = run / "latest"                               # its "../siglip" is not there
+    refused(moved, "../siglip", "mm_vision_tower", "--vision_tower", "--audio_tower", "--bert")
+    refused(moved, "../whisper", "mm_audio_tower", vision_tower=str(home / "siglip"))
+    load(moved, vision_tower=home / "siglip", audio_tower=home / "whisper", bert=home / "bert")
+
+
 def test_missing_weights_and_towers(home):
     """Stops a half-downloaded checkpoint or tower ending in something else than its name."""
     (home / "humanomni" / "model.safetensors").unlink()

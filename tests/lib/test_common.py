@@ -1,0 +1,108 @@
+"""Arguments and their help, and whether results can be written."""
+import dataclasses
+import importlib
+import re
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import eval as eval_script
+import grpo
+import sft
+from lib.common import UserError, check_writable, parse_args, read_comments
+from toy import __main__ as toy
+
+LESSON = [grpo.Args, sft.Args, eval_script.Args]
+TOOLS = [value for file in sorted((Path(__file__).parents[2] / "tools").glob("[a-z]*.py"))
+         for value in vars(importlib.import_module(f"tools.{file.stem}")).values()
+         if isinstance(value, type) and value.__name__.endswith("Args") and value.__module__.startswith("tools")]
+
+
+def help_of(cls, capsys, monkeypatch) -> dict[str, dict[str, str]]:
+    """What --help prints: section -> flag -> its text."""
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        parse_args(cls, ["--help"])
+    sections: dict[str, dict[str, str]] = {}
+    text = capsys.readouterr().out
+    for line in text[text.index("\noptions:\n"):].splitlines():      # behind the script's docstring
+        if re.fullmatch(r"\w.*:", line):
+            flags = sections.setdefault(line[:-1], {})
+        elif found := re.match(r"  --(\w+)(?: [A-Z_]+| \[.*?\]| \{.*?\})?(?:  +(.*))?$", line):
+            name = found[1]
+            flags[name] = found[2] or ""
+        elif line.startswith("    "):
+            flags[name] = f"{flags[name]}\n{line.strip()}".strip()
+    return sections
+
+
+@pytest.mark.parametrize("cls", [*LESSON, toy.Args, *TOOLS], ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_every_flag_is_explained_and_many_are_grouped(cls, capsys, monkeypatch):
+    """Stops a flag without help, and a list of sixty in which nobody finds one."""
+    sections = help_of(cls, capsys, monkeypatch)
+    told = {flag: text for flags in sections.values() for flag, text in flags.items()}
+    assert set(told) == {f.name for f in dataclasses.fields(cls)}
+    assert all(len(text) > 5 for text in told.values()), told
+    if cls in LESSON:
+        assert not sections.pop("options") and len(sections) >= 5 and all(len(flags) <= 14 for flags in sections.values())
+
+
+def test_choices_of_the_objective_are_explained():
+    """Stops an option of the objective of which the help says only that it exists."""
+    told, groups = read_comments(grpo.Args)
+    choices = {f.name: f.type.__args__ for f in dataclasses.fields(grpo.Args)
+               if groups[f.name].startswith("objective") and getattr(f.type, "__origin__", None) is Literal}
+    assert {"baseline", "scale", "ratio", "gate", "agg", "kl"} <= choices.keys()
+    for name, values in choices.items():
+        for value in values:
+            assert re.search(rf"(^|; |, ){value}[:,] ", told[name], re.MULTILINE), (name, value)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Base:
+    """For the test below."""
+    # -- first
+    a: int = 3                              # of apples, at 100 %
+        # one: a line of its own
+    # a comment of the code, not of a flag
+    b: float = 0.0                          # rate; 0: off
+    # -- second
+    c: str                                  # needed
+    d: list[str] = dataclasses.field(default_factory=lambda: ["x", "y"])  # words
+    e: int = 0                              # seed
+
+
+@dataclasses.dataclass(kw_only=True)
+class Derived(Base):
+    a: int = 5
+    b: float = 0.5                          # another rate; 0: off
+    # -- second
+    f: Literal["u", "v"] = "u"              # a choice
+    g: str | None = None                    # a file
+
+
+def test_help_by_hand(capsys, monkeypatch):
+    """Stops a redefined flag that leaves its group or loses its help, and defaults that are none or not shown."""
+    assert help_of(Derived, capsys, monkeypatch) == {"options": {}, "first": {
+        "a": "of apples, at 100 % (5)\none: a line of its own", "b": "another rate; 0: off (0.5)"}, "second": {
+        "c": "needed", "d": "words (x y)", "e": "seed (0)", "f": "a choice (u)", "g": "a file"}}
+    assert help_of(Base, capsys, monkeypatch)["first"]["b"] == "rate; 0: off"
+    assert parse_args(Derived, ["--c", "z", "--d", "q"]) == Derived(c="z", d=["q"])
+
+
+def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path, monkeypatch):
+    """Stops hours of work that end at the first file, and a check that itself leaves files or folders."""
+    (tmp_path / "file").write_text("kept")
+    check_writable(tmp_path / "new" / "folder", folder=True)
+    check_writable(tmp_path / "new" / "file.json")
+    check_writable(tmp_path, folder=True)
+    check_writable(tmp_path / "file")
+    for path, folder, why in (("file", True, "it is a file"), ("file/below", True, "Not a directory"),
+                              ("file/below", False, "Not a directory"), (".", False, "it is a folder")):
+        with pytest.raises(UserError, match=f"^--x {re.escape(str(tmp_path / path))} cannot be written .{why}"):
+            check_writable(tmp_path / path, "--x", folder)
+    if Path("/proc/self").exists():          # a place where even root can make nothing
+        with pytest.raises(UserError, match="--out /proc/a cannot be written"):
+            check_writable("/proc/a", folder=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
