@@ -85,21 +85,24 @@ def damage(checkpoint: Path) -> str | None:
 class RunFolder:
     """The folder of one run.  Rank 0 writes; every rank calls, because some calls wait for all."""
 
-    def __init__(self, args, ranks: Ranks):
+    def __init__(self, args, ranks: Ranks, start_model: str):
+        """`start_model`: fingerprint of the weights that the run starts from, the KL's reference."""
         self.path, self.ranks = Path(args.out), ranks
         self.keep, self.on_save_error = args.keep, args.on_save_error
         self.checkpoints = self.path / "checkpoints"
         self.unwritten: dict[str, str] = {}          # log -> rows that could not be written yet
         if ranks.first:
-            self._prepare(args)
+            self._prepare(args, start_model)
         ranks.barrier()
 
     # ---- starting and resuming --------------------------------------------------------------------
 
-    def _prepare(self, args) -> None:
+    def _prepare(self, args, start_model: str) -> None:
         before = self.path / "config.json"
         config = dataclasses.asdict(args) | {"argv": sys.argv, "world_size": self.ranks.world, "torch": torch.__version__,
-                                             "data_sha256": digest(Path(args.data))}
+                                             "data_sha256": digest(Path(args.data)), "start_model": start_model,
+                                             "rewards_sha256": {s: digest(Path(s.rpartition(":")[0])) for s in getattr(
+                                                 args, "rewards", []) if ".py:" in s}}
         if before.exists() and args.resume:
             self._check_same(json.loads(before.read_text()), config, args.allow_changes)
         elif before.exists() and args.overwrite:
@@ -117,9 +120,10 @@ class RunFolder:
     def _check_same(self, old: dict, new: dict, allow: bool) -> None:
         """A continuation under other flags would be another run under the old one's name."""
         changed = sorted(k for k in new if k in old and old[k] != new[k] and k not in FREE | {"argv", "torch", "world_size"})
-        told = [f"--{k} was {old[k]!r} and is {new[k]!r}" for k in changed if k != "data_sha256" and k not in LENGTH]
-        if "data_sha256" in changed:
-            told.append(f"the sample file {new['data']} has other contents")
+        contents = {"data_sha256": f"the sample file {new['data']} has other contents",
+                    "start_model": f"{new['model']} holds other weights than the run started from (the KL would change its "
+                                   "reference)", "rewards_sha256": "a reward's file was edited"}
+        told = [contents.get(k, f"--{k} was {old.get(k)!r} and is {new[k]!r}") for k in changed if k not in LENGTH]
         if told and not allow:
             raise UserError(f"--resume {self.path}: {'; '.join(told)}. Give what the run was started with, "
                             "or --allow_changes.")

@@ -81,9 +81,10 @@ def moving(reward_lengths, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(reward_lengths))
 
 
-def test_two_processes_are_one_process(labels, tmp_path, moving):
+@pytest.mark.parametrize("reuse", ["--inner_epochs", "--mini_batches"])
+def test_two_processes_are_one_process(labels, tmp_path, moving, reuse):
     """Stops: ranks that sample alike, local denominators, a gradient that is averaged instead of summed."""
-    flags = ("--max_steps", 3, "--lr", 1e-3, "--inner_epochs", 2)
+    flags = ("--max_steps", 3, "--lr", 1e-3, reuse, 2)
     grpo(tmp_path / "one", labels, *flags)
     grpo(tmp_path / "two", labels, *flags, ranks=2)
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
