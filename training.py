@@ -45,6 +45,8 @@ class TrainArgs:
     dtype: Literal["float32", "bfloat16"] = "float32"   # working weights; masters and Adam are always fp32
     train: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TRAINED))  # trained parts, by name
     modal: Modal = "video_audio"            # what of the clip the model gets
+    mute: bool = False                      # replace the sound by silence; the prompt keeps its form
+    blank: bool = False                     # replace the frames by grey
     drop_audio: float = 0.0                 # share of the prompts that are asked without their sound; never both
     drop_video: float = 0.0                 # share of the prompts that are asked without their picture
     fit: Literal["pad", "stretch"] = "pad"  # how a picture becomes square
@@ -311,7 +313,8 @@ def training_view(args) -> View:
     if (args.drop_audio or args.drop_video) and args.modal != "video_audio":
         raise UserError(f"--modal {args.modal} with --drop_audio or --drop_video: nothing would be left; drop one flag.")
     return View(args.modal, args.prompt, args.fit, read_question(args.question), read_choices(args.choices),
-                shuffle_choices=True, drop_audio=args.drop_audio, drop_video=args.drop_video, seed=args.seed)
+                shuffle_choices=True, mute=args.mute, blank=args.blank, drop_audio=args.drop_audio,
+                drop_video=args.drop_video, seed=args.seed)
 
 
 def set_up(args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, before_training=lambda model: None) -> Run:

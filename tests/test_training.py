@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from lib.common import start_ranks
+import grpo
+from lib.common import UserError, start_ranks
 from lib.run_folder import RunFolder, read_rows
-from training import MasterAdamW
+from training import MasterAdamW, training_view
 
 LR = 1e-6
 
@@ -124,3 +125,12 @@ def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
     folder.cut_logs({"rollouts.jsonl": length})
     lines = (tmp_path / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
     assert [json.loads(line)["step"] for line in lines[:-1]] == [1, 2]
+
+
+def test_what_the_flags_say_of_clips_reaches_the_view():
+    """Stops --mute or --blank in training that change nothing: a control that compares a run with itself."""
+    view = lambda **flags: training_view(grpo.Args(model="", data="", out="", **flags))
+    assert (view().mute, view().blank) == (False, False)
+    assert (view(mute=True).mute, view(blank=True).blank, view(drop_audio=0.5).drop_audio) == (True, True, 0.5)
+    with pytest.raises(UserError, match="nothing would be left"):
+        view(modal="audio", drop_audio=0.5)
