@@ -144,7 +144,11 @@ class Processor:
         generation = find_file(path, "generation_config.json", required=False)
         # The same ids as the sampler's, so that every end token is taken off a completion's text.
         ends = end_ids(read_json(generation) if generation else {}, config)
-        return cls(load_tokenizer(path), load_tokenizer(bert_folder),
+        tokenizer = load_tokenizer(path)
+        if tokenizer.eos_token_id not in ends:
+            raise UserError(f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its generation_config.json "
+                            f"with {ends}, so no answer would ever stop: add it there.")
+        return cls(tokenizer, load_tokenizer(bert_folder),
                    _load(transformers.WhisperFeatureExtractor, audio, "feature extractor"),
                    picture["size"]["height"], picture["image_mean"], picture["image_std"],
                    read_json(find_file(bert_folder, "config.json"))["max_position_embeddings"],
@@ -250,6 +254,7 @@ class Sample:
     target: str                # the whole text of the assistant's turn: reasoning and answer, or the label
     modal: str                 # what the row has: video_audio, video or audio
     dataset: str = ""          # where a converter took it from: "dfew/fold1/test"
+    row: dict = dataclasses.field(default_factory=dict, repr=False)      # as the file has it, for rewards that need more
 
 
 def read_samples(file, media_root: str | None = None, strict_paths: bool = False) -> list[Sample]:
@@ -343,7 +348,7 @@ def _sample(row, root: Path, where: str) -> Sample:
     # A lone surrogate: JSON can spell it, but no file name and no log can hold it, and the run would end there.
     need(not re.search(r"[\ud800-\udfff]", clip + human + target + dataset), bool,
          "contains half a character (\\ud800 to \\udfff)")
-    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", dataset)
+    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", dataset, row)
 
 
 def check_labels(samples: list[Sample], file, allow: bool) -> None:
@@ -507,13 +512,13 @@ def own_group(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def training_batches(n: int, per_step: int, steps: range, seed: int, rank: int = 0, world: int = 1
+def training_batches(n: int, per_step: int, start: int, steps: int, seed: int, rank: int = 0, world: int = 1
                      ) -> list[list[tuple[int, int]]]:
-    """This rank's (run position, sample number) pairs for every step in `steps`.
+    """This rank's (run position, sample number) pairs for each of `steps` steps from position `start` on.
 
-    The run is one endless list, a fresh seeded permutation of the n samples after another; step s takes
-    positions s * per_step onwards and rank r every world-th of them.  So the data of a step depend on the
-    seed and the step alone: not on the ranks, not on where the run was resumed.
+    The run is one endless list, a fresh seeded permutation of the n samples after another; a step takes the next
+    `per_step` positions and rank r every world-th of them.  So the data of a step depend on the seed and the position
+    alone: not on the ranks, not on where the run was resumed.
     """
     orders: dict[int, np.ndarray] = {}
 
@@ -523,4 +528,5 @@ def training_batches(n: int, per_step: int, steps: range, seed: int, rank: int =
             orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
         return int(orders[epoch][position % n])
 
-    return [[(p, number(p)) for p in range(s * per_step + rank, (s + 1) * per_step, world)] for s in steps]
+    firsts = range(start, start + steps * per_step, per_step)
+    return [[(p, number(p)) for p in range(first + rank, first + per_step, world)] for first in firsts]

@@ -29,18 +29,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import rewards
 from data import PromptBatch, read_samples
 from eval import evaluate
+from lib.checks import check_objective, idle_flags, refuse_sampling_filters
 from lib.common import Ranks, UserError, run_main, start_ranks
 from lib.metrics import Clock, Meter, measure, rollout_rows, step_row
 from model import HumanOmni, embed, encode_once, frozen_reference
+from rewards import Completion, Reward, agreement, load_rewards, try_rewards
 from sampler import generate
 from training import MasterAdamW, Run, TrainArgs, learning_rate, micro_batches, set_up
 
 
 @dataclasses.dataclass(kw_only=True)
 class Args(TrainArgs):
+    epochs: float = 2.0
     # -- sampling
     prompt: Literal["think", "label"] = "think"  # reason and answer, or (a baseline) answer with the bare word
     prompts_per_step: int = 16              # clips per step, over all ranks
@@ -48,6 +50,7 @@ class Args(TrainArgs):
     max_new_tokens: int = 512               # longest completion
     temperature: float = 1.0                # divides the logits, in sampling and in the loss
     # -- objective (the defaults are the paper's; a modern set is --agg token --clip_high 0.28 --beta 0)
+    rewards: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])  # summed; see rewards.py
     baseline: Literal["mean", "loo"] = "mean"           # what a reward is compared with
         # mean: of its group (GRPO); loo: of the others in it (RLOO)
     scale: Literal["group", "batch", "none"] = "group"  # what that difference is divided by
@@ -70,8 +73,8 @@ class Args(TrainArgs):
     is_cap: float | None = None             # weigh tokens by trainer / sampler probability, at most 2 (say); default: off
     max_logp_diff: float = 0.5              # mean |trainer - sampler| log-prob above which a step is refused
     # -- optimiser
-    epochs: float = 2.0                     # passes over the data, if --max_steps is 0
-    inner_epochs: int = 1                   # optimiser steps on the same rollouts; the clip matters from 2 on
+    inner_epochs: int = 1                   # passes over the same rollouts; ratio and gate matter from the second step on
+    mini_batches: int = 1                   # optimiser steps per pass, each on its own share of the prompts
     # -- speed and memory
     micro_batch: int = 4                    # prompts (with all their completions) per forward and backward
     # -- evaluation on the way
@@ -103,20 +106,32 @@ def advantages(rewards: torch.Tensor, baseline: str = "mean", scale: str = "grou
         A = A / (r.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
         A = A / ((r.std() if batch_std is None else batch_std) + 1e-4)
-    # A group without differences teaches nothing.  Decided on the rewards themselves: the mean of equal
-    # floats is not always exactly that float, and a residue over a std of nearly 0 would be an enormous A.
+    # A group without differences teaches nothing, and exactly nothing: `teaching` leaves out what is 0.  Decided on
+    # the rewards themselves, because the mean of equal floats is not always exactly that float.
     same = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)            # (B, 1)
     return A.masked_fill(same, 0.0)
 
 
 def kl_terms(logps: torch.Tensor, ref_logps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Estimators of KL(policy || reference) per token; x = ref - lp, clamped so that e^x stays finite.
+    """Estimators of KL(policy || reference) per token; x = ref - lp.
 
     As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative.  As *losses* they differ:
     k1 has zero expected gradient, k3 the gradient of the forward KL, k2 and rho * k3 that of the reverse KL.
     """
-    x = (ref_logps - logps).clamp(-20, 20)
-    return {"k1": -x, "k2": x.square() / 2, "k3": x.exp() - x - 1}
+    x = ref_logps - logps
+    # expm1: e^x - 1 of a small x would lose its digits.  Clamped only where e^x, summed, would leave fp32.
+    return {"k1": -x, "k2": x.square() / 2, "k3": x.clamp(max=80).expm1() - x}
+
+
+def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch.Tensor:
+    """The KL per token as it enters the loss.  Gradients in lp:  k2: -x   k3: 1 - e^x   k3_ratio: -rho x
+
+    k3_ratio is rho * k3, the reverse KL of eq. 3.  Its gradient is rho k3 + rho (1 - e^x): left to autograd, two numbers
+    of size e^x are to cancel, and in fp32 do not (at x = 18 the result is -16).  So the value is k3's and the gradient k2's.
+    """
+    if kl == "k3_ratio":
+        return rho.detach() * (terms["k2"] + (terms["k3"] - terms["k2"]).detach())
+    return terms[kl]
 
 
 def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Tensor | None, advantages: torch.Tensor,
@@ -155,10 +170,10 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
     loss = -objective                                                    # (B, G, T)
 
     terms = None
-    if ref_logps is not None:
-        terms = {k: v.masked_fill(~mask, 0.0) for k, v in kl_terms(logps, ref_logps).items()}
+    if ref_logps is not None:                # masked before, not after: 0 * inf is NaN
+        terms = kl_terms(logps.masked_fill(~mask, 0.0), ref_logps.masked_fill(~mask, 0.0))
         if beta and kl != "reward":          # "reward": already subtracted from the rewards
-            loss = loss + beta * (terms["k3"] * rho_token if kl == "k3_ratio" else terms[kl])
+            loss = loss + beta * kl_loss(terms, rho_token, kl)
 
     weight = mask / lengths.clamp(min=1) if agg == "seq" else mask.float()
     if denominator is None:
@@ -175,39 +190,6 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
         if terms:
             metrics["kl"] = terms["k3"][mask].mean()
     return total, metrics
-
-
-def check_objective(args: Args) -> None:
-    """Refuse what cannot work or means nothing, before an hour of loading."""
-    if args.num_generations < 2:
-        raise UserError(f"--num_generations {args.num_generations}: a group of one has nothing to compare with; "
-                        "use 2 or more.")
-    if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: must be above 0; the policy is trained on what it samples.")
-    if args.gate == "cispo" and args.clip_high < 1:
-        raise UserError(f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio there; "
-                        "use 5 or so.")
-    if args.delta is not None and (args.gate != "clip" or args.delta <= 1 + args.clip_high):
-        raise UserError(f"--delta {args.delta}: only for --gate clip, and above 1 + clip_high.")
-    if args.beta < 0:
-        raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
-    if args.kl == "reward" and args.scale == "group":
-        raise UserError("--kl reward --scale group: the KL makes the rewards of every group differ a little, and the "
-                        "division by that little makes it the whole advantage; use --scale batch or none.")
-    if args.kl == "reward" and args.beta == 0:
-        raise UserError("--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta.")
-    if args.is_cap is not None and args.is_cap < 1:
-        raise UserError(f"--is_cap {args.is_cap}: a cap on weights that are about 1; use 2 or so.")
-    if min(args.prompts_per_step, args.max_new_tokens, args.inner_epochs, args.micro_batch) < 1:
-        raise UserError("--prompts_per_step, --max_new_tokens, --inner_epochs and --micro_batch must be 1 or more.")
-
-
-def refuse_sampling_filters(argv: list[str]) -> None:
-    for word in argv:
-        flag = word.split("=")[0]
-        if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
-            sys.exit(f"error: {flag}: training samples the full distribution, because the loss scores the full softmax; "
-                     "a filtered sample would be scored by a distribution that it did not come from.")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -240,16 +222,14 @@ class Rollout:
         return dataclasses.replace(self, lengths=lengths, advantages=self.advantages[rows][:, members], **cut)
 
 
-REWARDS = {     # --prompt -> name -> (text, label) -> number;  R = R_acc + R_format
-    "think": {"accuracy": rewards.accuracy, "format": lambda text, answer: rewards.format(text)},
-    "label": {"accuracy": rewards.bare_accuracy, "format": lambda text, answer: rewards.bare_format(text)}}
+def rewards_of(args: Args) -> tuple[Reward, ...]:
+    return load_rewards(tuple(args.rewards), args.prompt)
 
 
-def score(texts: list[list[str]], answers: list[str], device, prompt: str = "think") -> dict[str, torch.Tensor]:
-    """Texts (B x G), labels (B) -> name -> (B, G)."""
-    G = len(texts[0]) if texts else 0
-    return {name: torch.tensor([[f(t, a) for t in group] for group, a in zip(texts, answers)], device=device).view(-1, G)
-            for name, f in REWARDS[prompt].items()}
+def score(completions: list[list[Completion]], clips: list[str], args: Args, device) -> dict[str, torch.Tensor]:
+    """B x G completions of B clips -> name of a reward -> (B, G), unweighted."""
+    return {r.name: torch.tensor([[r(c, clip) for c in group] for group, clip in zip(completions, clips)], device=device)
+            for r in rewards_of(args)}
 
 
 def step_std(r: torch.Tensor, ranks: Ranks) -> float:
@@ -273,7 +253,9 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
 
     texts = [[processor.text(ids[:n]) for ids, n in zip(group, ns)]
              for group, ns in zip(completions.tolist(), lengths.tolist())]
-    parts = score(texts, [s.answer for s in batch.samples], embeds.device, args.prompt)
+    said = [[Completion(t, s.answer, n, done, args.max_new_tokens, args.prompt, s.row) for t, n, done in zip(*group)]
+            for s, *group in zip(batch.samples, texts, lengths.tolist(), finished.tolist())]
+    parts = score(said, [s.id for s in batch.samples], args, embeds.device)
     clock.lap("reward")
 
     ref_logps = None
@@ -286,21 +268,20 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
                 *embed(reference, batch.select(rows)), completions[rows][:, members, :longest], own, args.temperature)
     clock.lap("train")
     return Rollout(embeds.shape[1], completions, lengths, finished, logps, ref_logps, texts, parts,
-                   torch.zeros_like(parts["format"]))
+                   torch.zeros_like(lengths, dtype=torch.float32))
 
 
 def compare(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
     """Fill in the advantages.  -> total reward (B, G).  Called by every rank, also by one without a usable clip."""
-    if rollout is None:
-        r = torch.zeros(0, args.num_generations, device=ranks.device)
-    else:
-        r = sum(rollout.rewards.values())                                # eq. 5
-        if args.kl == "reward":
-            k1 = kl_terms(rollout.logps, rollout.ref_logps)["k1"].masked_fill(~rollout.mask, 0.0)
-            r = r - args.beta * k1.sum(-1)                               # eq. 3, taken literally
+    r = torch.zeros(0, args.num_generations, device=ranks.device)
+    if rollout is not None:                                              # eq. 5, with weights
+        r = sum(reward.weight * rollout.rewards[reward.name] for reward in rewards_of(args))
     std = step_std(r, ranks) if args.scale == "batch" else None
     if rollout is not None:
-        rollout.advantages = advantages(r, args.baseline, args.scale, std)
+        kl = 0.0
+        if args.kl == "reward":                                          # eq. 3, taken literally
+            kl = kl_terms(rollout.logps, rollout.ref_logps)["k1"].masked_fill(~rollout.mask, 0.0).sum(-1)      # (B, G)
+        rollout.advantages = advantages(r - args.beta * kl, args.baseline, args.scale, std)
     return r
 
 
@@ -311,62 +292,103 @@ def teaching(rollout: Rollout, args: Args) -> list[int]:
     return rollout.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
 
 
-def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks,
-           lr: float, meter: Meter) -> bool:
-    """`inner_epochs` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
+@dataclasses.dataclass
+class MiniBatch:
+    """What one optimiser step learns from."""
+    pieces: list[tuple[list[int], list[int]]]      # micro-batches: prompts of the batch, members of their groups
+    denominator: float                             # of the loss, over all micro-batches and ranks; 0: nothing is there
 
-    Every rank calls it, also one without a usable clip: it takes part in the sums with nothing.
 
-    Gradients are sums over micro-batches and ranks, divided by one global denominator: a mean of local
-    means would weigh a token by the company it happens to be in.
+def mini_batches(batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks, first: int) -> list[MiniBatch]:
+    """Cut a rollout into `args.mini_batches` parts of disjoint prompts.  Collective: every rank calls it.
+
+    Which part a prompt is in depends on its position in the step (`first`: the step's first position in the run), so
+    on no number of ranks.  A mean of local means would weigh a token by the company it happens to be in; so what a sum is
+    divided by is counted over all ranks.
     """
-    B, G = (0, args.num_generations) if rollout is None else rollout.lengths.shape
-    tokens = 0 if rollout is None else int(rollout.lengths.sum())
-    completions, all_tokens = ranks.sum_(torch.tensor([B * G, tokens], dtype=torch.float64, device=ranks.device)).tolist()
-    denominator = {"seq": completions, "token": all_tokens, "const": completions * args.max_new_tokens}[args.agg]
-    pieces = [] if rollout is None else micro_batches(rollout.lengths, rollout.prompt_length, args.micro_batch,
-                                                      args.tokens_per_micro_batch, teaching(rollout, args))
+    M, N = args.mini_batches, args.prompts_per_step
+    part = [(i - first) % N * M // N for i in batch.indices] if rollout else []
+    rows = [[b for b, m in enumerate(part) if m == k] for k in range(M)]
+    counts = [[len(r) * args.num_generations, int(rollout.lengths[r].sum()) if r else 0] for r in rows]
+    counts = ranks.sum_(torch.tensor(counts, dtype=torch.float64, device=ranks.device)).tolist()
+    useful = set(teaching(rollout, args)) if rollout else set()
+
+    def pieces(r: list[int]) -> list:
+        r = [b for b in r if b in useful]
+        return r and micro_batches(rollout.lengths, rollout.prompt_length, args.micro_batch, args.tokens_per_micro_batch, r)
+
+    return [MiniBatch(pieces(r), {"seq": n, "token": tokens, "const": n * args.max_new_tokens}[args.agg])
+            for r, (n, tokens) in zip(rows, counts)]
+
+
+def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks,
+           lr: float, meter: Meter, first: int = 0) -> bool:
+    """`inner_epochs` x `mini_batches` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
+
+    Every rank calls it, also one without a usable clip: it takes part in the sums with nothing.  `first`: as there.
+    """
+    minis = mini_batches(batch, rollout, args, ranks, first)
+    steps = args.inner_epochs * sum(mini.denominator > 0 for mini in minis)
+    old_logps: dict[tuple[int, int], torch.Tensor] = {}                  # (mini-batch, piece) -> (b, g, T)
+    gap = torch.zeros(2, dtype=torch.float64, device=ranks.device)       # sum of |trainer - sampler|, tokens
+
+    def remember(key: tuple[int, int], part: Rollout, logps: torch.Tensor) -> None:
+        """The policy that sampled is the policy before the first update: then the ratio is exactly 1, whatever the sampler's
+        rounding."""
+        old_logps[key] = logps
+        off = (logps - part.logps).masked_fill(~part.mask, 0.0).abs()
+        gap.add_(torch.stack((off.sum().double(), part.mask.sum())))
+        meter.most("sampler_logp_diff/max", float(off.max()))
+        meter.mean("sampler_logp_diff/mean", float(off.sum() / part.mask.sum()), int(part.mask.sum()))
+
+    def logps_of(rows: list[int], part: Rollout, **more):
+        embeds, seen = embed(model, batch.select(rows))                  # (b, P, D), (b, P)
+        return model.completion_logps(embeds, seen, part.completions, part.lengths, args.temperature, **more)
+
+    if len(minis) > 1:                       # later parts must be scored before the first step moves the policy
+        with torch.no_grad():
+            for m, mini in enumerate(minis):
+                for i, (rows, members) in enumerate(mini.pieces):
+                    part = rollout.select(rows, members)
+                    remember((m, i), part, logps_of(rows, part))
+
     meter.total("loss", 0.0)
-    disagreement = torch.zeros(2, dtype=torch.float64, device=ranks.device)      # sum of |trainer - sampler|, tokens
-    old_logps, norm, finite = {}, 0.0, completions > 0
-    for inner in range(args.inner_epochs if completions else 0):
-        for i, (rows, members) in enumerate(pieces):
+    norm, checked, finite = 0.0, False, steps > 0
+    for m, mini in [*enumerate(minis)] * args.inner_epochs:
+        if not mini.denominator or not finite:
+            continue
+        for i, (rows, members) in enumerate(mini.pieces):
             part = rollout.select(rows, members)
-            logps, entropy = model.completion_logps(*embed(model, batch.select(rows)), part.completions, part.lengths,
-                                                    args.temperature, with_entropy=True)         # (b, g, T)
             mask = part.mask
-            # The policy that sampled is the policy before the first update, so the first pass gives its log-probs:
-            # the ratio is exactly 1 there, whatever the sampler's rounding.
-            old = old_logps.setdefault(i, logps.detach())
+            logps, entropy = logps_of(rows, part, with_entropy=True)     # (b, g, T)
+            if (m, i) not in old_logps:      # one mini-batch: its first pass is before the first step
+                remember((m, i), part, logps.detach())
+            old = old_logps[m, i]
             # What sampled was the sampler's rounding of the policy, in bf16 a little off: importance weights undo it.
             off = (old - part.logps).masked_fill(~mask, 0.0)             # (b, g, T)
+            weights = None if args.is_cap is None else off.exp().clamp(max=args.is_cap)
             loss, metrics = grpo_loss(
-                logps, old, part.ref_logps, part.advantages, mask, ratio=args.ratio, gate=args.gate,
-                clip_low=args.clip_low, clip_high=args.clip_high, delta=args.delta, agg=args.agg, beta=args.beta, kl=args.kl,
-                denominator=denominator, weights=None if args.is_cap is None else off.exp().clamp(max=args.is_cap))
+                logps, old, part.ref_logps, part.advantages, mask, ratio=args.ratio, gate=args.gate, clip_low=args.clip_low,
+                clip_high=args.clip_high, delta=args.delta, agg=args.agg, beta=args.beta, kl=args.kl,
+                denominator=mini.denominator, weights=weights)
             loss.backward()
             optimizer.collect()
             n = int(mask.sum())
-            meter.total("loss", float(loss.detach()) / args.inner_epochs)
+            meter.total("loss", float(loss.detach()) / steps)            # the mean over the optimiser steps
             meter.mean("entropy", float(entropy[mask].mean()), n)
             meter.most("ratio/max", float(metrics.pop("ratio/max")))
             for name, value in metrics.items():
                 meter.mean(name, float(value), n)
-            if inner == 0:
-                meter.most("sampler_logp_diff/max", float(off.abs().max()))
-                meter.mean("sampler_logp_diff/mean", float(off[mask].abs().mean()), n)
-                disagreement += torch.stack((off.abs().sum().double(), mask.sum()))
-        if inner == 0:
-            difference, count = ranks.sum_(disagreement).tolist()
+        if not checked:
+            checked = True
+            difference, count = ranks.sum_(gap).tolist()
             if difference > args.max_logp_diff * count:
                 optimizer.drop()
                 ranks.say(f"\nstep refused: sampler and trainer differ by {difference / count:.3f} per token, more than "
                           f"--max_logp_diff {args.max_logp_diff}")
                 return False
         norm, finite = optimizer.step(ranks, lr, args.max_grad_norm)
-        if not finite:
-            break
-    meter.most("grad_norm", norm)            # the same on every rank
+    meter.most("grad_norm", norm)            # of the last step, the same on every rank
     return finite
 
 
@@ -399,17 +421,20 @@ def train(args: Args) -> None:
     ranks = start_ranks(args.device)
     check_objective(args)
     eval_sets = read_eval_sets(args)
+    samples = read_samples(args.data, args.media_root, args.strict_paths)
+    try_rewards(rewards_of(args), args.prompt, samples[0].row)
     reference: list[HumanOmni] = []          # the model that the *run* started from, also when it is resumed
-    run = set_up(args, ranks, lambda n: math.ceil(args.epochs * n / args.prompts_per_step),
-                 lambda start: reference.append(frozen_reference(start) if args.beta > 0 else None))
-    model, n = run.model, len(run.samples)
-    batches = run.batches(args, args.prompts_per_step, ranks)
+    keep = lambda start: reference.append(frozen_reference(start) if args.beta else None)
+    run = set_up(args, ranks, samples, args.prompts_per_step, keep)
+    model, batches = run.model, run.batches(args, ranks)
+    for sentence in idle_flags(args):
+        ranks.say("note:", sentence)
     if eval_sets and run.state["step"] == 0:
         run.folder.append("metrics.jsonl", [{"step": 0} | evaluate_all(run, eval_sets, args, ranks)])
 
-    bar = tqdm(range(run.state["step"], run.max_steps), initial=run.state["step"], total=run.max_steps,
-               disable=not ranks.first, desc="grpo", mininterval=1)
-    for step in bar:
+    bar = tqdm(initial=run.state["step"], total=run.max_steps, disable=not ranks.first, desc="grpo", mininterval=1)
+    while not run.over:
+        step, first = run.state["step"], run.state["position"]
         clock, meter = Clock(), Meter()
         batch = next(batches).to(ranks.device)
         clock.lap("load")
@@ -424,20 +449,23 @@ def train(args: Args) -> None:
 
         # 3. Update: make the better answers likelier.
         lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
-        moved = update(model, run.optimizer, batch, rollout, args, ranks, lr, meter)
+        moved = update(model, run.optimizer, batch, rollout, args, ranks, lr, meter, first)
         clock.lap("train")
 
         # 4. Tell: one exchange between the ranks, one row of metrics, every completion.
         if rollout is not None:
             measure(meter, rollout, r)
+            if args.prompt == "think":
+                meter.mean("agreement", float(np.mean([agreement(t) for group in rollout.texts for t in group])), len(batch))
         told = ranks.gather([{"meter": meter.entries, "rollouts": rollout_rows(batch, rollout, step + 1),
-                              "bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}])
+                              "usable": len(batch), "bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}])
         counts = run.count(told, moved, args)
         clock.seconds["save"], run.saving = run.saving, 0.0              # of the checkpoint before this step
-        row = step_row(step + 1, args, n, lr, [rank["meter"] for rank in told], clock, counts)
+        row = step_row(step + 1, run.epoch, lr, [rank["meter"] for rank in told], clock, counts)
         run.folder.append("rollouts.jsonl", [line for rank in told for line in rank["rollouts"]])
         bar.set_postfix({short: f"{row.get(name, 0):.3f}" for short, name in
-                         (("reward", "reward"), ("kl", "kl"), ("length", "completions/mean_length"))})
+                         (("reward", "reward"), ("kl", "kl"), ("length", "completions/mean_length"))}, refresh=False)
+        bar.update()
 
         # 5. Look at the result, and keep it.  The row first: what a checkpoint has seen is logged.
         if eval_sets and (run.complete or (args.eval_every and (step + 1) % args.eval_every == 0)):
@@ -445,8 +473,7 @@ def train(args: Args) -> None:
         run.folder.append("metrics.jsonl", [row])
         if run.over or (args.save_every and (step + 1) % args.save_every == 0):
             run.save()
-        if run.over:
-            break
+    bar.close()
     run.finish(args)
 
 

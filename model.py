@@ -274,17 +274,14 @@ class HumanOmni(nn.Module):
         media = {VIDEO: self.video_tokens, AUDIO: self.audio_tokens}
         return max((sum(media.get(i, 1) for i in row) for row in rows), default=0)
 
+    def fingerprint(self) -> str:
+        """Names the weights: whether a run that goes on starts from the model that it started from."""
+        return digest_of(self.parameters())
+
     def tower_fingerprints(self) -> dict[str, str]:
         """Names the towers' weights, for the keys of a feature cache: {"video": ..., "audio": ...}."""
         towers = {"video": self.model.vision_tower, "audio": self.model.audio_tower}
-
-        def name(tower) -> str:
-            digest = hashlib.sha256(str(self.dtype).encode())
-            for p in tower.parameters():                             # a stride through each tensor is enough to tell
-                digest.update(p.detach().flatten()[::max(1, p.numel() // 64)].float().cpu().numpy().tobytes())
-            return digest.hexdigest()
-
-        return {modality: name(tower) for modality, tower in towers.items()}
+        return {modality: digest_of(tower.parameters()) for modality, tower in towers.items()}
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -501,6 +498,15 @@ class HumanOmni(nn.Module):
         `final`: where the folder will stand, if it is to be renamed (relative tower paths depend on it).
         """
         save_checkpoint(self, Path(path), Path(final or path))
+
+
+def digest_of(parameters) -> str:
+    """A name for these weights and their dtype.  A stride through each tensor is enough to tell them from others."""
+    digest = hashlib.sha256()
+    for p in parameters:
+        part = p.detach().flatten()[::max(1, p.numel() // 64)].float().cpu()
+        digest.update(str(p.dtype).encode() + part.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def encode_once(model: HumanOmni, batch, cache=None):

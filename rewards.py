@@ -6,15 +6,28 @@
               and then one <answer> block                  (eq. 7)          -> format
 
 Training rewards only the exact word.  What a free answer means ("she is furious" -> "angry") is for
-evaluation alone: `normalise` in lib/words.py, never a reward, because a policy finds every hole in an
-alias table.
+evaluation alone: `normalise` in lib/words.py.  A policy finds every hole in an alias table.
+
+A reward of your own is one function of a Completion, in any file:
+
+    def short(c):                                          # mine.py
+        return c.length < 200
+
+    python grpo.py ... --rewards accuracy format=0.5 mine.py:short=0.1
 
 Everything here is linear in the length of the text: a sampled completion is hostile input, and
 the obvious regular expression for the format backtracks on thousands of opening tags.
 """
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from lib.common import UserError
+from lib.reward_files import Reward, load_reward
 from lib.words import ALIASES as ALIASES  # the vocabulary and its aliases, for whoever looks for them here
 from lib.words import DFEW_WORDS as DFEW_WORDS
 from lib.words import VOCABULARY as VOCABULARY
+from lib.words import concluded
 from lib.words import normalise as normalise
 
 
@@ -67,3 +80,68 @@ def bare_accuracy(text: str, answer: str) -> float:
 def bare_format(text: str) -> float:
     """R_format of a label-only model: 1.0 if the text is exactly one bare word, without tags or punctuation."""
     return float(text.strip().isalpha())
+
+
+def conclusion_of(text: str) -> str | None:
+    """The emotion that the single <think> block concludes, as a word of the vocabulary; None if there is none."""
+    span = _between(text, "<think>", "</think>")
+    return None if span is None else concluded(text[span[0]:span[1]])
+
+
+def agreement(text: str) -> float:
+    """1.0 if the reasoning concludes what is answered, be it right or wrong."""
+    word = conclusion_of(text)
+    return float(word is not None and word == (parse_answer(text) or "").lower())
+
+
+# ------------------------------------------------------------------------------------------------
+# Rewards by name: what --rewards chooses from, and what a user adds
+# ------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """All that a reward may know of one sampled completion."""
+    text: str                  # decoded, without its end token
+    answer: str                # the label
+    length: int                # tokens, the end token included
+    finished: bool             # False: cut off by the limit
+    limit: int                 # --max_new_tokens
+    prompt: str = "think"      # what was asked for: "think" (reasoning and answer) or "label" (the bare word)
+    row: dict = dataclasses.field(default_factory=dict)      # the sample's row, as the file has it
+
+
+def conclusion(c: Completion) -> float:
+    """1.0 if the reasoning concludes the label, whatever is answered."""
+    return float(conclusion_of(c.text) == c.answer.strip().lower())
+
+
+def overlong(c: Completion, buffer: float = 0.2) -> float:
+    """0 up to 80 % of the limit, then down to -1 at the limit: DAPO's soft penalty of long answers (its eq. 13)."""
+    free = c.limit * (1 - buffer)
+    return -1.0 if not c.finished else min(0.0, (free - c.length) / (c.limit - free))
+
+
+BUILT_IN: dict[str, Callable[[Completion], float]] = {
+    "accuracy": lambda c: (bare_accuracy if c.prompt == "label" else accuracy)(c.text, c.answer),
+    "format": lambda c: (bare_format if c.prompt == "label" else format)(c.text),
+    "agreement": lambda c: agreement(c.text), "conclusion": conclusion, "overlong": overlong,
+}
+MADE_UP = Completion("<think>she smiles: she is happy</think>\n<answer>happy</answer>", "happy", 17, True, 64)
+
+
+@functools.cache
+def load_rewards(specs: tuple[str, ...], prompt: str = "think") -> tuple[Reward, ...]:
+    """`--rewards`: NAME or FILE.py:FUNCTION, each with =WEIGHT if it is not 1.  Raises UserError."""
+    table = tuple(load_reward(spec, BUILT_IN) for spec in specs)
+    names = [r.name for r in table]
+    if not table or len(set(names)) < len(names):
+        raise UserError(f"--rewards {' '.join(specs)}: give at least one reward, and none twice.")
+    if prompt == "label" and {"agreement", "conclusion"} & set(names):
+        raise UserError("--rewards agreement and conclusion look at reasoning: they have no meaning with --prompt label.")
+    return table
+
+
+def try_rewards(table: tuple[Reward, ...], prompt: str, row: dict) -> None:
+    """Call every reward once, on a made-up completion for a real row: a fault in it is told before anything is loaded."""
+    for reward in table:
+        reward(dataclasses.replace(MADE_UP, prompt=prompt, row=row), "(a made-up completion for the first row)")

@@ -13,14 +13,13 @@ never learned.  It is computed by the function that scores completions in GRPO, 
 Legend   B prompts on this rank (b in a micro-batch)   T target length
 """
 import dataclasses
-import math
 import time
 from typing import Literal
 
 import torch
 from tqdm import tqdm
 
-from data import PromptBatch
+from data import PromptBatch, read_samples
 from lib.common import Ranks, UserError, run_main, start_ranks
 from model import HumanOmni, embed, encode_once
 from training import MasterAdamW, TrainArgs, learning_rate, micro_batches, set_up
@@ -32,11 +31,11 @@ class Args(TrainArgs):
     lr: float = 2e-5
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     warmup: float = 0.03
+    epochs: float = 5.0
     # -- fine-tuning
     prompt: Literal["auto", "think", "label", "row"] = "auto"  # what the question asks for
         # auto: as the row's target is, reasoning or bare label, else as the row has it; think: reasoning and answer
         # label: the bare word; row: what the row itself asks
-    epochs: float = 5.0                     # passes over the data, if --max_steps is 0
     batch_size: int = 16                    # samples per step, over all ranks
     micro_batch: int = 8                    # samples per forward and backward
 
@@ -73,25 +72,26 @@ def train(args: Args) -> None:
     ranks = start_ranks(args.device)
     if min(args.batch_size, args.micro_batch) < 1:
         raise UserError("--batch_size and --micro_batch must be 1 or more.")
-    run = set_up(args, ranks, lambda n: math.ceil(args.epochs * n / args.batch_size))
-    batches = run.batches(args, args.batch_size, ranks)
-    bar = tqdm(range(run.state["step"], run.max_steps), initial=run.state["step"], total=run.max_steps,
-               disable=not ranks.first, desc="sft", mininterval=1)
-    for step in bar:
+    run = set_up(args, ranks, read_samples(args.data, args.media_root, args.strict_paths), args.batch_size)
+    batches = run.batches(args, ranks)
+    bar = tqdm(initial=run.state["step"], total=run.max_steps, disable=not ranks.first, desc="sft", mininterval=1)
+    while not run.over:
+        step = run.state["step"]
         started = time.perf_counter()
         batch = encode_once(run.model, next(batches).to(ranks.device), run.cache)
         loaded = time.perf_counter()
         lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
         row, moved = update(run.model, run.optimizer, batch, args, ranks, lr)
-        row |= run.count(ranks.gather([{"bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}]), moved, args)
-        row = {"step": step + 1, "epoch": round((step + 1) * args.batch_size / len(run.samples), 4), "lr": lr} | row
+        told = ranks.gather([{"usable": len(batch), "bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}])
+        row |= run.count(told, moved, args)
+        row = {"step": step + 1, "epoch": run.epoch, "lr": lr} | row
         row |= {"time/load": round(loaded - started, 4), "time/train": round(time.perf_counter() - loaded, 4)}
         run.folder.append("metrics.jsonl", [row])
-        bar.set_postfix(loss=f"{row['loss']:.4f}")
+        bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+        bar.update()
         if run.over or (args.save_every and (step + 1) % args.save_every == 0):
             run.save()
-        if run.over:
-            break
+    bar.close()
     run.finish(args)
 
 

@@ -24,7 +24,6 @@ from data import (
     loader,
     read_choices,
     read_question,
-    read_samples,
     training_batches,
 )
 from lib.common import Ranks, UserError, dtype_of
@@ -49,13 +48,16 @@ class TrainArgs:
     workers: int = 2                        # processes that read media, per rank
     # -- what the model sees and is asked
     modal: Modal = "video_audio"            # what of the clip the model gets
+    mute: bool = False                      # replace the sound by silence; the prompt keeps its form
+    blank: bool = False                     # replace the frames by grey
     drop_audio: float = 0.0                 # share of the prompts that are asked without their sound; never both; 0: none
     drop_video: float = 0.0                 # share of the prompts that are asked without their picture; 0: none
     fit: Literal["pad", "stretch"] = "pad"  # how a picture becomes square
     question: str | None = None             # text file with the question to ask instead of the rows' own
     choices: list[str] = dataclasses.field(default_factory=list)  # words to choose from, or dfew, mafw, ravdess
     # -- optimiser
-    max_steps: int = 0                      # optimiser steps; 0: as many as --epochs needs
+    max_steps: int = 0                      # steps; 0: as many as --epochs needs
+    epochs: float = 1.0                     # passes over the data, if --max_steps is 0
     lr: float = 1e-6                        # peak learning rate
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # shape after warm-up
     warmup: float = 0.0                     # share of the steps that the rate rises; 0: none
@@ -102,7 +104,10 @@ class MasterAdamW:
         # In fp32 the working weight is its own master: nothing is kept twice.
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
                         for p in parameters]
-        self.adam = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, betas=betas)
+        # Decay is for matrices; a norm's scale or a bias that is pulled to 0 says something else.
+        groups = [{"params": [m for m in self.masters if (m.dim() > 1) == matrix], "weight_decay": weight_decay * matrix}
+                  for matrix in (True, False)]
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
 
     def collect(self) -> None:
         """Add the gradients of one backward pass to the flat fp32 sum and free them."""
@@ -118,13 +123,13 @@ class MasterAdamW:
         all decide alike without another collective.
         """
         ranks.sum_(self.flat)
-        norm = float(self.flat.norm())
+        # In pieces: one fp32 sum over 494 M squares is off by 9 % on a CPU.
+        norm = float(torch.nn.utils.get_total_norm(self.flat.split(2 ** 20)))
         finite = math.isfinite(norm)
         if finite:
             if max_grad_norm > 0 and norm > max_grad_norm:
                 self.flat.mul_(max_grad_norm / (norm + 1e-6))
-            for master, grad in zip(self.masters, self.grads):
-                master.grad = grad
+            self._hand_out()
             for group in self.adam.param_groups:
                 group["lr"] = lr
             self.adam.step()
@@ -137,6 +142,15 @@ class MasterAdamW:
         self.flat.zero_()
         return norm, finite
 
+    def _hand_out(self) -> None:
+        """The sums as gradients of the masters.  A part that has never had a gradient (what hears, in a run without sound)
+        gets none: Adam passes it over, where a gradient of 0 would let it decay."""
+        asleep = [i for i, master in enumerate(self.masters) if master not in self.adam.state]
+        idle = torch.stack([self.grads[i].any() for i in asleep]).logical_not().tolist() if asleep else []
+        never = {i for i, still in zip(asleep, idle) if still}
+        for i, (master, grad) in enumerate(zip(self.masters, self.grads)):
+            master.grad = None if i in never else grad
+
     def drop(self) -> None:
         """Forget the gradients that were collected."""
         self.flat.zero_()
@@ -147,7 +161,10 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         """After the model's weights: a run in fp32 saved no masters (None), its weights were their own."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.adam.param_groups]
         self.adam.load_state_dict(state["adam"])
+        for group, own in zip(self.adam.param_groups, settings):     # what was asked for now, not what was saved
+            group.update(own)
         with torch.no_grad():
             for p, master, saved in zip(self.parameters, self.masters, state["masters"]):
                 master.copy_(p if saved is None else saved)
@@ -200,34 +217,44 @@ def learning_rate(step: int, max_steps: int, peak: float, schedule: str, warmup:
 class Run:
     folder: RunFolder
     samples: list[Sample]
+    per_step: int
     processor: Processor
     model: HumanOmni
     view: View
     cache: FeatureCache | None
     optimizer: MasterAdamW
-    state: dict                 # step, skipped_samples, skipped_steps, bad_in_a_row: what a resumed run goes on from
+    state: dict                 # step, position, skipped_samples, ...: what a resumed run goes on from
     max_steps: int
     signal: "StopSignal"
-    stuck: bool = False         # too many steps in a row changed nothing
+    stuck: str = ""             # why too many steps in a row changed nothing
     stopped: bool = False       # somebody asked for it
     saving: float = 0.0         # seconds of the last save, until they are logged
 
-    def batches(self, args: TrainArgs, per_step: int, ranks: Ranks):
+    def batches(self, args: TrainArgs, ranks: Ranks):
         """This rank's PromptBatch for every step that is left."""
         dataset = ClipDataset(self.samples, self.processor, self.view, self.model.num_frames, self.cache)
-        steps = training_batches(len(self.samples), per_step, range(self.state["step"], self.max_steps), args.seed,
-                                 ranks.rank, ranks.world)
+        steps = training_batches(len(self.samples), self.per_step, self.state["position"],
+                                 self.max_steps - self.state["step"], args.seed, ranks.rank, ranks.world)
         return iter(loader(dataset, steps, args.workers, pin=ranks.device.type == "cuda"))
 
     def count(self, told: list[dict], moved: bool, args: TrainArgs) -> dict:
-        """Book a finished step; `told`: every rank's {"bad": clips, "stop": signalled}.  -> counts for its row."""
+        """Book a finished step; `told`: every rank's {"usable": n, "bad": clips, "stop": signalled}.  -> counts for its row.
+
+        Raises UserError if not one clip of the run's first step could be read: then the path is wrong, not the clips.
+        """
         bad = [clip for rank in told for clip in rank["bad"]]
+        usable = sum(rank["usable"] for rank in told)
+        if not usable and self.state["step"] == 0:
+            raise UserError(f"--media_root {args.media_root}: none of the first step's {len(bad)} clips can be read; "
+                            f"the first: {bad[0]['reason']}.")
         self.state["step"] += 1
+        self.state["position"] += self.per_step
         self.folder.tell_skipped(self.state["step"], bad)
         self.state["skipped_samples"] += len(bad)
         self.state["skipped_steps"] += not moved
         self.state["bad_in_a_row"] = 0 if moved else self.state["bad_in_a_row"] + 1
-        self.stuck = self.state["bad_in_a_row"] >= args.max_bad_steps
+        if self.state["bad_in_a_row"] >= args.max_bad_steps:
+            self.stuck = "no finite gradient: lower --lr" if usable else "no usable clip: see skipped.jsonl there"
         self.stopped = any(rank["stop"] for rank in told)        # all ranks, or none: they must save together
         return {key: self.state[key] for key in ("skipped_samples", "skipped_steps")}
 
@@ -237,7 +264,11 @@ class Run:
 
     @property
     def over(self) -> bool:
-        return self.complete or self.stuck or self.stopped
+        return self.complete or bool(self.stuck) or self.stopped
+
+    @property
+    def epoch(self) -> float:
+        return round(self.state["position"] / len(self.samples), 4)
 
     def save(self) -> None:
         started = time.perf_counter()
@@ -245,14 +276,17 @@ class Run:
         self.saving = time.perf_counter() - started
 
     def finish(self, args: TrainArgs) -> None:
-        """Last words: what was left out, and how to go on if this was not the end."""
-        listed, say = f"{self.folder.path}/skipped.jsonl", self.folder.ranks.say
+        """Last words: what was left out, what there is now, and how to go on if this was not the end."""
+        out, say = self.folder.path, self.folder.ranks.say
         if self.stuck:
-            raise UserError(f"{args.max_bad_steps} steps in a row had no usable clip or no finite gradient: stopped after "
-                            f"step {self.state['step']}. Bad clips are listed in {listed}; if there are none, lower --lr.")
+            raise UserError(f"{args.max_bad_steps} steps in a row changed nothing: stopped after step {self.state['step']}. "
+                            f"The last had {self.stuck}.")
         if self.state["skipped_samples"]:
-            say(f"{self.state['skipped_samples']} times a clip was skipped; see {listed}")
-        if not self.complete:
+            say(f"{self.state['skipped_samples']} times a clip was skipped; see {out}/skipped.jsonl")
+        if self.complete:
+            say(f"\ndone: {self.max_steps} steps. The model is {out}/latest, its numbers are in {out}/metrics.jsonl.")
+            say(f"Is all well with it?  python -m tools.doctor {out}")
+        else:
             say(f"\nstopped and saved after step {self.state['step']} of {self.max_steps}. Continue with:")
             say(resume_command())
 
@@ -267,8 +301,8 @@ def resume_command() -> str:
 class StopSignal:
     """SIGTERM and Ctrl-C set a flag, and the loop ends after the step it is in, saved.  Schedulers and people send these.
 
-    A Ctrl-C after that ends the process at once.  A SIGTERM does not: torchrun sends one when it gets a second Ctrl-C
-    itself, and the save in progress is worth its 30 seconds.
+    A Ctrl-C after that ends the process at once.  A SIGTERM does not: torchrun turns a second Ctrl-C into one, and then
+    leaves the save in progress 30 seconds.
     """
 
     def __init__(self):
@@ -290,22 +324,22 @@ def training_view(args) -> View:
     if (args.drop_audio or args.drop_video) and args.modal != "video_audio":
         raise UserError(f"--modal {args.modal} with --drop_audio or --drop_video: nothing would be left; drop one flag.")
     return View(args.modal, args.prompt, args.fit, read_question(args.question), read_choices(args.choices),
-                shuffle_choices=True, drop_audio=args.drop_audio, drop_video=args.drop_video, seed=args.seed)
+                shuffle_choices=True, mute=args.mute, blank=args.blank, drop_audio=args.drop_audio,
+                drop_video=args.drop_video, seed=args.seed)
 
 
-def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda model: None) -> Run:
+def set_up(args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, before_training=lambda model: None) -> Run:
     """Everything that is read before the first step: a fault in any of it ends the run here, in one sentence.
 
-    `steps_for(n)`: how many steps n samples need.  `before_training(model)` sees the starting model, with its
+    `per_step`: samples in a step, over all ranks.  `before_training(model)` sees the starting model, with its
     trained parts chosen, before a resumed run overwrites its weights (the KL reference is taken there).
     """
     if args.seed < 0 or args.max_bad_steps < 1:
         raise UserError("--seed must be 0 or more, --max_bad_steps 1 or more.")
     check_outputs(args, ranks)
     view = training_view(args)
-    samples = read_samples(args.data, args.media_root, args.strict_paths)
     check_labels(samples, args.data, args.allow_labels)
-    max_steps = args.max_steps or steps_for(len(samples))
+    max_steps = args.max_steps or math.ceil(args.epochs * len(samples) / per_step)
     if max_steps < 1:
         raise UserError("there is no step to make: give --max_steps or --epochs above 0.")
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
@@ -322,10 +356,10 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
             raise UserError("--feature_cache with a trained tower: its features change with every step; "
                             "leave one of them out.")
         cache = FeatureCache(args.feature_cache, model.tower_fingerprints())
-    folder = RunFolder(args, ranks)
+    folder = RunFolder(args, ranks, model.fingerprint())
     before_training(model)
 
-    state = {"step": 0, "skipped_samples": 0, "skipped_steps": 0, "bad_in_a_row": 0, "logs": {}}
+    state = {"step": 0, "position": 0, "skipped_samples": 0, "skipped_steps": 0, "bad_in_a_row": 0, "logs": {}}
     optimizer = MasterAdamW(trained, args.lr, args.weight_decay)
     newest = folder.newest() if args.resume else None
     if newest:
@@ -333,10 +367,13 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
         # To the CPU first: Adam takes its moments to the device itself, and its step counters belong on the CPU.
         state = torch.load(newest / STATE, map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state.pop("optimizer"))
+        state.setdefault("position", state["step"] * per_step)       # before it was kept
         ranks.say(f"resuming after step {state['step']} from {newest}")
     elif args.resume:
         ranks.say(f"--resume: {folder.path} holds no checkpoint yet; starting at the first step")
     folder.cut_logs(state.pop("logs"))
     ranks.say(f"{len(samples)} samples, {max_steps} steps, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
               f"parameters, {ranks.world} rank(s) on {ranks.device.type}")
-    return Run(folder, samples, processor, model, view, cache, optimizer, state, max_steps, StopSignal())
+    if per_step > len(samples):
+        ranks.say(f"warning: a step takes {per_step} samples and {args.data} has {len(samples)}: some come up twice in it")
+    return Run(folder, samples, per_step, processor, model, view, cache, optimizer, state, max_steps, StopSignal())

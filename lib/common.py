@@ -226,20 +226,19 @@ def sync(what) -> None:
         os.close(handle)
 
 
-def check_writable(path, flag: str = "--out", folder: bool = False) -> None:
-    """Before the work: can that file be written, or files in that folder, also where it is yet to be made?
+def check_writable(path, folder_flag: str = "") -> None:
+    """Before the work: can a file be written there, its folders made where they lack?  Leaves nothing; raises UserError.
 
-    Leaves nothing; raises UserError.
+    `folder_flag`: the flag that names `path`, where that is a folder to be filled.
     """
-    here = Path(path).absolute()
+    path = Path(path).absolute()
     try:
-        if here.exists() and here.is_dir() != folder:
-            raise OSError(None, "it is a file, not a folder" if folder else "it is a folder, not a file")
-        there = next(p for p in (here, *here.parents)[not folder:] if os.path.lexists(p))
-        tempfile.TemporaryFile(dir=there).close()
+        if path.exists() and not (path.is_dir() if folder_flag else path.is_file()):
+            raise OSError(None, "it is no folder" if folder_flag else "it is a folder or a device, not a file")
+        tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents)[not folder_flag:] if os.path.lexists(p))).close()
     except OSError as error:
-        what = "folder" if folder else "file"
-        raise UserError(f"{flag} {path} cannot be written ({error.strerror}): name a {what} that can.") from None
+        what = f"give {folder_flag} a folder" if folder_flag else "name a file in a folder"
+        raise UserError(f"cannot write {path}: {error.strerror}; {what} that can be written.") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -69,8 +69,8 @@ def measure(meter: Meter, rollout, r: torch.Tensor) -> None:
     meter.mean("reward", float(r.mean()), B)
     meter.mean("reward_std", float(r.std(1).mean()), B)
     dead = r.amax(1) == r.amin(1)                                        # (B,)
-    accuracy = rollout.rewards["accuracy"]                               # (B, G)
-    right, wrong = accuracy.amin(1) == 1, accuracy.amax(1) == 0          # (B,)
+    first = next(iter(rollout.rewards.values()))                         # (B, G), accuracy if nothing else was asked for
+    right, wrong = first.amin(1) > 0, first.amax(1) <= 0                 # (B,)
     meter.mean("frac_reward_zero_std", float(dead.float().mean()), B)
     meter.mean("frac_reward_zero_std/all_right", float((dead & right).float().mean()), B)
     meter.mean("frac_reward_zero_std/all_wrong", float((dead & wrong).float().mean()), B)
@@ -96,9 +96,9 @@ def rollout_rows(batch, rollout, step: int) -> list[dict]:
             for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
 
 
-def step_row(step: int, args, n: int, lr: float, meters: list[dict], clock: Clock, counts: dict) -> dict:
-    """One row of metrics.jsonl.  n: samples in the data."""
-    row = {"step": step, "epoch": round(step * args.prompts_per_step / n, 4), "lr": lr}
+def step_row(step: int, epoch: float, lr: float, meters: list[dict], clock: Clock, counts: dict) -> dict:
+    """One row of metrics.jsonl."""
+    row = {"step": step, "epoch": epoch, "lr": lr}
     row |= Meter.join(meters) | counts
     row |= {f"time/{name}": round(seconds, 4) for name, seconds in clock.seconds.items()}
     for name in ("generate", "train"):

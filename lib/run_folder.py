@@ -38,6 +38,7 @@ STATE = "trainer.pt"
 FREE = {"out", "resume", "overwrite", "device", "workers", "save_every", "keep", "on_save_error", "max_bad_steps",
         "micro_batch", "tokens_per_micro_batch", "compile", "feature_cache", "eval_data", "eval_every", "eval_limit",
         "allow_changes", "strict_paths", "media_root"}
+IN_PASSING = {"argv", "torch", "world_size", "model_resolved"}      # recorded, never compared
 LENGTH = {"max_steps", "epochs"}     # may grow; but they shape the schedule
 
 
@@ -86,10 +87,10 @@ def check_outputs(args, ranks: Ranks) -> None:
     """Can the run write where it is to, and is --out its own?  Asked before anything is loaded; raises UserError."""
     out = Path(args.out)
     if args.feature_cache:                           # may be another disk on every machine
-        check_writable(args.feature_cache, "--feature_cache", folder=True)
+        check_writable(args.feature_cache, "--feature_cache")
     if not ranks.first:
         return
-    check_writable(out, folder=True)
+    check_writable(out, "--out")
     config, found = None, sorted(out.iterdir()) if out.is_dir() else []
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
@@ -99,7 +100,7 @@ def check_outputs(args, ranks: Ranks) -> None:
                             "choose another folder.")
         return
     # A run may have been killed before its config.json; shells and schedulers write their logs here.
-    own = {*LOGS, "checkpoints", "latest", Path(args.feature_cache or "latest").name}
+    own = {*LOGS, "checkpoints", "latest", Path(os.path.relpath(args.feature_cache or out / "latest", out)).parts[0]}
     others = [p.name for p in found if p.name not in own and p.suffix not in (".log", ".out", ".err", ".txt")
               and not p.name.startswith((".", "config.json.tmp"))]
     if others:
@@ -110,24 +111,28 @@ def check_outputs(args, ranks: Ranks) -> None:
 class RunFolder:
     """The folder of one run.  Rank 0 writes; every rank calls, because some calls wait for all."""
 
-    def __init__(self, args, ranks: Ranks):
+    def __init__(self, args, ranks: Ranks, start_model: str):
+        """`start_model`: fingerprint of the weights that the run starts from, the KL's reference."""
         self.path, self.ranks = Path(args.out), ranks
         self.keep, self.on_save_error = args.keep, args.on_save_error
         self.checkpoints = self.path / "checkpoints"
         self.unwritten: dict[str, str] = {}          # log -> rows that could not be written yet
         if ranks.first:
-            self._prepare(args)
+            self._prepare(args, start_model)
         ranks.barrier()
 
     # ---- starting and resuming --------------------------------------------------------------------
 
-    def _prepare(self, args) -> None:
+    def _prepare(self, args, start_model: str) -> None:
         check_outputs(args, self.ranks)
         before = self.path / "config.json"
-        # A link (`RUN/latest`) points elsewhere tomorrow.
+        # A link (`RUN/latest`) points elsewhere tomorrow.  A place alone may change, the weights may not: start_model.
         start = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
         config = dataclasses.asdict(args) | {"argv": sys.argv, "world_size": self.ranks.world, "torch": torch.__version__,
-                                             "data_sha256": digest(Path(args.data)), "model_resolved": start}
+                                             "data_sha256": digest(Path(args.data)), "start_model": start_model,
+                                             "model_resolved": start,
+                                             "rewards_sha256": {s: digest(Path(s.rpartition(":")[0])) for s in getattr(
+                                                 args, "rewards", []) if ".py:" in s}}
         if before.exists() and args.resume:
             self._check_same(json.loads(before.read_text()), config, args.allow_changes)
         elif before.exists():                                    # --overwrite
@@ -141,14 +146,11 @@ class RunFolder:
 
     def _check_same(self, old: dict, new: dict, allow: bool) -> None:
         """A continuation under other flags would be another run under the old one's name."""
-        changed = sorted(k for k in new if k in old and old[k] != new[k] and k not in FREE | {"argv", "torch", "world_size"})
-        told = [f"--{k} was {old[k]!r} and is {new[k]!r}" for k in changed
-                if k not in LENGTH | {"data_sha256", "model_resolved"}]
-        if "data_sha256" in changed:
-            told.append(f"the sample file {new['data']} has other contents")
-        places = [Path(config.get("model_resolved", "")) for config in (old, new)]
-        if "model_resolved" in changed and places[0].name != places[1].name:     # else the whole tree was moved
-            told.append(f"--model {new['model']} was {places[0]} and is {places[1]}")
+        changed = sorted(k for k in new if k in old and old[k] != new[k] and k not in FREE | IN_PASSING)
+        contents = {"data_sha256": f"the sample file {new['data']} has other contents",
+                    "start_model": f"{new['model']} holds other weights than the run started from (the KL would change its "
+                                   "reference)", "rewards_sha256": "a reward's file was edited"}
+        told = [contents.get(k, f"--{k} was {old.get(k)!r} and is {new[k]!r}") for k in changed if k not in LENGTH]
         if told and not allow:
             raise UserError(f"--resume {self.path}: {'; '.join(told)}. Give what the run was started with, "
                             "or --allow_changes.")

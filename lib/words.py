@@ -1,6 +1,7 @@
-"""The words for emotions: the vocabulary of the training sets, and what other words mean.
+"""The words for emotions: the vocabulary of the training sets, what other words mean, what a text concludes.
 
-`normalise` is for evaluation alone.  It is never a reward, because a policy finds every hole in an alias table.
+`normalise` is for evaluation alone.  It is never a reward for the answer, because a policy finds every hole in an alias
+table.
 """
 import re
 
@@ -33,13 +34,33 @@ _NEGATIONS = frozenset("not no non never neither nor without isn't aren't wasn't
                        "cannot can't hardly".split())
 
 
+def stated(text: str, reach: int = 2, denials: frozenset[str] = _NEGATIONS) -> list[str]:
+    """The emotions that a text states, as vocabulary words, in order; not what one of the `reach` words before denies."""
+    words = re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower().replace("\u2019", "'"))
+    return [_TARGET[w] for i, w in enumerate(words)
+            if w in _TARGET and not denials.intersection(words[max(0, i - reach):i])]
+
+
 def normalise(word: str) -> str | None:
     """The vocabulary word that a free answer means, or None.
 
     None when no known word occurs, when every known word is denied ("not happy"), and when two
     different emotions are named ("happy and sad"): an answer that hedges is not an answer.
     """
-    words = re.findall(r"[a-z]+(?:'[a-z]+)?", word.lower().replace("\u2019", "'"))
-    found = {_TARGET[w] for i, w in enumerate(words)
-             if w in _TARGET and not _NEGATIONS.intersection(words[max(0, i - 2):i])}
+    found = set(stated(word))
     return found.pop() if len(found) == 1 else None
+
+
+# What is quoted is what somebody in the clip says: "I fear nothing" concludes no fear.
+_QUOTED = re.compile(r"\"[^\"]*\"|\u201c[^\u201d]*\u201d|\u2018[^\u2019]*\u2019(?![a-z])")
+_CLAUSE = re.compile(r"[.,;:!?()\n]|\bbut\b|\byet\b|\bhowever\b")
+
+
+def concluded(reasoning: str) -> str | None:
+    """The emotion that a reasoning alone concludes: the last one that it states in its own words; None if there is none.
+
+    A denial reaches four words on in its clause: "no clear sign of anger", "sad rather than angry".
+    """
+    clauses = _CLAUSE.split(_QUOTED.sub(" ", reasoning).lower())
+    found = [word for clause in clauses for word in stated(clause, 4, _NEGATIONS | {"than", "instead"})]
+    return found[-1] if found else None

@@ -1,6 +1,6 @@
 """Invented copies of the data sets, in the layouts and with the numbers of clips in which they are distributed.
 
-    build_all(root)     root/DFEW, MAFW, RAVDESS, EMER, MER2025, r1omni.json: the README's commands run on them
+    build_all(root)     root/DFEW, MAFW, RAVDESS, EMER, MER2025, r1omni.json: the recipe's commands run on them
 
 No clip, name, text or label in here is anybody's: names are drawn, and every clip is a hard link to one tiny mp4.
 The numbers are typed a second time, apart from those of convert.py, so that a slip in either does not go unseen.

@@ -290,7 +290,7 @@ def test_select_is_slicing_by_hand(rows, processor):
 def test_training_batches():
     """Stops clips that are skipped or repeated: within an epoch, over ranks, after a resume."""
     n, per_step = 10, 4
-    whole = training_batches(n, per_step, range(10), seed=3)
+    whole = training_batches(n, per_step, 0, 10, seed=3)
     numbers = [number for batch in whole for _, number in batch]
     assert [position for batch in whole for position, _ in batch] == list(range(40))
     for epoch in range(4):
@@ -298,11 +298,13 @@ def test_training_batches():
     assert numbers[:n] != numbers[n:2 * n] and numbers[:n] != list(range(n))
 
     for world in (2, 3, 4):
-        ranks = [training_batches(n, per_step, range(10), 3, rank, world) for rank in range(world)]
+        ranks = [training_batches(n, per_step, 0, 10, 3, rank, world) for rank in range(world)]
         for step in range(10):
             assert sorted(p for r in ranks for p in r[step]) == whole[step]
-    assert training_batches(n, per_step, range(6, 10), seed=3) == whole[6:]
-    assert training_batches(n, per_step, range(10), seed=4) != whole
+    assert training_batches(n, per_step, 24, 4, seed=3) == whole[6:]
+    assert training_batches(n, per_step, 0, 10, seed=4) != whole
+    # Another --prompts_per_step after a resume goes on where the run was, not at step x the new size.
+    assert [p for batch in training_batches(n, 7, 24, 2, seed=3) for p, _ in batch] == list(range(24, 38))
 
 
 def test_features_on_disk(rows, processor, model, tmp_path):

@@ -1,12 +1,14 @@
 """The maths of GRPO: advantages, KL, the clipped objective, against formulas and finite differences."""
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
 
 import grpo
 from lib.common import UserError
+from rewards import Completion
 from training import learning_rate
 
 OPTIONS = {
@@ -95,7 +97,34 @@ def test_kl_of_far_away_policies_stays_finite():
     """Stops: exp overflow on a token that the reference finds impossible; the result itself is not clamped."""
     terms = grpo.kl_terms(torch.tensor([-0.1, -400.0]), torch.tensor([-300.0, -0.1]))
     assert all(t.isfinite().all() for t in terms.values())
-    assert terms["k3"][1] > 1e8                      # e^20, not cut to 20
+    assert terms["k3"][1] > 1e34                     # e^80, not cut to 80
+
+
+@pytest.mark.parametrize("rho", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("kl, slope", [("k2", lambda x, rho: -x), ("k3", lambda x, rho: 1 - x.exp()),
+                                       ("k3_ratio", lambda x, rho: -rho * x)])
+def test_kl_gradient_in_fp32_is_the_closed_form_at_every_x(kl, slope, rho):
+    """Stops: a gradient that is the difference of two e^x (-16 where it is -18), and one that a clamp turns round (+5e8)."""
+    x = torch.linspace(-40, 40, 1601)                # fp32, as in training
+    logps = torch.full((1, 1601, 1), -50.0, requires_grad=True)
+    old = logps.detach() - math.log(rho)
+    A, mask = torch.zeros(1, 1601), torch.ones(1, 1601, 1)
+    loss, _ = grpo.grpo_loss(logps, old, -50 + x.view(1, -1, 1), A, mask, beta=1.0, kl=kl)
+    x = (-50 + x).double() + 50                      # as fp32 has it
+    torch.testing.assert_close(gradient(loss, logps)[0, :, 0].double() * 1601, slope(x, rho), rtol=1e-5, atol=1e-5)
+    value = {"k2": x.square() / 2, "k3": x.expm1() - x, "k3_ratio": rho * (x.expm1() - x)}[kl]
+    assert float(loss.detach()) == pytest.approx(float(value.mean()), rel=1e-5)
+
+
+def test_the_kl_of_what_is_masked_has_no_say():
+    """Stops: 0 * inf, which is NaN, from log-probabilities past the end of a completion."""
+    logps = torch.tensor([[[-1.0, -1e30], [-2.0, -torch.inf]]], requires_grad=True)
+    mask = torch.tensor([[[True, False], [True, False]]])
+    for kl in ("k3_ratio", "k3", "k2"):
+        ref = torch.tensor([[[-1.5, torch.inf], [-2.0, 0.0]]])
+        loss, _ = grpo.grpo_loss(logps, logps.detach(), ref, torch.ones(1, 2), mask, beta=1.0, kl=kl)
+        slopes = gradient(loss, logps)
+        assert loss.isfinite() and slopes.isfinite().all() and not slopes[~mask].any()
 
 
 @pytest.mark.parametrize("kl,expected", [("k3_ratio", "reverse"), ("k2", "reverse"), ("k3", "forward")])
@@ -285,13 +314,29 @@ def test_every_option_changes_a_crafted_batch():
 
 @pytest.mark.parametrize("change,word", [({"num_generations": 1}, "num_generations"), ({"temperature": 0.0}, "temperature"),
                                          ({"gate": "cispo"}, "ceiling"), ({"delta": 1.1}, "delta"),
-                                         ({"inner_epochs": 0}, "1 or more"), ({"kl": "reward", "beta": 0.0}, "reward")])
+                                         ({"inner_epochs": 0}, "at least 1"), ({"mini_batches": 17}, "mini_batches 17"),
+                                         ({"kl": "reward", "scale": "none", "beta": 0.0}, "no KL to subtract"),
+                                         ({"kl": "reward", "scale": "group"}, "use --scale none"),
+                                         ({"kl": "reward", "scale": "batch"}, "use --scale none")])
 def test_meaningless_combinations_are_refused_by_name(change, word):
     """Stops: a run of hours with an objective that cannot work."""
     args = grpo.Args(model="m", data="d", out="o")
     grpo.check_objective(args)
     with pytest.raises(UserError, match=word):
         grpo.check_objective(dataclasses.replace(args, **change))
+
+
+def test_flags_that_change_nothing_are_told():
+    """Stops: a GSPO-against-GRPO ablation of two equal runs, because one step per rollout has ratio 1; and false alarms."""
+    def told(**flags) -> list[str]:
+        return [s.split()[0] for s in grpo.idle_flags(grpo.Args(model="m", data="d", out="o", **flags))]
+
+    assert told() == told(scale="none", agg="token", lr=1e-5, beta=0.1) == []
+    assert told(ratio="sequence", clip_high=0.28) == ["--ratio", "--clip_high"]
+    assert told(ratio="sequence", clip_high=0.28, mini_batches=2) == told(gate="sapo", inner_epochs=2) == []
+    assert told(gate="sapo", clip_low=0.1, clip_high=0.3, inner_epochs=2) == ["--clip_low", "--clip_high"]
+    assert told(beta=0.0, kl="k2") == ["--kl"] and told(max_steps=5, epochs=1.0) == ["--epochs"]
+    assert told(eval_every=5) == ["--eval_every"] and told(eval_every=5, eval_data=["x"]) == []
 
 
 def test_sampling_filters_are_refused_with_the_reason():
@@ -312,8 +357,9 @@ def test_learning_rate_schedule(schedule, middle):
 
 def test_what_each_prompt_is_paid_for():
     """Stops a label-only policy being paid for tags, or a thinking one for a bare word."""
-    texts = [["happy", " Happy\n", "<think>a</think>\n<answer>happy</answer>", "happy.", "very happy", ""]]
-    think, label = (grpo.score(texts, ["happy"], "cpu", prompt) for prompt in ("think", "label"))
+    texts = ["happy", " Happy\n", "<think>a</think>\n<answer>happy</answer>", "happy.", "very happy", ""]
+    think, label = (grpo.score([[Completion(t, "happy", 5, True, 9, prompt) for t in texts]], ["a"],
+                               grpo.Args(model="", data="", out="", prompt=prompt), "cpu") for prompt in ("think", "label"))
     assert think["accuracy"].tolist() == [[0, 0, 1, 0, 0, 0]] and think["format"].tolist() == [[0, 0, 1, 0, 0, 0]]
     assert label["accuracy"].tolist() == [[1, 1, 0, 0, 0, 0]] and label["format"].tolist() == [[1, 1, 0, 0, 0, 0]]
 

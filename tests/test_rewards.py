@@ -3,7 +3,22 @@ import time
 
 import pytest
 
-from rewards import ALIASES, DFEW_WORDS, VOCABULARY, accuracy, bare_word, format, normalise, parse_answer
+from lib.common import UserError
+from lib.words import concluded
+from rewards import (
+    ALIASES,
+    BUILT_IN,
+    DFEW_WORDS,
+    VOCABULARY,
+    Completion,
+    accuracy,
+    agreement,
+    bare_word,
+    format,
+    load_rewards,
+    normalise,
+    parse_answer,
+)
 
 GOOD = "<think>she smiles</think>\n<answer>happy</answer>"
 
@@ -123,3 +138,85 @@ def test_ambiguous_words_mean_nothing(word):
 def test_normalise(text, word):
     """Stops hedged, denied and look-alike words counting as answers."""
     assert normalise(text) == word
+
+
+# ---- what a reasoning concludes ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("reasoning, word", [
+    ("He frowns and his voice is loud. He is angry.", "angry"), ("It could be sadness, or anger; the tears say sad.", "sad"),
+    ("she is happy at first, then she looks frightened", "fear"), ("The man shows no clear sign of anger", None),
+    ("He is not angry but disappointed.", "disappointed"), ("She is sad rather than angry.", "sad"),
+    ("neither happy nor sad", None), ("The corners of the mouth rise.", None), ("", None),
+    # what somebody in the clip says is no conclusion
+    ('Sadness speaks from "I was never so happy in my life".', "sad"), ("The subtitle reads \u201cno fear\u201d.", None),
+    ("\u2018I am afraid he isn\u2019t here\u2019, she says, and it is a joke: joy.", "happy"),
+    # the manner of the paper's two examples: seen, heard, quoted, joined
+    ("In the opening scene he frowns, his eyes wide with what could be fear or surprise. His tone is agitated and fast, the "
+     "subtitle says \"You scared me!\". He does not seem afraid any more. Joining these, he is furious.", "angry"),
+    ("She may be happy to see him; yet her sighs and her low voice tell of worry and of a deep sadness, not of joy", "sad"),
+])
+def test_what_a_reasoning_concludes(reasoning, word):
+    """Stops: the first emotion instead of the last, a denied one, one that is quoted from speech, one across a clause."""
+    assert concluded(reasoning) == word
+    assert agreement(f"<think>{reasoning}</think><answer>{word or 'happy'}</answer>") == (word is not None)
+    assert not agreement(f"<think>{reasoning}</think><answer>contemptuous</answer>")
+
+
+def test_agreement_needs_one_reasoning_and_one_answer():
+    """Stops: pay for texts without tags, for a conclusion that stands outside of the reasoning, for time without end."""
+    assert agreement("<think>so sad</think>\n<answer> Sad </answer>") == 1.0
+    for text in ("", "sad", "<answer>sad</answer>", "<think>sad</think>", "sad<think>a</think><answer>sad</answer>",
+                 "<think>sad</think><think>sad</think><answer>sad</answer>", "<think>sad</think><answer>sadness</answer>"):
+        assert agreement(text) == 0.0, text
+    started = time.process_time()
+    agreement("<think>" + "not \"sad " * 200_000 + "</think><answer>sad</answer>")
+    assert time.process_time() - started < 5                 # linear; a quadratic one takes minutes
+
+
+# ---- rewards by name ---------------------------------------------------------------------------------
+
+def completion(text=GOOD, answer="happy", length=10, finished=True, limit=100, prompt="think", **row) -> Completion:
+    return Completion(text, answer, length, finished, limit, prompt, row)
+
+
+def test_built_in_rewards():
+    """Stops: a table whose names mean something else, and a penalty that starts or ends elsewhere (DAPO, eq. 13)."""
+    pay = lambda name, **what: float(BUILT_IN[name](completion(**what)))
+    assert [pay(name) for name in ("accuracy", "format", "agreement", "conclusion")] == [1, 1, 0, 0]         # "she smiles"
+    torn = "<think>she is sad</think><answer>happy</answer>"
+    assert [pay(name, text=torn) for name in ("accuracy", "agreement", "conclusion")] == [1, 0, 0]
+    assert pay("conclusion", text=torn, answer="SAD") == 1 and pay("accuracy", text="happy", prompt="label") == 1
+    assert [pay("overlong", length=n) for n in (1, 80, 90, 100)] == [0, 0, -0.5, -1]
+    assert pay("overlong", length=100, finished=False) == -1
+
+
+def test_rewards_of_a_user(tmp_path):
+    """Stops: a lost weight, a bool or int that crashes the mean, a row or length that does not arrive."""
+    file = tmp_path / "mine.py"
+    file.write_text("def short(c): return c.length < 50\ndef rank(c): return c.row.get('rank', 0) + len(c.answer)\n")
+    table = load_rewards(("accuracy", f"{file}:short=0.25", f"{file}:rank=-2", "format=0"))
+    assert [(r.name, r.weight) for r in table] == [("accuracy", 1.0), ("short", 0.25), ("rank", -2.0), ("format", 0.0)]
+    assert [r(completion(rank=3), "clip") for r in table] == [1.0, 1.0, 8.0, 1.0]
+    assert all(type(r(completion(), "clip")) is float for r in table)
+
+
+@pytest.mark.parametrize("specs, said", [
+    ((), "at least one"), (("accuracy", "accuracy=2"), "none twice"), (("acuracy",), "or one of accuracy, format"),
+    (("format=much",), "no weight"), (("format=nan",), "no weight"), (("FILE:none",), "has no function 'none'"),
+    (("gone.py:f",), "cannot be run: FileNotFoundError"), (("FILE:fails",), "failed on a.*KeyError"),
+    (("FILE:nan",), "gave nan for a.mp4"), (("FILE:text",), "failed on a.*ValueError"), (("FILE:nothing",), "TypeError")])
+def test_rewards_that_cannot_work_are_told(tmp_path, specs, said):
+    """Stops: a typing error that ends a run after its first rollout, in a traceback."""
+    file = tmp_path / "mine.py"
+    file.write_text("def fails(c): return c.row['x']\ndef nan(c): return float('nan')\ndef text(c): return 'good'\n"
+                    "def nothing(c): pass\n")
+    with pytest.raises(UserError, match=said):
+        for reward in load_rewards(tuple(s.replace("FILE", str(file)) for s in specs)):
+            reward(completion(), "a.mp4")
+
+
+def test_reasoning_is_not_paid_where_none_is_asked_for():
+    """Stops: a label-only run whose reward of the reasoning is 0 for ever."""
+    with pytest.raises(UserError, match="no meaning with --prompt label"):
+        load_rewards(("accuracy", "agreement"), "label")
+    assert [r(completion("Happy", prompt="label"), "clip") for r in load_rewards(("accuracy", "format"), "label")] == [1, 1]

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 import sampler
-from data import PromptBatch
+from data import PromptBatch, Sample
 from lib.common import start_ranks
 from model import encode_once
 from training import MasterAdamW
@@ -99,7 +99,7 @@ def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
     reference = grpo.frozen_reference(model)
     args = grpo.Args(model="", data="", out="", num_generations=G, max_new_tokens=T, inner_epochs=2, micro_batch=1)
     ranks = start_ranks("cpu")
-    samples = [type("S", (), {"answer": "happy"})] * 2
+    samples = [Sample("a", None, "?", "happy", "happy", "video_audio")] * 2
     once = encode_once(model, batch.__class__(**(vars(batch) | {"samples": samples})))
     assert calls == {"vision": 2, "audio": 2}
     decode = type("P", (), {"text": staticmethod(lambda ids: " ".join(map(str, ids)))})

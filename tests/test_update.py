@@ -49,10 +49,15 @@ def test_a_cut_by_prompts_and_of_some_rows():
 # ---- its gradient ----------------------------------------------------------------------------------
 
 class Recorder(MasterAdamW):
-    """An optimiser that keeps the gradient of the step and moves nothing."""
+    """An optimiser that keeps the gradient of each step and moves nothing."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps = []
 
     def step(self, ranks, lr, max_grad_norm):
         self.seen = self.flat.clone()
+        self.steps.append(self.seen)
         self.flat.zero_()
         return float(self.seen.norm()), True
 
@@ -83,7 +88,13 @@ def world(forward):
 
 
 def grpo_gradient(world, **flags) -> tuple[torch.Tensor, dict, int]:
-    """-> the step's flat gradient, its metrics, how many prompt rows were run."""
+    """-> the last step's flat gradient, the metrics, how many prompt rows were run."""
+    steps, row, rows = grpo_steps(world, **flags)
+    return steps[-1], row, rows
+
+
+def grpo_steps(world, **flags) -> tuple[list[torch.Tensor], dict, int]:
+    """-> the flat gradient of each optimiser step, the metrics, how many prompt rows were run."""
     model, trained, batch, rollout = world
     args = grpo.Args(model="", data="", out="", max_new_tokens=12, max_logp_diff=1e9, **flags)
     if not args.beta:
@@ -101,7 +112,7 @@ def grpo_gradient(world, **flags) -> tuple[torch.Tensor, dict, int]:
         grpo.update(model, optimizer, batch, rollout, args, start_ranks("cpu"), 0.0, meter)
     finally:
         del model.completion_logps
-    return optimizer.seen, grpo.Meter.join([meter.entries]), rows
+    return optimizer.steps, grpo.Meter.join([meter.entries]), rows
 
 
 @pytest.mark.parametrize("agg", ["seq", "token", "const"])
@@ -117,6 +128,88 @@ def test_grpo_has_one_gradient_for_any_micro_batch(world, agg):
         assert float((cut - whole).norm() / whole.norm()) < 5e-4, flags
         for name in ("loss", "entropy", "kl", "ratio/mean", "sampler_logp_diff/max"):
             assert row[name] == pytest.approx(told[name], rel=1e-4, abs=1e-5), (flags, name)
+
+
+@pytest.mark.parametrize("agg", ["seq", "token", "const"])
+def test_mini_batches_are_steps_on_disjoint_prompts(world, agg):
+    """Stops: a prompt in two mini-batches or in none, the denominator of another, a first one that is not on-policy."""
+    whole, told, _ = grpo_gradient(world, micro_batch=3, agg=agg, prompts_per_step=3)
+    steps, row, rows = grpo_steps(world, micro_batch=3, agg=agg, prompts_per_step=3, mini_batches=3)
+    assert len(steps) == 3 and rows == 6                                 # each prompt scored before, and learned once
+    share = {"seq": [1 / 3] * 3, "const": [1 / 3] * 3, "token": [float(n) for n in LENGTHS.sum(1) / LENGTHS.sum()]}[agg]
+    assert float((sum(s * g for s, g in zip(share, steps)) - whole).norm() / whole.norm()) < 5e-4
+    assert row["ratio/max"] == row["ratio/mean"] == 1.0                  # this optimiser moves nothing
+    assert row["loss"] == pytest.approx(told["loss"], rel=1e-4) or agg == "token"
+    assert row["sampler_logp_diff/mean"] == pytest.approx(told["sampler_logp_diff/mean"], rel=1e-4)
+
+
+def test_mini_batches_compare_with_the_policy_that_sampled(world, monkeypatch):
+    """Stops: old log-probs taken when a mini-batch's turn comes: then every ratio is 1 and no clip ever acts."""
+    model, trained, batch, rollout = world
+    before, olds = [p.detach().clone() for p in trained], []
+    with torch.no_grad():
+        expected = model.completion_logps(*embed(model, batch), rollout.completions, rollout.lengths)
+
+    def spy(logps, old, *rest, loss=grpo.grpo_loss, **options):
+        olds.append((logps.detach(), old))
+        return loss(logps, old, *rest, **options)
+
+    monkeypatch.setattr(grpo, "grpo_loss", spy)
+    args = grpo.Args(model="", data="", out="", max_new_tokens=12, max_logp_diff=1e9, prompts_per_step=3, mini_batches=3)
+    meter = grpo.Meter()
+    try:
+        assert grpo.update(model, MasterAdamW(trained, 0.0), batch, rollout, args, start_ranks("cpu"), 1e-3, meter)
+    finally:
+        for p, old in zip(trained, before):
+            p.data.copy_(old)
+    assert len(olds) == 3 and torch.equal(*olds[0]) and not torch.equal(*olds[1]) and not torch.equal(*olds[2])
+    for b, (_, old) in enumerate(olds):
+        torch.testing.assert_close(old, expected[b:b + 1, :, :old.shape[2]], atol=2e-5, rtol=1e-5)
+    row = grpo.Meter.join([meter.entries])
+    assert row["ratio/max"] > 1.001 and row["clip_ratio/high_mean"] + row["clip_ratio/low_mean"] > 0
+
+
+def test_which_mini_batch_a_prompt_is_in_depends_on_its_position_alone(world):
+    """Stops: mini-batches that change with the number of ranks, with a bad clip, or with where the run was resumed."""
+    args = grpo.Args(model="", data="", out="", prompts_per_step=8, mini_batches=4, micro_batch=1)
+
+    def parts(indices, first) -> list[list[int]]:
+        batch = dataclasses.replace(world[2], indices=indices)
+        minis = grpo.mini_batches(batch, world[3], args, start_ranks("cpu"), first)
+        return [[indices[b] for rows, _ in mini.pieces for b in rows] for mini in minis]
+
+    assert parts([16, 17, 22], 16) == [[16, 17], [], [], [22]]           # rank 0 of one, a few clips were bad
+    assert parts([17, 19, 21], 16) == [[17], [19], [21], []]             # rank 1 of two
+    assert parts([20, 27, 23], 20) == [[20], [23], [], [27]]             # another position: resumed with another size
+
+
+def test_a_kl_in_the_reward_is_no_reward(world):
+    """Stops: the KL's own differences being logged as reward, and groups that are dead counted as alive."""
+    rollout = dataclasses.replace(world[3], rewards={"accuracy": torch.tensor([[0., 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]])})
+    args = grpo.Args(model="", data="", out="", kl="reward", scale="none", beta=0.1, rewards=["accuracy"])
+    r = grpo.compare(rollout, args, start_ranks("cpu"))
+    assert torch.equal(r, rollout.rewards["accuracy"])
+    k1 = (rollout.logps - rollout.ref_logps).masked_fill(~rollout.mask, 0.0).sum(-1)
+    torch.testing.assert_close(rollout.advantages, (r - 0.1 * k1) - (r - 0.1 * k1).mean(1, keepdim=True))
+    meter = grpo.Meter()
+    grpo.measure(meter, rollout, r)
+    row = grpo.Meter.join([meter.entries])
+    told = [row[f"frac_reward_zero_std{part}"] for part in ("", "/all_right", "/all_wrong")]
+    assert told == pytest.approx([2 / 3, 1 / 3, 1 / 3]) and row["reward"] == 0.5
+
+
+def test_rewards_are_summed_by_weight_and_the_first_names_right_and_wrong(world):
+    """Stops: weights in the logged parts, a table without accuracy ending in a KeyError, the wrong reward naming groups."""
+    parts = {"agreement": torch.tensor([[0., 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0]]), "overlong": -torch.ones(3, 4)}
+    rollout = dataclasses.replace(world[3], rewards=parts)
+    args = grpo.Args(model="", data="", out="", rewards=["agreement=2", "overlong=0.5"])
+    r = grpo.compare(rollout, args, start_ranks("cpu"))
+    assert torch.equal(r, 2 * parts["agreement"] - 0.5)
+    meter = grpo.Meter()
+    grpo.measure(meter, rollout, r)
+    row = grpo.Meter.join([meter.entries])
+    assert row["rewards/agreement/mean"] == 0.5 and row["rewards/overlong/mean"] == -1.0 and row["reward"] == 0.5
+    assert row["frac_reward_zero_std/all_right"] == row["frac_reward_zero_std/all_wrong"] == pytest.approx(1 / 3)
 
 
 def test_groups_without_advantage_are_left_out_exactly_without_a_kl(world, monkeypatch):

@@ -471,8 +471,9 @@ def row(seed: int, clip: Clip) -> dict:
         question, answer = MEDIA + QUESTION_CAPTION, describe(clip.levels, rng)
     elif clip.set == "toy_emer":
         answer = cold_start_text(clip, rng)
-    return {"video": clip.path, "conversations": [{"from": "human", "value": question},
-                                                  {"from": "gpt", "value": answer}]}
+    cues = {"seen": {c: clip.levels[c] for c in SEEN}, "heard": {c: clip.levels[c] for c in HEARD}}
+    return {"video": clip.path, "cues": cues,                    # the truth, for rewards and measures; no model sees it
+            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
 
 
 def claim(out: Path, seed: int, scale: float) -> None:

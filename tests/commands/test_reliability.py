@@ -351,7 +351,7 @@ def test_torchrun_restarts_a_run_that_lost_a_rank(whole, labels, tmp_path):
 def test_two_machines_are_one(labels, tmp_path):
     """Stops: a multi-node launch that splits the data, the seed or the writing by local rank, or that cannot restart."""
     port, out = 20_000 + os.getpid() % 20_000, tmp_path / "nodes"
-    line = next(line for line in (ROOT / "README.md").read_text().splitlines() if "--nnodes" in line)
+    line = next(line for line in (ROOT / "docs" / "recipe.md").read_text().splitlines() if "--nnodes" in line)
     words = shlex.split(line.replace("HOST:29500", f"127.0.0.1:{port}"))
     assert words[0] == "torchrun" and {"--nnodes=2", "--max_restarts=3"} < set(words) and words[-1] == "--resume"
     launch = (*words[1:words.index("grpo.py")], "--local_addr=127.0.0.1")

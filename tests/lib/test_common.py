@@ -91,18 +91,19 @@ def test_help_by_hand(capsys, monkeypatch):
     assert parse_args(Derived, ["--c", "z", "--d", "q"]) == Derived(c="z", d=["q"])
 
 
-def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path):
     """Stops hours of work that end at the first file, and a check that itself leaves files or folders."""
     (tmp_path / "file").write_text("kept")
-    check_writable(tmp_path / "new" / "folder", folder=True)
+    check_writable(tmp_path / "new" / "folder", "--out")
     check_writable(tmp_path / "new" / "file.json")
-    check_writable(tmp_path, folder=True)
+    check_writable(tmp_path, "--out")
     check_writable(tmp_path / "file")
-    for path, folder, why in (("file", True, "it is a file"), ("file/below", True, "Not a directory"),
-                              ("file/below", False, "Not a directory"), (".", False, "it is a folder")):
-        with pytest.raises(UserError, match=f"^--x {re.escape(str(tmp_path / path))} cannot be written .{why}"):
-            check_writable(tmp_path / path, "--x", folder)
+    for path, flag, why in (("file", "--out", "it is no folder"), ("file/below", "--out", "Not a directory"),
+                            ("file/below", "", "Not a directory"), (".", "", "it is a folder")):
+        advice = "give --out a folder" if flag else "name a file in a folder"
+        with pytest.raises(UserError, match=f"^cannot write {tmp_path / path}: {why}.*; {advice} that can be written.$"):
+            check_writable(tmp_path / path, flag)
     if Path("/proc/self").exists():          # a place where even root can make nothing
-        with pytest.raises(UserError, match="--out /proc/a cannot be written"):
-            check_writable("/proc/a", folder=True)
+        with pytest.raises(UserError, match=r"^cannot write /proc/a: .*give --out"):
+            check_writable("/proc/a", "--out")
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"

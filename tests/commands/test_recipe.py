@@ -1,4 +1,4 @@
-"""The README's reference section, command by command, on invented data of the real layouts."""
+"""docs/recipe.md, command by command in its order, on invented data of the real layouts."""
 import re
 import shlex
 import shutil
@@ -12,16 +12,16 @@ from fake_datasets import build_all
 
 ROOT = Path(__file__).parents[2]
 
-# The commands are the README's; only their size is ours: a few clips, a few tokens, one process.
+# The commands are the recipe's; only their size is ours: a few clips, a few tokens, one process.
 SMALL = {"eval.py": "--limit 4 --max_new_tokens 3 --workers 0", "sft.py": "--max_steps 1 --batch_size 2 --workers 0",
-         "grpo.py": "--max_steps 2 --prompts_per_step 2 --num_generations 2 --max_new_tokens 3 --workers 0"}
+         "grpo.py": "--max_steps 2 --prompts_per_step 2 --num_generations 2 --max_new_tokens 3 --workers 0 "
+                    "--eval_limit 4"}
 HUB = re.compile(r"StarJiaxing/[\w.-]+")
 
 
 def commands() -> list[str]:
-    section = (ROOT / "README.md").read_text().split("## Reference", 1)[1].split("\n## ", 1)[0]
-    block = section.split("```")[1]
-    return [line for line in block.splitlines() if line and not line.startswith("#")]
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,8 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_command_of_the_reference_runs(place):
-    """Stops: a README that shows flags, files or an order of commands that do not work."""
+def test_every_command_of_the_recipe_runs(place):
+    """Stops: a recipe that shows flags, files or an order of commands that do not work."""
     lines = commands()
     assert len(lines) > 30
     for line in lines:
@@ -59,7 +59,7 @@ def make_fold_2(result: Path) -> None:
     result.with_name("dfew_fold2.json").write_text(text.replace("dfew/fold1", "dfew/fold2"))
 
 
-def test_the_reference_names_every_subcommand_and_job():
+def test_the_recipe_names_every_subcommand_and_job():
     """Stops: a converter or a way to evaluate that no reader can find."""
     text = "\n".join(commands())
     for name in ("dfew", "mafw", "ravdess", "emer", "mer2025", "r1omni", "split", "check"):
@@ -68,3 +68,12 @@ def test_the_reference_names_every_subcommand_and_job():
                  "drop_audio", "drop_video", "calm", "actors", "allow_missing", "resume", "keep", "clip"):
         assert f"--{flag}" in text, flag
     assert "tools.inspect" in text and "tools.doctor" in text
+
+
+def test_the_result_can_be_used_from_python(place, monkeypatch, capsys):
+    """Stops: a way to use a model from Python that is shown and does not work."""
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    monkeypatch.chdir(place)
+    block = block.replace("/data/", f"{place}/data/").replace("Args(", "Args(max_new_tokens=3, ")
+    exec(compile(block, "recipe", "exec"), {})
+    assert capsys.readouterr().out.strip()

@@ -1,0 +1,61 @@
+"""What is refused or said about grpo.py's flags before anything is loaded."""
+import dataclasses
+import sys
+
+from lib.common import UserError
+
+
+def check_objective(args) -> None:
+    """Refuse what cannot work or means nothing, before an hour of loading."""
+    if args.num_generations < 2:
+        raise UserError(f"--num_generations {args.num_generations}: a group of one has nothing to compare with; "
+                        "use 2 or more.")
+    if args.temperature <= 0:
+        raise UserError(f"--temperature {args.temperature}: must be above 0; the policy is trained on what it samples.")
+    if args.gate == "cispo" and args.clip_high < 1:
+        raise UserError(f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio there; "
+                        "use 5 or so.")
+    if args.delta is not None and (args.gate != "clip" or args.delta <= 1 + args.clip_high):
+        raise UserError(f"--delta {args.delta}: only for --gate clip, and above 1 + clip_high.")
+    if args.beta < 0:
+        raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
+    if args.kl == "reward" and args.scale != "none":
+        raise UserError(f"--kl reward --scale {args.scale}: the KL makes all rewards differ a little, and where nothing "
+                        "else does, divided by that little it is the whole advantage; use --scale none.")
+    if args.kl == "reward" and args.beta == 0:
+        raise UserError("--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta.")
+    if args.is_cap is not None and args.is_cap < 1:
+        raise UserError(f"--is_cap {args.is_cap}: a cap on weights that are about 1; use 2 or so.")
+    if min(args.prompts_per_step, args.max_new_tokens, args.inner_epochs, args.micro_batch, args.mini_batches) < 1:
+        raise UserError("--prompts_per_step, --max_new_tokens, --inner_epochs, --mini_batches, --micro_batch: at least 1.")
+    if args.mini_batches > args.prompts_per_step:
+        raise UserError(f"--mini_batches {args.mini_batches}: each is to have a prompt of its own; --prompts_per_step is "
+                        f"{args.prompts_per_step}.")
+
+
+def idle_flags(args) -> list[str]:
+    """Sentences about flags that are given and change nothing under the others: an ablation would compare equal runs."""
+    given = {f.name for f in dataclasses.fields(args)
+             if f.default is not dataclasses.MISSING and getattr(args, f.name) != f.default}
+    one_step, clip = args.inner_epochs * args.mini_batches == 1, args.gate == "clip"
+    reasons = [
+        (one_step, "ratio gate clip_low clip_high delta", "with one optimiser step per rollout the ratio is 1, where every "
+         "ratio and gate has REINFORCE's gradient (give --inner_epochs or --mini_batches)"),
+        (not clip, "clip_low", f"--gate {args.gate} has no lower bound"),
+        (args.gate in ("sapo", "none"), "clip_high", f"--gate {args.gate} has no ceiling"),
+        (args.beta == 0, "kl", "--beta 0 has no KL"),
+        (args.tokens_per_micro_batch > 0, "micro_batch", "--tokens_per_micro_batch replaces it"),
+        (args.max_steps > 0, "epochs", "--max_steps decides"),
+        (args.schedule == "constant", "lr_floor", "--schedule constant never falls"),
+        (not args.eval_data, "eval_every eval_limit", "there is no --eval_data"),
+    ]
+    return [f"--{flag} {getattr(args, flag)} changes nothing: {why}" for holds, flags, why in reasons if holds
+            for flag in flags.split() if flag in given]
+
+
+def refuse_sampling_filters(argv: list[str]) -> None:
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
+            sys.exit(f"error: {flag}: training samples the full distribution, because the loss scores the full softmax; "
+                     "a filtered sample would be scored by a distribution that it did not come from.")
