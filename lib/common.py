@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
 import typing
 import uuid
@@ -188,8 +189,20 @@ def sync(what) -> None:
         os.close(handle)
 
 
+def check_writable(path) -> None:
+    """Before the work: can a file be written there, its folders made where they lack?  Leaves nothing; raises UserError."""
+    path = Path(path).absolute()
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(None, "it is a folder or a device, not a file")
+        tempfile.TemporaryFile(dir=next(folder for folder in path.parents if os.path.lexists(folder))).close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name a file in a folder that can be written.") from None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Replace `path` by `text` in one step; its folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
         with open(beside, "w", encoding="utf-8") as file:
