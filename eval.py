@@ -100,7 +100,7 @@ def job_of(args: Args) -> str:
         raise UserError(f"--{job} needs --model, a checkpoint folder or hub id.")
     if job == "compare" and len(args.compare) != 2:
         raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
-    if job == "folds" and len(args.folds) < 2:
+    if job == "folds" and len(set(args.folds)) < 2:
         raise UserError("--folds takes two result files or more, not one.")
     if args.modalities and changed & {"modal", "mute", "blank"}:
         raise UserError("--modalities runs every setting of --modal, --mute and --blank by itself; leave those out.")

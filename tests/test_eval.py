@@ -214,7 +214,7 @@ def test_out_is_tried_before_the_work(out, words, tmp_path):
 
 
 @pytest.mark.parametrize("text, flag, told", [
-    ("Sad", "think", "67 % of the answers are bare words, as of a label model, which was not asked for: give --prompt label"),
+    ("Sad", "think", "67 % of the answers are bare words, as of a label model, which was not asked for: give --prompt l"),
     ("<think>a</think><answer>sad</answer>", "label", "67 % of the answers are reasoning and answer in tags, which was not"),
     ("Happy", "label", None), ("<think>a</think><answer>sad</answer>", "think", None), ("mumble", "think", None)])
 def test_the_other_prompt_is_named(text, flag, told, score, tmp_path, monkeypatch, capsys):
