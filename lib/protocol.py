@@ -258,7 +258,7 @@ def read_result(file) -> dict:
     """What `eval.py --data ... --out FILE` wrote.  Raises NoResult for another file, UserError where no clip was scored."""
     try:
         result = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise NoResult(f"cannot read the result file {file}: {error}.") from None
     if not is_result(result):
         raise NoResult(f"{file} is no result file: give what eval.py --data ... --out FILE wrote.")
