@@ -2,6 +2,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 from conftest import GOLDEN
 
 import eval as eval_script
+import grpo
 from data import CHOICES, THINK, View
 from lib import protocol
 from lib.common import UserError, parse_args
@@ -194,9 +196,10 @@ def test_no_scored_clip_is_no_result(score, model, processor, tmp_path, capsys):
         f"{rows}: none of its 2 clips can be scored, the first, gone.mp4, because: {tmp_path}/typo/gone.mp4: no such file. "
         "Give with --media_root the folder that the file's paths start from.")
     assert not (tmp_path / "new").exists() and not capsys.readouterr().out
-    ranks = eval_script.start_ranks("cpu")
-    with pytest.raises(UserError, match=r"^--eval_data val: none of its 2 clips .* gone\.mp4"):      # as grpo.py calls it
-        eval_script.evaluate(model, processor, eval_script.read_samples(rows), ranks, workers=0, name="--eval_data val")
+    run = SimpleNamespace(model=model, processor=processor, view=View(), cache=None)
+    with pytest.raises(UserError, match=r"^--eval_data val: none of its 2 clips .* gone\.mp4"):
+        grpo.evaluate_all(run, {"val": eval_script.read_samples(rows)}, SimpleNamespace(max_new_tokens=4, workers=0),
+                          eval_script.start_ranks("cpu"))
 
 
 @pytest.mark.parametrize("out, words", [
