@@ -38,7 +38,7 @@ from data import (
     read_samples,
 )
 from lib import protocol
-from lib.common import Ranks, UserError, dtype_of, printable, run_main, start_ranks, write_json
+from lib.common import Ranks, UserError, check_writable, dtype_of, printable, run_main, start_ranks, write_json
 from lib.protocol import war_uar as war_uar  # the measure itself, for whoever looks for it here
 from model import HumanOmni, embed, encode_once
 from sampler import generate
@@ -105,15 +105,16 @@ def job_of(args: Args) -> str:
         raise UserError(f"--{job} needs --model, a checkpoint folder or hub id.")
     if job == "compare" and len(args.compare) != 2:
         raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
-    if job == "folds" and len(args.folds) < 2:
+    if job == "folds" and len(set(args.folds)) < 2:
         raise UserError("--folds takes two result files or more, not one.")
     if args.modalities and changed & {"modal", "mute", "blank"}:
         raise UserError("--modalities runs every setting of --modal, --mute and --blank by itself; leave those out.")
     for flag, lost in (("mute", "video"), ("blank", "audio")):
         if getattr(args, flag) and args.modal == lost:
             raise UserError(f"--{flag} with --modal {lost}: there is nothing to replace; drop one of the two.")
-    if args.seed < 0:
-        raise UserError("--seed must be 0 or more.")
+    for flag, least in {"seed": 0, "limit": 0, "workers": 0, "batch_size": 1, "max_new_tokens": 1}.items():
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} must be {least} or more.")
     return job
 
 
@@ -148,10 +149,11 @@ def well_formed(text: str, prompt: str) -> float:
 
 def evaluate(model: HumanOmni, processor: Processor, samples: list[Sample], ranks: Ranks, *, view: View = PLAIN,
              batch_size: int = 16, max_new_tokens: int = 512, workers: int = 2, progress: bool = False,
-             cache: FeatureCache | None = None) -> dict:
+             cache: FeatureCache | None = None, name: str = "the sample file") -> dict:
     """Score every sample exactly once, over all ranks.
 
-    -> `protocol.summarise` plus dataset, view, skipped, notes and predictions, the same on every rank
+    -> `protocol.summarise` plus dataset, view, skipped, notes and predictions, the same on every rank.  Raises UserError
+    where not one clip can be scored: that is no result.  name: of the samples, for that message
     """
     dataset = ClipDataset(samples, processor, view, model.num_frames, cache)
     mine = list(range(ranks.rank, len(samples), ranks.world))
@@ -165,6 +167,9 @@ def evaluate(model: HumanOmni, processor: Processor, samples: list[Sample], rank
                   "format": well_formed(t, view.prompt)} for i, s, t in zip(batch.indices, batch.samples, texts)]
     predictions = sorted(ranks.gather(done), key=lambda p: p["index"])
     skipped, notes = ranks.gather(skipped), ranks.gather(notes)
+    if not predictions:
+        raise UserError(f"{name}: none of its {len(samples)} clips can be scored, the first, {skipped[0]['id']}, because: "
+                        f"{skipped[0]['reason']}. Give with --media_root the folder that the file's paths start from.")
     about = {"dataset": protocol.dataset_of({s.dataset for s in samples}), "view": dataclasses.asdict(view)}
     return about | protocol.summarise(predictions, view.seed) | \
         {"skipped": skipped, "notes": notes, "predictions": predictions}
@@ -173,6 +178,18 @@ def evaluate(model: HumanOmni, processor: Processor, samples: list[Sample], rank
 # name of the setting, what it changes of the view
 SETTINGS = {"full": {}, "video": {"modal": "video"}, "audio": {"modal": "audio"}, "mute": {"mute": True},
             "blank": {"blank": True}}
+
+
+def hint(result: dict) -> str:
+    """What to do where the answers have the form that the other --prompt asks for, and next to none its own; else ""."""
+    other = "think" if result["view"]["prompt"] == "label" else "label"
+    known = {*rewards.VOCABULARY, *result["per_class"]}
+    texts = [p["text"] for p in result["predictions"]]
+    share = sum(well_formed(t, other) and (other == "think" or t.strip().lower() in known) for t in texts) / len(texts)
+    if result["format_rate"] > 5 or share < 0.5:
+        return ""
+    form = "bare words, as of a label model" if other == "label" else "reasoning and answer in tags"
+    return f"{100 * share:.0f} % of the answers are {form}, which was not asked for: give --prompt {other}."
 
 
 def report(result: dict) -> str:
@@ -185,7 +202,7 @@ def report(result: dict) -> str:
     lines += ["in brackets: 95 % intervals, bootstrap over clips",
               f"format {result['format_rate']:.2f} %   unparsable {result['unparsable_rate']:.2f} %   "
               f"out of vocabulary {result['out_of_vocabulary_rate']:.2f} %",
-              "", protocol.format_confusion(result["confusion"])]
+              *filter(None, [hint(result)]), "", protocol.format_confusion(result["confusion"])]
     if result["unmatched"]:
         lines += ["", "most frequent unmatched answers: " + ", ".join(f"{w!r} {k}" for w, k in result["unmatched"])]
     if result["readings"]:
@@ -225,13 +242,15 @@ def run_model(args: Args, view: View, samples: list[Sample], ranks: Ranks) -> tu
         return text, {"clip": args.clip, "text": text, "predicted": parse(text, args.prompt)}
     cache = FeatureCache(args.feature_cache, model.tower_fingerprints()) if args.feature_cache else None
     ask = lambda view: evaluate(model, processor, samples, ranks, view=view, batch_size=args.batch_size,
-                                max_new_tokens=args.max_new_tokens, workers=args.workers, progress=True, cache=cache)
+                                max_new_tokens=args.max_new_tokens, workers=args.workers, progress=True, cache=cache,
+                                name=args.data)
     source = {"model": args.model, "data": args.data}
     if not args.modalities:
         result = ask(view)
         return report(result), source | result
     results = {name: ask(dataclasses.replace(view, **change)) for name, change in SETTINGS.items()}
-    return protocol.modality_table(results, args.seed), source | {"modalities": results}
+    told = "\n\n".join(filter(None, [protocol.modality_table(results, args.seed), hint(results["full"])]))
+    return told, source | {"modalities": results}
 
 
 def main(args: Args) -> None:
@@ -242,12 +261,13 @@ def main(args: Args) -> None:
         print(from_files[job]())
         return
     view = view_of(args)
+    if args.out:
+        check_writable(args.out)
     ranks = start_ranks(args.device)
     samples = read_samples(args.data, args.media_root)[:args.limit or None] if args.data else []
     text, result = run_model(args, view, samples, ranks)
     ranks.say(text)
     if args.out and ranks.first:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(args.out), result)
 
 

@@ -402,7 +402,7 @@ def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[st
     whole = dataclasses.replace(run.view, shuffle_choices=False, drop_audio=0.0, drop_video=0.0)     # nothing by chance
     for name, samples in eval_sets.items():
         result = evaluate(run.model, run.processor, samples, ranks, view=whole, max_new_tokens=args.max_new_tokens,
-                          workers=args.workers, cache=run.cache)
+                          workers=args.workers, cache=run.cache, name=f"--eval_data {name}")
         row |= {f"eval/{name}/{key}": result[key] for key in ("war", "uar", "format_rate")}
         ranks.say(f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  format {result['format_rate']:.1f} %")
     return row

@@ -242,7 +242,8 @@ def check_writable(path, folder_flag: str = "") -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step."""
+    """Replace `path` by `text` in one step; its folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
         with open(beside, "w", encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import soundfile
 from conftest import GOLDEN
 
 import eval as eval_script
+import grpo
 from data import CHOICES, THINK, View
 from lib import protocol
 from lib.common import UserError, parse_args
@@ -184,6 +186,49 @@ def test_the_seed_is_the_bootstraps(score, tmp_path, monkeypatch):
     assert one["war_ci"] == again["war_ci"] != other["war_ci"] and one["war"] == other["war"] == pytest.approx(100 / 3)
 
 
+def test_no_scored_clip_is_no_result(score, model, processor, tmp_path, capsys):
+    """Stops: WAR 0.00 on 0 clips, exit 0 and a result file, for a wrong --media_root."""
+    rows = write_rows(tmp_path / "rows.json", {"gone.mp4": "sad", "lost.mp4": "happy"})
+    rows.write_text(rows.read_text().replace(f"{MEDIA}/", ""))
+    with pytest.raises(UserError) as error:
+        score(rows, "--media_root", tmp_path / "typo")
+    assert str(error.value) == (
+        f"{rows}: none of its 2 clips can be scored, the first, gone.mp4, because: {tmp_path}/typo/gone.mp4: no such file. "
+        "Give with --media_root the folder that the file's paths start from.")
+    assert not (tmp_path / "new").exists() and not capsys.readouterr().out
+    run = SimpleNamespace(model=model, processor=processor, view=View(), cache=None)
+    with pytest.raises(UserError, match=r"^--eval_data val: none of its 2 clips .* gone\.mp4"):
+        grpo.evaluate_all(run, {"val": eval_script.read_samples(rows)}, SimpleNamespace(max_new_tokens=4, workers=0),
+                          eval_script.start_ranks("cpu"))
+
+
+@pytest.mark.parametrize("out, words", [
+    ("", "it is a folder or a device, not a file"), ("rows.json/a.json", "Not a directory"), ("rows.json/b/a.json", "Not a"),
+    ("link/a.json", "No such file"), ("a" * 300, "File name too long"), ("/dev/null", "it is a folder or a device"),
+    ("/proc/a.json", "")])
+def test_out_is_tried_before_the_work(out, words, tmp_path):
+    """Stops: an evaluation of hours whose result cannot be written; what was made for the trial must not stay."""
+    rows = write_rows(tmp_path / "rows.json")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for job in (("--data", rows), ("--clip", MEDIA / "wide.mp4")):
+        with pytest.raises(UserError, match=f"^cannot write {tmp_path / out}: .*{words}.*; name a file in a folder"):
+            run("--model", "never loaded", *job, "--out", tmp_path / out)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "rows.json"]
+
+
+@pytest.mark.parametrize("text, flag, told", [
+    ("Sad", "think", "67 % of the answers are bare words, as of a label model, which was not asked for: give --prompt l"),
+    ("<think>a</think><answer>sad</answer>", "label", "67 % of the answers are reasoning and answer in tags, which was not"),
+    ("Happy", "label", None), ("<think>a</think><answer>sad</answer>", "think", None), ("mumble", "think", None)])
+def test_the_other_prompt_is_named(text, flag, told, score, tmp_path, monkeypatch, capsys):
+    """Stops: a label model asked to reason, or the reverse, that scores 0.00 without a hint; hints where all is well."""
+    monkeypatch.setattr(eval_script, "answer", lambda *_: [text, text, "who knows?"])
+    for more in ((), ("--modalities",)):
+        score(write_rows(tmp_path / "rows.json"), "--prompt", flag, *more)
+        printed = capsys.readouterr().out
+        assert told in printed if told else "give --prompt" not in printed
+
+
 # ------------------------------------------------------------------------------------------------
 # Flags
 # ------------------------------------------------------------------------------------------------
@@ -210,6 +255,8 @@ def test_the_seed_is_the_bootstraps(score, tmp_path, monkeypatch):
     ("--model m --data d --choices happy", "--choices happy: give at least two"),
     ("--model m --data d --question none.txt", "--question none.txt"),
     ("--model m --data d --seed -1", "--seed must be 0 or more"),
+    ("--model m --data d --limit -1", "--limit must be 0 or more"),
+    ("--model m --data d --batch_size 0", "--batch_size must be 1 or more"),
 ])
 def test_flags_without_a_meaning_are_refused(line, words):
     """Stops: a flag that is read and silently does nothing, and hours of a run that answers another question."""
