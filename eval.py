@@ -10,7 +10,8 @@
 
 The model answers freely: no list of emotions in the prompt, unless --choices gives one.  Its answer is scored twice:
     strict      the text of the single <answer>, stripped, in lower case, equals the label: this is `war`, `uar`
-    normalised  what the answer means by the alias table of rewards.py
+    normalised  what the answer means by the alias table (lib/words.py)
+And its reasoning is asked whether it means what it says: EPC, EEA, FCR (lib/reasoning.py).
 A clip that cannot be read is left out, counted and listed; it is never replaced.
 """
 import dataclasses
@@ -37,8 +38,9 @@ from data import (
     read_question,
     read_samples,
 )
-from lib import protocol
-from lib.common import Ranks, UserError, check_writable, dtype_of, printable, run_main, start_ranks, write_json
+from lib import protocol, reasoning
+from lib.checks import job_of
+from lib.common import Ranks, UserError, check_writable, dtype_of, run_main, start_ranks, write_json
 from lib.protocol import war_uar as war_uar  # the measure itself, for whoever looks for it here
 from model import HumanOmni, embed, encode_once
 from sampler import generate
@@ -80,42 +82,6 @@ class Args:
     batch_size: int = 16                    # clips at a time, per rank
     feature_cache: str | None = None        # folder that keeps what the towers make of a clip, for other runs
     workers: int = 2                        # processes that read media, per rank
-
-
-# ------------------------------------------------------------------------------------------------
-# What is asked for
-# ------------------------------------------------------------------------------------------------
-
-JOBS = ("data", "clip", "compare", "folds", "table")
-NOT_FOR_A_CLIP = {"media_root", "modalities", "batch_size", "feature_cache", "limit", "workers"}
-
-
-def job_of(args: Args) -> str:
-    """The one of JOBS that the flags ask for.  Raises UserError for flags that have no meaning together."""
-    changed = {f.name for f in dataclasses.fields(args) if getattr(args, f.name) not in (f.default, [])}
-    jobs = [job for job in JOBS if job in changed]
-    if len(jobs) != 1:
-        given = " and ".join(f"--{job}" for job in jobs) + " are too many" if jobs else "there is none"
-        raise UserError(f"give exactly one of {', '.join(f'--{job}' for job in JOBS)}; {given}.")
-    job = jobs[0]
-    odd = changed & NOT_FOR_A_CLIP if job == "clip" else set() if job == "data" else changed - {job, "seed"}
-    if odd:
-        raise UserError(f"{', '.join(f'--{flag}' for flag in sorted(odd))}: has no meaning with --{job}; leave it out.")
-    if job in ("data", "clip") and not args.model:
-        raise UserError(f"--{job} needs --model, a checkpoint folder or hub id.")
-    if job == "compare" and len(args.compare) != 2:
-        raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
-    if job == "folds" and len(set(args.folds)) < 2:
-        raise UserError("--folds takes two result files or more, not one.")
-    if args.modalities and changed & {"modal", "mute", "blank"}:
-        raise UserError("--modalities runs every setting of --modal, --mute and --blank by itself; leave those out.")
-    for flag, lost in (("mute", "video"), ("blank", "audio")):
-        if getattr(args, flag) and args.modal == lost:
-            raise UserError(f"--{flag} with --modal {lost}: there is nothing to replace; drop one of the two.")
-    for flag, least in {"seed": 0, "limit": 0, "workers": 0, "batch_size": 1, "max_new_tokens": 1}.items():
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag} must be {least} or more.")
-    return job
 
 
 def view_of(args: Args) -> View:
@@ -164,14 +130,16 @@ def evaluate(model: HumanOmni, processor: Processor, samples: list[Sample], rank
         notes += batch.notes
         texts = answer(model, processor, batch, max_new_tokens, cache) if len(batch) else []
         done += [{"index": i, "id": s.id, "answer": s.answer, "text": t, "predicted": parse(t, view.prompt),
-                  "format": well_formed(t, view.prompt)} for i, s, t in zip(batch.indices, batch.samples, texts)]
+                  "concluded": rewards.conclusion_of(t), "format": well_formed(t, view.prompt)}
+                 for i, s, t in zip(batch.indices, batch.samples, texts)]
     predictions = sorted(ranks.gather(done), key=lambda p: p["index"])
     skipped, notes = ranks.gather(skipped), ranks.gather(notes)
     if not predictions:
         raise UserError(f"{name}: none of its {len(samples)} clips can be scored, the first, {skipped[0]['id']}, because: "
                         f"{skipped[0]['reason']}. Give with --media_root the folder that the file's paths start from.")
     about = {"dataset": protocol.dataset_of({s.dataset for s in samples}), "view": dataclasses.asdict(view)}
-    return about | protocol.summarise(predictions, view.seed) | \
+    meaning = reasoning.summarise(predictions, [samples[p["index"]].row for p in predictions], view.prompt, view.seed)
+    return about | protocol.summarise(predictions, view.seed) | meaning | \
         {"skipped": skipped, "notes": notes, "predictions": predictions}
 
 
@@ -190,30 +158,6 @@ def hint(result: dict) -> str:
         return ""
     form = "bare words, as of a label model" if other == "label" else "reasoning and answer in tags"
     return f"{100 * share:.0f} % of the answers are {form}, which was not asked for: give --prompt {other}."
-
-
-def report(result: dict) -> str:
-    """A result for the screen."""
-    lines = []
-    for suffix, what in (("", f"strict, on {result['n']} clips"), ("_normalised", "normalised by the alias table")):
-        rates = [f"{rate.upper()} {result[rate + suffix]:.2f} [{low:.2f}, {high:.2f}]"
-                 for rate in ("war", "uar") for low, high in [result[f"{rate}{suffix}_ci"]]]
-        lines.append("   ".join([*rates, what]))
-    lines += ["in brackets: 95 % intervals, bootstrap over clips",
-              f"format {result['format_rate']:.2f} %   unparsable {result['unparsable_rate']:.2f} %   "
-              f"out of vocabulary {result['out_of_vocabulary_rate']:.2f} %",
-              *filter(None, [hint(result)]), "", protocol.format_confusion(result["confusion"])]
-    if result["unmatched"]:
-        lines += ["", "most frequent unmatched answers: " + ", ".join(f"{w!r} {k}" for w, k in result["unmatched"])]
-    if result["readings"]:
-        lines += ["", protocol.format_readings(result["readings"])]
-    if result["skipped"]:
-        lines += ["", f"{len(result['skipped'])} clips were left out:"]
-        lines += [f"  {printable(bad['id'])}: {printable(bad['reason'])}" for bad in result["skipped"][:20]]
-    if result["notes"]:
-        lines += ["", f"{len(result['notes'])} notes on clips (silent, degraded) are in the result file"]
-    paper = protocol.paper_numbers(protocol.set_of(result))
-    return "\n".join([*lines, *(["", paper] if paper else [])])
 
 
 def answer_one(model: HumanOmni, processor: Processor, args: Args) -> str:
@@ -247,7 +191,7 @@ def run_model(args: Args, view: View, samples: list[Sample], ranks: Ranks) -> tu
     source = {"model": args.model, "data": args.data}
     if not args.modalities:
         result = ask(view)
-        return report(result), source | result
+        return protocol.format_result(result, hint(result)), source | result
     results = {name: ask(dataclasses.replace(view, **change)) for name, change in SETTINGS.items()}
     told = "\n\n".join(filter(None, [protocol.modality_table(results, args.seed), hint(results["full"])]))
     return told, source | {"modalities": results}

@@ -1,4 +1,4 @@
-"""What is refused or said about grpo.py's flags before anything is loaded."""
+"""What is refused or said about the flags of grpo.py and eval.py before anything is loaded."""
 import dataclasses
 import sys
 
@@ -59,3 +59,39 @@ def refuse_sampling_filters(argv: list[str]) -> None:
         if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
             sys.exit(f"error: {flag}: training samples the full distribution, because the loss scores the full softmax; "
                      "a filtered sample would be scored by a distribution that it did not come from.")
+
+
+# ------------------------------------------------------------------------------------------------
+# eval.py
+# ------------------------------------------------------------------------------------------------
+
+JOBS = ("data", "clip", "compare", "folds", "table")
+NOT_FOR_A_CLIP = {"media_root", "modalities", "batch_size", "feature_cache", "limit", "workers"}
+
+
+def job_of(args) -> str:
+    """The one of JOBS that the flags ask for.  Raises UserError for flags that have no meaning together."""
+    changed = {f.name for f in dataclasses.fields(args) if getattr(args, f.name) not in (f.default, [])}
+    jobs = [job for job in JOBS if job in changed]
+    if len(jobs) != 1:
+        given = " and ".join(f"--{job}" for job in jobs) + " are too many" if jobs else "there is none"
+        raise UserError(f"give exactly one of {', '.join(f'--{job}' for job in JOBS)}; {given}.")
+    job = jobs[0]
+    odd = changed & NOT_FOR_A_CLIP if job == "clip" else set() if job == "data" else changed - {job, "seed"}
+    if odd:
+        raise UserError(f"{', '.join(f'--{flag}' for flag in sorted(odd))}: has no meaning with --{job}; leave it out.")
+    if job in ("data", "clip") and not args.model:
+        raise UserError(f"--{job} needs --model, a checkpoint folder or hub id.")
+    if job == "compare" and len(args.compare) != 2:
+        raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
+    if job == "folds" and len(set(args.folds)) < 2:
+        raise UserError("--folds takes two result files or more, not one.")
+    if args.modalities and changed & {"modal", "mute", "blank"}:
+        raise UserError("--modalities runs every setting of --modal, --mute and --blank by itself; leave those out.")
+    for flag, lost in (("mute", "video"), ("blank", "audio")):
+        if getattr(args, flag) and args.modal == lost:
+            raise UserError(f"--{flag} with --modal {lost}: there is nothing to replace; drop one of the two.")
+    for flag, least in {"seed": 0, "limit": 0, "workers": 0, "batch_size": 1, "max_new_tokens": 1}.items():
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} must be {least} or more.")
+    return job

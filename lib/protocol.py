@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import UserError
+from lib.common import UserError, printable
 from lib.words import VOCABULARY, normalise
 
 OTHER = "other"            # the column for answers that are no label of the data set
@@ -114,6 +114,44 @@ def summarise(predictions: list[dict], seed: int = 0) -> dict:
         "unmatched": Counter(w for w, m in zip(said, meant) if w is not None and m is None).most_common(10),
         "readings": readings(predictions),
     }
+
+
+def format_result(result: dict, hint: str = "") -> str:
+    """A result for the screen.  `hint`: a sentence to stand out."""
+    lines = []
+    for suffix, what in (("", f"strict, on {result['n']} clips"), ("_normalised", "normalised by the alias table")):
+        lines.append("   ".join([*(with_interval(result, rate, suffix) for rate in ("war", "uar")), what]))
+    if result.get("epc") is not None:
+        lines.append("   ".join([*(with_interval(result, rate) for rate in ("epc", "eea", "fcr")),
+                                 "the reasoning concludes the answer, the label, both"]))
+        lines.append(f"no conclusion {result['unconcluded_rate']:.2f} %   right answers with a wrong or no conclusion "
+                     f"{result['right_without_reason']:.2f} %")
+    lines += ["in brackets: 95 % intervals, bootstrap over clips",
+              f"format {result['format_rate']:.2f} %   unparsable {result['unparsable_rate']:.2f} %   "
+              f"out of vocabulary {result['out_of_vocabulary_rate']:.2f} %"]
+    lines += [f"{title} {result[key]:.2f} %" for key, title in SENSES.items() if result.get(key) is not None]
+    lines += [*filter(None, [hint]), "", format_confusion(result["confusion"])]
+    if result["unmatched"]:
+        lines += ["", "most frequent unmatched answers: " + ", ".join(f"{w!r} {k}" for w, k in result["unmatched"])]
+    if result["readings"]:
+        lines += ["", format_readings(result["readings"])]
+    if result["skipped"]:
+        lines += ["", f"{len(result['skipped'])} clips were left out:"]
+        lines += [f"  {printable(bad['id'])}: {printable(bad['reason'])}" for bad in result["skipped"][:20]]
+    if result["notes"]:
+        lines += ["", f"{len(result['notes'])} notes on clips (silent, degraded) are in the result file"]
+    paper = paper_numbers(set_of(result))
+    return "\n".join([*lines, *(["", paper] if paper else [])])
+
+
+SENSES = {"claims_seen": "texts that claim to have seen something", "claims_heard": "or to have heard something",
+          "cue_recall": "true cues that are stated", "cue_precision": "stated cues that are true",
+          "quote_error": "word error rate of quoted subtitles"}
+
+
+def with_interval(result: dict, rate: str, suffix: str = "") -> str:
+    low, high = result[f"{rate}{suffix}_ci"]
+    return f"{rate.upper()} {result[rate + suffix]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -331,9 +369,11 @@ def compare(files: list[str], seed: int = 0) -> str:
 def modality_table(results: dict[str, dict], seed: int = 0) -> str:
     """Setting -> result, "full" first, of one model on one sample file -> markdown: what is lost without a modality.
 
-    A difference is over the clips that both settings have (a row without sound is no clip of "audio").
+    A difference is over the clips that both settings have (a row without sound is no clip of "audio").  Beside it whether
+    the reasoning still concludes the answer, and how many texts claim to have seen or heard something, were it there or not.
     """
-    lines = ["| setting | clips | WAR/UAR | normalised | WAR - full | UAR - full |", "|---|---|---|---|---|---|"]
+    lines = ["| setting | clips | WAR/UAR | normalised | WAR - full | UAR - full | EPC/EEA/FCR | claims seen/heard |",
+             "|---" * 8 + "|"]
     full = {p["index"]: p for p in results["full"]["predictions"]}
     for name, r in results.items():
         cells = [name, str(r["n"]), pair(r["war"], r["uar"]), pair(r["war_normalised"], r["uar_normalised"]), "", ""]
@@ -342,6 +382,8 @@ def modality_table(results: dict[str, dict], seed: int = 0) -> str:
             truth, said, _ = words_of(rows)
             d = differences(truth, words_of([full[p["index"]] for p in rows])[1], said, seed)
             cells[4:] = signed(d, "war"), signed(d, "uar")
+        for keys in (("epc", "eea", "fcr"), ("claims_seen", "claims_heard")):
+            cells.append("/".join("-" if r.get(k) is None else f"{r[k]:.2f}" for k in keys))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

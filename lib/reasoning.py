@@ -25,6 +25,27 @@ _CLAUSE = re.compile(r"[.,;:!?\n]|\bbut\b")
 _QUOTES = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d")
 
 
+def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int = 0) -> dict:
+    """Predictions {"text", "answer", "predicted", "concluded"} and the sample file's rows -> all measures of a result file.
+
+    Rows may have "cues" (see `cue_rates`) and "transcript", what is said in the clip.  With prompt "label" there is no
+    reasoning: epc, eea and fcr are None.
+    """
+    if prompt == "label":
+        return {"epc": None, "eea": None, "fcr": None}
+    lower = lambda word: None if word is None else word.strip().lower()
+    out = faithfulness([lower(p["answer"]) for p in predictions], [lower(p["predicted"]) for p in predictions],
+                       [p["concluded"] for p in predictions], seed)
+    texts = [p["text"] for p in predictions]
+    claimed = [claims(text) for text in texts]
+    out |= {f"claims_{sense}": 100.0 * float(np.mean([c[sense] for c in claimed])) for sense in ("seen", "heard")}
+    if all("cues" in row for row in rows):
+        out |= cue_rates(texts, [row["cues"] for row in rows])
+    errors = [quote_error(text, str(row["transcript"])) for text, row in zip(texts, rows) if "transcript" in row]
+    told = [e for e in errors if e is not None]
+    return out | ({"quote_error": 100.0 * float(np.mean(told)), "quoted_clips": len(told)} if told else {})
+
+
 def faithfulness(truth: list[str], said: list[str | None], concluded: list[str | None], seed: int = 0) -> dict:
     """Labels, answers and conclusions (n each, lower case) -> epc, eea, fcr, their 95 % intervals, and what else is told.
 

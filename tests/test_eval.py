@@ -70,7 +70,9 @@ def test_result_file(score, tmp_path, capsys):
     result = score(write_rows(tmp_path / "rows.json", dataset="ravdess"))
     assert {"model", "data", "dataset", "view", "war", "uar", "war_normalised", "uar_normalised", "war_ci", "uar_ci", "n",
             "war_normalised_ci", "uar_normalised_ci", "per_class", "confusion", "format_rate", "unparsable_rate",
-            "out_of_vocabulary_rate", "unmatched", "readings", "skipped", "notes", "predictions"} == set(result)
+            "out_of_vocabulary_rate", "unmatched", "readings", "skipped", "notes", "predictions", "epc", "eea",
+            "fcr", "epc_ci", "eea_ci", "fcr_ci", "unconcluded_rate", "right_without_reason", "claims_seen",
+            "claims_heard"} == set(result)
     assert result["dataset"] == "ravdess" and result["n"] == 3 and protocol.is_result(result)
     assert [p["answer"] for p in result["predictions"]] == list(LABELS.values())
     shown = capsys.readouterr().out
@@ -288,6 +290,25 @@ def test_result_files_need_no_model(score, tmp_path, capsys):
     assert capsys.readouterr().out == protocol.folds([str(one), str(two)]) + "\n"
     run("--table", tmp_path / "r1_omni")
     assert "| r1_omni | 0.00/0.00 (paper 65.83/56.27) |" in capsys.readouterr().out
+
+
+def test_reasoning_is_measured_for_every_result(score, tmp_path, monkeypatch, capsys):
+    """Stops: a result that is right about words and silent about reasons; cues or subtitles of a row that nobody asks."""
+    rows = json.loads(Path(write_rows(tmp_path / "rows.json")).read_text())
+    for row in rows:
+        row |= {"cues": {"seen": {"lips": "open"}, "heard": {"pitch": "low"}}, "transcript": "leave me alone"}
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    said = '<think>Lips open. The voice says "leave me". She is sad.</think><answer>happy</answer>'
+    monkeypatch.setattr(eval_script, "answer", lambda model, processor, batch, *rest: [said] * len(batch))
+    result = score(tmp_path / "rows.json")
+    assert [p["concluded"] for p in result["predictions"]] == ["sad"] * 3
+    sad, happy = (100 * sum(label == word for label in LABELS.values()) / 3 for word in ("sad", "happy"))
+    assert (result["epc"], result["eea"], result["war"], result["fcr"]) == pytest.approx((0, sad, happy, 0))
+    assert (result["cue_recall"], result["cue_precision"], result["cues_heard_claimed"]) == (50, 100, 0)
+    assert result["claims_seen"] == result["claims_heard"] == 100 and result["quote_error"] == pytest.approx(100 / 3)
+    shown = capsys.readouterr().out
+    assert "EPC 0.00 [0.00, 0.00]" in shown and "word error rate of quoted subtitles 33.33 %" in shown
+    assert score(tmp_path / "rows.json", "--prompt", "label")["epc"] is None
 
 
 def test_bare_words_have_their_own_form():

@@ -198,7 +198,7 @@ def test_modality_table_takes_differences_over_the_same_clips():
     audio |= summarise(audio["predictions"])
     rows = [[c.strip() for c in line.split("|")[1:-1]]
             for line in protocol.modality_table({"full": full, "video": video, "audio": audio}).splitlines()]
-    assert rows[2] == ["full", "4", "75.00/75.00", "75.00/75.00", "", ""]
+    assert rows[2] == ["full", "4", "75.00/75.00", "75.00/75.00", "", "", "-/-/-", "-/-"]
     assert rows[3][:4] == ["video", "4", "50.00/50.00", "50.00/50.00"] and rows[3][4].startswith("-25.00 [-")
     assert rows[4][:4] == ["audio", "3", "33.33/33.33", "66.67/66.67"] and rows[4][4].startswith("-50.00 [-100.00, ")
 
