@@ -218,13 +218,17 @@ def test_out_is_tried_before_the_work(out, words, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "rows.json"]
 
 
-@pytest.mark.parametrize("text, flag, told", [
-    ("Sad", "think", "67 % of the answers are bare words, as of a label model, which was not asked for: give --prompt l"),
-    ("<think>a</think><answer>sad</answer>", "label", "67 % of the answers are reasoning and answer in tags, which was not"),
-    ("Happy", "label", None), ("<think>a</think><answer>sad</answer>", "think", None), ("mumble", "think", None)])
-def test_the_other_prompt_is_named(text, flag, told, score, tmp_path, monkeypatch, capsys):
+REASONED = "<think>a</think><answer>sad</answer>"
+
+
+@pytest.mark.parametrize("texts, flag, told", [
+    (("Sad", "Sad", "who?"), "think", "67 % of the answers are bare words, as of a label model, which was not asked"),
+    ((REASONED, REASONED, "who?"), "label", "67 % of the answers are reasoning and answer in tags, which was not asked for"),
+    (("Sad", "Sad", "who?"), "label", None), ((REASONED, REASONED, "who?"), "think", None), (("mumble",) * 3, "think", None),
+    (("Sad", "Sad", REASONED), "think", None)])
+def test_the_other_prompt_is_named(texts, flag, told, score, tmp_path, monkeypatch, capsys):
     """Stops: a label model asked to reason, or the reverse, that scores 0.00 without a hint; hints where all is well."""
-    monkeypatch.setattr(eval_script, "answer", lambda *_: [text, text, "who knows?"])
+    monkeypatch.setattr(eval_script, "answer", lambda *_: list(texts))
     for more in ((), ("--modalities",)):
         score(write_rows(tmp_path / "rows.json"), "--prompt", flag, *more)
         printed = capsys.readouterr().out
