@@ -9,7 +9,8 @@
     base        sft.py on descriptions of clips, without a word about emotion      = HumanOmni-0.5B's place
     emer_sft    sft.py on a few reasoned samples, long-tailed over the emotions    = EMER-SFT
     label_sft   sft.py on the labels that RL sees, bare words                      = MAFW-DFEW-SFT
-    r1          grpo.py from emer_sft, labels only                                 = R1-Omni
+    r1          grpo.py from emer_sft, labels only, the paper's reward             = R1-Omni
+    r1_agreement  the same, and half a point more where the reasoning concludes what is answered
 
 Each stage is a call of the project's own scripts, printed as a user would type it.  OUT/made_from.json keeps what each
 was made from: its flags and the SHA-256 of the files.  A stage whose result is there and was made from the same is not
@@ -20,17 +21,19 @@ import dataclasses
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lib.common import UserError, run_main, write_json, write_text
 from lib.run_folder import digest
+from model import HumanOmni
 from toy import world
 from toy.humanomni import make_humanomni
 
@@ -48,6 +51,7 @@ class Args:
     scale: float = 1.0                      # size of the sets and length of the stages, for a quick look
     modalities: bool = False                # also train label models on video alone and on audio alone
     fresh: bool = False                     # repeat stages whose results are there (never the clips)
+    export: bool = False                    # write the cold start to toy/start, from which exercises and ablations go on
 
 
 # ------------------------------------------------------------------------------------------------
@@ -64,6 +68,7 @@ class Pipeline:
         self.made_file = self.out / "made_from.json"
         self.seconds, self.made = (json.loads(f.read_text()) if f.exists() else {}
                                    for f in (self.times_file, self.made_file))
+        self.writing = threading.Lock()
         self.recorded: set[Path] = set()             # results of which is known what they were made from
 
     def stage(self, name: str, done: list[Path], inputs: dict[str, Path], flags: dict, work) -> None:
@@ -82,9 +87,10 @@ class Pipeline:
         work()
         self.note(name, now)
         self.recorded |= set(done)
-        self.seconds[name] = round(time.time() - started, 1)
-        write_text(self.times_file, json.dumps(self.seconds) + "\n")
-        print(f"   {self.seconds[name]:.0f} s", flush=True)
+        with self.writing:
+            self.seconds[name] = round(time.time() - started, 1)
+            write_text(self.times_file, json.dumps(self.seconds) + "\n")
+        print(f"   {name}: {self.seconds[name]:.0f} s", flush=True)
 
     def stale(self, name: str, now: dict, inputs: dict[str, Path], missing: list[Path]) -> str:
         """Why a stage that was done has to be done again; "" if it has not, or was never done."""
@@ -102,14 +108,15 @@ class Pipeline:
         return f"{', '.join(changed)} changed" if changed else ""
 
     def note(self, name: str, made: dict | None) -> None:
-        self.made[name] = made
-        write_json(self.made_file, self.made)
+        with self.writing:
+            self.made[name] = made
+            write_json(self.made_file, self.made)
 
     def run(self, script: str, threads: int | None = None, quiet: bool = False, **flags) -> None:
         """`python SCRIPT --flag value ...`; True is a switch."""
         words = [script]
         for flag, value in flags.items():
-            words += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [] if value is True else [str(value)])]
         print("   python " + shlex.join(words), flush=True)
         environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
@@ -117,15 +124,27 @@ class Pipeline:
         if result.returncode:
             raise UserError(f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}")
 
-    def train(self, name: str, script: str, model: Path, data: Path, **flags) -> None:
-        """One trained stage: OUT/name/latest."""
+    def train(self, name: str, script: str, model: Path, data: Path, how: dict = {}, **flags) -> None:   # noqa: B006
+        """One trained stage: OUT/name/latest.  `how`: threads and quiet, see `run`."""
         flags |= {"seed": self.args.seed}
 
         def work():
             self.run(script, out=self.out / name, overwrite=True, model=model, data=data,
-                     feature_cache=self.out / "features", **flags)
+                     feature_cache=self.out / "features", **how, **flags)
 
         self.stage(name, [weights(self.out / name / "latest")], {"model": weights(model), "data": data}, flags, work)
+
+    def both(self, *stages: tuple[str, str, dict]) -> None:
+        """Two trained stages side by side, a thread each: small products gain little from a second.  One bar is shown."""
+        started, before = time.time(), dict(self.seconds)
+        with ThreadPoolExecutor(len(stages)) as pool:
+            jobs = [pool.submit(self.train, name, script, how={"threads": 1, "quiet": i > 0}, **flags)
+                    for i, (name, script, flags) in enumerate(stages)]
+            [job.result() for job in jobs]
+        for name, _, _ in stages:
+            if self.seconds.get(name) != before.get(name):                # made now: the time of both is that of the longer
+                del self.seconds[name]
+                self.seconds[" and ".join(name for name, _, _ in stages)] = round(time.time() - started, 1)
 
     def evaluate(self, name: str, model: Path, **flags) -> None:
         """A model on the three test sets: OUT/eval/NAME.SET.json.  Two at a time, a thread each."""
@@ -164,61 +183,67 @@ def build(p: Pipeline) -> None:
             {"seed": args.seed, "scale": args.scale}, lambda: make_humanomni(p.out, data, args.seed, args.scale))
     p.train("base", "sft.py", model=p.out / "humanomni", data=data / "toy_base_train.json", prompt="row", allow_labels=True,
             train="decoder", max_steps=p.steps(500), batch_size=16, micro_batch=16, lr=2e-3)
-    p.train("emer_sft", "sft.py", model=p.out / "base" / "latest", data=data / "toy_emer_train.json",
-            max_steps=p.steps(400), batch_size=8, micro_batch=8, lr=2e-3)
     labels = {"model": p.out / "base" / "latest", "data": data / "rl_train.json", "prompt": "label",
               "max_steps": p.steps(300), "batch_size": 16, "micro_batch": 16, "lr": 1e-3}
-    p.train("label_sft", "sft.py", **labels)
-    p.train("r1", "grpo.py", model=p.out / "emer_sft" / "latest", data=data / "rl_train.json",
-            max_steps=p.steps(240), prompts_per_step=8, num_generations=8, micro_batch=8, max_new_tokens=MAX_NEW_TOKENS,
-            lr=6e-4, lr_floor=0.1, beta=0.04)
-    for name, model, flags in ROWS:
-        p.evaluate(name, p.out / model, **flags)
+    p.both(("emer_sft", "sft.py", {"model": p.out / "base" / "latest", "data": data / "toy_emer_train.json",
+                                   "max_steps": p.steps(400), "batch_size": 8, "micro_batch": 8, "lr": 2e-3}),
+           ("label_sft", "sft.py", labels))
+    rl = {"model": p.out / "emer_sft" / "latest", "data": data / "rl_train.json", "max_steps": p.steps(240),
+          "prompts_per_step": 8, "num_generations": 8, "micro_batch": 8, "max_new_tokens": MAX_NEW_TOKENS, "lr": 6e-4,
+          "lr_floor": 0.1, "beta": 0.04}
+    p.both(("r1", "grpo.py", rl), ("r1_agreement", "grpo.py", rl | {"rewards": ["accuracy", "format", "agreement=0.5"]}))
     if args.modalities:
-        for modal in ("video", "audio"):
-            p.train(f"label_{modal}", "sft.py", **labels, modal=modal)
-            p.evaluate(f"label_{modal}", p.out / f"label_{modal}" / "latest", modal=modal, prompt="label")
+        p.both(*((f"label_{modal}", "sft.py", labels | {"modal": modal}) for modal in ("video", "audio")))
+    for name, (_, flags) in ROWS.items():
+        if (p.out / name).exists():
+            p.evaluate(name, p.out / name / "latest", **flags)
 
 
-# name of the result, checkpoint, flags of eval.py
-ROWS = [("base", "base/latest", {}), ("emer_sft", "emer_sft/latest", {}),
-        ("label_sft", "label_sft/latest", {"prompt": "label"}), ("r1", "r1/latest", {})]
-TITLES = {"base": "base (described clips)", "emer_sft": "EMER-SFT (cold start)", "label_sft": "MAFW-DFEW-SFT (labels)",
-          "r1": "R1-Omni (RLVR)", "label_video": "labels, video alone", "label_audio": "labels, audio alone"}
-
-
-def cue_rates(result: dict, cues: dict) -> tuple[float, float] | None:
-    """Share of the clip's true cues that the reasoning states, and share of the stated that are true, in percent."""
-    counts = np.array([world.cue_scores(p["text"], cues[p["id"]]) for p in result["predictions"]]).sum(0)
-    right, stated, true = counts
-    return (100 * right / true, 100 * right / stated) if stated else None
+# name of the stage -> its title in the table, flags of eval.py
+ROWS = {"base": ("base (described clips)", {}), "emer_sft": ("EMER-SFT (cold start)", {}),
+        "label_sft": ("MAFW-DFEW-SFT (labels)", {"prompt": "label"}), "r1": ("R1-Omni (the paper's reward)", {}),
+        "r1_agreement": ("R1-Omni + agreement", {}),
+        "label_video": ("labels, video alone", {"prompt": "label", "modal": "video"}),
+        "label_audio": ("labels, audio alone", {"prompt": "label", "modal": "audio"})}
+COLUMNS = {"epc": "EPC %", "eea": "EEA %", "fcr": "FCR %", "format_rate": "format %", "cue_recall": "cue recall %",
+           "cue_precision": "cue precision %"}
 
 
 def table(p: Pipeline) -> str:
     """Table 1 in miniature, as markdown."""
-    cues = json.loads((p.data / "cues.json").read_text())
     sets = [s.removesuffix("_test").replace("_", "-") for s in SETS]
-    head = ["WAR/UAR", *sets, "format %", "cue recall %", "cue precision %"]
+    head = ["WAR/UAR", *sets, *COLUMNS.values()]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, title in TITLES.items():
+    for name, (title, flags) in ROWS.items():
         if not all(p.result(name, s).exists() for s in SETS):
             continue
         results = [json.loads(p.result(name, s).read_text()) for s in SETS]
         cells = [f"{r['war']:.2f}/{r['uar']:.2f}" for r in results]
-        # Format and cues over the two sets in distribution and the one out of it, in that order.
-        rates = [cue_rates(r, cues) if not name.startswith("label") else None for r in results]
-        formats = "bare word" if name.startswith("label") else " / ".join(f"{r['format_rate']:.1f}" for r in results)
-        shown = [" / ".join("-" if r is None else f"{r[i]:.0f}" for r in rates) if any(rates) else "-" for i in (0, 1)]
-        lines.append("| " + " | ".join([title, *cells, formats, *shown]) + " |")
-    total = sum(p.seconds.values())
+        # Over the two sets in distribution and the one out of it, in that order.
+        cells += ["-" if "prompt" in flags else " / ".join(f"{r[key]:.0f}" for r in results) for key in COLUMNS]
+        lines.append("| " + " | ".join([title, *cells]) + " |")
     times = ", ".join(f"{k} {v:.0f}" for k, v in p.seconds.items())
-    return "\n".join([*lines, "", f"Seconds: {times}; together {total:.0f} (seed {p.args.seed}, scale {p.args.scale:g}, "
-                                  f"{os.cpu_count()} cores, torch {torch.__version__}).", ""])
+    return "\n".join([*lines, "", f"Seconds: {times}; together {sum(p.seconds.values()):.0f} (seed {p.args.seed}, scale "
+                                  f"{p.args.scale:g}, {os.cpu_count()} cores, torch {torch.__version__}).", ""])
+
+
+def export(p: Pipeline, to: Path = ROOT / "toy" / "start") -> None:
+    """The cold start in bf16 with what it needs beside it, about 5 MB: what the exercises and ablations start from."""
+    model = HumanOmni.from_pretrained(p.out / "emer_sft" / "latest", dtype=torch.bfloat16)
+    for key, tower in (("mm_vision_tower", "siglip"), ("mm_audio_tower", "whisper")):
+        (to / tower).mkdir(parents=True, exist_ok=True)
+        for file in ("config.json", "preprocessor_config.json"):         # the weights are in the checkpoint
+            shutil.copy(p.out / tower / file, to / tower / file)
+        model.local_towers[key] = to / tower
+    model.save_pretrained(to / "humanomni")
+    print(f"written to {to / 'humanomni'}")
 
 
 def main(args: Args) -> None:
     pipeline = Pipeline(args)
     build(pipeline)
+    if args.export:
+        export(pipeline)
     text = table(pipeline)
     write_text(pipeline.out / "table.md", text)
     print("\n" + text + f"\nwritten to {pipeline.out / 'table.md'}; curves in {pipeline.out}/r1/metrics.jsonl, "

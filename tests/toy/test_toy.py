@@ -11,11 +11,14 @@ from pathlib import Path
 
 import forkserver
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from data import Processor
 from lib.common import UserError
+from model import HumanOmni
 from toy import __main__ as toy
-from toy.__main__ import SETS, cue_rates
+from toy.__main__ import SETS
 
 ROOT = Path(__file__).parents[2]
 SCALE = 0.005
@@ -55,21 +58,28 @@ def test_table_has_the_papers_rows_from_the_result_files(run):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in (out / "table.md").read_text().splitlines() if "|" in line]
     assert lines[0][:4] == ["WAR/UAR", "toy-dfew", "toy-mafw", "toy-ravdess"]
-    assert [row[0] for row in lines[2:]] == [toy.TITLES[name] for name, _, _ in toy.ROWS]
-    for row, (name, model, _) in zip(lines[2:], toy.ROWS):
+    names = ["base", "emer_sft", "label_sft", "r1", "r1_agreement"]
+    assert [row[0] for row in lines[2:]] == [toy.ROWS[name][0] for name in names]
+    for row, name in zip(lines[2:], names):
         for cell, test_set in zip(row[1:4], SETS):
             result = json.loads((out / "eval" / f"{name}.{test_set}.json").read_text())
             assert cell == f"{result['war']:.2f}/{result['uar']:.2f}" and result["n"] == 12
-            assert Path(result["model"]) == out / model
+            assert Path(result["model"]) == out / name / "latest"
+        results = [json.loads((out / "eval" / f"{name}.{s}.json").read_text()) for s in SETS]
+        assert row[4] == ("-" if name == "label_sft" else " / ".join(f"{r['epc']:.0f}" for r in results))
+        assert row[8] == ("-" if name == "label_sft" else " / ".join(f"{r['cue_recall']:.0f}" for r in results))
 
 
 def test_stages_start_from_the_papers_checkpoints_and_data(run):
     """Stops: RL from the wrong model, labels leaking into the base, or the out-of-distribution style in training."""
     out, _ = run
-    used = {name: json.loads((out / name / "config.json").read_text()) for name in ("base", "emer_sft", "label_sft", "r1")}
+    names = ("base", "emer_sft", "label_sft", "r1", "r1_agreement")
+    used = {name: json.loads((out / name / "config.json").read_text()) for name in names}
     start = {name: (Path(c["model"]).relative_to(out).parts[0], Path(c["data"]).stem) for name, c in used.items()}
     assert start == {"base": ("humanomni", "toy_base_train"), "emer_sft": ("base", "toy_emer_train"),
-                     "label_sft": ("base", "rl_train"), "r1": ("emer_sft", "rl_train")}
+                     "label_sft": ("base", "rl_train"), "r1": ("emer_sft", "rl_train"),
+                     "r1_agreement": ("emer_sft", "rl_train")}
+    assert used["r1"]["rewards"] == ["accuracy", "format"] == used["r1_agreement"]["rewards"][:2]
     for name in ("toy_base_train", "toy_emer_train", "rl_train"):
         assert "toy_ravdess" not in (out / "data" / f"{name}.json").read_text()
 
@@ -92,13 +102,14 @@ def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
     assert " is there" not in first
     before = {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     second = run_toy(out)
-    assert second.count(" is there") == 2 + 4 + 4 and "   python " not in second
+    assert second.count(" is there") == 2 + 5 + 5 and "   python " not in second
     assert before == {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     weights = load_file(out / "emer_sft" / "latest" / "model.safetensors")
     weights["model.norm.weight"] += 0.01
     save_file(weights, out / "emer_sft" / "latest" / "model.safetensors", {"format": "pt"})
-    redone = [line[3:] for line in build(out).splitlines() if line.startswith("== ") and " is there" not in line]
-    assert redone == [f"{stage}: made anew, because model changed" for stage in ("r1", "eval emer_sft", "eval r1")]
+    redone = sorted(line[3:] for line in build(out).splitlines() if line.startswith("== ") and " is there" not in line)
+    assert redone == [f"{stage}: made anew, because model changed" for stage in
+                      ("eval emer_sft", "eval r1", "eval r1_agreement", "r1", "r1_agreement")]
 
 
 def test_a_copied_folder_is_left_alone(run, tmp_path):
@@ -108,7 +119,7 @@ def test_a_copied_folder_is_left_alone(run, tmp_path):
         if file.is_file():
             os.utime(file, (10 ** 9 - age, 10 ** 9 - age))
     before = {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
-    assert build(copy).count(" is there\n") == 2 + 4 + 4
+    assert build(copy).count(" is there\n") == 2 + 5 + 5
     assert before == {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
 
 
@@ -172,10 +183,14 @@ def test_a_stage_is_a_command_and_its_failure_is_told(run, tmp_path):
         pipeline.run("eval.py", quiet=True, model=tmp_path / "nowhere", out=kept, **flags)
 
 
-def test_cue_rates_by_hand():
-    """Stops: recall and precision swapped, or averaged per clip instead of over all cues."""
-    typical = toy.world.EMOTIONS["happy"]                            # ten cues: brows level, pitch high, ...
-    result = {"predictions": [{"id": "a", "text": "<think>brows level, pitch high, eyes wide</think><answer>flat</answer>"},
-                              {"id": "b", "text": "<think>nothing</think>"}]}
-    recall, precision = cue_rates(result, {"a": typical, "b": typical})
-    assert (recall, precision) == pytest.approx((100 * 2 / 20, 100 * 2 / 3))
+def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
+    """Stops: a shipped start that needs the run folder that it is from, or is another model than the cold start."""
+    out, said = run
+    toy.export(toy.Pipeline(toy.Args(out=str(out))), tmp_path / "start")
+    away = (tmp_path / "start").rename(tmp_path / "moved")
+    assert sum(f.stat().st_size for f in away.rglob("*") if f.is_file()) < 6e6
+    ours = HumanOmni.from_pretrained(away / "humanomni", say=str).state_dict()
+    theirs = HumanOmni.from_pretrained(out / "emer_sft" / "latest", say=str).state_dict()
+    assert all(torch.equal(x, theirs[k].bfloat16().float()) for k, x in ours.items() if x.is_floating_point())
+    assert Processor.from_pretrained(away / "humanomni").tokenizer.eos_token == "<|im_end|>"
+    assert "emer_sft and label_sft" in said and "r1 and r1_agreement" in said       # side by side: one time for both
