@@ -8,12 +8,14 @@ To add one, add a line to ROWS.  What is done is skipped, what crashed is record
 of the csv keeps commit, machine and seconds.  A run is one thread: two at a time on two cores.  docs/ablations.md says what
 was learned.
 """
+import contextlib
 import csv
 import dataclasses
 import io
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -32,7 +34,7 @@ SETS = ("toy_dfew", "toy_mafw", "toy_ravdess")
 
 @dataclasses.dataclass
 class Args:
-    toy: str = "runs/toy"                   # folder of `python -m toy`: the start models and the clips
+    toy: str = "runs/toy"                   # folder of `python -m toy`: its clips, and for some rows its base model
     out: str = "runs/ablations"             # run folders; each is deleted once it is measured, unless --keep
     csv: str = "results/ablations.csv"      # a line for each run
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 3])  # of data order and sampling, one start
@@ -49,11 +51,12 @@ class Row:
     name: str
     flags: str                              # beside COMMON
     expects: str                            # said before the runs
-    start: str = "emer_sft"                 # model of the miniature
+    start: str = ""                         # stage of the miniature to start from; "": the cold start that is shipped, START
     script: str = "grpo.py"
     evaluate: str = ""                      # flags of eval.py
 
 
+START = ROOT / "toy" / "start" / "humanomni"
 COMMON = {"grpo.py": "--max_steps 240 --prompts_per_step 8 --num_generations 8 --micro_batch 8 --max_new_tokens 80 "
                      "--lr 6e-4 --lr_floor 0.1",
           "sft.py": "--max_steps 300 --batch_size 16 --micro_batch 16 --lr 1e-3"}
@@ -108,6 +111,15 @@ def label_start(toy: Path) -> None:
          "--feature_cache", toy / "features"], toy / "emer_label.log")
 
 
+def machine() -> str:
+    """The processor: another one sums in another order."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if found:
+            return f"{found[1]}, {os.cpu_count()} cores"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
 def measure(row: Row, seed: int, args: Args) -> dict:
     """Train and evaluate one row with one seed.  -> its line of the csv"""
     toy, out = Path(args.toy), Path(args.out) / f"{row.name.replace(' ', '_').replace(',', '')}-{seed}"
@@ -116,7 +128,7 @@ def measure(row: Row, seed: int, args: Args) -> dict:
     common, started = COMMON[row.script].split(), time.time()
     common[common.index("--max_steps") + 1] = max(2, round(int(common[common.index("--max_steps") + 1]) * args.scale))
     shared, log = ["--feature_cache", toy / "features", "--workers", 1], out / "log.txt"
-    run([row.script, "--model", toy / row.start / "latest", "--data", toy / "data" / "rl_train.json", "--out", out / "run",
+    run([row.script, "--model", toy / row.start / "latest" if row.start else START, "--data", toy / "data" / "rl_train.json", "--out", out / "run",
          "--seed", seed, *shared, *common, *row.flags.split()], log)
     line = {"seconds": round(time.time() - started)}
     for name, flags in [(s, []) for s in SETS] + [("mute", ["--mute"]), ("blank", ["--blank"])]:
@@ -194,8 +206,8 @@ def main(args: Args) -> None:
     unknown = set(args.only) - {row.name for row in ROWS}
     if unknown:
         raise UserError(f"--only {' '.join(sorted(unknown))}: not in ROWS; there are {', '.join(row.name for row in ROWS)}.")
-    if not (Path(args.toy) / "emer_sft" / "latest").exists():
-        raise UserError(f"--toy {args.toy}: holds no emer_sft/latest; make it with python -m toy --out {args.toy}.")
+    if not (Path(args.toy) / "data" / "cues.json").exists():
+        raise UserError(f"--toy {args.toy}: holds no clips; make them with python -m toy.world --out {args.toy}/data.")
     known = {(x["name"], int(x["seed"])) for x in lines if x["status"] == "ok" or not args.again}
     todo = [(row, seed) for seed in args.seeds for row in ROWS if row.name in (args.only or [r.name for r in ROWS])
             and (row.name, seed) not in known]          # seed by seed: what is there early can be compared
@@ -206,7 +218,7 @@ def main(args: Args) -> None:
     def work(job: tuple[Row, int]) -> None:
         row, seed = job
         line = {"name": row.name, "seed": seed, "status": "ok", "commit": commit, "flags": row.flags,
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+                "machine": machine()}
         try:
             line |= measure(row, seed, args)
         except Exception as error:                       # recorded; the others go on
