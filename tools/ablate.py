@@ -128,8 +128,9 @@ def measure(row: Row, seed: int, args: Args) -> dict:
     common, started = COMMON[row.script].split(), time.time()
     common[common.index("--max_steps") + 1] = max(2, round(int(common[common.index("--max_steps") + 1]) * args.scale))
     shared, log = ["--feature_cache", toy / "features", "--workers", 1], out / "log.txt"
-    run([row.script, "--model", toy / row.start / "latest" if row.start else START, "--data", toy / "data" / "rl_train.json", "--out", out / "run",
-         "--seed", seed, *shared, *common, *row.flags.split()], log)
+    model = toy / row.start / "latest" if row.start else START
+    run([row.script, "--model", model, "--data", toy / "data" / "rl_train.json", "--out", out / "run", "--seed", seed,
+         *shared, *common, *row.flags.split()], log)
     line = {"seconds": round(time.time() - started)}
     for name, flags in [(s, []) for s in SETS] + [("mute", ["--mute"]), ("blank", ["--blank"])]:
         data = toy / "data" / f"{name if name in SETS else 'toy_dfew'}_test.json"
