@@ -84,7 +84,6 @@ REMEDIES = {
 BROKEN = {"advantages turned", "advantages not centred", "learning rate too large"}
 RUIN = BROKEN | {"reward falls", "KL runs away"}
 STILL = {"learning rate too small", "gradient not finite", "steps refused", "no usable clip", "no gradient"}
-GROUPS = {"groups all wrong", "groups all right", "groups without differences"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,16 +270,6 @@ def loss_off(run: Run, row: dict) -> bool:
     return of_kl < 0.01 and abs(mean([row], "loss")) > 1e-3 + 10 * of_kl
 
 
-def eval_fall(run: Run, name: str) -> str:
-    """The last evaluation against the best before it, and the training reward around the same two steps."""
-    points = [(row[name], row["step"]) for row in run.evals if values([row], name)]
-    (best, best_step), (last, step) = max(points[:-1] or points), points[-1]
-    a, b = (mean([row for row in run.rows if n - 10 < row["step"] <= n], "reward") for n in (max(best_step, 10), step))
-    fell = best - last > 5 and b > a + 0.02  # 5 points: ten answers of 200
-    return (f"{name} fell from {best:.1f} (step {best_step}) to {last:.1f} (step {step}), while the reward rose from "
-            f"{a:.2f} to {b:.2f}.") if fell else ""
-
-
 def seconds(row: dict) -> float:
     """Time of a step, without its checkpoint."""
     return sum(sum(values([row], name)) for name in row if name.startswith("time/") and name != "time/save")
@@ -309,12 +298,9 @@ def at_once(run: Run, told: set[str]) -> Iterator[tuple[str, str, str]]:
         yield ("loss off", f"In {len(wrong)} steps, first in step {wrong[0]['step']}, the loss is {wrong[0]['loss']:.3g}: "
                "at ratio 1 the advantages of a group add up to 0, so that only the KL is left.", "loss kl beta agg")
     kl = values(run.rows[1:5], "kl")
-    if lr >= WEIGHT / 2:                     # AdamW's update is about lr, whatever the gradient's size
-        yield ("learning rate too large", f"Every update moves a weight by about {lr:g}; a typical one is {WEIGHT}.",
-               "lr kl reward")
-    elif len(kl) > 1 and min(kl) > KL_FAR:
-        yield ("learning rate too large", f"The first update took the policy {kl[0]:.2g} nats per token from the starting "
-               "model.", "lr kl reward")
+    if lr >= WEIGHT / 2 or (len(kl) > 1 and min(kl) > KL_FAR):   # AdamW's update is about lr, whatever the gradient's size
+        yield ("learning rate too large", f"An update moves a weight by about {lr:g}, where a typical one is {WEIGHT}; "
+               f"after the first ones the policy is {max(kl, default=0):.2g} nats per token from the start.", "lr kl reward")
     travel = lr * run.updates * run.planned_steps
     if lr < HALF_FP32:                       # of the masters, by one update; of a rounded copy of them, by the sum of all
         yield "learning rate too small", f"Even in float32 a weight of {WEIGHT} rounds away a step of {lr:g}.", "lr"
@@ -363,7 +349,7 @@ def compared_with_the_start(run: Run, told: set[str]) -> Iterator[tuple[str, str
     """Something is learned, but not what was meant; or it is slow."""
     now, then, late, a, whole = run.now, run.then, run.late, run.late_answers, run.answers
     think, kl = run.config.get("prompt") != "label", values(run.rows[1:], "kl")      # step 1 is before the first update
-    if len(kl) >= CHANGE - 1 and not any(kl) and not told & (STILL | GROUPS):
+    if len(kl) >= CHANGE - 1 and not any(kl) and not told & STILL and not now(DEAD) > 0.9:
         yield "policy does not move", f"After {len(kl)} steps the KL to the starting model is exactly 0.", "grad_norm lr"
     word, count = max(a.said.items(), key=lambda item: item[1], default=("", 0))
     said, asked = count / max(1, a.said.total()), a.asked[word] / max(1, a.completions)
@@ -380,8 +366,12 @@ def compared_with_the_start(run: Run, told: set[str]) -> Iterator[tuple[str, str
         yield ("completions are copies", f"A group of {G} holds {now(UNIQUE) * G:.1f} different texts, and each has "
                f"{nats:.2g} nats to choose: nothing new is tried.", f"entropy {LENGTH} {UNIQUE} {DEAD}")
     for name in sorted({key for row in run.evals for key in row if key.endswith("/war") and values([row], key)}):
-        if "eval falls" not in told and (sentence := eval_fall(run, name)):
-            yield "eval falls", sentence, "reward kl"
+        points = [(row[name], row["step"]) for row in run.evals if values([row], name)]
+        (best, n), (last, step) = max(points[:-1] or points), points[-1]         # and the reward around these two steps:
+        x, y = (mean([row for row in run.rows if i - 10 < row["step"] <= i], "reward") for i in (max(n, 10), step))
+        if best - last > 5 and y > x + 0.02 and "eval falls" not in told:        # 5 points: ten answers of 200
+            yield ("eval falls", f"{name} fell from {best:.1f} (step {n}) to {last:.1f} (step {step}), while the reward "
+                   f"rose from {x:.2f} to {y:.2f}.", "reward kl")
     name = "loss" if not run.is_rl else ACCURACY if values(late, ACCURACY) else "reward"
     gain, noise = (now(name) - then(name)) * (1 if run.is_rl else -1), 2 * run.noise(name)
     solved = name == ACCURACY and min(now(name), then(name)) >= SOLVED
@@ -401,7 +391,7 @@ def compared_with_the_start(run: Run, told: set[str]) -> Iterator[tuple[str, str
     high = sum(norm > 10 * statistics.median(norms) for norm in norms)
     if len(norms) >= CHANGE and high > 0.05 * len(norms) and not told & RUIN:
         yield "gradient spikes", f"{high} of {len(norms)} gradient norms are above ten times the median.", "grad_norm lr"
-    if run.updates > 1 and set(values(late, "ratio/max")) == {1} and not told & GROUPS:
+    if run.updates > 1 and set(values(late, "ratio/max")) == {1} and not now(DEAD) > 0.9:
         yield ("inner passes do nothing", "The ratio is exactly 1 in every pass: the update before it changed nothing.",
                "ratio/max lr grad_norm inner_epochs mini_batches")
     load, total = sum(values(late, "time/load")), sum(map(seconds, late))
@@ -422,11 +412,6 @@ def examine(run: Run) -> list[Finding]:
             settings = {key: str(run.config[key])[:40] for key in shown.split() if key in run.config and key not in means}
             found.append(Finding(name, sentence, means | settings))
     return found
-
-
-def diagnose(run_folder: str | Path) -> list[Finding]:
-    """What is wrong with a run, causes first; [] if nothing is.  Raises UserError if it is no run folder."""
-    return examine(read_run(Path(run_folder)))
 
 
 def report(run: Run, findings: list[Finding]) -> str:

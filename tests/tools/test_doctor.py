@@ -18,7 +18,7 @@ import torch
 import grpo
 from lib.common import UserError
 from tools import doctor
-from tools.doctor import REMEDIES, diagnose
+from tools.doctor import REMEDIES
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
@@ -87,6 +87,10 @@ def write_sft(folder: Path, steps: int, loss=lambda done: 3 - 2.5 * done) -> Pat
     return folder
 
 
+def diagnose(folder: Path) -> list[doctor.Finding]:
+    return doctor.examine(doctor.read_run(folder))
+
+
 def names(folder: Path) -> list[str]:
     return [finding.name for finding in diagnose(folder)]
 
@@ -97,10 +101,6 @@ def put(**metrics):
         row |= {name.replace("__", "/"): value(done) if callable(value) else value for name, value in metrics.items()}
     return edit
 
-
-# ------------------------------------------------------------------------------------------------
-# Healthy
-# ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 19, 20, 40, 240])
@@ -121,6 +121,7 @@ def test_stretches():
         assert (run.early, run.late) == (run.rows[:stretch], run.rows[n - stretch:])
 
 
+say = "<think>x</think><answer>{}</answer>".format
 DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right", "/all_wrong"))
 
 
@@ -141,14 +142,10 @@ def test_other_healthy_settings(config, edit, tmp_path):
         if "prompt" in config:
             row["text"] = re.sub(".*<answer>|</answer>", "", row["text"], flags=re.DOTALL)
         if "rewards" in config:              # what the policy says is its own affair, and weights are not in the log
-            row |= {"rewards": {"overlong": rng.random(), "f": rng.random()}, "advantage": rng.random(), "text": "what?"}
+            row |= {"rewards": {"overlong": rng.random(), "f": rng.random()}, "advantage": rng.random(), "text": say("sad")}
 
     assert names(write_run(tmp_path, 120, edit, rollout, **config)) == []
 
-
-# ------------------------------------------------------------------------------------------------
-# One fault at a time
-# ------------------------------------------------------------------------------------------------
 
 def test_every_finding_has_a_test_and_a_row_in_the_docs():
     """Stops a finding without a remedy, a test or a line in docs/metrics.md, or docs of one that is gone."""
@@ -208,10 +205,6 @@ def test_a_fault_alone_is_found_alone_and_from_its_threshold_on(metric, before, 
     assert len(found[0].numbers.get(metric, (0, 0))) == 2 and REMEDIES[name]
 
 
-# ------------------------------------------------------------------------------------------------
-# Faults with a story
-# ------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("fault, told", [
     (lambda A, r: A, []), (lambda A, r: -A, ["advantages turned"]),
     (lambda A, r: A + r.mean(1, keepdim=True), ["advantages not centred"])])
@@ -238,20 +231,17 @@ def test_faults_of_the_objective_are_told_at_the_first_step(fault, told, baselin
 def test_causes_stand_before_symptoms_or_instead(tmp_path):
     """Stops advice against what only follows: more tokens for a policy that its learning rate destroyed, a better cold
     start for one that unlearns, a limit for texts that never had the format."""
-    destroyed = put(completions__clipped_ratio=lambda done: 1.0 * (done > 0), rewards__format__mean=lambda done: 1.0 * (not done),
-                    reward=lambda done: 1.7 * (done == 0), rewards__accuracy__mean=0.0, frac_reward_zero_std=1.0, loss=0.0,
-                    frac_reward_zero_std__all_wrong=1.0, frac_reward_zero_std__all_right=0.0, entropy=0.001,
-                    kl=lambda done: 9.0 * (done > 0), completions__mean_length=lambda done: 20 + 28 * (done > 0))
+    wrong = {DEAD: 1.0, WRONG: 1.0, RIGHT: 0.0, "rewards/accuracy/mean": 0.0, "loss": 0.0, "entropy": 0.001}
+    destroyed = put(**wrong, completions__clipped_ratio=lambda done: 1.0 * (done > 0), reward=lambda done: 1.7 * (not done),
+                    rewards__format__mean=lambda done: 1.0 * (not done), kl=lambda done: 9.0 * (done > 0))
     assert names(write_run(tmp_path, 40, destroyed, lr=0.05)) == ["learning rate too large"]
     finding, = diagnose(write_run(tmp_path, 40, destroyed, lr=0.005))
-    assert finding.name == "learning rate too large" and "9 nats" in finding.sentence
-    unlearns = put(reward=lambda done: max(0.0, 1.7 - 5 * done), rewards__format__mean=lambda done: float(done < 0.2),
-                   frac_reward_zero_std=1.0, frac_reward_zero_std__all_wrong=1.0, frac_reward_zero_std__all_right=0.0,
-                   completions__clipped_ratio=lambda done: float(done > 0.2), entropy=0.001)
+    assert finding.name == "learning rate too large" and "is 9 nats" in finding.sentence
+    unlearns = put(**wrong, reward=lambda done: max(0.0, 1.7 - 5 * done), rewards__format__mean=lambda done: 1 - done,
+                   completions__clipped_ratio=lambda done: done / 2)
     assert names(write_run(tmp_path, 40, unlearns)) == ["reward falls"]
-
-    nothing_at_all = put(reward=0.0, rewards__accuracy__mean=0.0, rewards__format__mean=0.0, grad_norm=0.0, kl=0.0, loss=0.0,
-                         frac_reward_zero_std=1.0, frac_reward_zero_std__all_wrong=1.0, completions__clipped_ratio=1.0)
+    nothing_at_all = put(**wrong | {"entropy": 2.0}, reward=0.0, rewards__format__mean=0.0, grad_norm=0.0, kl=0.0,
+                         completions__clipped_ratio=1.0)
 
     def babble(row: dict, rng) -> None:
         row |= {"text": "look look", "rewards": {"accuracy": 0.0, "format": 0.0}}
@@ -261,6 +251,9 @@ def test_causes_stand_before_symptoms_or_instead(tmp_path):
     assert names(write_run(tmp_path, 15, nothing_at_all, babble)) == ["format never learned", "groups all wrong"]
     assert names(write_run(tmp_path, 40, nothing_at_all, begin)) == ["completions cut off", "groups all wrong"]
     assert names(write_run(tmp_path, 4, nothing_at_all, begin)) == []   # one wave of bad luck is no verdict
+    for prompts, expected in ((1, []), (2, ["groups all wrong"])):      # nor are ten groups
+        folder = write_run(tmp_path, 40, nothing_at_all, begin, prompts_per_step=prompts)
+        assert names(folder) == ["completions cut off", *expected]
     assert names(write_run(tmp_path, 40, put(kl=0.0, loss=0.0, grad_norm=0.0))) == ["no gradient"]
 
 
@@ -281,9 +274,6 @@ def test_steps_that_changed_nothing_say_why(tmp_path):
     (folder / "skipped.jsonl").write_text(json.dumps({"step": 1, "id": "a.mp4", "reason": "a.mp4: no such file"}) + "\n")
     finding, = diagnose(folder)
     assert "31% of the clips (100 of 320)" in finding.sentence and "a.mp4: no such file" in finding.sentence
-
-
-say = "<think>x</think><answer>{}</answer>".format
 
 
 @pytest.mark.parametrize("edit, expected", [
@@ -346,6 +336,10 @@ def test_standing_still_is_told_from_noise(tmp_path):
     assert names(write_run(tmp_path, 99, around(accuracy, 0.5, 0.5))) == []
     assert names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97))) == []     # nothing to gain
     assert names(write_run(tmp_path, 120, around(accuracy, 0.8, 0.4))) == ["reward falls"]
+    for fall, expected in ((0.18, []), (0.2, ["reward falls"])):        # 3 x sqrt(2 x (2 x 0.1)^2 / 2 / 10) = 0.19
+        zigzag = lambda row, done, fall=fall: row.update(reward=1 + 0.1 * (-1) ** row["step"] - fall * (row["step"] > 10))
+        assert names(write_run(tmp_path, 20, zigzag)) == expected
+    assert [names(write_run(tmp_path, n, put(reward=lambda done: 1 - done))) for n in (9, 10)] == [[], ["reward falls"]]
     first_steps = put(reward=lambda done: max(0.0, 1.7 - 8 * done))
     assert names(write_run(tmp_path, 40, first_steps)) == ["reward falls"]
     assert names(write_sft(tmp_path, 200, lambda done: 1.0)) == ["no progress"]
