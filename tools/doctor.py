@@ -2,73 +2,95 @@
 
     python -m tools.doctor runs/r1
 
-A rule is a pure function of what was logged: Run -> Finding or None.  Each has one threshold, a named constant with
-its reason.  A rule whose metrics are not there is silent, so runs of sft.py are read too.  Most rules compare two
-stretches of a run: its first steps and its latest ones, a quarter of the run each and between 10 and 100 steps.
+Three functions look at what was logged and tell what they find, causes before what follows from them.  A metric that
+is not there is NaN, and every comparison with NaN is False: so runs of sft.py and of other rewards are read too.
 
-    rows          metrics.jsonl, a dict a step         early, late   the two stretches of it
+    rows          metrics.jsonl, a dict a step
+    early, late   its first steps and its latest ones: a quarter of the run each, 10 to 100 steps; of a short run, half
     answers       what rollouts.jsonl says, counted; the file may be larger than the memory, so it is read row by row
 """
 import dataclasses
 import json
 import math
+import os
 import statistics
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import rewards
 from lib.common import UserError, printable
 from lib.run_folder import read_rows
 
-USAGE = "usage: python -m tools.doctor RUN        (RUN: the --out folder of grpo.py or sft.py)"
-
-# ---- how much must be there --------------------------------------------------------------------
-SHORTEST, LONGEST = 10, 100    # steps of a stretch: fewer are noise, more would blur what happens now
-MIN_STEPS = 2 * SHORTEST       # so that the first and the latest steps do not overlap
-MIN_TREND = 100                # steps before "it does not learn" may be said: at lr 1e-6 twenty show nothing
-MIN_CLIPS = 50                 # clips before their answers are judged: at 50 a share is known to +- 7 points
-MIN_ASKED = 100                # completions about clips of one label before "it never says the word"
+NOW = 5                        # steps before anything is said of how things are: the latest three are looked at
+CHANGE = 20                    # before the latest ten steps are compared with the first ten
+TREND = 100                    # before "it does not learn" may be said: at lr 1e-6 twenty steps show nothing
+ENOUGH = 50                    # clips, and answers, before words are judged: at 50 a share is known to +- 7 points
 MOST_WORDS = 10_000            # different answers that are counted one by one: a policy may say anything
-
-# ---- when a rule fires -------------------------------------------------------------------------
-SKIPPED_STEPS = 0.02           # one in fifty; a stray NaN in thousands of steps is nothing
-SKIPPED_CLIPS = 0.05           # data sets have a few broken files; above this the training set is another one
-MEAN_ROUNDING = 1e-6           # a mean of exact ones: a GPU multiplies by a rounded 1/n
-DISAGREEMENT = {"float32": 1e-3,      # mean |trainer - sampler| log-prob per token: rounding gives 1e-6 to 1e-5
-                "bfloat16": 0.05}     # rounding gives 0.02 on a tiny model; 0.05 is a quarter of the usual clip of 0.2
-TYPICAL_WEIGHT = 0.02          # the standard deviation that these decoders are initialised with
-NO_GRADIENT = 0.5              # share of the latest steps: chance alone never gives a norm of exactly 0
-CUT_OFF = 0.1                  # a cut-off completion is wrong for its length, whatever it was about to say
-FORMAT_LOW = 0.5               # below, most rewards are decided before the answer is looked at
-FORMAT_LEARNED = 0.9           # above, the format is no excuse any more
-FORMAT_RISING = 0.1            # a format that rose by so much since the start is being learned
-DEAD = 0.9                     # less than a tenth of the rollouts teaches anything
-ONE_WORD, ONE_WORD_EXCESS = 0.9, 1.5    # share of one answer; and how much more often than it is the label
-KAPPA = 0.05                   # agreement beyond chance, of 1: below, the answers hardly depend on the clips
-KL_FAR = 1.0                   # nats per token: k3 = 1 where a probability changed by a factor of 3 (up) or 6 (down)
-KL_HIGH, KL_GROWTH = 0.5, 3.0  # half of it already, and tripled since the stretch before
-FEW_TEXTS = math.log(2)        # nats per completion: e^that = 2 texts are all that is left to sample
-COPIES = 0.15                  # share of the other completions of a group that differ: 8 completions, 2 texts
+CUT_OFF = 0.1                  # share of cut-off completions: each is wrong for its length, whatever it was about to say
 SOLVED = 0.95                  # accuracy above which a policy may be sure of itself, and has little to gain
-GAIN = 0.02                    # of accuracy or reward: less is no gain
-FALL = 0.05                    # of accuracy: a smaller fall is not worth a warning
-EVAL_FALL = 5.0                # points of WAR below the best, on the same clips: ten answers of 200
-LENGTH_UP, LENGTH_DOWN = 1.5, 0.5       # of the mean length at the start
-NEVER_SAID = 0.01              # times a word is said for each time that it is the label
-SPIKE, SPIKES = 10.0, 0.05     # times the median gradient norm; and the share of steps that reach it
-WAITING = 0.1                  # share of a step's time: a tenth of the machine
-SLOWER, SAME_TOKENS = 1.5, 1.1 # time of a step, times that at the start, for no more tokens than this
+WEIGHT = 0.02                  # size of a typical weight: the standard deviation that these decoders are initialised with
+HALF_FP32, HALF_BF16 = 2.0 ** -30, 2.0 ** -14      # half the distance of its neighbours: what less is added is rounded away
+KL_FAR = 1.0                   # nats per token: k3 = 1 where a probability changed by a factor of 3 (up) or 6 (down)
+ACCURACY, FORMAT, LENGTH = "rewards/accuracy/mean", "rewards/format/mean", "completions/mean_length"
+CUT, DEAD, UNIQUE = "completions/clipped_ratio", "frac_reward_zero_std", "unique_completions"
+LOOKED_AT = ("reward", ACCURACY, FORMAT, DEAD, LENGTH, CUT, UNIQUE, "kl", "entropy", "loss", "ratio/max",
+             "sampler_logp_diff/mean", "grad_norm", "lr", "skipped_samples", "skipped_steps", "time/load")
+
+# Finding -> what to try, in the order in which they are looked for and told, and of the table in docs/metrics.md.
+REMEDIES = {
+    "gradient not finite": "Lower --lr. --dtype float32 tells whether it is rounding; see kl and grad_norm before.",
+    "steps refused": "Sampler and trainer score the same tokens differently. --dtype float32 tells whether it is rounding.",
+    "no usable clip": "Look at skipped.jsonl, and run `python -m tools.convert check` over the sample file.",
+    "ratio off": "Look at the old log-probs in grpo.update: the trainer's own before the first update, without dropout.",
+    "sampler and trainer disagree": "Below 1e-4 with --dtype float32 it is rounding (--is_cap 2 weighs it away); if not, "
+        "positions, masks or the cache differ between sampler.generate and model.completion_logps.",
+    "advantages turned": "The policy unlearns what is right: look at the sign in grpo.advantages (reward minus mean).",
+    "advantages not centred": "Look at grpo.advantages: every reward is compared with the mean of its own group.",
+    "loss off": "Look at the mean in grpo.advantages, and at what grpo_loss divides by.",
+    "learning rate too large": "Begin again with --lr divided by ten or more; RL of a large model takes about 1e-6.",
+    "learning rate too small": "A higher --lr, more steps, or --dtype float32 where bfloat16 is the limit.",
+    "clips skipped": "See skipped.jsonl; `python -m tools.convert check`. Without a whole class, what is learned is biased.",
+    "reward falls": "Go back to a checkpoint before the fall, with --lr divided by three. If it falls from the start at any "
+        "--lr, look for a turned sign in grpo.advantages and grpo_loss.",
+    "loss rises": "--lr divided by three, from the best checkpoint.",
+    "KL runs away": "--lr divided by three, or a higher --beta; go on from a checkpoint before the rise.",
+    "no gradient": "The loss does not reach what --train names, or the log-probs were computed without gradient.",
+    "format lost": "Go back to a checkpoint before the fall, with a lower --lr or a higher --beta.",
+    "format never learned": "RL teaches no new form: a cold start (sft.py), or a longer one, with the same --prompt.",
+    "completions cut off": "Twice the --max_new_tokens. If texts never end at any limit, the cold start did not teach it.",
+    "groups all wrong": "A better cold start, easier clips, a higher --num_generations; eval.py on the starting model.",
+    "groups all right": "Stop here and evaluate, or go on with harder clips.",
+    "groups without differences": "A higher --num_generations or --temperature, or a cold start of fewer epochs.",
+    "policy does not move": "Raise --lr; if that does not help, the optimiser holds other parameters than the model uses.",
+    "one word for everything": "It pays most without looking: balance the classes, raise --beta, begin from the cold start.",
+    "accuracy at chance": "Do the clips reach the model (is eval.py --blank worse)? Do labels and clips belong together?",
+    "completions are copies": "Begin from a checkpoint that varies, or a cold start of fewer epochs; then a lower --lr, or "
+        "--clip_high 0.28 with --inner_epochs 2.",
+    "eval falls": "Read in rollouts.jsonl what earns the reward; take the best step; fewer epochs, more clips, more --beta.",
+    "no progress": "If it was as good as it can be from the start, stop; else --lr times three, or more --prompts_per_step.",
+    "rambling": "With --agg seq a token of a long wrong text costs less than one of a short: try --agg token.",
+    "reasoning shrinks": "The reward does not read the reasoning, an empty one earns as much: raise --beta or stop earlier.",
+    "labels never said": "RL cannot find what is never sampled: a few samples of each such label in the cold start's data.",
+    "gradient spikes": "Lower --lr or --max_grad_norm, and take more --prompts_per_step.",
+    "inner passes do nothing": "Raise --lr, or save the time: --inner_epochs 1 without --mini_batches.",
+    "waiting for data": "More --workers (as many as there are cores), --feature_cache, clips on a local disk.",
+    "steps get slower": "Something else uses the machine, or it is short of memory: look at nvidia-smi and top.",
+}
+# Causes, after which nothing is told that only follows from them.
+BROKEN = {"advantages turned", "advantages not centred", "learning rate too large"}
+RUIN = BROKEN | {"reward falls", "KL runs away"}
+STILL = {"learning rate too small", "gradient not finite", "steps refused", "no usable clip", "no gradient"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    name: str                              # two or three words
+    name: str                              # of REMEDIES
     sentence: str                          # what is wrong
-    numbers: dict[str, float | int | str]  # what shows it, by the names in metrics.jsonl and config.json
-    remedy: str                            # what to try
+    numbers: dict[str, tuple[float, float] | str]      # what shows it: metric -> mean at the start and now; or a setting
 
 
 @dataclasses.dataclass
@@ -77,47 +99,67 @@ class Answers:
     clips: int = 0                         # groups
     completions: int = 0
     right: int = 0
+    begun: int = 0                         # texts that begin with <think>
     asked: Counter = dataclasses.field(default_factory=Counter)  # label -> completions about clips of that label
     said: Counter = dataclasses.field(default_factory=Counter)   # answer, lower case -> completions that give it
     misfit: str = ""                       # the latest text that was not in the format
+    compared: int = 0                      # groups whose rewards differ; of these:
+    turned: int = 0                        # the best reward has a lower advantage than the worst
+    uncentred: int = 0                     # the advantages do not add up to 0
+
+    def compare(self, group: list[tuple[float, float]]) -> None:
+        """Book a group: (reward, advantage) of each completion."""
+        (best, of_best), (worst, of_worst) = max(group, default=(0, 0)), min(group, default=(0, 0))
+        if best > worst:
+            self.compared += 1
+            self.turned += of_best < of_worst
+            self.uncentred += abs(sum(A for _, A in group)) > 1e-3 * sum(abs(A) for _, A in group)
+
+    @property
+    def kappa(self) -> float:
+        """Cohen's: the share right beyond chance, which is high where a label is frequent.  0: as if dealt out at random."""
+        chance = sum(count * self.said[label] for label, count in self.asked.items()) / self.completions ** 2
+        return (self.right / self.completions - chance) / (1 - chance)
 
 
-@dataclasses.dataclass
 class Run:
     """A run folder, read."""
-    path: Path
-    config: dict
-    rows: list[dict]                       # training steps, from 1
-    evals: list[dict]                      # rows with an evaluation, step 0 among them
-    answers: Answers                       # of the whole run
-    late_answers: Answers                  # of the steps of `late`
-    bad_clip: str                          # why one clip could not be used
 
-    @property
-    def stretch(self) -> int:
-        return min(max(SHORTEST, len(self.rows) // 4), LONGEST)
+    def __init__(self, path: Path, config: dict, logged: list[dict]):
+        self.path, self.config = path, config
+        self.rows = [row for row in logged if row["step"] > 0]
+        self.evals = [row for row in logged if any(key.startswith("eval/") for key in row)]    # step 0 among them
+        n = len(self.rows)
+        stretch = min(max(10, n // 4), 100, (n + 1) // 2)        # fewer are noise, more would blur what happens now
+        self.early, self.late = self.rows[:stretch], self.rows[n - stretch:]
+        self.before = self.rows[max(0, n - 2 * stretch):n - stretch]
+        self.answers, self.late_answers = Answers(), Answers()   # of the whole run, of the steps of `late`
+        self.bad_clip = ""                                       # why one clip could not be used
+        self.is_rl = "num_generations" in config                 # of grpo.py, and not of sft.py
+        self.lr = max([self.setting("lr"), *values(self.rows, "lr")])
+        self.updates = self.setting("inner_epochs", 1) * self.setting("mini_batches", 1)       # per rollout
 
-    @property
-    def early(self) -> list[dict]:
-        return self.rows[:self.stretch]
-
-    @property
-    def late(self) -> list[dict]:
-        return self.rows[-self.stretch:]
-
-    @property
-    def is_rl(self) -> bool:
-        """Of grpo.py, and not of sft.py."""
-        return "num_generations" in self.config
-
-    def setting(self, name: str, default: float) -> float:
+    def setting(self, name: str, default: float = 0) -> float:
         """A number of config.json."""
-        return first(values([self.config], name), default)
+        return next(iter(values([self.config], name)), default)
 
-    def changed(self, name: str) -> tuple[float, float] | None:
-        """Mean of a metric at the start and now."""
-        a, b = mean(self.early, name), mean(self.late, name)
-        return None if a is None or b is None else (a, b)
+    def then(self, name: str) -> float:
+        return mean(self.early, name)
+
+    def now(self, name: str) -> float:
+        return mean(self.late, name)
+
+    def noise(self, name: str) -> float:
+        """Standard error of now - then.  From the differences of neighbouring steps, so that a trend is no noise."""
+        stretches = [[(a - b) ** 2 for a, b in pairwise(values(rows, name))] for rows in (self.early, self.late)]
+        return math.sqrt(sum(statistics.fmean(s or [math.nan]) / (2 * (len(s) + 1)) for s in stretches))
+
+    @property
+    def planned_steps(self) -> int:
+        """How long it is meant to be; 0 if that cannot be said (yet)."""
+        epoch = max(values(self.rows[-1:], "epoch"), default=0)
+        by_epochs = math.ceil(self.setting("epochs") * self.rows[-1]["step"] / epoch) if epoch > 1e-9 else 0
+        return max(0, int(self.setting("max_steps"))) or by_epochs
 
 
 def values(rows: list[dict], name: str) -> list[float]:
@@ -125,605 +167,293 @@ def values(rows: list[dict], name: str) -> list[float]:
     return [row[name] for row in rows if type(row.get(name)) in (int, float) and -1e100 < row[name] < 1e100]
 
 
-def first(found: list[float], default: float) -> float:
-    return found[0] if found else default
+def mean(rows: list[dict], name: str) -> float:
+    return statistics.fmean(values(rows, name) or [math.nan])
 
 
-def mean(rows: list[dict], name: str) -> float | None:
-    found = values(rows, name)
-    return statistics.fmean(found) if found else None
-
-
-def median(rows: list[dict], name: str) -> float | None:
-    found = values(rows, name)
-    return statistics.median(found) if found else None
+def median(rows: list[dict], name: str) -> float:
+    return statistics.median(values(rows, name) or [math.nan])
 
 
 def span(rows: list[dict]) -> str:
     return f"{rows[0]['step']} to {rows[-1]['step']}"
 
 
-def facts(rows: list[dict], *names: str) -> dict[str, float | str]:
-    """Which steps, and the means of those metrics that are there."""
-    means = {name: mean(rows, name) for name in names}
-    return {"steps": span(rows)} | {name: value for name, value in means.items() if value is not None}
-
-
-def facts_at_start(run: Run, *names: str) -> dict[str, float | str]:
-    return {f"{name} at the start": value for name, value in facts(run.early, *names).items() if name != "steps"}
-
-
-# ------------------------------------------------------------------------------------------------
-# Reading a run folder
-# ------------------------------------------------------------------------------------------------
-
-def count_answers(rows: Iterator[dict], late_from: int, prompt: str) -> tuple[Answers, Answers]:
+def count_answers(rows: Iterator[dict], late_from: int, config: dict) -> tuple[Answers, Answers]:
     """Rows of rollouts.jsonl -> (the whole run, the steps from `late_from` on)."""
-    parse = rewards.bare_word if prompt == "label" else rewards.parse_answer
-    whole, late = Answers(), Answers()
+    parse = rewards.bare_word if config.get("prompt") == "label" else rewards.parse_answer
+    plain_sum = config.get("kl") != "reward" and "=" not in str(config.get("rewards"))   # else the reward is not logged
+    group, whole, late = [], Answers(), Answers()
     for row in rows:
         step, text, label, parts = (row.get(name) for name in ("step", "text", "answer", "rewards"))
         if type(step) is not int or not isinstance(text, str) or not isinstance(label, str):
             continue
         word, label = (parse(text) or "").lower()[:40], label.strip().lower()[:40]
+        first, parts = row.get("completion") == 0, parts if isinstance(parts, dict) else {}
+        if first:
+            whole.compare(group)
+            group = []
+        if plain_sum and values([row], "advantage"):
+            group.append((sum(sum(values([parts], name)) for name in parts), row["advantage"]))
         for answers in (whole, late) if step >= late_from else (whole,):
-            answers.clips += row.get("completion") == 0
+            answers.clips += first
             answers.completions += 1
             answers.asked[label] += 1
             answers.right += word == label
+            answers.begun += text.lstrip().startswith("<think>")
             if word:
                 known = word in answers.said or len(answers.said) < MOST_WORDS
                 answers.said[word if known else "(other answers)"] += 1
-            if isinstance(parts, dict) and parts.get("format") == 0:
+            if parts.get("format") == 0:
                 answers.misfit = text
+    whole.compare(group)
     return whole, late
 
 
 def read_run(folder: Path) -> Run:
     """Raises UserError if `folder` is no run folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the --out folder of a run.")
+    problem, config = "", {}
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is no run folder: it holds no config.json; give the --out folder of a run.") from None
+        if not isinstance(config, dict) or "lr" not in config:
+            checkpoint = isinstance(config, dict) and "model_type" in config
+            problem = "this is a checkpoint" if checkpoint else "its config.json does not hold a run's settings"
+    except (FileNotFoundError, NotADirectoryError):
+        problem = "it holds no config.json" if folder.is_dir() else "a file" if folder.exists() else "no such folder"
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder / 'config.json'} cannot be read ({error}); give the folder of a sound run.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} does not hold a run's settings; give the --out folder of a run.")
-    logged = [row for row in read_rows(folder / "metrics.jsonl") if type(first(values([row], "step"), 0.0)) is int]
-    run = Run(folder, config, [row for row in logged if row["step"] > 0],
-              [row for row in logged if any(key.startswith("eval/") for key in row)], Answers(), Answers(), "")
+        problem = f"its config.json cannot be read ({error})"
+    if problem:
+        runs = [path for path in folder.resolve().parents[:2] if (path / "metrics.jsonl").is_file()]
+        raise UserError(f"{folder}: {problem}; give the run folder: {runs[0] if runs else '--out of grpo.py or sft.py'}.")
+    run = Run(folder, config, [row for row in read_rows(folder / "metrics.jsonl")
+                               if type(row.get("step")) is int and values([row], "step")])
     if run.rows:
-        run.answers, run.late_answers = count_answers(read_rows(folder / "rollouts.jsonl"), run.late[0]["step"],
-                                                      config.get("prompt"))
+        run.answers, run.late_answers = count_answers(read_rows(folder / "rollouts.jsonl"), run.late[0]["step"], config)
     for row in read_rows(folder / "skipped.jsonl"):
-        run.bad_clip = f"{row.get('id')}: {row.get('reason')}"
+        run.bad_clip = f"; one of them: {row.get('id')}: {row.get('reason')}"
         break
     return run
 
 
 # ------------------------------------------------------------------------------------------------
-# What to try: finding -> remedy.  Worst first, as the rules below and as docs/metrics.md
+# What is looked for: (name, sentence, metrics and settings that show it).  `told`: names of what was found before
 # ------------------------------------------------------------------------------------------------
 
-REMEDIES = {
-    "gradient not finite":
-        "Lower --lr, and look at kl and grad_norm of the steps before. --dtype float32 tells whether it is rounding.",
-    "steps refused":
-        "Sampler and trainer score the same tokens differently: see sampler_logp_diff. --dtype float32 tells whether "
-        "it is rounding.",
-    "no usable clip":
-        "Look at skipped.jsonl, and run `python -m tools.convert check` over the sample file.",
-    "ratio off":
-        "The loss is computed against another policy than the one that is trained. The old log-probs must be the "
-        "trainer's own of the first pass: dropout off, same temperature, same weights. Look at what was changed in "
-        "grpo.update.",
-    "sampler and trainer disagree":
-        "Try 20 steps with --dtype float32. If the difference goes below 1e-4 it is rounding, and --is_cap 2 weighs "
-        "it away. If not, it is a fault of the code: positions, masks or the key/value cache differ between "
-        "sampler.generate and model.completion_logps.",
-    "clips skipped":
-        "skipped.jsonl lists them; run `python -m tools.convert check` over the sample file. If one class or one source is "
-        "missing, what is learned is biased.",
-    "learning rate too small":
-        "A higher --lr, more steps, or --dtype float32 where bfloat16 is the limit.",
-    "no gradient":
-        "Something between the loss and the weights is cut: --train names parts that the loss does not reach, or the "
-        "log-probs were computed without gradient.",
-    "policy does not move":
-        "Raise --lr. If that does not help, the optimiser holds other parameters than the model uses.",
-    "completions cut off":
-        "Twice the --max_new_tokens, if memory allows. If the texts never end at any limit, the cold start did not "
-        "teach the end token: read a few in rollouts.jsonl.",
-    "format lost":
-        "The policy fell apart: go back to a checkpoint before the fall, with a lower --lr or a higher --beta.",
-    "format never learned":
-        "RL sharpens what is there and teaches no new form: train the cold start longer, and check that it and this "
-        "run have the same --prompt.",
-    "groups all wrong":
-        "The policy never samples the right answer: a better cold start, easier clips, a higher --num_generations. "
-        "Run eval.py on the starting model to compare.",
-    "groups all right":
-        "Stop here and evaluate, or go on with harder clips.",
-    "groups without differences":
-        "The completions of a group are alike: a higher --num_generations or --temperature, or a cold start that was "
-        "trained for less long.",
-    "one word for everything":
-        "It is what pays most without looking. Balance the classes of the sample file, raise --beta, and begin again "
-        "from the cold start.",
-    "accuracy at chance":
-        "Check that the clips reach the model (eval.py --blank should be worse than eval.py), and that labels and "
-        "clips belong together; then a cold start with more samples.",
-    "KL runs away":
-        "--lr divided by three, or a higher --beta; go on from a checkpoint before the rise.",
-    "entropy collapsed":
-        "--clip_high 0.28 with --inner_epochs 2 or more, and a lower --lr, keep entropy up. Begin again from a "
-        "checkpoint (or a cold start) that still varies.",
-    "completions are copies":
-        "Begin from a cold start that was trained for fewer epochs, raise --temperature, or lower --lr.",
-    "eval falls":
-        "The reward is earned by something that does not carry over: read rollouts.jsonl for what. Take the "
-        "checkpoint of the best step; then fewer epochs, more clips, a higher --beta.",
-    "accuracy gets worse":
-        "--lr divided by three, from the best checkpoint.",
-    "accuracy stands still":
-        "If nothing above explains it: --lr times three, or more --prompts_per_step. If the accuracy was as good as "
-        "it can be from the start, the run is at its end.",
-    "loss gets worse":
-        "--lr divided by three, from the best checkpoint.",
-    "loss stands still":
-        "--lr times three; if the loss was low from the start, the model knows these samples.",
-    "rambling":
-        "With --agg seq a token of a long wrong text costs less than one of a short: try --agg token.",
-    "reasoning shrinks":
-        "The reward does not read the reasoning, so an empty one earns as much. Raise --beta or stop earlier, and "
-        "read the latest rows of rollouts.jsonl.",
-    "labels never said":
-        "What is never sampled is never rewarded, so RL cannot find it. A few samples of each such label in the cold "
-        "start's data are enough.",
-    "gradient spikes":
-        "Lower --lr or --max_grad_norm, and take more --prompts_per_step.",
-    "inner passes do nothing":
-        "Raise --lr, or save the time with --inner_epochs 1.",
-    "waiting for data":
-        "More --workers (as many as there are cores), --feature_cache, clips on a local disk.",
-    "steps get slower":
-        "Something else uses the machine, or it is short of memory: look at nvidia-smi and top.",
-}
-
-
-def found(name: str, sentence: str, numbers: dict[str, float | int | str]) -> Finding:
-    return Finding(name, sentence, numbers, REMEDIES[name])
-
-
-# ------------------------------------------------------------------------------------------------
-# Rules for any number of steps: the numbers themselves are not to be trusted, or nothing can come of it
-# ------------------------------------------------------------------------------------------------
-
-def steps_skipped(run: Run) -> Finding | None:
-    """A step without clips sampled nothing; a refused one ended before it had a gradient; the rest were not finite."""
+def skipped(run: Run) -> Counter:
+    """Why steps changed nothing: without clips nothing was sampled, a refused step ended before it had a gradient."""
     reasons, before = Counter(), 0
     for row in run.rows:
-        count = first(values([row], "skipped_steps"), before)
+        count = next(iter(values([row], "skipped_steps")), before)
         if count > before:
             reason = "gradient not finite" if "grad_norm" in row else "steps refused"
             reasons[reason if row.get("num_tokens") else "no usable clip"] += count - before
         before = count
-    total = reasons.total()
-    if total <= SKIPPED_STEPS * len(run.rows):
-        return None
-    why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-    return found(reasons.most_common(1)[0][0], f"{total} of {len(run.rows)} steps changed nothing: {why}.",
-                 {"skipped_steps": total, "steps": len(run.rows)})
+    return reasons
 
 
-def ratio_off(run: Run) -> Finding | None:
-    """In the first pass over a rollout the policy is the policy that sampled it: every ratio is exactly 1.
+def ratio_off(run: Run, row: dict) -> bool:
+    """Before the first update the policy is the policy that sampled: every ratio is exactly 1.
 
-    With one pass that is all that is logged.  With more, a row joins all of them; but the first pass's ones are
-    among them, so that the largest ratio cannot be below 1.  More cannot be said then.
+    With more updates a row joins all of them; but those ones are among them, so that the largest cannot be below 1.
     """
-    passes = run.setting("inner_epochs", 1)
-
-    def off(row: dict) -> bool:
-        most, middle = first(values([row], "ratio/max"), 1), first(values([row], "ratio/mean"), 1)
-        return most < 1 or (passes == 1 and (most > 1 or abs(middle - 1) > MEAN_ROUNDING))
-
-    wrong = [row for row in run.rows if off(row)]
-    if not wrong:
-        return None
-    shown = {name: wrong[0][name] for name in ("ratio/mean", "ratio/max") if values(wrong[:1], name)}
-    return found("ratio off", f"In {len(wrong)} of {len(run.rows)} steps, first in step {wrong[0]['step']}, the ratio of "
-                 "the policy to the policy that sampled is not exactly 1 before the first update.",
-                 {"step": wrong[0]["step"]} | shown | {"inner_epochs": passes})
+    most, off = mean([row], "ratio/max"), abs(mean([row], "ratio/mean") - 1)
+    return most < 1 or (run.updates == 1 and (most > 1 or off > 1e-6))      # a GPU's mean multiplies by a rounded 1/n
 
 
-def sampler_disagrees(run: Run) -> Finding | None:
-    difference, dtype = median(run.rows, "sampler_logp_diff/mean"), str(run.config.get("dtype"))
-    limit = DISAGREEMENT.get(dtype, DISAGREEMENT["bfloat16"])
-    if difference is None or difference <= limit:
-        return None
-    return found("sampler and trainer disagree", f"In the median step their log-probs of the same tokens differ by "
-                 f"{difference:.2g} on average; in {dtype} rounding explains {limit:g} at most.",
-                 {"sampler_logp_diff/mean": difference, "dtype": dtype})
+def loss_off(run: Run, row: dict) -> bool:
+    """At ratio 1 a completion's part is its advantage, and a group's add up to 0.  Far from the start the KL hides that."""
+    c, beta = run.config, 0 if run.config.get("kl") == "reward" else run.setting("beta")
+    if (not run.is_rl or run.updates != 1 or c.get("agg", "seq") != "seq" or c.get("gate", "clip") not in ("clip", "none")
+            or c.get("is_cap") is not None):
+        return False
+    of_kl = beta * mean([row], "kl") if beta else 0.0        # a mean over tokens; in the loss short completions weigh more
+    return of_kl < 0.01 and abs(mean([row], "loss")) > 1e-3 + 10 * of_kl
 
 
-def clips_skipped(run: Run) -> Finding | None:
-    skipped, steps = max(values(run.rows, "skipped_samples"), default=0), run.rows[-1]["step"]
-    asked = steps * run.setting("prompts_per_step", run.setting("batch_size", 0))
-    if skipped <= SKIPPED_CLIPS * asked or not asked:
-        return None
-    example = f"; one of them: {run.bad_clip}." if run.bad_clip else "."
-    return found("clips skipped", f"{skipped / asked:.0%} of the clips ({skipped} of {asked}) could not be used{example}",
-                 {"skipped_samples": skipped, "clips": asked, "steps": steps})
-
-
-def half_spacing(bits: int) -> float:
-    """Half the distance between neighbouring floats at TYPICAL_WEIGHT, with `bits` of significand."""
-    return 2.0 ** (math.floor(math.log2(TYPICAL_WEIGHT)) - bits)
-
-
-def planned_steps(run: Run) -> int:
-    """How long the run is meant to be; 0 if that cannot be said (yet)."""
-    if run.setting("max_steps", 0) >= 1:
-        return int(run.setting("max_steps", 0))
-    epoch = first(values(run.rows[-1:], "epoch"), 0)
-    return math.ceil(run.setting("epochs", 0) * run.rows[-1]["step"] / epoch) if epoch > 1e-9 else 0
-
-
-def planned_travel(run: Run, peak: float) -> float:
-    """The sum of the learning rates of all planned steps: the area under `training.learning_rate`."""
-    warm, floor = (min(max(run.setting(name, 0), 0), 1) for name in ("warmup", "lr_floor"))
-    shape = 1.0 if run.config.get("schedule") == "constant" else 0.5             # linear and cosine: half the rectangle
-    return peak * planned_steps(run) * (warm / 2 + (1 - warm) * (floor + (1 - floor) * shape))
-
-
-def learning_rate_too_small(run: Run) -> Finding | None:
-    """AdamW moves a weight by about lr in a step, whatever the gradient's size; less in sum, because signs change.
-
-    An fp32 master of size 0.02 loses a step below 9.3e-10 in its rounding (24 bits), so there lr itself is the
-    limit.  A bf16 working weight is a rounded copy of its master: it changes when the *sum* of the steps has
-    passed half the distance to its neighbour, 6.1e-5 (8 bits).
-    """
-    peak, steps = max([run.setting("lr", 0), *values(run.rows, "lr")]), planned_steps(run)
-    if peak < half_spacing(24):
-        return found("learning rate too small", f"A step of {peak:g} is lost in the rounding of a weight of size "
-                     f"{TYPICAL_WEIGHT}, even in float32.", {"lr": peak, "half a float32 spacing": half_spacing(24)})
-    travel = planned_travel(run, peak)
-    if run.config.get("dtype") != "bfloat16" or not steps or travel >= half_spacing(8):
-        return None
-    return found("learning rate too small", f"All {steps} steps together move a weight by {travel:.2g} at most. Working "
-                 f"weights in bfloat16 of size {TYPICAL_WEIGHT} lie {2 * half_spacing(8):.2g} apart, larger ones more, so "
-                 "only smaller ones change: the masters move, but what samples and what is saved hardly shows it. For so "
-                 f"many steps --lr {peak * half_spacing(8) / travel:.1g} is the very least.",
-                 {"lr": peak, "steps": steps, "sum of lr": travel, "half a bfloat16 spacing": half_spacing(8)})
-
-
-# ------------------------------------------------------------------------------------------------
-# Rules that need MIN_STEPS: nothing is learned
-# ------------------------------------------------------------------------------------------------
-
-def no_gradient(run: Run) -> Finding | None:
-    """A step whose groups were all dead has none, rightly: that is for `groups_dead` to say."""
-    zero = [row for row in run.late if row.get("grad_norm") == 0 and row.get("num_tokens")
-            and row.get("frac_reward_zero_std") != 1]
-    if len(zero) <= NO_GRADIENT * len(run.late):
-        return None
-    return found("no gradient", f"The gradient was exactly 0 in {len(zero)} of the latest {len(run.late)} steps, although "
-                 "there was something to learn.",
-                 facts(run.late, "grad_norm", "frac_reward_zero_std") | {"steps without gradient": len(zero)})
-
-
-def policy_stands_still(run: Run) -> Finding | None:
-    kl = values(run.rows[1:], "kl")          # step 1 is before the first update
-    if len(kl) < MIN_STEPS - 1 or any(kl):
-        return None
-    if any(rule(run) for rule in (steps_skipped, learning_rate_too_small, no_gradient, groups_dead)):
-        return None                          # that is why, and it is said already
-    return found("policy does not move", f"After {len(kl)} updates the KL to the starting model is still exactly 0: the "
-                 "weights that sample are the ones that the run began with.", facts(run.rows[1:], "kl", "grad_norm", "lr"))
-
-
-def completions_cut_off(run: Run) -> Finding | None:
-    cut, limit = mean(run.late, "completions/clipped_ratio"), run.setting("max_new_tokens", 0)
-    if cut is None or cut <= CUT_OFF:
-        return None
-    return found("completions cut off", f"{cut:.0%} of the completions reach the limit of --max_new_tokens {limit} before "
-                 "they end. For that alone they get no reward, whatever they were about to say.",
-                 facts(run.late, "completions/clipped_ratio", "completions/mean_length") | {"max_new_tokens": limit})
-
-
-def format_low(run: Run) -> Finding | None:
-    """Silent where the format fails because completions are cut off: that is said already."""
-    changed, cut = run.changed("rewards/format/mean"), mean(run.late, "completions/clipped_ratio") or 0
-    if changed is None or changed[1] >= FORMAT_LOW or changed[1] >= changed[0] + FORMAT_RISING:
-        return None
-    if cut > CUT_OFF and 1 - changed[1] <= cut + CUT_OFF:
-        return None
-    name = "format lost" if changed[0] >= FORMAT_LEARNED else "format never learned"
-    shown = f" One that does not: {run.late_answers.misfit[:160]!r}" if run.late_answers.misfit else ""
-    return found(name, f"{changed[1]:.0%} of the completions keep the format; {changed[0]:.0%} did at the start.{shown}",
-                 facts(run.late, "rewards/format/mean", "rewards/accuracy/mean") | {"format at the start": changed[0]})
-
-
-def groups_dead(run: Run) -> Finding | None:
-    dead = mean(run.late, "frac_reward_zero_std")
-    if dead is None or dead <= DEAD:
-        return None
-    right, wrong = (mean(run.late, f"frac_reward_zero_std/all_{word}") or 0 for word in ("right", "wrong"))
-    name, so = (("groups all wrong", "nothing tells a better completion from a worse one") if wrong > dead / 2 else
-                ("groups all right", "there is nothing left to learn from these clips") if right > dead / 2 else
-                ("groups without differences", "nothing is learned from them"))
-    return found(name, f"In {dead:.0%} of the groups all completions got the same reward (all right {right:.0%}, all wrong "
-                 f"{wrong:.0%}): {so}.", facts(run.late, "frac_reward_zero_std", "frac_reward_zero_std/all_right",
-                                               "frac_reward_zero_std/all_wrong", "grad_norm"))
-
-
-# ------------------------------------------------------------------------------------------------
-# Something is learned, but not what was meant
-# ------------------------------------------------------------------------------------------------
-
-def one_word(run: Run) -> Finding | None:
-    answers = run.late_answers
-    if answers.clips < MIN_CLIPS or not answers.said:
-        return None
-    word, count = answers.said.most_common(1)[0]
-    said, asked = count / answers.said.total(), answers.asked[word] / answers.completions
-    if said <= ONE_WORD or said < ONE_WORD_EXCESS * asked:
-        return None
-    return found("one word for everything", f"{said:.0%} of the answers are {word!r}, the label of {asked:.0%} of the "
-                 "clips.", {"steps": span(run.late), "share said": said, "share of the labels": asked,
-                  "different answers": len(answers.said)})
-
-
-def chance(answers: Answers) -> float:
-    """The accuracy if the same answers were dealt out to the clips at random."""
-    n = answers.completions
-    return sum(count / n * answers.said[label] / n for label, count in answers.asked.items())
-
-
-def accuracy_at_chance(run: Run) -> Finding | None:
-    """Cohen's kappa of answers and labels.  Not the accuracy itself: with one frequent label, chance is high."""
-    answers, form = run.late_answers, mean(run.late, "rewards/format/mean")
-    if answers.clips < MIN_CLIPS or len(answers.asked) < 2 or form is None or form < FORMAT_LEARNED or one_word(run):
-        return None
-    accuracy, by_chance = answers.right / answers.completions, chance(answers)
-    kappa = (accuracy - by_chance) / (1 - by_chance)
-    if kappa >= KAPPA:
-        return None
-    return found("accuracy at chance", f"The format is learned ({form:.0%}), but the answers do not depend on the clips: "
-                 f"{accuracy:.1%} are right, and {by_chance:.1%} would be if they were dealt out at random.",
-                 {"steps": span(run.late), "rewards/format/mean": form, "accuracy": accuracy, "by chance": by_chance,
-                  "kappa": kappa})
-
-
-def kl_runs_away(run: Run) -> Finding | None:
-    """By the median step: k3 is e^x of a difference, and one token far off can make a step's mean enormous."""
-    before, now = median(run.rows[-2 * run.stretch:-run.stretch], "kl"), median(run.late, "kl")
-    if before is None or now is None or not (now > KL_FAR or (now > KL_HIGH and now > KL_GROWTH * before)):
-        return None
-    return found("KL runs away", f"The policy is {now:.2g} nats per token from the starting model, {before:.2g} in the "
-                 "stretch before: it speaks another language by now.",
-                 {"steps": span(run.late), "kl": now, "kl before": before, "beta": run.setting("beta", 0),
-                  "lr": run.setting("lr", 0)})
-
-
-def entropy_collapsed(run: Run) -> Finding | None:
-    """Per completion, not per token: ten sure tokens and one open choice are no collapse."""
-    entropy, length = mean(run.late, "entropy"), mean(run.late, "completions/mean_length")
-    accuracy = mean(run.late, "rewards/accuracy/mean") or 0
-    if entropy is None or length is None or entropy * length >= FEW_TEXTS or accuracy >= SOLVED:
-        return None
-    return found("entropy collapsed", f"{entropy:.2g} nats per token over {length:.0f} tokens leave about "
-                 f"{math.exp(entropy * length):.1f} texts per clip, and {accuracy:.0%} are right: nothing new is tried "
-                 "any more.", facts(run.late, "entropy", "completions/mean_length", "rewards/accuracy/mean")
-                 | facts_at_start(run, "entropy"))
-
-
-def texts_collapsed(run: Run) -> Finding | None:
-    """Only where texts can vary: bare words are alike when they are right."""
-    unique, G = mean(run.late, "unique_completions"), run.setting("num_generations", 0)
-    if unique is None or G < 2 or run.config.get("prompt") == "label" or (unique * G - 1) / (G - 1) >= COPIES:
-        return None
-    return found("completions are copies", f"A group of {G} completions holds {unique * G:.1f} different texts.",
-                 facts(run.late, "unique_completions", "entropy", "frac_reward_zero_std") | {"num_generations": G})
-
-
-def eval_falls(run: Run) -> Finding | None:
-    """The last evaluation against the best before it, and the training reward around the same two steps."""
-    def reward_at(step: int) -> float | None:
-        until = max(step, SHORTEST)          # step 0 is before the first reward
-        return mean([row for row in run.rows if until - SHORTEST < row["step"] <= until], "reward")
-
-    falls = []
-    for name in sorted({key for row in run.evals for key in row if key.startswith("eval/") and key.endswith("/war")}):
-        points = [(row[name], row["step"]) for row in run.evals if values([row], name)]
-        if len(points) > 1:
-            falls.append((max(points[:-1])[0] - points[-1][0], name, max(points[:-1]), points[-1]))
-    if not falls:
-        return None
-    fall, name, (best, best_step), (last, step) = max(falls)
-    before, now = reward_at(best_step), reward_at(step)
-    if before is None or now is None or fall <= EVAL_FALL or now <= before + GAIN:
-        return None
-    return found("eval falls", f"{name} fell from {best:.1f} (step {best_step}) to {last:.1f} (step {step}), while the "
-                 f"training reward rose from {before:.2f} to {now:.2f}.",
-                 {f"{name} at best": best, "now": last, "reward then": before, "reward now": now})
-
-
-def no_progress(run: Run) -> Finding | None:
-    """The trend against its own noise: two standard errors of the difference of two means."""
-    name, what, sign = ("rewards/accuracy/mean", "accuracy", 1) if run.is_rl else ("loss", "loss", -1)
-    early, late = values(run.early, name), values(run.late, name)
-    if len(run.rows) < MIN_TREND or min(len(early), len(late)) < 2:
-        return None
-    a, b = statistics.fmean(early), statistics.fmean(late)
-    noise = 2 * math.sqrt(statistics.variance(early) / len(early) + statistics.variance(late) / len(late))
-    gain = sign * (b - a)
-    if gain > noise or (run.is_rl and min(a, b) >= SOLVED):
-        return None
-    return found(f"{what} gets worse" if gain < -max(noise, FALL) else f"{what} stands still",
-                 f"The {what} was {a:.3f} in steps {span(run.early)} and is {b:.3f} in steps {span(run.late)}; differences "
-                 f"below {noise:.3f} are noise.", {name: b, "at the start": a, "two standard errors": noise})
-
-
-def length_drifts(run: Run) -> Finding | None:
-    length, accuracy = run.changed("completions/mean_length"), run.changed("rewards/accuracy/mean")
-    if length is None or accuracy is None or length[0] <= 0:
-        return None
-    change = (f"Completions went from {length[0]:.0f} to {length[1]:.0f} tokens, accuracy from {accuracy[0]:.2f} to "
-              f"{accuracy[1]:.2f}.")
-    numbers = (facts(run.late, "completions/mean_length", "rewards/accuracy/mean")
-               | facts_at_start(run, "completions/mean_length", "rewards/accuracy/mean"))
-    if length[1] > LENGTH_UP * length[0] and accuracy[1] < accuracy[0] + GAIN:
-        return found("rambling", change, numbers)
-    # A policy that rambled into the limit, and no longer does, has not lost its reasoning.
-    cut = mean(run.early, "completions/clipped_ratio") or 0
-    if length[1] < LENGTH_DOWN * length[0] and run.config.get("prompt") != "label" and cut <= CUT_OFF:
-        return found("reasoning shrinks", change, numbers)
-    return None
-
-
-def labels_never_said(run: Run) -> Finding | None:
-    answers = run.answers
-    missing = sorted(label for label, asked in answers.asked.items()
-                     if asked >= MIN_ASKED and answers.said[label] < NEVER_SAID * asked)
-    if not missing or answers.said.total() < answers.completions / 2 or one_word(run):
-        return None
-    told = ", ".join(map(repr, missing[:6])) + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
-    share = sum(answers.asked[label] for label in missing) / answers.completions
-    return found("labels never said", f"The policy does not say {told}; {share:.0%} of the clips have such a label.",
-                 {f"{label!r} said": f"{answers.said[label]} times, asked {answers.asked[label]} times"
-                  for label in missing[:6]})
-
-
-def gradient_spikes(run: Run) -> Finding | None:
-    norms = [norm for norm in values(run.rows, "grad_norm") if norm > 0]
-    if len(norms) < MIN_STEPS:
-        return None
-    middle = statistics.median(norms)
-    spikes = sum(norm > SPIKE * middle for norm in norms)
-    if spikes <= SPIKES * len(norms):
-        return None
-    return found("gradient spikes", f"{spikes} of {len(norms)} gradient norms are more than {SPIKE:g} times the median.",
-                 {"grad_norm median": middle, "grad_norm max": max(norms), "steps": len(norms)})
-
-
-def inner_passes_idle(run: Run) -> Finding | None:
-    most, passes = values(run.late, "ratio/max"), run.setting("inner_epochs", 1)
-    if passes < 2 or len(most) < SHORTEST or any(value != 1 for value in most) or groups_dead(run):
-        return None
-    return found("inner passes do nothing", f"With --inner_epochs {passes} the ratio is exactly 1 in every pass: the update "
-                 "between two passes changed nothing.", facts(run.late, "ratio/max", "ratio/mean", "lr", "grad_norm"))
-
-
-# ------------------------------------------------------------------------------------------------
-# It is slow
-# ------------------------------------------------------------------------------------------------
-
-def step_seconds(row: dict) -> float:
+def seconds(row: dict) -> float:
     """Time of a step, without its checkpoint."""
     return sum(sum(values([row], name)) for name in row if name.startswith("time/") and name != "time/save")
 
 
-def data_waits(run: Run) -> Finding | None:
-    """Not for sft.py, whose time/load includes the towers."""
-    load, total = sum(values(run.late, "time/load")), sum(map(step_seconds, run.late))
-    if not run.is_rl or total <= 0 or load <= WAITING * total:
-        return None
-    return found("waiting for data", f"For {load / total:.0%} of the time the model waits for the next clips.",
-                 facts(run.late, "time/load") | {"seconds per step": total / len(run.late),
-                                                 "workers": run.setting("workers", 0)})
+def at_once(run: Run, told: set[str]) -> Iterator[tuple[str, str, str]]:
+    """The numbers are not to be trusted, or nothing can come of it: plain from the first step on."""
+    n, reasons, a, lr, dtype = len(run.rows), skipped(run), run.answers, run.lr, run.config.get("dtype")
+    if reasons.total() > 0.02 * n:           # a stray NaN in thousands of steps is nothing
+        why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        yield reasons.most_common(1)[0][0], f"{reasons.total()} of {n} steps changed nothing: {why}.", "grad_norm kl lr"
+    if wrong := [row["step"] for row in run.rows if ratio_off(run, row)]:
+        yield ("ratio off", f"In {len(wrong)} of {n} steps, first in step {wrong[0]}, the ratio of the policy to the one "
+               "that sampled is not exactly 1 before the first update.", "ratio/mean ratio/max inner_epochs mini_batches")
+    difference, rounding = median(run.rows, "sampler_logp_diff/mean"), 1e-3 if dtype == "float32" else 0.05
+    if difference > rounding:                # it gives 1e-5 in fp32, and 0.02 on a tiny model in bf16
+        yield ("sampler and trainer disagree", "Their log-probs of the same tokens differ by "
+               f"{difference:.2g} in the median step; rounding gives {rounding:g} at most.", "sampler_logp_diff/mean dtype")
+    if a.turned > a.compared / 2:
+        yield ("advantages turned", f"In {a.turned} of {a.compared} groups the best answer has a lower advantage than the "
+               "worst.", "reward baseline scale")
+    if a.uncentred > a.compared / 2:
+        yield ("advantages not centred", f"In {a.uncentred} of {a.compared} groups the advantages do not add up to 0.",
+               "reward loss baseline scale")
+    if not told & BROKEN and (wrong := [row for row in run.rows if loss_off(run, row)]):
+        yield ("loss off", f"In {len(wrong)} steps, first in step {wrong[0]['step']}, the loss is {wrong[0]['loss']:.3g}: "
+               "at ratio 1 the advantages of a group add up to 0, so that only the KL is left.", "loss kl beta agg")
+    kl = values(run.rows[1:5], "kl")
+    if lr >= WEIGHT / 2 or (len(kl) > 1 and min(kl) > KL_FAR):   # AdamW's update is about lr, whatever the gradient's size
+        yield ("learning rate too large", f"An update moves a weight by about {lr:g}, where a typical one is {WEIGHT}; "
+               f"after the first ones the policy is {max(kl, default=0):.2g} nats per token from the start.", "lr kl reward")
+    travel = lr * run.updates * run.planned_steps
+    if lr < HALF_FP32:                       # of the masters, by one update; of a rounded copy of them, by the sum of all
+        yield "learning rate too small", f"Even in float32 a weight of {WEIGHT} rounds away a step of {lr:g}.", "lr"
+    elif dtype == "bfloat16" and 0 < travel < HALF_BF16:
+        yield ("learning rate too small", f"All {run.planned_steps} steps together move a weight by {travel:.2g} at most; "
+               f"in bfloat16 the neighbours of {WEIGHT} are {2 * HALF_BF16:.2g} apart, so what samples hardly shows it. "
+               f"--lr {lr * HALF_BF16 / travel:.1g} is the very least.", "lr dtype")
+    count = max(values(run.rows, "skipped_samples"), default=0)
+    clips = run.rows[-1]["step"] * run.setting("prompts_per_step", run.setting("batch_size"))
+    if 0.05 * clips < count and clips > 0:   # a few files are always broken; above, the training set is another one
+        yield "clips skipped", f"{count / clips:.0%} of the clips ({count} of {clips}) could not be used{run.bad_clip}.", ""
 
 
-def steps_get_slower(run: Run) -> Finding | None:
-    early, late = (statistics.median(map(step_seconds, rows)) for rows in (run.early, run.late))
-    tokens = run.changed("num_tokens")
-    if tokens is None or early <= 0 or late <= SLOWER * early or tokens[1] > SAME_TOKENS * tokens[0]:
-        return None
-    return found("steps get slower", f"A step takes {late:.3g} s and took {early:.3g} s at the start, for {tokens[1]:.0f} "
-                 f"tokens now and {tokens[0]:.0f} then.",
-                 facts(run.late, "num_tokens", "memory_gb") | {"seconds per step": late, "at the start": early})
+def as_it_is_now(run: Run, told: set[str]) -> Iterator[tuple[str, str, str]]:
+    """It falls apart, or there is nothing to learn from."""
+    now, then, late, answers = run.now, run.then, run.late, run.late_answers
+    for name, worse, sign in (("reward", "reward falls", 1), (ACCURACY, "reward falls", 1), ("loss", "loss rises", -1)):
+        a, b, noise = then(name), now(name), 3 * run.noise(name)         # by chance once in a hundred young runs
+        if (sign * (a - b) > max(noise, 0.05 * abs(a), 0.05 * abs(b)) and len(run.rows) >= CHANGE / 2
+                and run.is_rl == (sign > 0) and not told & (BROKEN | {worse})):
+            yield worse, f"{name} went from {a:.3g} to {b:.3g}; {noise:.2g} is noise.", f"{FORMAT} {CUT} {LENGTH} kl lr"
+    far, before = median(late, "kl"), median(run.before, "kl")   # k3 is e^x: one token can make a step's mean enormous
+    if not told & BROKEN and (far > KL_FAR or (far > KL_FAR / 2 and far > 3 * before)):
+        yield ("KL runs away", f"The policy is {far:.2g} nats per token from the starting model, and was {before:.2g} "
+               "before: it speaks another language by now.", "kl beta lr")
+    zero = [row for row in late if row.get("grad_norm") == 0 and row.get("num_tokens") and row.get(DEAD) != 1]
+    if len(zero) > len(late) / 2:            # chance alone never gives a norm of exactly 0
+        yield "no gradient", f"It is exactly 0 in {len(zero)} of {len(late)} steps that could teach.", f"grad_norm {DEAD}"
+
+    form, cut = now(FORMAT), now(CUT)        # in a young run only what is not there at all; what rises is being learned
+    midst = cut > CUT_OFF and 1 - form <= cut + CUT_OFF and answers.begun >= answers.completions / 2
+    if form < min(0.5 if len(run.rows) >= CHANGE else 0.05, then(FORMAT) + 0.1) and not midst and not told & RUIN:
+        yield ("format lost" if then(FORMAT) >= 0.9 else "format never learned", f"{form:.0%} of the completions keep the "
+               "format." + f" One that does not: {answers.misfit[:160]!r}" * bool(answers.misfit), f"{FORMAT} {CUT}")
+    if cut > CUT_OFF and "format never learned" not in told and not (told & RUIN and mean(run.rows[:1], CUT) <= CUT_OFF):
+        yield ("completions cut off", f"{cut:.0%} of the completions reach the limit before they end: for that alone they "
+               "get no reward.", f"{CUT} {LENGTH} max_new_tokens")
+    dead, right, wrong = (now(DEAD + end) for end in ("", "/all_right", "/all_wrong"))
+    if dead > 0.9 and run.setting("prompts_per_step") * len(late) >= 20 and not told & RUIN:   # by chance 1 in 5000
+        kind = "all wrong" if wrong > dead / 2 else "all right" if right > dead / 2 else "without differences"
+        yield (f"groups {kind}", f"In {dead:.0%} of the groups all completions got the same reward: they teach nothing.",
+               f"{DEAD} {DEAD}/all_right {DEAD}/all_wrong")
 
 
-# ------------------------------------------------------------------------------------------------
-# All of it
-# ------------------------------------------------------------------------------------------------
-
-# Worst first: what makes every other number doubtful, what stops learning, what spoils it, what slows it.
-AT_ONCE = (steps_skipped, ratio_off, sampler_disagrees, clips_skipped, learning_rate_too_small)
-AFTER_MIN_STEPS = (no_gradient, policy_stands_still, completions_cut_off, format_low, groups_dead, one_word,
-                   accuracy_at_chance, kl_runs_away, entropy_collapsed, texts_collapsed, eval_falls, no_progress,
-                   length_drifts, labels_never_said, gradient_spikes, inner_passes_idle, data_waits, steps_get_slower)
+def compared_with_the_start(run: Run, told: set[str]) -> Iterator[tuple[str, str, str]]:
+    """Something is learned, but not what was meant; or it is slow."""
+    now, then, late, a, whole = run.now, run.then, run.late, run.late_answers, run.answers
+    think, kl = run.config.get("prompt") != "label", values(run.rows[1:], "kl")      # step 1 is before the first update
+    if len(kl) >= CHANGE - 1 and not any(kl) and not told & STILL and not now(DEAD) > 0.9:
+        yield "policy does not move", f"After {len(kl)} steps the KL to the starting model is exactly 0.", "grad_norm lr"
+    word, count = max(a.said.items(), key=lambda item: item[1], default=("", 0))
+    said, asked = count / max(1, a.said.total()), a.asked[word] / max(1, a.completions)
+    judged = min(a.clips, a.said.total()) >= ENOUGH and values(late, ACCURACY) and not told & BROKEN
+    if judged and said > 0.9 and said > 1.5 * asked:
+        yield ("one word for everything", f"{said:.0%} of {a.said.total()} answers are {word!r}, the label of {asked:.0%} "
+               "of the clips.", f"{ACCURACY} {FORMAT}")
+    elif judged and now(FORMAT) > 0.9 and len(a.asked) > 1 and a.kappa < 0.05:
+        yield ("accuracy at chance", f"The format is learned, but the answers do not depend on the clips: as many would "
+               f"be right if they were dealt out at random (Cohen's kappa {a.kappa:.2f}).", f"{FORMAT} {ACCURACY}")
+    nats, G = now("entropy") * now(LENGTH), run.setting("num_generations")       # of a completion: one open choice is enough
+    others = (now(UNIQUE) * G - 1) / max(1, G - 1) if think else math.nan        # bare words are alike when they are right
+    if (nats < math.log(2) or others < 0.15) and not now(ACCURACY) >= SOLVED and not told & RUIN:
+        yield ("completions are copies", f"A group of {G} holds {now(UNIQUE) * G:.1f} different texts, and each has "
+               f"{nats:.2g} nats to choose: nothing new is tried.", f"entropy {LENGTH} {UNIQUE} {DEAD}")
+    for name in sorted({key for row in run.evals for key in row if key.endswith("/war") and values([row], key)}):
+        points = [(row[name], row["step"]) for row in run.evals if values([row], name)]
+        (best, n), (last, step) = max(points[:-1] or points), points[-1]         # and the reward around these two steps:
+        x, y = (mean([row for row in run.rows if i - 10 < row["step"] <= i], "reward") for i in (max(n, 10), step))
+        if best - last > 5 and y > x + 0.02 and "eval falls" not in told:        # 5 points: ten answers of 200
+            yield ("eval falls", f"{name} fell from {best:.1f} (step {n}) to {last:.1f} (step {step}), while the reward "
+                   f"rose from {x:.2f} to {y:.2f}.", "reward kl")
+    name = "loss" if not run.is_rl else ACCURACY if values(late, ACCURACY) else "reward"
+    gain, noise = (now(name) - then(name)) * (1 if run.is_rl else -1), 2 * run.noise(name)
+    solved = name == ACCURACY and min(now(name), then(name)) >= SOLVED
+    if len(run.rows) >= TREND and gain <= noise and not solved and not told & (RUIN | {"loss rises"}):
+        yield "no progress", f"{name} was {then(name):.3f} and is {now(name):.3f}; {noise:.3f} would be noise.", f"{name} lr"
+    drift = f"Completions went from {then(LENGTH):.0f} to {now(LENGTH):.0f} tokens."
+    if now(LENGTH) > 1.5 * then(LENGTH) and now(ACCURACY) < then(ACCURACY) + 0.02 and not told & BROKEN:
+        yield "rambling", drift, f"{LENGTH} {ACCURACY}"
+    # A policy that rambled into the limit, and no longer does, has not lost its reasoning.
+    if now(LENGTH) < then(LENGTH) / 2 and think and not then(CUT) > CUT_OFF and not told & BROKEN:
+        yield "reasoning shrinks", drift, f"{LENGTH} {ACCURACY}"
+    missing = sorted(label for label, asked in whole.asked.items() if asked >= 100 and whole.said[label] < asked / 100)
+    share = sum(whole.asked[label] for label in missing) / max(1, whole.completions)
+    if missing and judged and whole.said.total() >= whole.completions / 2 and "one word for everything" not in told:
+        yield "labels never said", f"{', '.join(map(repr, missing[:9]))}: the labels of {share:.0%} of the clips.", ACCURACY
+    norms = [norm for norm in values(run.rows, "grad_norm") if norm > 0]
+    high = sum(norm > 10 * statistics.median(norms) for norm in norms)
+    if len(norms) >= CHANGE and high > 0.05 * len(norms) and not told & RUIN:
+        yield "gradient spikes", f"{high} of {len(norms)} gradient norms are above ten times the median.", "grad_norm lr"
+    if run.updates > 1 and set(values(late, "ratio/max")) == {1} and not now(DEAD) > 0.9:
+        yield ("inner passes do nothing", "The ratio is exactly 1 in every pass: the update before it changed nothing.",
+               "ratio/max lr grad_norm inner_epochs mini_batches")
+    load, total = sum(values(late, "time/load")), sum(map(seconds, late))
+    if run.is_rl and load > 0.1 * total:     # not sft.py's, which includes the towers
+        yield "waiting for data", f"For {load / total:.0%} of the time the model waits for the clips.", "time/load workers"
+    before, after = (statistics.median(map(seconds, rows)) for rows in (run.early, late))
+    if after > 1.5 * before > 0 and now("num_tokens") <= 1.1 * then("num_tokens"):
+        yield "steps get slower", f"A step takes {after:.3g} s and took {before:.3g} s.", "num_tokens memory_gb"
 
 
 def examine(run: Run) -> list[Finding]:
-    """Ask every rule that may be asked."""
-    if not run.rows:
-        return []
-    rules = AT_ONCE + (AFTER_MIN_STEPS if len(run.rows) >= MIN_STEPS else ())
-    return [finding for finding in (rule(run) for rule in rules) if finding]
-
-
-def diagnose(run_folder: str | Path) -> list[Finding]:
-    """What is wrong with a run, worst first; [] if nothing is.  Raises UserError if it is no run folder."""
-    return examine(read_run(Path(run_folder)))
-
-
-LOOKED_AT = ("reward", "rewards/accuracy/mean", "rewards/format/mean", "frac_reward_zero_std", "completions/mean_length",
-             "completions/clipped_ratio", "unique_completions", "kl", "entropy", "loss", "ratio/max",
-             "sampler_logp_diff/mean", "grad_norm", "lr", "skipped_samples", "skipped_steps", "time/load")
-
-
-def paragraph(text: str) -> str:
-    return textwrap.fill(printable(text), 100, initial_indent="   ", subsequent_indent="   ", break_on_hyphens=False)
-
-
-def describe(number: int, finding: Finding) -> list[str]:
-    numbers = ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in finding.numbers.items())
-    return [f"{number}. {finding.name}", paragraph(finding.sentence), paragraph(f"Numbers: {numbers}."),
-            paragraph(f"Try: {finding.remedy}"), ""]
+    """Everything that may be asked after so many steps."""
+    found, told = [], set()
+    for look, steps in ((at_once, 1), (as_it_is_now, NOW), (compared_with_the_start, CHANGE)):
+        for name, sentence, shown in look(run, told) if len(run.rows) >= steps else ():
+            told.add(name)
+            means = {key: (run.then(key), run.now(key)) for key in shown.split() if values(run.late, key)}
+            settings = {key: str(run.config[key])[:40] for key in shown.split() if key in run.config and key not in means}
+            found.append(Finding(name, sentence, means | settings))
+    return found
 
 
 def report(run: Run, findings: list[Finding]) -> str:
     """The whole text."""
-    step, planned = (run.rows[-1]["step"], planned_steps(run)) if run.rows else (0, 0)
-    script, dtype, lr = "grpo.py" if run.is_rl else "sft.py", run.config.get("dtype"), run.config.get("lr")
-    lines = [printable(f"{run.path}: {script}, step {step}{f' of {planned}' if planned else ''}, {dtype}, lr {lr}"), ""]
+    def paragraph(text: str) -> str:
+        return textwrap.fill(printable(text), 100, initial_indent="   ", subsequent_indent="   ", break_on_hyphens=False)
+
+    script, step = "grpo.py" if run.is_rl else "sft.py", run.rows[-1]["step"] if run.rows else 0
+    of = f"{script}, step {step} of {run.planned_steps}, {run.config.get('dtype')}, lr {run.config.get('lr')}"
+    lines = [printable(f"{run.path}: {of}"), ""]
     if not run.rows:
-        lines += ["The run has just started: no step is logged yet."]
         evals = [f"{key} {value}" for row in run.evals for key, value in row.items() if key.startswith("eval/")]
-        return "\n".join(lines + [printable(f"Before the first step: {', '.join(evals)}.")] * bool(evals))
+        return "\n".join([*lines, "The run has just started: no step is logged yet.", *map(printable, evals)])
+    lines += ["Causes stand before what may follow from them: mend the first, and look again.", ""] * (len(findings) > 1)
     for number, finding in enumerate(findings, 1):
-        lines += describe(number, finding)
-    stretches = [run.early, run.late]
-    if len(run.rows) < MIN_STEPS:
-        stretches = [run.rows]
-        lines += [f"After {len(run.rows)} steps {len(AT_ONCE)} rules of {len(AT_ONCE + AFTER_MIN_STEPS)} can be asked; the "
-                  f"others compare the start with now and need {MIN_STEPS}."]
-    if not findings:
+        shown = [f"{name} {value if isinstance(value, str) else ' -> '.join(f'{x:.4g}' for x in value)}"
+                 for name, value in finding.numbers.items()]
+        said = (finding.sentence, *[f"Numbers: {', '.join(shown)}."] * bool(shown), f"Try: {REMEDIES[finding.name]}")
+        lines += [f"{number}. {finding.name}", *map(paragraph, said), ""]
+    if findings:
+        lines += [f"a -> b: means of steps {span(run.early)} and {span(run.late)}."]
+    else:
         lines += ["Nothing is wrong that the rules know of. What they looked at, as means:", "",
-                  f"   {'steps':<28}" + "".join(f"{span(rows):>16}" for rows in stretches)]
-        looked = {name: [mean(rows, name) for rows in stretches] for name in LOOKED_AT}
-        lines += [f"   {name:<28}" + "".join(f"{value:>16.4g}" for value in means)
-                  for name, means in looked.items() if None not in means]
-    return "\n".join(lines).rstrip()
+                  f"   {'steps':<28}{span(run.early):>16}{span(run.late):>16}"]
+        lines += [f"   {name:<28}{run.then(name):>16.4g}{run.now(name):>16.4g}" for name in LOOKED_AT
+                  if values(run.late, name)]
+    lines += [f"Most rules compare the start with now, and wait for {CHANGE} steps."] * (len(run.rows) < CHANGE)
+    return "\n".join(lines)
 
 
 def main() -> None:
     """`python -m tools.doctor RUN`.  Exit 0, whatever is found; 2 if there is nothing to read."""
-    words = sys.argv[1:]
-    if len(words) != 1 or words[0].startswith("-"):
-        print(USAGE, file=sys.stderr)
-        sys.exit(2)
     try:
-        run = read_run(Path(words[0]))
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            raise UserError("usage: python -m tools.doctor RUN        (RUN: the --out folder of grpo.py or sft.py)")
+        run = read_run(Path(sys.argv[1]))
+        print(report(run, examine(run)), flush=True)
     except UserError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
-    print(report(run, examine(run)), flush=True)
+    except BrokenPipeError:                  # of `| head`, which has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

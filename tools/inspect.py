@@ -74,18 +74,14 @@ def describe_head(plan: Plan) -> str:
     return "its own, " + ("stored" if stored else "missing")
 
 
-def nobodys(plan: Plan) -> list[str]:
-    """Stored keys that are not loaded: what is known to be of no use, a tied head, towers that are replaced."""
-    return [key for key in plan.index if key.startswith(plan.ignored)]
-
-
 def report(plan: Plan, train: list[str]) -> str:
     """The whole text.  `train`: names of PARTS that would be trained."""
     c, vision, audio, bert = plan.model.config, *(plan.towers[kind] for kind in ("vision", "audio", "bert"))
     plan.model.set_trained(train)
     parts = [describe_part(plan, name) for name in PARTS]
     files = {s.file for s in plan.index.values()}
-    unused = nobodys(plan)
+    # What is known to be of no use, a tied head, towers that are replaced: stored, and not loaded.
+    unused = [key for key in plan.index if key.startswith(plan.ignored)]
     lines = [
         f"{plan.path}: {len(plan.index)} tensors in {list_some({f.name for f in files}, 3)}, "
         f"{size(sum(f.stat().st_size for f in files))}", "",

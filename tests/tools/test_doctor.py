@@ -6,6 +6,8 @@ import json
 import math
 import random
 import re
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -13,32 +15,30 @@ import forkserver
 import pytest
 import torch
 
-from lib.common import Ranks, UserError
+import grpo
+from lib.common import UserError
 from tools import doctor
-from tools.doctor import AFTER_MIN_STEPS, AT_ONCE, MIN_STEPS, REMEDIES, diagnose
-from training import MasterAdamW, learning_rate
+from tools.doctor import REMEDIES
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
-CONFIG = {"dtype": "float32", "lr": 1e-5, "schedule": "linear", "warmup": 0.0, "lr_floor": 0.1, "max_steps": 240,
-          "epochs": 2.0, "prompts_per_step": 8, "num_generations": 8, "max_new_tokens": 160, "inner_epochs": 1, "beta": 0.04,
-          "workers": 2, "prompt": "think"}
+CONFIG = {"dtype": "float32", "lr": 1e-5, "schedule": "linear", "max_steps": 240, "epochs": 2.0, "prompts_per_step": 8,
+          "num_generations": 8, "max_new_tokens": 160, "inner_epochs": 1, "beta": 0.04, "agg": "seq", "workers": 2,
+          "prompt": "think"}
 
 
 def healthy_row(step: int, done: float, rng: random.Random) -> dict:
     """A row of metrics.jsonl; `done` 0 .. 1."""
     near = lambda a, b, spread: a + (b - a) * done + spread * rng.uniform(-1, 1)
-    accuracy, form = near(0.59, 0.83, 0.1), min(1.0, near(0.89, 0.98, 0.02))
-    return {"step": step, "epoch": round(step / 100, 4), "lr": 1e-5 * (1 - 0.9 * done), "loss": near(0, 0, 0.02),
-            "entropy": near(0.15, 0.13, 0.02), "ratio/mean": 1.0, "ratio/max": 1.0, "clip_ratio/low_mean": 0.0,
-            "kl": near(0.13, 0.04, 0.02), "sampler_logp_diff/mean": 2e-6, "sampler_logp_diff/max": 1e-5,
-            "grad_norm": near(1.0, 0.8, 0.5), "reward": accuracy + form, "rewards/accuracy/mean": accuracy,
-            "rewards/format/mean": form, "frac_reward_zero_std": near(0.3, 0.62, 0.1),
+    accuracy, form, kl = near(0.59, 0.83, 0.1), min(1.0, near(0.89, 0.98, 0.02)), near(0.13, 0.04, 0.02)
+    return {"step": step, "epoch": round(step / 100, 4), "lr": 1e-5 * (1 - 0.9 * done), "loss": 0.04 * kl * near(1, 1, 0.2),
+            "entropy": near(0.15, 0.13, 0.02), "ratio/mean": 1.0, "ratio/max": 1.0, "kl": kl,
+            "sampler_logp_diff/mean": 2e-6, "grad_norm": near(1.0, 0.8, 0.5), "reward": accuracy + form,
+            "rewards/accuracy/mean": accuracy, "rewards/format/mean": form, "frac_reward_zero_std": near(0.3, 0.62, 0.1),
             "frac_reward_zero_std/all_right": near(0.25, 0.55, 0.05), "frac_reward_zero_std/all_wrong": 0.05,
             "completions/mean_length": near(65, 65, 2), "completions/clipped_ratio": 0.01, "unique_completions": 0.9,
             "num_tokens": near(4160, 4160, 100), "skipped_samples": 0, "skipped_steps": 0, "memory_gb": 1.0,
-            "time/load": 0.01, "time/encode": 0.1, "time/generate": near(0.5, 0.45, 0.05), "time/train": 0.3,
-            "time/save": 0.0}
+            "time/load": 0.01, "time/generate": near(0.5, 0.45, 0.05), "time/train": 0.4, "time/save": 0.0}
 
 
 def healthy_rollouts(step: int, done: float, rng: random.Random) -> list[dict]:
@@ -49,8 +49,7 @@ def healthy_rollouts(step: int, done: float, rng: random.Random) -> list[dict]:
             word = label if rng.random() < 0.59 + 0.24 * done else rng.choice(WORDS)
             rows.append({"step": step, "clip": f"{clip}.mp4", "prompt": "?", "answer": label, "completion": g,
                          "text": f"<think>seen {g}</think>\n<answer>{word.capitalize()}</answer>",
-                         "rewards": {"accuracy": float(word == label), "format": 1.0}, "advantage": 0.0, "length": 65,
-                         "finished": True})
+                         "rewards": {"accuracy": float(word == label), "format": 1.0}, "advantage": 0.0})
     return rows
 
 
@@ -58,7 +57,7 @@ def nothing(*_) -> None:
     """Edit no row."""
 
 
-def write_run(folder: Path, steps: int = 40, edit=nothing, edit_rollout=nothing, seed: int = 0, rollouts: bool = True,
+def write_run(folder: Path, steps: int = 40, edit=nothing, edit_rollout=nothing, seed: int = 0, rollouts: bool = False,
               **config) -> Path:
     """A healthy run, each row passed to `edit(row, done)` and `edit_rollout(row, rng)` before it is written."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,32 +67,28 @@ def write_run(folder: Path, steps: int = 40, edit=nothing, edit_rollout=nothing,
         metrics.write(json.dumps({"step": 0, "eval/toy/war": 62.0, "eval/toy/uar": 58.0}) + "\n")
         for step in range(1, steps + 1):
             done = (step - 1) / max(1, steps - 1)
-            row = healthy_row(step, done, rng)
-            if step == steps:
-                row |= {"eval/toy/war": 88.0, "eval/toy/uar": 87.0}
+            row = healthy_row(step, done, rng) | ({"eval/toy/war": 88.0} if step == steps else {})
             edit(row, done)
             metrics.write(json.dumps(row) + "\n")
-            for line in healthy_rollouts(step, done, rng) if rollouts else []:
+            for line in healthy_rollouts(step, done, rng) if rollouts or edit_rollout is not nothing else []:
                 edit_rollout(line, rng)
                 texts.write(json.dumps(line) + "\n")
     return folder
 
 
-def write_sft(folder: Path, steps: int, edit=nothing) -> Path:
+def write_sft(folder: Path, steps: int, loss=lambda done: 3 - 2.5 * done) -> Path:
     """A run of sft.py: no rollouts, a few metrics; time/load includes the towers."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {name: CONFIG[name] for name in ("dtype", "lr", "schedule", "warmup", "lr_floor", "epochs")}
-    (folder / "config.json").write_text(json.dumps(config | {"batch_size": 8, "max_steps": steps}))
-    rng = random.Random(0)
-    with open(folder / "metrics.jsonl", "w") as file:
-        for step in range(1, steps + 1):
-            done = (step - 1) / (steps - 1)
-            row = {"step": step, "epoch": step / 10, "lr": 1e-5, "loss": 3 - 2.5 * done + rng.uniform(-0.1, 0.1),
-                   "grad_norm": 1.0, "num_tokens": 500.0, "skipped_samples": 0, "skipped_steps": 0,
-                   "time/load": 1.0, "time/train": 1.0}
-            edit(row, done)
-            file.write(json.dumps(row) + "\n")
+    (folder / "config.json").write_text(json.dumps({"dtype": "float32", "lr": 1e-5, "batch_size": 8, "max_steps": steps}))
+    rng = random.Random(1)
+    rows = [{"step": step, "lr": 1e-5, "loss": loss(step / steps) + rng.uniform(-0.1, 0.1), "grad_norm": 1.0,
+             "num_tokens": 500.0, "skipped_samples": 0, "time/load": 1.0, "time/train": 1.0} for step in range(1, steps + 1)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
+
+
+def diagnose(folder: Path) -> list[doctor.Finding]:
+    return doctor.examine(doctor.read_run(folder))
 
 
 def names(folder: Path) -> list[str]:
@@ -107,12 +102,8 @@ def put(**metrics):
     return edit
 
 
-# ------------------------------------------------------------------------------------------------
-# Healthy
-# ------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("steps", [1, 2, 19, 20, 40, 240])
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 19, 20, 40, 240])
 def test_a_healthy_run_is_found_healthy(tmp_path, steps, seed):
     """Stops false alarms at any length of a run: after the second of them nobody reads a diagnosis."""
     assert names(write_run(tmp_path, steps, seed=seed, rollouts=seed == 0)) == []
@@ -123,78 +114,37 @@ def test_a_healthy_run_of_sft_is_found_healthy(tmp_path):
     assert names(write_sft(tmp_path, 200)) == []
 
 
-@pytest.mark.parametrize("steps, stretch", [(20, 10), (40, 10), (44, 11), (240, 60), (400, 100), (5000, 100)])
-def test_stretches(steps, stretch):
+def test_stretches():
     """Stops stretches that overlap, are shorter than the noise, or so long that they blur what happens now."""
-    run = doctor.Run(Path(), {}, [{"step": n} for n in range(1, steps + 1)], [], doctor.Answers(), doctor.Answers(), "")
-    assert [r["step"] for r in run.early] == list(range(1, stretch + 1))
-    assert [r["step"] for r in run.late] == list(range(steps - stretch + 1, steps + 1))
+    for n, stretch in ((1, 1), (5, 3), (20, 10), (40, 10), (44, 11), (240, 60), (400, 100), (5000, 100)):
+        run = doctor.Run(Path(), {}, [{"step": step} for step in range(1, n + 1)])
+        assert (run.early, run.late) == (run.rows[:stretch], run.rows[n - stretch:])
 
 
-@pytest.mark.parametrize("config", [
-    {"prompt": "label"}, {"inner_epochs": 2}, {"dtype": "bfloat16", "max_steps": 1000}, {"beta": 0.0}])
-def test_other_healthy_settings(config, tmp_path):
-    """Stops thresholds that know one setting only: bare words, several passes, bf16 and its rounding, no KL."""
-    def edit(row: dict, done: float) -> None:
-        if "inner_epochs" in config:
-            row |= {"ratio/max": 1.3, "ratio/mean": 1.001}
-        if "dtype" in config:
-            row |= {"sampler_logp_diff/mean": 0.02, "sampler_logp_diff/max": 0.9}
-        if "beta" in config:                 # steps whose groups are all dead run no update and log less
-            del row["kl"]
-            if row["step"] % 3 == 0:
-                row |= {"frac_reward_zero_std": 1.0, "grad_norm": 0.0}
-                for name in ("entropy", "ratio/max", "ratio/mean", "clip_ratio/low_mean"):
-                    del row[name]
-        if "prompt" in config:
-            row |= {"completions/mean_length": 2.0, "unique_completions": 0.2, "entropy": 0.5}
+say = "<think>x</think><answer>{}</answer>".format
+DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right", "/all_wrong"))
 
-    def bare(row: dict, rng) -> None:
+
+@pytest.mark.parametrize("config, edit", [
+    ({"prompt": "label"}, put(completions__mean_length=2.0, unique_completions=0.2, entropy=0.5)),
+    ({"inner_epochs": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
+    ({"mini_batches": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
+    ({"dtype": "bfloat16", "max_steps": 1000}, put(sampler_logp_diff__mean=0.02)),
+    ({"beta": 0.0}, lambda row, done: (row.update(loss=1e-7, kl=None), row["step"] % 3 or row.update(      # dead: no update
+        {DEAD: 1.0, "grad_norm": 0.0, "entropy": None, "ratio/max": None, "ratio/mean": None}))),
+    ({"agg": "token"}, put(loss=-0.2)), ({"gate": "cispo"}, put(loss=-0.2)), ({"is_cap": 2.0}, put(loss=-0.2)),
+    ({"rewards": ["overlong=0.5", "my.py:f=-1"]}, lambda row, done: [row.pop(x) for x in (doctor.ACCURACY, doctor.FORMAT)]),
+])
+def test_other_healthy_settings(config, edit, tmp_path):
+    """Stops thresholds that know one setting only: bare words, several updates, bf16, no KL, a loss that need not be 0,
+    rewards that are neither accuracy nor format."""
+    def rollout(row: dict, rng) -> None:
         if "prompt" in config:
             row["text"] = re.sub(".*<answer>|</answer>", "", row["text"], flags=re.DOTALL)
+        if "rewards" in config:              # what the policy says is its own affair, and weights are not in the log
+            row |= {"rewards": {"overlong": rng.random(), "f": rng.random()}, "advantage": rng.random(), "text": say("sad")}
 
-    assert names(write_run(tmp_path, 40, edit, bare, **config)) == []
-
-
-# ------------------------------------------------------------------------------------------------
-# One fault at a time
-# ------------------------------------------------------------------------------------------------
-
-FAULTS = {       # name -> (edit of the rows, changes of the configuration, steps)
-    "gradient not finite": (put(skipped_steps=lambda done: round(20 * done), grad_norm=None), {}, 40),
-    "ratio off": (put(ratio__mean=1.01, ratio__max=1.4), {}, 3),
-    "sampler and trainer disagree": (put(sampler_logp_diff__mean=0.02), {}, 3),
-    "clips skipped": (put(skipped_samples=lambda done: round(100 * done)), {}, 40),
-    "learning rate too small": (put(lr=1e-7), {"lr": 1e-7, "dtype": "bfloat16"}, 3),
-    "no gradient": (put(grad_norm=0.0), {}, 40),
-    "policy does not move": (put(kl=0.0), {}, 40),
-    "completions cut off": (put(completions__clipped_ratio=0.4), {}, 40),
-    "format lost": (put(rewards__format__mean=lambda done: 0.97 if done < 0.5 else 0.2), {}, 40),
-    "format never learned": (put(rewards__format__mean=0.03), {}, 40),
-    "groups all wrong": (put(frac_reward_zero_std=0.97, frac_reward_zero_std__all_wrong=0.9,
-                             frac_reward_zero_std__all_right=0.07), {}, 40),
-    "groups all right": (put(frac_reward_zero_std=0.97, frac_reward_zero_std__all_right=0.95), {}, 40),
-    "groups without differences": (put(frac_reward_zero_std=0.97, frac_reward_zero_std__all_right=0.1), {}, 40),
-    "KL runs away": (put(kl=lambda done: 0.01 * math.exp(6 * done)), {}, 40),
-    "entropy collapsed": (put(entropy=lambda done: 0.15 * math.exp(-5 * done)), {}, 40),
-    "completions are copies": (put(unique_completions=0.14), {}, 40),
-    "accuracy gets worse": (put(rewards__accuracy__mean=lambda done: 0.8 - 0.4 * done), {}, 120),
-    "rambling": (put(completions__mean_length=lambda done: 65 + 60 * done, rewards__accuracy__mean=0.6), {}, 40),
-    "reasoning shrinks": (put(completions__mean_length=lambda done: 65 - 50 * done, entropy=0.3), {}, 40),
-    "inner passes do nothing": (put(), {"inner_epochs": 2}, 40),
-    "waiting for data": (put(time__load=2.0), {}, 40),
-    "steps get slower": (put(time__generate=lambda done: 0.5 + 2 * done), {}, 40),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_alone_is_found_alone(name, tmp_path):
-    """Stops a rule that is blind, and rules that fire on each other's faults."""
-    edit, config, steps = FAULTS[name]
-    finding, = diagnose(write_run(tmp_path, steps, edit, rollouts=False, **config))
-    assert finding.name == name and finding.remedy == REMEDIES[name]
-    assert finding.numbers and all(type(value) in (int, float, str) for value in finding.numbers.values())
-    assert any(type(value) is not str for value in finding.numbers.values())
+    assert names(write_run(tmp_path, 120, edit, rollout, **config)) == []
 
 
 def test_every_finding_has_a_test_and_a_row_in_the_docs():
@@ -205,269 +155,220 @@ def test_every_finding_has_a_test_and_a_row_in_the_docs():
     assert re.findall(r"^\| \*\*(.+?)\*\* \|", table, re.MULTILINE) == list(REMEDIES)
 
 
-# metric, a value that is still well, one that is not, the finding, changes of the configuration
-BOUNDARIES = [
-    ("ratio/max", 1.0, 1.0000001, "ratio off", {}),
-    ("ratio/max", 1.0, 0.9999999, "ratio off", {}),
-    ("ratio/max", 1.001, 0.999, "ratio off", {"inner_epochs": 2}),
-    ("ratio/mean", 1 - 2 ** -24, 1 - 1.1e-6, "ratio off", {}),
-    ("sampler_logp_diff/mean", 1e-3, 1.1e-3, "sampler and trainer disagree", {}),
-    ("sampler_logp_diff/mean", 0.05, 0.051, "sampler and trainer disagree", {"dtype": "bfloat16", "max_steps": 10_000}),
-    ("skipped_samples", 16, 17, "clips skipped", {}),                   # of 40 x 8
-    ("completions/clipped_ratio", 0.1, 0.11, "completions cut off", {}),
-    ("rewards/format/mean", 0.5, 0.49, "format never learned", {}),
-    ("frac_reward_zero_std", 0.9, 0.91, "groups without differences", {}),
-    ("kl", 1.0, 1.01, "KL runs away", {}),
-    ("entropy", math.log(2) / 60, math.log(2) / 70, "entropy collapsed", {}),       # at a length of 65 +- 2
-    ("unique_completions", (1 + 7 * 0.15) / 8 + 1e-9, (1 + 7 * 0.15) / 8 - 1e-3, "completions are copies", {}),
-    ("time/load", 0.09, 0.11, "waiting for data", {}),                  # of about 0.9 s without it
+# metric, its value in the first 30 steps (None: as later), in the last ten a good and a bad one, the finding, what else
+CASES = [
+    ("ratio/max", None, 1.0, 1.0000001, "ratio off", {}),
+    ("ratio/max", None, 1.0, 0.9999999, "ratio off", {}),
+    ("ratio/max", None, 1.001, 0.999, "ratio off", {"inner_epochs": 2}),
+    ("ratio/mean", None, 1 - 2 ** -24, 1 - 1.1e-6, "ratio off", {}),
+    ("sampler_logp_diff/mean", None, 1e-3, 1.1e-3, "sampler and trainer disagree", {}),
+    ("sampler_logp_diff/mean", None, 0.05, 0.051, "sampler and trainer disagree", {"dtype": "bfloat16", "lr": 1e-3}),
+    ("loss", None, 0.009, -0.09, "loss off", {}),                             # ten times beta x kl is between
+    ("lr", None, 0.0099, 0.0101, "learning rate too large", {}),
+    ("skipped_samples", None, 16, 17, "clips skipped", {}),                   # of 40 x 8
+    ("reward", 1.0, 0.951, 0.949, "reward falls", {}),
+    ("kl", 0.5, 1.0, 1.01, "KL runs away", {"beta": 0}),
+    ("kl", 0.2, 0.55, 0.7, "KL runs away", {"beta": 0}),                      # three times, above 0.5
+    ("kl", 0.1, 0.45, 0.55, "KL runs away", {"beta": 0}),
+    ("grad_norm", None, 1e-9, 0.0, "no gradient", {}),
+    ("rewards/format/mean", 0.9, 0.5, 0.49, "format lost", {}),
+    ("rewards/format/mean", None, 0.5, 0.49, "format never learned", {}),
+    ("rewards/format/mean", 0.25, 0.36, 0.34, "format never learned", {}),    # rising by 0.1 is being learned
+    ("completions/clipped_ratio", None, 0.1, 0.11, "completions cut off", {}),
+    (DEAD, None, 0.9, 0.91, "groups all wrong", {WRONG: 0.5}),
+    (DEAD, None, 0.9, 0.91, "groups all right", {RIGHT: 0.5}),
+    (DEAD, None, 0.9, 0.91, "groups without differences", {RIGHT: 0.4, WRONG: 0.4}),
+    ("kl", None, 1e-9, 0.0, "policy does not move", {}),
+    ("entropy", None, math.log(2) / 60, math.log(2) / 70, "completions are copies", {}),      # at a length of 65 +- 2
+    ("unique_completions", None, (1 + 7 * 0.15) / 8 + 1e-9, (1 + 7 * 0.15) / 8 - 1e-3, "completions are copies", {}),
+    ("completions/mean_length", 60, 89, 91, "rambling", {"rewards/accuracy/mean": 0.6}),
+    ("completions/mean_length", 60, 31, 29, "reasoning shrinks", {}),
+    ("ratio/max", None, 1.01, 1.0, "inner passes do nothing", {"mini_batches": 2}),
+    ("time/load", None, 0.09, 0.11, "waiting for data", {}),                  # of about 0.9 s without it
+    ("num_tokens", 4000, 4500, 4300, "steps get slower", {}),
 ]
 
 
-@pytest.mark.parametrize("metric, well, ill, name, config", BOUNDARIES)
-def test_thresholds_are_where_they_are_said_to_be(metric, well, ill, name, config, tmp_path):
-    """Stops a threshold that is off by its own size, a sign that is turned, or >= for >."""
-    for value, expected in ((well, []), (ill, [name])):
-        def constant(row: dict, done: float, value=value) -> None:
-            row |= {"frac_reward_zero_std/all_right": 0.3, metric: value}
-        assert names(write_run(tmp_path, 40, constant, rollouts=False, **config)) == expected, value
-
-
-@pytest.mark.parametrize("metric, before, well, ill, name", [
-    ("kl", 0.2, 0.55, 0.7, "KL runs away"),                             # three times, above 0.5
-    ("kl", 0.1, 0.45, 0.55, "KL runs away"),
-    ("rewards/format/mean", 0.25, 0.36, 0.34, "format never learned"),  # rising by 0.1 is being learned
-    ("rewards/format/mean", 0.9, 0.5, 0.49, "format lost"),
-    ("completions/mean_length", 60, 31, 29, "reasoning shrinks"),
-    ("num_tokens", 4000, 4500, 4300, "steps get slower")])
-def test_thresholds_of_change(metric, before, well, ill, name, tmp_path):
-    """Stops a trend that is measured between the wrong stretches."""
+@pytest.mark.parametrize("metric, before, well, ill, name, also", CASES)
+def test_a_fault_alone_is_found_alone_and_from_its_threshold_on(metric, before, well, ill, name, also, tmp_path):
+    """Stops a rule that is blind or fires on another's fault, a threshold that is off by its own size, a sign that is
+    turned, >= for >, or stretches that are mixed up."""
     for value, expected in ((well, []), (ill, [name])):
         def edit(row: dict, done: float, value=value) -> None:
-            row[metric] = before if row["step"] <= 30 else value        # the latest ten of forty
-            row["entropy"] = 0.3
-            if metric == "num_tokens" and row["step"] > 30:
-                row["time/generate"] = 2.0
-        assert names(write_run(tmp_path, 40, edit, rollouts=False)) == expected, value
+            late = row["step"] > 30
+            row |= {RIGHT: 0.3, "loss": 0.0} | {key: x for key, x in also.items() if key in row}
+            row[metric] = value if late or before is None else before
+            if before is not None:
+                row |= {"entropy": 0.3} | ({"time/generate": 2.0} if metric == "num_tokens" and late else {})
+        found = diagnose(write_run(tmp_path, 40, edit, **{key: x for key, x in also.items() if "/" not in key}))
+        assert [finding.name for finding in found] == expected, value
+    assert len(found[0].numbers.get(metric, (0, 0))) == 2 and REMEDIES[name]
 
 
-def test_one_step_is_enough_for_what_needs_no_trend(tmp_path):
-    """Stops a course participant from training for hours on a ratio that was wrong in the first step; and the
-    other way round, verdicts on a run that has hardly begun."""
-    assert names(write_run(tmp_path, 1, put(ratio__max=1.1))) == ["ratio off"]
-    young = put(rewards__format__mean=0.0, completions__clipped_ratio=1.0, grad_norm=0.0, frac_reward_zero_std=1.0)
-    assert names(write_run(tmp_path, MIN_STEPS - 1, young, rollouts=False)) == []
-    assert "completions cut off" in names(write_run(tmp_path, MIN_STEPS, young, rollouts=False))
+@pytest.mark.parametrize("fault, told", [
+    (lambda A, r: A, []), (lambda A, r: -A, ["advantages turned"]),
+    (lambda A, r: A + r.mean(1, keepdim=True), ["advantages not centred"])])
+@pytest.mark.parametrize("baseline, scale", [("mean", "group"), ("loo", "batch"), ("mean", "none")])
+def test_faults_of_the_objective_are_told_at_the_first_step(fault, told, baseline, scale, tmp_path):
+    """Stops a sign that is turned, or a mean that is not subtracted, from passing as a bad cold start: rows as our own
+    advantages and loss make them, and the loss alone where the rollouts are gone."""
+    torch.manual_seed(0)
+    r = torch.randint(0, 3, (8, 8)).float()
+    A = fault(grpo.advantages(r, baseline, scale), r)
+    logps, mask = -torch.rand(8, 8, 20), torch.arange(20) < torch.randint(1, 21, (8, 8, 1))
+    loss = float(grpo.grpo_loss(logps, logps, logps, A, mask)[0])
+    cells = ((float(r[b, g]), float(A[b, g])) for b in range(8) for g in range(8))
+
+    def edit_rollout(row: dict, rng) -> None:
+        reward, advantage = next(cells)
+        row |= {"rewards": {"accuracy": reward}, "advantage": round(advantage, 6)}
+    folder = write_run(tmp_path, 1, put(loss=loss, kl=0.0), edit_rollout)
+    assert names(folder) == told
+    (folder / "rollouts.jsonl").unlink()
+    assert names(folder) == (["loss off"] if told == ["advantages not centred"] else [])
 
 
-# ------------------------------------------------------------------------------------------------
-# Faults with a story
-# ------------------------------------------------------------------------------------------------
+def test_causes_stand_before_symptoms_or_instead(tmp_path):
+    """Stops advice against what only follows: more tokens for a policy that its learning rate destroyed, a better cold
+    start for one that unlearns, a limit for texts that never had the format."""
+    wrong = {DEAD: 1.0, WRONG: 1.0, RIGHT: 0.0, "rewards/accuracy/mean": 0.0, "loss": 0.0, "entropy": 0.001}
+    destroyed = put(**wrong, completions__clipped_ratio=lambda done: 1.0 * (done > 0), reward=lambda done: 1.7 * (not done),
+                    rewards__format__mean=lambda done: 1.0 * (not done), kl=lambda done: 9.0 * (done > 0))
+    assert names(write_run(tmp_path, 40, destroyed, lr=0.05)) == ["learning rate too large"]
+    finding, = diagnose(write_run(tmp_path, 40, destroyed, lr=0.005))
+    assert finding.name == "learning rate too large" and "is 9 nats" in finding.sentence
+    unlearns = put(**wrong, reward=lambda done: max(0.0, 1.7 - 5 * done), rewards__format__mean=lambda done: 1 - done,
+                   completions__clipped_ratio=lambda done: done / 2)
+    assert names(write_run(tmp_path, 40, unlearns)) == ["reward falls"]
+    nothing_at_all = put(**wrong | {"entropy": 2.0}, reward=0.0, rewards__format__mean=0.0, grad_norm=0.0, kl=0.0,
+                         completions__clipped_ratio=1.0)
 
-def test_what_is_explained_already_is_not_said_twice(tmp_path):
-    """Stops advice against consequences: cut-off completions have no format, and dead groups no gradient."""
-    ruined = put(completions__clipped_ratio=1.0, rewards__format__mean=0.0, rewards__accuracy__mean=0.0, reward=0.0, kl=0.0,
-                 frac_reward_zero_std=1.0, frac_reward_zero_std__all_wrong=1.0, frac_reward_zero_std__all_right=0.0,
-                 grad_norm=0.0)
-    assert names(write_run(tmp_path, 40, ruined, rollouts=False)) == ["completions cut off", "groups all wrong"]
-    frozen = put(kl=0.0, grad_norm=0.0)
-    assert names(write_run(tmp_path, 40, frozen, rollouts=False)) == ["no gradient"]
+    def babble(row: dict, rng) -> None:
+        row |= {"text": "look look", "rewards": {"accuracy": 0.0, "format": 0.0}}
+
+    def begin(row: dict, rng) -> None:
+        row |= {"text": "<think>I look and look", "rewards": {"accuracy": 0.0, "format": 0.0}}
+    assert names(write_run(tmp_path, 15, nothing_at_all, babble)) == ["format never learned", "groups all wrong"]
+    assert names(write_run(tmp_path, 40, nothing_at_all, begin)) == ["completions cut off", "groups all wrong"]
+    assert names(write_run(tmp_path, 4, nothing_at_all, begin)) == []   # one wave of bad luck is no verdict
+    for prompts, expected in ((1, []), (2, ["groups all wrong"])):      # nor are ten groups
+        folder = write_run(tmp_path, 40, nothing_at_all, begin, prompts_per_step=prompts)
+        assert names(folder) == ["completions cut off", *expected]
+    assert names(write_run(tmp_path, 40, put(kl=0.0, loss=0.0, grad_norm=0.0))) == ["no gradient"]
 
 
 def test_steps_that_changed_nothing_say_why(tmp_path):
-    """Stops one advice for three causes: no clip, a refused step, a gradient that is not finite."""
-    rows = {"no usable clip": {"num_tokens": None, "grad_norm": 0.0}, "steps refused": {"grad_norm": "absent"},
-            "gradient not finite": {"grad_norm": None}}
-    for name, fields in rows.items():
+    """Stops one advice for three causes: no clip, a refused step, a gradient that is not finite; or for a bad clip none."""
+    for name, fields in {"no usable clip": {"num_tokens": None, "grad_norm": 0.0}, "steps refused": {},
+                         "gradient not finite": {"grad_norm": None}}.items():
         def edit(row: dict, done: float, fields=fields) -> None:
             row["skipped_steps"] = row["step"] // 10
             if row["step"] % 10 == 0:
+                del row["grad_norm"]
                 row |= fields
-                if fields["grad_norm"] == "absent":
-                    del row["grad_norm"]
-        finding, = diagnose(write_run(tmp_path, 40, edit, rollouts=False))
-        assert finding.name == name and finding.numbers["skipped_steps"] == 4 and f"{name} (4)" in finding.sentence
-    one_of_fifty = put(skipped_steps=lambda done: int(done > 0.5))
-    assert names(write_run(tmp_path, 50, one_of_fifty, rollouts=False)) == []
-    assert names(write_run(tmp_path, 49, one_of_fifty, rollouts=False)) == ["gradient not finite"]
-
-
-def test_the_reason_of_a_bad_clip_is_shown(tmp_path):
-    """Stops a diagnosis that sends its reader to a file for what it could have said."""
-    folder = write_run(tmp_path, 40, put(skipped_samples=100), rollouts=False)
+        finding, = diagnose(write_run(tmp_path, 40, edit))
+        assert finding.name == name and f"4 of 40 steps changed nothing: {name} (4)" in finding.sentence
+    one = put(skipped_steps=lambda done: int(done > 0.5))
+    assert names(write_run(tmp_path, 50, one)) == [] and names(write_run(tmp_path, 49, one)) == ["gradient not finite"]
+    folder = write_run(tmp_path, 40, put(skipped_samples=100))
     (folder / "skipped.jsonl").write_text(json.dumps({"step": 1, "id": "a.mp4", "reason": "a.mp4: no such file"}) + "\n")
     finding, = diagnose(folder)
     assert "31% of the clips (100 of 320)" in finding.sentence and "a.mp4: no such file" in finding.sentence
 
 
-def test_answers_that_collapse_to_one_word(tmp_path):
-    """Stops one word for everything from passing as half-learned; and a data set of one frequent label from
-    being taken for it."""
-    def always(row: dict, rng) -> None:
-        if rng.random() < 0.95:
-            row["text"] = "<think>x</think><answer>Neutral</answer>"
-    finding, = (f for f in diagnose(write_run(tmp_path, 40, edit_rollout=always)) if f.name != "labels never said")
-    assert finding.name == "one word for everything" and "'neutral'" in finding.sentence
-    assert finding.numbers["share said"] == pytest.approx(0.957, abs=0.02)          # 0.95 + 0.05 / 7
-    assert finding.numbers["share of the labels"] == pytest.approx(1 / 7, abs=0.06)
-
-    def frequent(row: dict, rng) -> None:
-        always(row, rng)
-        if int(row["clip"][0]) > 0 or row["step"] % 3:
-            row["answer"] = "neutral"        # 23 clips of 24
-        elif row["answer"] != "neutral":     # the rest is seen for what it is
-            row["text"] = f"<think>x</think><answer>{row['answer']}</answer>"
-    assert names(write_run(tmp_path, 40, edit_rollout=frequent)) == []
-
-
-def test_answers_that_do_not_depend_on_the_clip(tmp_path):
-    """Stops accuracy above 1 / 7 from being taken for learning where one label is frequent: what counts is what the
-    same answers would earn at random."""
-    def guess(row: dict, rng) -> None:       # half of the clips are happy, and half of the answers
-        if rng.random() < 0.5:
-            row["text"] = "<think>x</think><answer>happy</answer>"
-        else:
-            row["text"] = f"<think>x</think><answer>{rng.choice(WORDS)}</answer>"
-        if int(row["clip"][0]) < 4:
-            row["answer"] = "happy"
-    finding, = diagnose(write_run(tmp_path, 40, edit_rollout=guess))
-    expected = 4 / 7 * 4 / 7 + 6 * (3 / 7 / 6) ** 2
-    assert finding.name == "accuracy at chance" and finding.numbers["by chance"] == pytest.approx(expected, abs=0.03)
-    assert finding.numbers["accuracy"] == pytest.approx(expected, abs=0.05) and abs(finding.numbers["kappa"]) < 0.05
-
-    def unformed(row: dict, done: float) -> None:
-        row["rewards/format/mean"] = 0.8
-    assert names(write_run(tmp_path, 40, unformed, guess)) == []        # first the format, then the answer
+@pytest.mark.parametrize("edit, expected", [
+    (lambda row, rng: {"text": say("Neutral")} if rng.random() < 0.95 else {}, "one word for everything"),
+    (lambda row, rng: {"text": say("Neutral"), "answer": "neutral"} if row["clip"] > "0" or row["step"] % 3 else {}, None),
+    (lambda row, rng: {"text": say("sad") if row["clip"] < "5" and row["completion"] == 0 else "<think>"},       # 50 of 640
+     "one word for everything"),
+    (lambda row, rng: {"text": say("sad") if row["clip"] < "4" and row["completion"] == 0 else "<think>"}, None),        # 40
+    (lambda row, rng: {"text": say("happy" if rng.random() < 0.5 else rng.choice(WORDS)),        # half of answers and clips
+                       "answer": "happy" if row["clip"] < "4" else row["answer"]}, "accuracy at chance"),
+    (lambda row, rng: {"text": row["text"].replace("Fear", "Sad")}, "labels never said"),
+    (lambda row, rng: {"text": row["text"].replace("Fear", "Sad")} if rng.random() > 0.03 else {}, None),
+])
+def test_answers(edit, expected, tmp_path):
+    """Stops one word for everything from passing as half-learned; a frequent label, or a few answers among many that were
+    cut off, from being taken for it; accuracy above 1 / 7 from being taken for learning where one label is frequent; and
+    rare words from being lost without a word."""
+    found = diagnose(write_run(tmp_path, 40, edit_rollout=lambda row, rng: row.update(edit(row, rng))))
+    assert [finding.name for finding in found] == [expected] * (expected is not None)
+    if expected == "labels never said":
+        assert "'fear'" in found[0].sentence and "'sad'" not in found[0].sentence
 
 
-def test_chance_is_the_accuracy_of_shuffled_answers():
+def test_kappa_is_measured_against_shuffled_answers():
     """Stops a formula that forgets completions without an answer, against shuffling itself."""
     rng = random.Random(0)
     labels = rng.choices(WORDS[:3], (5, 2, 1), k=2000)
-    said = rng.choices((*WORDS[:4], ""), (4, 3, 1, 1, 2), k=2000)
-    shuffled = [sum(a == b for a, b in zip(labels, rng.sample(said, 2000))) / 2000 for _ in range(50)]
+    said = [label if rng.random() < 0.3 else word for label, word in
+            zip(labels, rng.choices((*WORDS[:4], ""), (4, 3, 1, 1, 2), k=2000))]
+    right = lambda said: sum(a == b for a, b in zip(labels, said)) / 2000
+    chance = sum(right(rng.sample(said, 2000)) for _ in range(50)) / 50
     rows = [{"step": 1, "answer": a, "completion": 0, "text": f"<answer>{b}</answer>"} for a, b in zip(labels, said)]
-    whole, _ = doctor.count_answers(iter(rows), 1, "think")
-    assert doctor.chance(whole) == pytest.approx(sum(shuffled) / 50, abs=0.003)
+    whole, _ = doctor.count_answers(iter(rows), 1, {})
+    assert whole.kappa == pytest.approx((right(said) - chance) / (1 - chance), abs=0.003)
     assert whole.right == sum(a == b for a, b in zip(labels, said)) and whole.said.total() == sum(map(bool, said))
-
-
-def test_labels_that_are_never_said(tmp_path):
-    """Stops rare words from being lost without a word: RL cannot find what is never sampled."""
-    def deaf_to_fear(row: dict, rng) -> None:
-        row["text"] = row["text"].replace("Fear", "Sad")
-    finding, = diagnose(write_run(tmp_path, 40, edit_rollout=deaf_to_fear))
-    assert finding.name == "labels never said" and "'fear'" in finding.sentence and "'sad'" not in finding.sentence
-
-    def once_in_a_while(row: dict, rng) -> None:        # two of a hundred are enough
-        if rng.random() > 0.02 or row["answer"] != "fear":
-            deaf_to_fear(row, rng)
-    assert names(write_run(tmp_path, 40, edit_rollout=once_in_a_while)) == []
-
-    def rare(row: dict, rng) -> None:        # 96 completions of 2560 are about fear: too few to say never
-        if row["answer"] == "fear" and (row["step"] > 12 or row["clip"] != "0.mp4"):
-            row["answer"] = "sad"
-        if row["clip"] == "0.mp4" and row["step"] <= 12:
-            row["answer"] = "fear"
-        deaf_to_fear(row, rng)
-    folder = write_run(tmp_path, 40, edit_rollout=rare)
-    assert doctor.read_run(folder).answers.asked["fear"] == 96 and names(folder) == []
 
 
 def test_a_reward_that_rises_while_the_evaluation_falls(tmp_path):
     """Stops over-optimisation from being praised; and noise of an evaluation from being called that."""
-    for last, expected in ((50.0, ["eval falls"]), (57.5, []), (88.0, [])):
-        def edit(row: dict, done: float, last=last) -> None:
-            if "eval/toy/war" in row:
-                row["eval/toy/war"] = last
-        found = diagnose(write_run(tmp_path, 40, edit, rollouts=False))
-        assert [f.name for f in found] == expected
-    def both_fall(row: dict, done: float) -> None:
-        row["reward"] = 1.5 - done
-        if "eval/toy/war" in row:
-            row["eval/toy/war"] = 40.0
-    assert names(write_run(tmp_path, 40, both_fall, rollouts=False)) == []
-    def after_a_peak(row: dict, done: float) -> None:   # the best is in the middle, and the last evaluation counts
-        if row["step"] in (20, 30, 40):
-            row["eval/toy/war"] = {20: 80.0, 30: 75.0, 40: 70.0}[row["step"]]
-    finding, = diagnose(write_run(tmp_path, 40, after_a_peak, rollouts=False))
-    assert finding.numbers["eval/toy/war at best"] == 80.0 and "(step 20) to 70.0 (step 40)" in finding.sentence
+    def at(**wars):
+        return lambda row, done: row.update({"eval/toy/war": wars[f"s{row['step']}"]} if f"s{row['step']}" in wars else {})
+    assert names(write_run(tmp_path, 40, at(s40=50.0))) == ["eval falls"]
+    assert names(write_run(tmp_path, 40, at(s40=57.5))) == []
+    finding, = diagnose(write_run(tmp_path, 40, at(s20=80.0, s30=75.0, s40=70.0)))      # the best is in the middle
+    assert "from 80.0 (step 20) to 70.0 (step 40)" in finding.sentence
+    still = put(eval__toy__war=lambda done: 62 - 12 * done, reward=1.5)
+    assert names(write_run(tmp_path, 40, still)) == []
 
 
 def test_standing_still_is_told_from_noise(tmp_path):
-    """Stops a trend that is only noise from being called progress, and slow progress from being called none."""
-    def around(a: float, b: float):
+    """Stops a trend that is only noise from being called progress, slow progress from being called none, and a fall from
+    being lost in the spread that it makes itself."""
+    def around(name: str, a: float, b: float):
         rng = random.Random(1)
-        return lambda row, done: row.update({"rewards/accuracy/mean": a + (b - a) * done + rng.uniform(-0.2, 0.2)})
+        return lambda row, done: row.update({name: a + (b - a) * done + rng.uniform(-0.2, 0.2)})
+    accuracy = "rewards/accuracy/mean"
     for seed in range(3):
-        still = names(write_run(tmp_path, 200, around(0.5, 0.5), seed=seed, rollouts=False))
-        assert still == ["accuracy stands still"]
-    assert names(write_run(tmp_path, 200, around(0.5, 0.65), rollouts=False)) == []
-    assert names(write_run(tmp_path, 99, around(0.5, 0.5), rollouts=False)) == []
-    assert names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97), rollouts=False)) == []     # nothing to gain
-    assert names(write_sft(tmp_path, 200, put(loss=1.0))) == ["loss stands still"]
-    assert names(write_sft(tmp_path, 200, put(loss=lambda done: 1 + done))) == ["loss gets worse"]
+        assert names(write_run(tmp_path, 200, around(accuracy, 0.5, 0.5), seed=seed)) == ["no progress"]
+    assert names(write_run(tmp_path, 200, around(accuracy, 0.5, 0.65))) == []
+    assert names(write_run(tmp_path, 99, around(accuracy, 0.5, 0.5))) == []
+    assert names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97))) == []     # nothing to gain
+    assert names(write_run(tmp_path, 120, around(accuracy, 0.8, 0.4))) == ["reward falls"]
+    for fall, expected in ((0.18, []), (0.2, ["reward falls"])):        # 3 x sqrt(2 x (2 x 0.1)^2 / 2 / 10) = 0.19
+        zigzag = lambda row, done, fall=fall: row.update(reward=1 + 0.1 * (-1) ** row["step"] - fall * (row["step"] > 10))
+        assert names(write_run(tmp_path, 20, zigzag)) == expected
+    assert [names(write_run(tmp_path, n, put(reward=lambda done: 1 - done))) for n in (9, 10)] == [[], ["reward falls"]]
+    first_steps = put(reward=lambda done: max(0.0, 1.7 - 8 * done))
+    assert names(write_run(tmp_path, 40, first_steps)) == ["reward falls"]
+    assert names(write_sft(tmp_path, 200, lambda done: 1.0)) == ["no progress"]
+    assert names(write_sft(tmp_path, 200, lambda done: 1 + done)) == ["loss rises"]
 
 
 def test_gradient_spikes(tmp_path):
     """Stops a single spike from alarming, and steps without gradient from lowering the median."""
-    def every(n: int):
-        def edit(row: dict, done: float) -> None:
-            row["grad_norm"] = 0.0 if row["step"] % 3 == 0 else 1.0
-            if row["step"] % n == 1:
-                row["grad_norm"] = 50.0
-        return edit
-    assert names(write_run(tmp_path, 100, every(100), rollouts=False)) == []
-    assert names(write_run(tmp_path, 100, every(9), rollouts=False)) == ["gradient spikes"]
+    for n, expected in ((100, []), (9, ["gradient spikes"])):
+        def edit(row: dict, done: float, n=n) -> None:
+            row["grad_norm"] = 50.0 if row["step"] % n == 1 else float(row["step"] % 3 > 0)
+        assert names(write_run(tmp_path, 100, edit)) == expected
+
+
+def test_half_a_spacing_is_what_rounding_says(tmp_path):
+    """Stops an exponent that is off by one, against rounding itself; and a length that forgets --epochs or inner passes."""
+    for half, dtype in ((doctor.HALF_FP32, torch.float32), (doctor.HALF_BF16, torch.bfloat16)):
+        weight = torch.tensor(doctor.WEIGHT).to(dtype).double()
+        assert [bool((weight + x * half).to(dtype).double() != weight) for x in (0.99, 1.01)] == [False, True]
+    for lr, expected in ((0.9 * 2 ** -14 / 80, ["learning rate too small"]), (1.1 * 2 ** -14 / 80, [])):
+        for length in ({"max_steps": 40}, {"max_steps": 0, "epochs": 0.4}):             # 1 epoch is 100 steps here
+            config = length | {"lr": lr, "dtype": "bfloat16", "inner_epochs": 2}
+            assert names(write_run(tmp_path, 3, put(lr=lr), **config)) == expected
+    for lr, expected in ((5e-10, ["learning rate too small"]), (1e-9, [])):
+        assert names(write_run(tmp_path, 3, put(lr=lr), lr=lr)) == expected
 
 
 # ------------------------------------------------------------------------------------------------
-# The arithmetic of "learning rate too small"
-# ------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("bits, dtype", [(8, torch.bfloat16), (24, torch.float32)])
-def test_half_a_spacing_is_what_rounding_says(bits, dtype):
-    """Stops an exponent that is off by one: the rule would be wrong by a factor of two."""
-    weight = torch.tensor(0.02).to(dtype).double()
-    move = lambda x: (weight + x).to(dtype).double() != weight
-    assert not move(0.99 * doctor.half_spacing(bits)) and move(1.01 * doctor.half_spacing(bits))
-
-
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup, floor", [(0.0, 0.0), (0.1, 0.0), (0.03, 0.2)])
-def test_planned_travel_is_the_sum_of_the_learning_rates(schedule, warmup, floor, tmp_path):
-    """Stops the closed form from parting with the schedule that is trained with; also where --epochs sets the length."""
-    rates = [learning_rate(step, 500, 1e-6, schedule, warmup, floor) for step in range(500)]
-    for length in ({"max_steps": 500}, {"max_steps": 0, "epochs": 5.0}):            # 1 epoch is 100 steps here
-        config = length | {"schedule": schedule, "warmup": warmup, "lr_floor": floor, "lr": 1e-6}
-        run = doctor.read_run(write_run(tmp_path, 30, rollouts=False, **config))
-        assert doctor.planned_steps(run) == 500
-        assert doctor.planned_travel(run, 1e-6) == pytest.approx(sum(rates), rel=5e-3)
-
-
-def test_the_rule_says_what_the_optimiser_does(tmp_path):
-    """Stops a rule of thumb that is none: bf16 weights under our own AdamW, at lr below and above what it asks for."""
-    steps, sum_of_shape = 40, 40 * 0.55                                 # linear, down to a tenth
-    for lr, expected in ((0.9 * 2 ** -14 / sum_of_shape, ["learning rate too small"]), (1.1 * 2 ** -14 / sum_of_shape, [])):
-        folder = write_run(tmp_path, 3, put(lr=lr), rollouts=False, lr=lr, dtype="bfloat16", max_steps=steps)
-        assert names(folder) == expected
-        torch.manual_seed(0)
-        p = torch.nn.Parameter((0.02 * torch.randn(20_000)).to(torch.bfloat16))
-        before, direction = p.detach().clone(), torch.randn(20_000).sign().to(torch.bfloat16)
-        optimizer = MasterAdamW([p], lr)
-        for step in range(steps):
-            p.grad = direction.clone()                                  # always pushed one way: the farthest a weight can go
-            optimizer.collect()
-            optimizer.step(Ranks(0, 1, torch.device("cpu")), learning_rate(step, steps, lr, "linear", 0.0, 0.1), 0.0)
-        typical = (before.abs() > 2 ** -6) & (before.abs() < 2 ** -5)
-        moved = float((p.detach() != before)[typical].float().mean())
-        assert moved == 0 if expected else moved > 0.99
-    assert names(write_run(tmp_path, 3, put(lr=5e-10), rollouts=False, lr=5e-10)) == ["learning rate too small"]
-    assert names(write_run(tmp_path, 3, put(lr=1e-9), rollouts=False, lr=1e-9)) == []
-
-
-# ------------------------------------------------------------------------------------------------
-# Files as they are met
+# Files as they are met, and the command
 # ------------------------------------------------------------------------------------------------
 
 def test_a_torn_last_line_nulls_and_missing_metrics(tmp_path):
@@ -478,7 +379,7 @@ def test_a_torn_last_line_nulls_and_missing_metrics(tmp_path):
         if row["step"] % 5 == 0:
             for name in ("kl", "ratio/max", "time/load", "grad_norm", "unique_completions", "epoch"):
                 del row[name]
-    folder = write_run(tmp_path, 40, gaps)
+    folder = write_run(tmp_path, 40, gaps, rollouts=True)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         with open(folder / name, "ab") as file:
             file.write('{"step": 41, "text": "\u00e9'.encode()[:-1])
@@ -487,27 +388,30 @@ def test_a_torn_last_line_nulls_and_missing_metrics(tmp_path):
 
 
 def test_garbage_is_no_crash(tmp_path):
-    """Stops tracebacks: whatever value stands where a number or a text was expected, there is a report."""
+    """Stops tracebacks, and control characters that would steer the terminal: whatever value stands where a number or a
+    text was expected, there is a report."""
     rng = random.Random(0)
-    junk = [None, True, False, 0, -1, 3, 10 ** 400, 1e308, -1e99, 1e-320, float("nan"), float("inf"), "", "x", "\ud800", [],
-            [1], {}, {"a": 1}]
+    junk = [None, True, False, 0, -1, 3, 10 ** 400, 1e308, -1e99, 1e-320, float("nan"), float("inf"), "", "\x1b[2Jx",
+            "\ud800", [], [1], {}, {"a": 1}]
 
     def spoil(row: dict, *_) -> None:
         for key in rng.sample(sorted(row), 3):
             row[key] = rng.choice(junk)
     for attempt in range(60):
         config = {key: rng.choice(junk) for key in rng.sample(sorted(CONFIG), 4)}
-        folder = write_run(tmp_path, rng.choice((1, 3, 22, 120)), spoil, spoil, rollouts=attempt % 6 == 0, **config)
+        folder = write_run(tmp_path, rng.choice((1, 3, 22, 120)), spoil, spoil if attempt % 6 == 0 else nothing, **config)
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('[]\n3\nnull\n{"step": "x"}\n' + "[" * 100_000 + "\n{}\n")
+        (folder / "skipped.jsonl").write_text(json.dumps({"id": "\x1b[31m.mp4", "reason": "\x07"}) + "\n")
         run = doctor.read_run(folder)
-        doctor.report(run, doctor.examine(run)).encode()                # printable also where a half character was sampled
+        text = doctor.report(run, doctor.examine(run))
+        assert all(c.isprintable() or c == "\n" for c in text)
 
 
 def test_rollouts_are_streamed(tmp_path, monkeypatch):
     """Stops reading gigabytes into memory, as lines or as a count of every text that a policy ever wrote."""
     monkeypatch.setattr(doctor, "MOST_WORDS", 50)
-    folder = write_run(tmp_path, 2, rollouts=False)
+    folder = write_run(tmp_path, 2)
     with open(folder / "rollouts.jsonl", "w") as file:
         for i in range(4000):
             row = {"step": 1, "answer": "sad", "completion": 0, "text": f"<answer>{i}</answer>" + "x" * 2000}
@@ -520,48 +424,50 @@ def test_rollouts_are_streamed(tmp_path, monkeypatch):
     assert peak < 1e6 < (folder / "rollouts.jsonl").stat().st_size / 8
 
 
-def test_no_run_folder_is_a_sentence(tmp_path):
-    """Stops a traceback, or a diagnosis of a folder that is none."""
-    with pytest.raises(UserError, match="no such folder"):
-        diagnose(tmp_path / "none")
-    with pytest.raises(UserError, match=r"holds no config\.json"):
-        diagnose(tmp_path)
-    for config, said in (("{", "cannot be read"), ("[]", "does not hold")):
-        (tmp_path / "config.json").write_text(config)
-        with pytest.raises(UserError, match=said):
-            diagnose(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    assert diagnose(tmp_path) == []
-    (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
-        diagnose(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------
-
 def call(*words):
     return forkserver.shared().run("tools.doctor", *words)
 
 
+def test_no_run_folder_is_a_sentence(tmp_path):
+    """Stops a traceback, or a diagnosis of a folder that is none: a checkpoint's folder says whose it is."""
+    run = write_run(tmp_path / "run", 3)
+    (run / "checkpoints/step_3").mkdir(parents=True)
+    (run / "checkpoints/step_3/config.json").write_text('{"model_type": "HumanOmni_qwen2", "hidden_size": 32}')
+    (run / "latest").symlink_to("checkpoints/step_3")
+    (tmp_path / "{").mkdir()
+    for name, text in (("{", "{"), ("[]", "[]"), ("{}", "{}")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "config.json").write_text(text)
+    for words, said in [((run / "latest",), f"this is a checkpoint; give the run folder: {run}."),
+                        ((run / "checkpoints",), f"no config.json; give the run folder: {run}."),
+                        ((run / "metrics.jsonl",), f"a file; give the run folder: {run}."),
+                        ((tmp_path / "none",), "no such folder; give the run folder: --out of grpo.py or sft.py."),
+                        ((tmp_path / "{",), "cannot be read"), ((tmp_path / "[]",), "does not hold a run's settings"),
+                        ((tmp_path / "{}",), "does not hold a run's settings"),
+                        ((), "usage: python -m tools.doctor RUN"), ((run, run), "usage"), (("--model",), "usage")]:
+        bad = call(*words)
+        assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and said in bad.stderr
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
+        diagnose(run)
+
+
 def test_the_command(tmp_path):
-    """Stops wrong exit statuses, or findings out of order."""
+    """Stops wrong exit statuses, findings out of order, and a traceback where `head` has seen enough."""
     faults = put(time__load=2.0, ratio__max=1.5, completions__clipped_ratio=0.5)
-    sick = write_run(tmp_path / "sick", 40, faults, rollouts=False)
+    sick = write_run(tmp_path / "sick", 40, faults)
     done = call(sick)
     assert done.returncode == 0 and done.stderr == ""
     told = re.findall(r"^\d+\. .*", done.stdout, re.MULTILINE)
     assert told == ["1. ratio off", "2. completions cut off", "3. waiting for data"]
-    assert "50% of the completions" in done.stdout and "completions/clipped_ratio 0.5" in done.stdout
+    assert "50% of the completions" in done.stdout and "completions/clipped_ratio 0.5 -> 0.5" in done.stdout
     assert "step 40 of 240" in done.stdout and "Nothing is wrong" not in done.stdout
 
     well = call(write_run(tmp_path / "well", 40))
     assert well.returncode == 0 and "Nothing is wrong that the rules know of" in well.stdout
     assert re.search(r"steps +1 to 10 +31 to 40\n", well.stdout) and re.search(r"ratio/max +1 +1\n", well.stdout)
-
-    few = call(write_run(tmp_path / "few", 3))
-    assert few.returncode == 0 and f"{len(AT_ONCE)} rules of {len(AT_ONCE) + len(AFTER_MIN_STEPS)}" in few.stdout
+    assert "wait for 20 steps" in call(write_run(tmp_path / "few", 3)).stdout
 
     start = write_run(tmp_path / "start", 0)
     assert "just started" in call(start).stdout and "eval/toy/war 62.0" in call(start).stdout
@@ -569,17 +475,7 @@ def test_the_command(tmp_path):
         log.unlink()
     assert call(start).returncode == 0 and "just started" in call(start).stdout
 
-    for words in ((), (tmp_path / "none",), (tmp_path,), (sick, sick), ("--model",)):
-        bad = call(*words)
-        assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and "Traceback" not in bad.stderr
-
-
-def test_what_a_file_says_cannot_steer_the_terminal(tmp_path):
-    """Stops escape sequences of sampled texts and file names from reaching the terminal."""
-    def edit(row: dict, rng) -> None:
-        row |= {"text": "\x1b[2Jwrong\u202e", "rewards": {"format": 0.0}}
-    folder = write_run(tmp_path, 40, put(rewards__format__mean=0.0, skipped_samples=100), edit, dtype="\x1b]0;x")
-    (folder / "skipped.jsonl").write_text(json.dumps({"id": "\x1b[31m.mp4", "reason": "\x07"}) + "\n")
-    run = doctor.read_run(folder)
-    text = doctor.report(run, doctor.examine(run))
-    assert "wrong" in text and ".mp4" in text and all(c.isprintable() or c == "\n" for c in text)
+    piped = subprocess.Popen([sys.executable, "-m", "tools.doctor", sick], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    piped.stdout.close()                     # before a word is written
+    assert piped.stderr.read() == b"" and piped.wait() == 0
