@@ -4,6 +4,7 @@ Arguments from a dataclass, the process group, files that are never half written
 """
 import argparse
 import dataclasses
+import datetime
 import inspect
 import json
 import os
@@ -90,6 +91,10 @@ def run_main(main, args_cls, prog: str | None = None) -> None:
 # Processes: the same script under plain python (one rank) and under torchrun (any number)
 # ------------------------------------------------------------------------------------------------
 
+# How long a rank waits for the others.  NCCL's own 10 minutes end a run whose first rank is still saving to a slow disk.
+PATIENCE = datetime.timedelta(minutes=30)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ranks:
     rank: int
@@ -134,9 +139,13 @@ def start_ranks(device: str = "auto") -> Ranks:
     where = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
+        # From torch 2.11 on cuDNN is asked first on Hopper.  With a mask its gradients can be NaN (pytorch issue 196678),
+        # and it plans half a second for every new shape, of which we have one a micro-batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False        # partial sums stay in fp32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(), rank=rank, world_size=world,
-                                device_id=where if cuda else None)
+                                device_id=where if cuda else None, timeout=PATIENCE)
     return Ranks(rank, world, where)
 
 
