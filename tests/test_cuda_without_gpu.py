@@ -12,7 +12,9 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import GOLDEN
+from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -31,6 +33,7 @@ aten = torch.ops.aten
 READS_VALUES = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal, aten.bincount,
                 aten.repeat_interleave, aten.is_nonzero, aten.unique_dim, aten.unique_consecutive}
 waits: list[str] = []                        # what the host waited for, so far
+flash: list[tuple] = []                      # shapes of the queries that met a kernel without a mask
 strict = False                               # inside of a step that is captured
 
 
@@ -105,6 +108,11 @@ class OnGpu(torch.Tensor):
             a, b, out = plain_args
             assert a.dtype == b.dtype == torch.bfloat16 and out == torch.float32
             result = a.float() @ b.float()
+        elif function is aten.addmm.dtype_out:                   # this one too
+            total, a, b, out = plain_args
+            assert a.dtype == b.dtype == torch.bfloat16 and out == total.dtype == torch.float32
+            assert plain_kwargs["out"] is total
+            result = total.addmm_(a.float(), b.float())
         else:
             result = function(*plain_args, **plain_kwargs)
         if packet is aten.copy_ and type(args[0]) is not OnGpu:
@@ -134,6 +142,10 @@ class Gpu(TorchFunctionMode):
             out = args[0].clone() if function is torch.Tensor.pin_memory else function(*args, **kwargs)
             out.pinned = True
             return out
+        if function is F.scaled_dot_product_attention and isinstance(kwargs["attn_mask"], CausalBias):
+            assert args[0].dtype == torch.bfloat16, "flash takes no fp32; the kernel that does would keep all scores"
+            flash.append(args[0].shape)
+            kwargs["attn_mask"] = OnGpu(kwargs["attn_mask"]._materialize("cpu"))
         if is_cuda(kwargs.get("device")):
             kwargs.pop("device")
             if function in (torch.tensor, torch.as_tensor):
@@ -183,7 +195,7 @@ def gpu(monkeypatch):
     for figures, value in ((sampler.PREFIX_STEP, 8), (sampler.SUFFIX_STEP, 4), (sampler.LOOK_EVERY, 4),
                            (sampler.COMPACT_FROM, 4)):
         monkeypatch.setitem(figures, "cuda", value)
-    waits.clear()
+    waits.clear(), flash.clear()
     with Gpu():
         yield
 
@@ -282,6 +294,7 @@ def test_a_whole_grpo_step(gpu, forward, processor, dtype):
     parts = [x for x in (*vars(rollout).values(), *rollout.rewards.values()) if torch.is_tensor(x)]
     assert len(parts) == 8 and all(x.is_cuda for x in parts)
     assert within(b.waits, MOST_WAITS), b.waits
+    assert bool(flash) == (dtype == torch.bfloat16)
     if dtype == torch.float32:
         on_cpu, expected = grpo_step("cpu", dtype, forward, processor)
         assert torch.equal(rollout.completions.inner, expected.completions)
