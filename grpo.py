@@ -32,7 +32,7 @@ from tqdm import tqdm
 import rewards
 from data import PromptBatch, read_samples
 from eval import evaluate
-from lib.common import Ranks, UserError, run_main, start_ranks
+from lib.common import Ranks, UserError, block, run_main, start_ranks
 from lib.metrics import Clock, Meter, measure, rollout_rows, step_row
 from model import HumanOmni, embed, encode_once, frozen_reference
 from sampler import generate
@@ -154,13 +154,13 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
     total = (loss.masked_fill(~mask, 0.0) * weight).sum() / denominator
 
     with torch.no_grad():
-        r, A_tokens = rho[mask], A.expand_as(rho)[mask]
-        low = (r < 1 - clip_low) & (A_tokens < 0) if gate == "clip" else torch.zeros_like(r)
-        high = r > clip_high if gate == "cispo" else (r > 1 + clip_high) & (A_tokens > 0) if gate == "clip" else low
-        metrics = {"clip_ratio/low_mean": low.float().mean(), "clip_ratio/high_mean": high.float().mean(),
-                   "ratio/mean": r.mean(), "ratio/max": r.max()}
+        mean = lambda x: (x * mask).sum() / mask.sum()       # rho[mask] would make the host wait for a GPU
+        low = (rho < 1 - clip_low) & (A < 0) if gate == "clip" else torch.zeros_like(mask)
+        high = rho > clip_high if gate == "cispo" else (rho > 1 + clip_high) & (A > 0) if gate == "clip" else low
+        metrics = {"clip_ratio/low_mean": mean(low), "clip_ratio/high_mean": mean(high),
+                   "ratio/mean": mean(rho), "ratio/max": rho.masked_fill(~mask, 0.0).amax()}
         if terms:
-            metrics["kl"] = terms["k3"][mask].mean()
+            metrics["kl"] = mean(terms["k3"])
     return total, metrics
 
 
@@ -221,6 +221,7 @@ class Rollout:
 
     def select(self, rows: list[int], members: list[int]) -> "Rollout":
         """Some completions of some prompts, cut to the longest of them: a micro-batch's part (tensors only)."""
+        rows, members = block(rows), block(members)
         lengths = self.lengths[rows][:, members]                         # (b, g)
         T = int(lengths.max())
         cut = {name: x[rows][:, members][..., :T] for name, x in vars(self).items() if torch.is_tensor(x) and x.dim() == 3}
@@ -333,16 +334,16 @@ def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout |
                 denominator=denominator, weights=None if args.is_cap is None else off.exp().clamp(max=args.is_cap))
             loss.backward()
             optimizer.collect()
-            n = int(mask.sum())
-            meter.total("loss", float(loss.detach()) / args.inner_epochs)
-            meter.mean("entropy", float(entropy[mask].mean()), n)
-            meter.most("ratio/max", float(metrics.pop("ratio/max")))
+            n = mask.sum()
+            meter.total("loss", loss.detach() / args.inner_epochs)
+            meter.mean("entropy", entropy.sum() / n, n)                  # zero past the end, as `off` is
+            meter.most("ratio/max", metrics.pop("ratio/max"))
             for name, value in metrics.items():
-                meter.mean(name, float(value), n)
+                meter.mean(name, value, n)
             if inner == 0:
-                meter.most("sampler_logp_diff/max", float(off.abs().max()))
-                meter.mean("sampler_logp_diff/mean", float(off[mask].abs().mean()), n)
-                disagreement += torch.stack((off.abs().sum().double(), mask.sum()))
+                meter.most("sampler_logp_diff/max", off.abs().max())
+                meter.mean("sampler_logp_diff/mean", off.abs().sum() / n, n)
+                disagreement += torch.stack((off.abs().sum().double(), n))
         if inner == 0:
             difference, count = ranks.sum_(disagreement).tolist()
             if difference > args.max_logp_diff * count:

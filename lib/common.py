@@ -180,6 +180,12 @@ def dtype_of(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def block(index: list[int]) -> slice | list[int]:
+    """[3, 4, 5] -> slice(3, 6).  A list has to be sent to a GPU, and the host waits for that; a slice does not."""
+    neighbours = bool(index) and index == list(range(index[0], index[-1] + 1))
+    return slice(index[0], index[-1] + 1) if neighbours else index
+
+
 # ------------------------------------------------------------------------------------------------
 # Files: written beside and renamed, so a reader sees the old one or the new one, never a half
 # ------------------------------------------------------------------------------------------------
