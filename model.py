@@ -33,7 +33,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lib.checkpoint import find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
-from lib.common import AUDIO, PAD, VIDEO, UserError
+from lib.common import AUDIO, PAD, VIDEO, UserError, block
 from lib.head import HeadLogps, fp32_product
 from lib.projector import VideoProjector, two_layers
 
@@ -357,18 +357,17 @@ class HumanOmni(nn.Module):
         if any(VIDEO in row for row in rows):
             vision = self.encode_frames(frames) if vision is None else vision
             seen = [i for i, row in enumerate(rows) if VIDEO in row]
-            weights = self.gate(question_ids[seen], question_mask[seen])
+            weights = self.gate(question_ids[block(seen)], question_mask[block(seen)])
             tokens[VIDEO] = iter(self.model.mm_projector(vision.to(self.dtype), weights))
         if any(AUDIO in row for row in rows):
             audio = self.encode_audio(mel) if audio is None else audio
             tokens[AUDIO] = iter(self.model.audio_projector(audio.to(self.dtype)))
 
+        rows = [[i for i in row if i != PAD] for row in rows]
+        ids = torch.tensor([i for row in rows for i in row], dtype=torch.long).to(self.device)       # all with one transfer
         embedded = []
-        for row in rows:
-            row = [i for i in row if i != PAD]
-            ids = torch.tensor(row, device=self.device)
-            text = self.model.embed_tokens(ids.clamp(min=0))                       # (L, D)
-            pieces, done = [], 0
+        for row, text in zip(rows, self.model.embed_tokens(ids.clamp(min=0)).split([len(row) for row in rows])):
+            pieces, done = [], 0                                                   # text (L, D)
             for at, token in enumerate(row):
                 if token in tokens:
                     pieces += [text[done:at], next(tokens[token])]
@@ -376,7 +375,8 @@ class HumanOmni(nn.Module):
             embedded.append(torch.cat((*pieces, text[done:])))                     # (P_b, D)
         P = max(len(e) for e in embedded)
         embeds = torch.stack([F.pad(e, (0, 0, P - len(e), 0)) for e in embedded])  # (B, P, D)
-        mask = torch.stack([torch.arange(P) >= P - len(e) for e in embedded]).to(self.device)
+        column = torch.arange(P, device=self.device)
+        mask = torch.stack([column >= P - len(e) for e in embedded])
         return embeds, mask
 
     def _check_placeholders(self, rows: list[list[int]]) -> None:
@@ -468,11 +468,11 @@ class HumanOmni(nn.Module):
         # The prompt's last state predicts token 0 of every completion; token t's state predicts t + 1.
         first = last_real(hidden[:, :P], mask)[:, None, None].expand(B, G, 1, -1)  # (B, G, 1, D)
         states = torch.cat((first, hidden[:, P:].unflatten(1, (G, S))), 2)         # (B, G, T, D)
-        logps, entropy = self.token_logps(states[inside], ids[inside], temperature, with_entropy=with_entropy)
-        out = states.new_zeros(B, G, T, dtype=torch.float32).masked_scatter(inside, logps)
-        if not with_entropy:
-            return out
-        return out, torch.zeros_like(out).masked_scatter(inside, entropy)
+        real = inside.flatten().nonzero()[:, 0]            # (N,) once: the host waits for a GPU to count them
+        logps, entropy = self.token_logps(states.flatten(0, 2)[real], ids.flatten()[real], temperature,
+                                          with_entropy=with_entropy)
+        spread = lambda x: x.new_zeros(B * G * T).index_copy(0, real, x).view(B, G, T)
+        return (spread(logps), spread(entropy)) if with_entropy else spread(logps)
 
     def token_logps(self, states, targets, temperature: float = 1.0, chunk: int | None = None, with_entropy: bool = True):
         """states (N, D), targets (N,) -> log-probabilities (N,) fp32, and entropies (N,) without gradient, or None.
