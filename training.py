@@ -96,14 +96,16 @@ class MasterAdamW:
         # In fp32 the working weight is its own master: nothing is kept twice.
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
                         for p in parameters]
-        self.adam = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, betas=betas)
+        self.fused = True if self.flat.is_cuda else None         # on a GPU a few kernels instead of a dozen a parameter
+        self.adam = torch.optim.AdamW(self.masters, lr=lr, weight_decay=weight_decay, betas=betas, fused=self.fused)
 
     def collect(self) -> None:
         """Add the gradients of one backward pass to the flat fp32 sum and free them."""
-        for p, total in zip(self.parameters, self.grads):
-            if p.grad is not None:
-                total.add_(p.grad)
-                p.grad = None
+        new = [(total, p.grad) for p, total in zip(self.parameters, self.grads) if p.grad is not None]
+        if new:
+            torch._foreach_add_(*map(list, zip(*new)))
+        for p in self.parameters:
+            p.grad = None
 
     def step(self, ranks: Ranks, lr: float, max_grad_norm: float) -> tuple[float, bool]:
         """Sum over ranks, clip to `max_grad_norm` (0: never), update.  -> (norm before clipping, done).
@@ -141,6 +143,8 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         """After the model's weights: a run in fp32 saved no masters (None), its weights were their own."""
+        for group in state["adam"]["param_groups"]:
+            group["fused"] = self.fused                          # the run may have been on another kind of device
         self.adam.load_state_dict(state["adam"])
         with torch.no_grad():
             for p, master, saved in zip(self.parameters, self.masters, state["masters"]):
@@ -319,7 +323,7 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
     if newest:
         model.load_weights(newest)
         # To the CPU first: Adam takes its moments to the device itself, and its step counters belong on the CPU.
-        state = torch.load(newest / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(newest / STATE, map_location="cpu", weights_only=True, mmap=ranks.device.type == "cuda")
         optimizer.load_state_dict(state.pop("optimizer"))
         ranks.say(f"resuming after step {state['step']} from {newest}")
     elif args.resume:
