@@ -31,7 +31,7 @@ PREFIX_STEP = {"cpu": 1, "cuda": 64}         # P is rounded up to a multiple of 
 SUFFIX_STEP = {"cpu": 16, "cuda": 128}       # and S to one of this
 LOOK_EVERY = {"cpu": 1, "cuda": 16}          # steps between looks at who is done; a look waits for the device
 COMPACT_FROM = {"cpu": 8, "cuda": 256}       # rows from which it pays to leave finished ones behind
-KEPT_SHAPES = 8                              # on a GPU: shapes whose memory and graphs are kept from call to call
+KEPT_SHARE = 0.15                            # of a GPU's memory: for shapes kept, with their graphs, from call to call
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,6 +185,10 @@ class Rows:
         # Pinned, so that reading it is one transfer and one wait.
         self.seen = torch.zeros(N, dtype=torch.bool, pin_memory=model.device.type == "cuda")
 
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in vars(self).values() if torch.is_tensor(x))
+
     def start(self, model: HumanOmni, mask: torch.Tensor, prefix, u: torch.Tensor) -> None:
         """mask (B, P'), prefix per layer k and v (B, K, P', d) with P' <= P, u (B, G, T).  What was here before is gone:
         what a mask hides has no weight, but 0 * NaN would be NaN."""
@@ -312,6 +316,10 @@ class StepGraph:
         self.graph.replay()
 
 
+def kept_bytes(model: HumanOmni) -> int:
+    return int(KEPT_SHARE * torch.cuda.get_device_properties(model.device).total_memory)
+
+
 class Decoder:
     """A model's packed weights; on a GPU also memory and graphs, kept from call to call.
 
@@ -351,17 +359,20 @@ class Decoder:
         return known
 
     def rows_for(self, model: HumanOmni, B: int, G: int, P: int, T: int) -> Rows:
-        """Memory for such a batch.  For graphs the same as last time, or they would be of no use."""
+        """Memory for such a batch.  For graphs the same as last time, or they would be of no use.
+
+        Rows that are left behind pass through several shapes in each call, so what goes is what was not used for longest.
+        """
         if not uses_graphs(model):
             return Rows(model, B, G, P, T)
         shape = B, G, P, T
-        if shape not in self.rows:
-            if len(self.rows) == KEPT_SHAPES:                            # start anew, once nothing runs any more
-                torch.cuda.synchronize()
-                self.rows.clear()
-                self.graphs.clear()
-                self.memory = graph_memory()
-            self.rows[shape] = Rows(model, *shape)
+        rows = self.rows.pop(shape, None)
+        while rows is None and sum(r.nbytes for r in self.rows.values()) > kept_bytes(model):
+            torch.cuda.synchronize()                                     # once nothing runs any more
+            oldest = next(iter(self.rows))
+            del self.rows[oldest]
+            self.graphs = {key: graph for key, graph in self.graphs.items() if key[:4] != oldest}
+        self.rows[shape] = rows or Rows(model, *shape)
         return self.rows[shape]
 
     def advance(self, model: HumanOmni, r: Rows, t: int, temperature: float, greedy: bool) -> None:

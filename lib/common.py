@@ -72,11 +72,22 @@ OUT_OF_MEMORY = ("out of GPU memory: lower --tokens_per_micro_batch (or --micro_
                  "--max_new_tokens.")
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Also where a later error hides it: the capture of a graph ends with its own, and cuBLAS has words of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def run_main(main, args_cls, prog: str | None = None) -> None:
     """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback."""
     try:
         main(parse_args(args_cls, prog=prog))
-    except (UserError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, UserError) and not out_of_memory(error):
+            raise
         # Plain text and exit 1 on this rank; torchrun then ends the others.
         who = f" (rank {dist.get_rank()})" if dist.is_initialized() else ""
         told = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY

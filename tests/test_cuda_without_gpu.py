@@ -189,6 +189,7 @@ class Captured:
 def gpu(monkeypatch):
     monkeypatch.setattr(sampler, "StepGraph", Captured)
     monkeypatch.setattr(sampler, "graph_memory", lambda: None)
+    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 ** 30)
     monkeypatch.setattr(sampler, "_decoders", weakref.WeakKeyDictionary())
     monkeypatch.setattr(sampler.Rows, "alive", alive)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: wait("synchronize"))
@@ -235,7 +236,7 @@ class Bench:
         self.ranks, self.model, self.waits, self.gradient = Ranks(0, 1, torch.device(device)), on(device, dtype), {}, None
         self.trained = self.model.set_trained()
         self.optimizer = MasterAdamW(self.trained, 1e-4)
-        self.before = inner_of(self.trained[0]).detach().clone()
+        self.before = self.weights
         step = self.optimizer.step
         self.optimizer.step = lambda *a: (setattr(self, "gradient", inner_of(self.optimizer.flat).clone()), step(*a))[1]
         self.batch = self.part("encode", lambda: encode_once(self.model, golden_batch(forward).to(device)))
@@ -247,8 +248,12 @@ class Bench:
         return result
 
     @property
+    def weights(self) -> torch.Tensor:
+        return inner_of(self.trained[-1]).detach().clone()
+
+    @property
     def moved(self) -> bool:
-        return not torch.equal(inner_of(self.trained[0]).detach(), self.before)
+        return not torch.equal(self.weights, self.before)
 
 
 def grpo_step(device, dtype, forward, processor) -> tuple[Bench, grpo.Rollout]:
@@ -300,6 +305,8 @@ def test_a_whole_grpo_step(gpu, forward, processor, dtype):
         assert torch.equal(rollout.completions.inner, expected.completions)
         assert len(set(expected.lengths.flatten().tolist())) > 2
         assert float((b.gradient - on_cpu.gradient).norm() / on_cpu.gradient.norm()) < 1e-5
+        assert b.optimizer.fused and not on_cpu.optimizer.fused
+        torch.testing.assert_close(b.weights, on_cpu.weights, atol=1e-6, rtol=0)
 
 
 @DTYPES
@@ -384,3 +391,22 @@ def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
     assert asked["timeout"] == datetime.timedelta(minutes=30)
+
+
+def test_out_of_memory_in_a_capture_is_told_in_one_sentence(monkeypatch, capsys):
+    """Stops a traceback of "operation failed due to a previous error during capture" that does not say which flags help."""
+    def capture(args):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:                                     # as leaving torch.cuda.graph does
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def wrong(args):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(common, "parse_args", lambda *a, **k: None)
+    with pytest.raises(SystemExit) as ended:
+        common.run_main(capture, None)
+    assert ended.value.code == 1 and common.OUT_OF_MEMORY in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="something else"):
+        common.run_main(wrong, None)
