@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from lib.decode_attention import attention_for
 from model import HumanOmni, compiled, rope_table, rotate, sdpa
 
 # Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
@@ -154,6 +155,23 @@ class PackedLayer:
                    Product([a.o_proj.weight]), layer.post_attention_layernorm,
                    Product([mlp.gate_proj.weight, mlp.up_proj.weight]), Product([mlp.down_proj.weight]))
 
+    # In two halves, around an attention that is a kernel of its own; x (B, G, D), the group where a sequence would be.
+
+    def before_attention(self, x, rope, suffix, t):
+        """-> q (B, G, H, d).  The new keys and values go to slot t of suffix (2, B, K, G, T, d)."""
+        K, d = suffix.shape[2], suffix.shape[-1]
+        qkv = self.qkv(self.input_norm(x)).unflatten(-1, (-1, d))                          # (B, G, H + 2K, d)
+        q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
+        suffix[0].index_copy_(3, t, k.transpose(1, 2)[:, :, :, None])                      # (B, K, G, 1, d)
+        suffix[1].index_copy_(3, t, qkv[:, :, -K:].transpose(1, 2)[:, :, :, None])
+        return q
+
+    def after_attention(self, x, attended):
+        """attended (B, G, H*d) -> (B, G, D)"""
+        x = x + self.out(attended)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
 
 # ------------------------------------------------------------------------------------------------
 # One step
@@ -229,36 +247,6 @@ class Rows:
         return ~self.seen.view(self.B, self.G)
 
 
-def decode_layer(w: PackedLayer, x, rope, prefix, suffix, bias, t, S: int):
-    """One layer for one new token a row: x (B, G, D), the group where a sequence would be -> (B, G, D)
-
-    prefix (2, B, K, P, d), suffix (2, B, K, G, T, d), bias (B, 1, 1, 1, P + T), t (1,).  Slot t of the suffix is written,
-    slots below S are looked at; the bias hides those that are still empty.
-
-    All G * R queries of a key head meet the shared prefix in one product; nothing is copied per completion.
-    One softmax over the concatenated scores, in fp32: no merging of partial results, nothing approximated.
-    """
-    B, G, _ = x.shape
-    _, _, K, P, d = prefix.shape
-    qkv = w.qkv(w.input_norm(x)).view(B, G, -1, d)                                         # (B, G, H + 2K, d)
-    q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
-    v = qkv[:, :, -K:]
-    suffix[0].index_copy_(3, t, k.transpose(1, 2)[:, :, :, None])                          # (B, K, G, 1, d)
-    suffix[1].index_copy_(3, t, v.transpose(1, 2)[:, :, :, None])
-
-    q = q.reshape(B, G, K, -1, d).transpose(1, 2)                                          # (B, K, G, R, d)
-    from_prefix = q.reshape(B, K, -1, d) @ prefix[0].transpose(-1, -2)                     # (B, K, G*R, P)
-    from_own = q @ suffix[0, ..., :S, :].transpose(-1, -2)                                 # (B, K, G, R, S)
-    scores = torch.cat((from_prefix.view(B, K, G, -1, P), from_own), -1)                   # (B, K, G, R, P + S)
-    weights = torch.add(bias[..., :P + S], scores, alpha=d ** -0.5).softmax(-1).to(x.dtype)        # the bias is fp32
-    out = (weights[..., :P].reshape(B, K, -1, P) @ prefix[1]).view(B, K, G, -1, d)         # (B, K, G, R, d)
-    out = out + weights[..., P:] @ suffix[1, ..., :S, :]
-    x = x + w.out(out.transpose(1, 2).reshape(B, G, -1))
-
-    gate, up = w.gate_up(w.mlp_norm(x)).chunk(2, -1)
-    return x + w.down(F.silu(gate) * up)
-
-
 def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
     """Choose token t of every row from logits (N, V) and write it down; a row that is done gets end tokens."""
     token, logp = choose(logits, r.u.index_select(0, r.t)[0], temperature, greedy)
@@ -271,12 +259,15 @@ def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> N
 def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool) -> None:
     """Read token t of every row, write token t + 1.  No shape and no address depends on t, and nothing waits for the
     device: what a graph needs to be captured once and replayed for every t below S."""
-    layer = compiled(decode_layer) if decoder.compile else decode_layer
+    before, after = PackedLayer.before_attention, PackedLayer.after_attention
+    if decoder.compile:
+        before, after = compiled(before), compiled(after)
     r.bias.index_fill_(-1, r.t + r.P, 0.0)
     x = model.model.embed_tokens(r.tokens.index_select(0, r.t)).view(r.B, r.G, -1)                 # (B, G, D)
     rope = r.rope.index_select(2, r.t).unbind(0)                         # cos, sin (B, 1, 1, d)
     for w, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
-        x = layer(w, x, rope, prefix, suffix, r.bias, r.t, S)
+        q = before(w, x, rope, suffix, r.t)
+        x = after(w, x, decoder.attend(q, prefix, suffix, r.bias, S))
     x = model.model.norm(x).flatten(0, 1)                                # (N, D)
     logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)          # (N, V) fp32
     r.t += 1
@@ -334,6 +325,7 @@ class Decoder:
         # torch.compile does not know oneDNN's layout, and what has it gains little from being compiled.
         products = [p for w in self.layers for p in (w.qkv, w.out, w.gate_up, w.down)]
         self.compile = model.is_compiled and all(p.blocked is None for p in products)
+        self.attend = attention_for(model.device)
         self.rows: dict[tuple, Rows] = {}
         self.graphs: dict[tuple, StepGraph] = {}
         self.memory = graph_memory() if uses_graphs(model) else None

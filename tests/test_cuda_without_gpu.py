@@ -25,6 +25,7 @@ import sft
 from data import PromptBatch, Sample
 from lib import common
 from lib.common import AUDIO, Ranks
+from lib.decode_attention import attend
 from model import HumanOmni, encode_once, frozen_reference
 from training import MasterAdamW
 
@@ -104,11 +105,11 @@ class OnGpu(torch.Tensor):
             wait(str(function))
         wrapped = {id(x.inner): x for x in tensors if type(x) is OnGpu}
         plain_args, plain_kwargs = tree_map(inner_of, (args, kwargs))
-        if function is aten.mm.dtype:                            # has a kernel on a GPU alone
+        if function in (aten.mm.dtype, aten.bmm.dtype):          # these have kernels on a GPU alone
             a, b, out = plain_args
             assert a.dtype == b.dtype == torch.bfloat16 and out == torch.float32
             result = a.float() @ b.float()
-        elif function is aten.addmm.dtype_out:                   # this one too
+        elif function is aten.addmm.dtype_out:                   # so has this
             total, a, b, out = plain_args
             assert a.dtype == b.dtype == torch.bfloat16 and out == total.dtype == torch.float32
             assert plain_kwargs["out"] is total
@@ -189,6 +190,7 @@ class Captured:
 def gpu(monkeypatch):
     monkeypatch.setattr(sampler, "StepGraph", Captured)
     monkeypatch.setattr(sampler, "graph_memory", lambda: None)
+    monkeypatch.setattr(sampler, "attention_for", lambda device: attend)
     monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 ** 30)
     monkeypatch.setattr(sampler, "_decoders", weakref.WeakKeyDictionary())
     monkeypatch.setattr(sampler.Rows, "alive", alive)
