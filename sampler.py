@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from lib.decode_attention import attention_for
+from lib import decode_attention
 from model import HumanOmni, compiled, rope_table, rotate, sdpa
 
 # Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
@@ -68,28 +68,31 @@ def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bo
 
     Inverse CDF: the first token whose cumulative probability exceeds u.  In float64: an fp32 sum over 152,000 tokens is
     off by more than the probability of most of them.  But not over all of them one by one, which costs as much as the
-    decoder: the mass of each block of tokens is summed, u finds its block among the sums, then its token in the block.
+    decoder: the mass of each block of tokens is summed in fp32, u finds its block among the sums, then its token in the
+    block.
 
     The same method on every device, so that rollouts are too.  It takes one random number a row; the race of
     exponentials that GPU samplers like takes V.
     """
     V = logits.shape[1]
     scaled = logits / temperature if temperature != 1 else logits
-    top = scaled.amax(-1, keepdim=True)                                  # (N, 1)
-    p = (scaled - top).exp_()                                            # (N, V) without the denominator
+    top, best = scaled.max(-1, keepdim=True)                             # (N, 1)
+    # (N, V) without the denominator.  The most probable token waits outside: in fp32 its 1 would swallow its block's rest.
+    p = (scaled - top).exp_().scatter_(1, best, 0.0)
     whole = V // block
-    masses = [p[:, :whole * block].unflatten(1, (whole, block)).sum(-1, dtype=torch.float64)]
+    masses = [p[:, :whole * block].unflatten(1, (whole, block)).sum(-1)]
     if V % block:
-        masses.append(p[:, whole * block:].sum(-1, keepdim=True, dtype=torch.float64))
-    mass = torch.cat(masses, 1)                                          # (N, blocks)
+        masses.append(p[:, whole * block:].sum(-1, keepdim=True))
+    mass = torch.cat(masses, 1).double()                                 # (N, blocks)
+    mass.scatter_add_(1, best // block, torch.ones_like(mass[:, :1]))
     total = mass.sum(-1, keepdim=True)                                   # (N, 1)
     if greedy:
-        token = logits.argmax(-1, keepdim=True)
+        token = best
     else:
         at, rest = find(mass, u[:, None] * total)
         columns = at * block + torch.arange(block, device=p.device)      # (N, block)
-        inside = p.gather(1, columns.clamp(max=V - 1)).masked_fill(columns >= V, 0.0).double()
-        token = (at * block + find(inside, rest)[0]).clamp(max=V - 1)    # (N, 1)
+        inside = p.gather(1, columns.clamp(max=V - 1)).masked_fill(columns == best, 1.0).masked_fill(columns >= V, 0.0)
+        token = (at * block + find(inside.double(), rest)[0]).clamp(max=V - 1)       # (N, 1)
     logp = scaled.gather(1, token) - top - total.log()
     return token[:, 0], logp[:, 0].float()
 
@@ -263,7 +266,7 @@ def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: flo
     if decoder.compile:
         before, after = compiled(before), compiled(after)
     r.bias.index_fill_(-1, r.t + r.P, 0.0)
-    x = model.model.embed_tokens(r.tokens.index_select(0, r.t)).view(r.B, r.G, -1)                 # (B, G, D)
+    x = model.model.embed_tokens(r.tokens.index_select(0, r.t).view(r.B, r.G))                     # (B, G, D)
     rope = r.rope.index_select(2, r.t).unbind(0)                         # cos, sin (B, 1, 1, d)
     for w, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
         q = before(w, x, rope, suffix, r.t)
@@ -322,10 +325,12 @@ class Decoder:
         self.signature = self.signature_of(model)
         self.layers = [PackedLayer.of(layer) for layer in model.model.layers]
         self.head = Product([model.head_weight])
+        # On a GPU a step for a few rows takes as long as its kernels are many: half as many, wherever they can be built.
+        fused = model.device.type == "cuda" and decode_attention.can_build_kernels()
+        self.attend = decode_attention.fused() if fused else decode_attention.attend
         # torch.compile does not know oneDNN's layout, and what has it gains little from being compiled.
         products = [p for w in self.layers for p in (w.qkv, w.out, w.gate_up, w.down)]
-        self.compile = model.is_compiled and all(p.blocked is None for p in products)
-        self.attend = attention_for(model.device)
+        self.compile = (model.is_compiled or fused) and all(p.blocked is None for p in products)
         self.rows: dict[tuple, Rows] = {}
         self.graphs: dict[tuple, StepGraph] = {}
         self.memory = graph_memory() if uses_graphs(model) else None

@@ -23,9 +23,8 @@ import grpo
 import sampler
 import sft
 from data import PromptBatch, Sample
-from lib import common
+from lib import common, decode_attention
 from lib.common import AUDIO, Ranks
-from lib.decode_attention import attend
 from model import HumanOmni, encode_once, frozen_reference
 from training import MasterAdamW
 
@@ -190,7 +189,7 @@ class Captured:
 def gpu(monkeypatch):
     monkeypatch.setattr(sampler, "StepGraph", Captured)
     monkeypatch.setattr(sampler, "graph_memory", lambda: None)
-    monkeypatch.setattr(sampler, "attention_for", lambda device: attend)
+    monkeypatch.setattr(decode_attention, "can_build_kernels", lambda: False)
     monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 ** 30)
     monkeypatch.setattr(sampler, "_decoders", weakref.WeakKeyDictionary())
     monkeypatch.setattr(sampler.Rows, "alive", alive)
@@ -412,3 +411,14 @@ def test_out_of_memory_in_a_capture_is_told_in_one_sentence(monkeypatch, capsys)
     assert ended.value.code == 1 and common.OUT_OF_MEMORY in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="something else"):
         common.run_main(wrong, None)
+
+
+def test_a_gpu_samples_with_fused_and_compiled_pieces(gpu, monkeypatch):
+    """Stops the fast path being built and never taken, or taken where it cannot be built."""
+    monkeypatch.setattr(decode_attention, "fused", lambda: "kernels")
+    chosen = []
+    for can in (True, False):
+        monkeypatch.setattr(decode_attention, "can_build_kernels", lambda can=can: can)
+        chosen += [(d.compile, d.attend) for d in (sampler.Decoder(on(device)) for device in ("cuda", "cpu"))]
+    eager = (False, decode_attention.attend)
+    assert chosen == [(True, "kernels"), eager, eager, eager]

@@ -1,4 +1,5 @@
 """torch.compile, which takes half a minute to compile: the compiled layers are the layers."""
+import functools
 import shutil
 
 import pytest
@@ -32,3 +33,23 @@ def test_compiled_layers_are_the_layers(forward):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert float((plain[3] - fast[3]).norm() / plain[3].norm()) < 1e-4
     compiled.cache_clear()
+
+
+def test_layers_and_shapes_share_what_is_compiled(model, monkeypatch):
+    """Stops a compiler that is called anew for each layer, step or batch: on a GPU the sampler is compiled by default."""
+    built = []
+
+    def compile_(function):
+        return torch.compile(function, backend=lambda graph, inputs: built.append(function) or graph)
+
+    monkeypatch.setattr(sampler, "compiled", functools.cache(compile_))
+    monkeypatch.setattr(sampler, "ONEDNN", False)
+    monkeypatch.setattr(model, "eos_ids", [-7])              # never produced: all rows run to the end
+    monkeypatch.setattr(model, "is_compiled", True)
+    kept = sampler.Decoder(model)                            # as on a GPU
+    monkeypatch.setattr(sampler.Decoder, "of", lambda model: kept)
+    for B, P, g, t in ((3, 7, 4, 5), (2, 9, 3, 5), (4, 5, 5, 20), (3, 6, 2, 7)):
+        sampler.generate(model, torch.randn(B, P, model.config.hidden_size), torch.ones(B, P, dtype=torch.bool), g, t)
+    # The first shape, one for any other number of rows, and for what reads the memory one for any other length.
+    halves = {sampler.PackedLayer.before_attention: 3, sampler.PackedLayer.after_attention: 2}
+    assert {f: built.count(f) for f in halves} == halves
