@@ -214,7 +214,8 @@ def run_model(args: Args, view: View, samples: list[Sample], ranks: Ranks) -> tu
             note(f"{args.data}: labels outside {what}, right only if said to the letter: {', '.join(sorted(unknown))}")
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
-    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device, say=note)
+    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype, ranks.device), device=ranks.device,
+                                      say=note)
     if args.clip:
         text = answer_one(model, processor, args)
         return text, {"clip": args.clip, "text": text, "predicted": parse(text, args.prompt)}

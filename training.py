@@ -302,7 +302,8 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
         raise UserError("there is no step to make: give --max_steps or --epochs above 0.")
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
-    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device, say=ranks.say)
+    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype, ranks.device), device=ranks.device,
+                                      say=ranks.say)
     if args.compile:
         model.compile_layers()
     trained = model.set_trained(args.train)

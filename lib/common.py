@@ -187,7 +187,10 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Of the working weights.  auto: bfloat16 on a GPU (eight times as fast there), float32 on a CPU (faster there)."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 

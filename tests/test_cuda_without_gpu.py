@@ -394,6 +394,12 @@ def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch)
     assert asked["timeout"] == datetime.timedelta(minutes=30)
 
 
+def test_a_gpu_works_in_bf16():
+    """Stops a GPU that computes in fp32, at an eighth of its speed, because nobody gave a flag."""
+    named = [[common.dtype_of(name, torch.device(d)) for d in ("cuda", "cpu")] for name in ("auto", "float32", "bfloat16")]
+    assert named == [[torch.bfloat16, torch.float32], [torch.float32] * 2, [torch.bfloat16] * 2]
+
+
 def test_out_of_memory_in_a_capture_is_told_in_one_sentence(monkeypatch, capsys):
     """Stops a traceback of "operation failed due to a previous error during capture" that does not say which flags help."""
     def capture(args):
