@@ -30,6 +30,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lib.checkpoint import find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
@@ -245,6 +246,7 @@ class HumanOmni(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.is_compiled = False                 # see `compile_layers`
+        self.checkpoint_layers = False           # keep only what enters a layer, and run it again for its gradient
         self.eos_ids: list[int] = []             # every id that ends a turn
         self.files: dict[str, bytes] = {}        # tokenizer and the like, copied on into what we save
         self.unused: dict[str, torch.Tensor] = {}        # tensors of the file that nothing uses; saved again
@@ -408,9 +410,14 @@ class HumanOmni(nn.Module):
         before, after = DecoderLayer.before_attention, DecoderLayer.after_attention
         if self.is_compiled:
             before, after = compiled(before), compiled(after)
-        for i, layer in enumerate(self.model.layers):
+
+        def run(i, layer, x):
             q, k, v = before(layer, x, rope)
-            x = after(layer, x, attend(i, q, k, v))
+            return after(layer, x, attend(i, q, k, v))
+
+        again = self.checkpoint_layers and torch.is_grad_enabled()
+        for i, layer in enumerate(self.model.layers):
+            x = checkpoint(run, i, layer, x, use_reentrant=False, preserve_rng_state=False) if again else run(i, layer, x)
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

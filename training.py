@@ -61,6 +61,7 @@ class TrainArgs:
     max_bad_steps: int = 10                 # stop after so many steps in a row without a finite gradient
     tokens_per_micro_batch: int = 0         # positions per forward and backward instead of --micro_batch prompts; 0: off
     compile: bool = False                   # run the decoder's layers through torch.compile
+    checkpoint_layers: bool = False         # keep less for the backward pass and compute it again: a third less memory
     save_every: int = 0                     # steps between checkpoints; 0: only at the end
     keep: int = 0                           # keep only so many checkpoints, the newest; 0: all
     on_save_error: Literal["stop", "continue"] = "stop"  # when the disk is full: end the run, or train on and try again
@@ -306,6 +307,7 @@ def set_up(args: TrainArgs, ranks: Ranks, steps_for, before_training=lambda mode
                                       say=ranks.say)
     if args.compile:
         model.compile_layers()
+    model.checkpoint_layers = args.checkpoint_layers
     trained = model.set_trained(args.train)
     if not trained:
         raise UserError("--train names no part of the model: there would be nothing to learn.")

@@ -254,6 +254,25 @@ def test_attention_without_a_mask_equals_the_masked_form():
     assert torch.equal(*padded) and not torch.allclose(padded[0], results[0][0])
 
 
+def test_checkpointed_layers_have_the_same_gradient(fresh_model):
+    """Stops a layer that is run again with something else than before: not one bit may differ."""
+    model = fresh_model
+    model.set_trained(["decoder"])
+    embeds, mask, completions, lengths = ragged(model)
+    results = []
+    for model.checkpoint_layers in (False, True):
+        x = embeds.clone().requires_grad_()
+        calls, run = [], model.model.layers[0].mlp.forward
+        model.model.layers[0].mlp.forward = lambda x, run=run, calls=calls: calls.append(1) or run(x)
+        logps = model.completion_logps(x, mask, completions, lengths)
+        grads = gradients(model, logps.sum())
+        del model.model.layers[0].mlp.forward
+        results.append((len(calls), {"logps": logps.detach(), "embeds": x.grad} | grads))
+    (once, plain), (twice, again) = results
+    assert (once, twice) == (1, 2)
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
 def test_right_padded_prompts_give_the_same(model):
     """Stops a prompt's last state being read at column P - 1 when the padding is there."""
     embeds, mask, completions, lengths = ragged(model)
