@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import transformers
 
 from lib.checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
-from lib.common import AUDIO, VIDEO, UserError
+from lib.common import AUDIO, VIDEO, UserError, block
 from lib.features import FeatureCache
 from lib.media import SAMPLE_RATE, SILENCE, SOUNDS, ClipError, Modal, read_clip
 from lib.media import Clip as Clip  # what read_clip gives, for whoever looks for it here
@@ -411,7 +411,7 @@ class PromptBatch:
             chosen = where.get(name, rows)
             if x is None or not chosen:
                 return None
-            return x[chosen] if torch.is_tensor(x) else [x[i] for i in chosen]
+            return x[block(chosen)] if torch.is_tensor(x) else [x[i] for i in chosen]
 
         return dataclasses.replace(self, **{k: pick(k, x) for k, x in vars(self).items() if k not in ("bad", "notes")})
 

@@ -78,7 +78,7 @@ class Args:
     max_new_tokens: int = 512               # longest answer
     # -- speed and memory
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    dtype: Literal["float32", "bfloat16"] = "float32"   # of the weights
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights; auto: bfloat16 on a GPU, float32 on a CPU
     batch_size: int = 16                    # clips at a time, per rank
     feature_cache: str | None = None        # folder that keeps what the towers make of a clip, for other runs
     workers: int = 2                        # processes that read media, per rank
@@ -180,7 +180,8 @@ def run_model(args: Args, view: View, samples: list[Sample], ranks: Ranks) -> tu
             note(f"{args.data}: labels outside {what}, right only if said to the letter: {', '.join(sorted(unknown))}")
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
-    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device, say=note)
+    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype, ranks.device), device=ranks.device,
+                                      say=note)
     if args.clip:
         text = answer_one(model, processor, args)
         return text, {"clip": args.clip, "text": text, "predicted": parse(text, args.prompt)}

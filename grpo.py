@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data import PromptBatch, read_samples
 from eval import evaluate
 from lib.checks import check_objective, idle_flags, refuse_sampling_filters
-from lib.common import Ranks, UserError, run_main, start_ranks
+from lib.common import Ranks, UserError, block, run_main, start_ranks
 from lib.metrics import Clock, Meter, measure, rollout_rows, step_row
 from model import HumanOmni, embed, encode_once, frozen_reference
 from rewards import Completion, Reward, agreement, load_rewards, try_rewards
@@ -182,13 +182,13 @@ def grpo_loss(logps: torch.Tensor, old_logps: torch.Tensor, ref_logps: torch.Ten
     total = (loss.masked_fill(~mask, 0.0) * weight).sum() / denominator
 
     with torch.no_grad():
-        r, A_tokens = rho[mask], A.expand_as(rho)[mask]
-        low = (r < 1 - clip_low) & (A_tokens < 0) if gate == "clip" else torch.zeros_like(r)
-        high = r > clip_high if gate == "cispo" else (r > 1 + clip_high) & (A_tokens > 0) if gate == "clip" else low
-        metrics = {"clip_ratio/low_mean": low.float().mean(), "clip_ratio/high_mean": high.float().mean(),
-                   "ratio/mean": r.mean(), "ratio/max": r.max()}
+        mean = lambda x: (x * mask).sum() / mask.sum()       # rho[mask] would make the host wait for a GPU
+        low = (rho < 1 - clip_low) & (A < 0) if gate == "clip" else torch.zeros_like(mask)
+        high = rho > clip_high if gate == "cispo" else (rho > 1 + clip_high) & (A > 0) if gate == "clip" else low
+        metrics = {"clip_ratio/low_mean": mean(low), "clip_ratio/high_mean": mean(high),
+                   "ratio/mean": mean(rho), "ratio/max": rho.masked_fill(~mask, 0.0).amax()}
         if terms:
-            metrics["kl"] = terms["k3"][mask].mean()
+            metrics["kl"] = mean(terms["k3"])
     return total, metrics
 
 
@@ -216,6 +216,7 @@ class Rollout:
 
     def select(self, rows: list[int], members: list[int]) -> "Rollout":
         """Some completions of some prompts, cut to the longest of them: a micro-batch's part (tensors only)."""
+        rows, members = block(rows), block(members)
         lengths = self.lengths[rows][:, members]                         # (b, g)
         T = int(lengths.max())
         cut = {name: x[rows][:, members][..., :T] for name, x in vars(self).items() if torch.is_tensor(x) and x.dim() == 3}
@@ -251,10 +252,10 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
     finished = torch.isin(last, torch.tensor(model.eos_ids, device=last.device))
     clock.lap("generate")
 
-    texts = [[processor.text(ids[:n]) for ids, n in zip(group, ns)]
-             for group, ns in zip(completions.tolist(), lengths.tolist())]
+    ns = lengths.tolist()                    # whole tensors to lists: a number at a time, a GPU would be waited for each time
+    texts = [[processor.text(ids[:n]) for ids, n in zip(*group)] for group in zip(completions.tolist(), ns)]
     said = [[Completion(t, s.answer, n, done, args.max_new_tokens, args.prompt, s.row) for t, n, done in zip(*group)]
-            for s, *group in zip(batch.samples, texts, lengths.tolist(), finished.tolist())]
+            for s, *group in zip(batch.samples, texts, ns, finished.tolist())]
     parts = score(said, [s.id for s in batch.samples], args, embeds.device)
     clock.lap("reward")
 
@@ -309,7 +310,8 @@ def mini_batches(batch: PromptBatch, rollout: Rollout | None, args: Args, ranks:
     M, N = args.mini_batches, args.prompts_per_step
     part = [(i - first) % N * M // N for i in batch.indices] if rollout else []
     rows = [[b for b, m in enumerate(part) if m == k] for k in range(M)]
-    counts = [[len(r) * args.num_generations, int(rollout.lengths[r].sum()) if r else 0] for r in rows]
+    tokens = rollout.lengths.sum(1).tolist() if rollout else []          # of each prompt's group
+    counts = [[len(r) * args.num_generations, sum(tokens[b] for b in r)] for r in rows]
     counts = ranks.sum_(torch.tensor(counts, dtype=torch.float64, device=ranks.device)).tolist()
     useful = set(teaching(rollout, args)) if rollout else set()
 
@@ -317,8 +319,8 @@ def mini_batches(batch: PromptBatch, rollout: Rollout | None, args: Args, ranks:
         r = [b for b in r if b in useful]
         return r and micro_batches(rollout.lengths, rollout.prompt_length, args.micro_batch, args.tokens_per_micro_batch, r)
 
-    return [MiniBatch(pieces(r), {"seq": n, "token": tokens, "const": n * args.max_new_tokens}[args.agg])
-            for r, (n, tokens) in zip(rows, counts)]
+    return [MiniBatch(pieces(r), {"seq": n, "token": k, "const": n * args.max_new_tokens}[args.agg])
+            for r, (n, k) in zip(rows, counts)]
 
 
 def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks,
@@ -336,10 +338,10 @@ def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout |
         """The policy that sampled is the policy before the first update: then the ratio is exactly 1, whatever the sampler's
         rounding."""
         old_logps[key] = logps
-        off = (logps - part.logps).masked_fill(~part.mask, 0.0).abs()
-        gap.add_(torch.stack((off.sum().double(), part.mask.sum())))
-        meter.most("sampler_logp_diff/max", float(off.max()))
-        meter.mean("sampler_logp_diff/mean", float(off.sum() / part.mask.sum()), int(part.mask.sum()))
+        off, n = (logps - part.logps).masked_fill(~part.mask, 0.0).abs(), part.mask.sum()
+        gap.add_(torch.stack((off.sum().double(), n)))
+        meter.most("sampler_logp_diff/max", off.max())
+        meter.mean("sampler_logp_diff/mean", off.sum() / n, n)
 
     def logps_of(rows: list[int], part: Rollout, **more):
         embeds, seen = embed(model, batch.select(rows))                  # (b, P, D), (b, P)
@@ -373,12 +375,12 @@ def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout |
                 denominator=mini.denominator, weights=weights)
             loss.backward()
             optimizer.collect()
-            n = int(mask.sum())
-            meter.total("loss", float(loss.detach()) / steps)            # the mean over the optimiser steps
-            meter.mean("entropy", float(entropy[mask].mean()), n)
-            meter.most("ratio/max", float(metrics.pop("ratio/max")))
+            n = mask.sum()
+            meter.total("loss", loss.detach() / steps)                   # the mean over the optimiser steps
+            meter.mean("entropy", entropy.sum() / n, n)                  # zero past the end
+            meter.most("ratio/max", metrics.pop("ratio/max"))
             for name, value in metrics.items():
-                meter.mean(name, float(value), n)
+                meter.mean(name, value, n)
         if not checked:
             checked = True
             difference, count = ranks.sum_(gap).tolist()

@@ -20,7 +20,6 @@ Legend   B prompts   G completions per prompt   P prompt length (in embeddings) 
 import copy
 import dataclasses
 import functools
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -29,10 +28,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.utils.checkpoint import checkpoint
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from lib.checkpoint import find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
-from lib.common import AUDIO, PAD, VIDEO, UserError
+from lib.checkpoint import digest_of, find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
+from lib.common import AUDIO, PAD, VIDEO, UserError, block
 from lib.head import HeadLogps, fp32_product
 from lib.projector import VideoProjector, two_layers
 
@@ -197,12 +198,18 @@ def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
     return see[:, None]
 
 
+def takes_flash(x: torch.Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
 def sdpa(q, k, v, mask=None, causal=False):
     """Attention for q (B, L, H, d), k and v (B, M, K, d), each key head serving H/K query heads.  -> (B, L, H*d)"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))                     # (B, heads, L, d)
     shared = q.shape[1] // k.shape[1]
-    if q.is_cuda and mask is not None and shared > 1:
-        # The memory-efficient kernel takes a mask but not shared heads; the kernel that takes both keeps all scores.
+    plain = mask is None or isinstance(mask, CausalBias)
+    if q.is_cuda and shared > 1 and not (plain and takes_flash(q)):
+        # Flash takes shared heads, but neither a mask nor fp32.  The memory-efficient kernel takes those, but not shared
+        # heads; the kernel that takes everything keeps all scores.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         shared = 1
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1)
@@ -238,6 +245,7 @@ class HumanOmni(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.is_compiled = False                 # see `compile_layers`
+        self.checkpoint_layers = False           # keep only what enters a layer, and run it again for its gradient
         self.eos_ids: list[int] = []             # every id that ends a turn
         self.files: dict[str, bytes] = {}        # tokenizer and the like, copied on into what we save
         self.unused: dict[str, torch.Tensor] = {}        # tensors of the file that nothing uses; saved again
@@ -347,18 +355,17 @@ class HumanOmni(nn.Module):
         if any(VIDEO in row for row in rows):
             vision = self.encode_frames(frames) if vision is None else vision
             seen = [i for i, row in enumerate(rows) if VIDEO in row]
-            weights = self.gate(question_ids[seen], question_mask[seen])
+            weights = self.gate(question_ids[block(seen)], question_mask[block(seen)])
             tokens[VIDEO] = iter(self.model.mm_projector(vision.to(self.dtype), weights))
         if any(AUDIO in row for row in rows):
             audio = self.encode_audio(mel) if audio is None else audio
             tokens[AUDIO] = iter(self.model.audio_projector(audio.to(self.dtype)))
 
+        rows = [[i for i in row if i != PAD] for row in rows]
+        ids = torch.tensor([i for row in rows for i in row], dtype=torch.long).to(self.device)       # all with one transfer
         embedded = []
-        for row in rows:
-            row = [i for i in row if i != PAD]
-            ids = torch.tensor(row, device=self.device)
-            text = self.model.embed_tokens(ids.clamp(min=0))                       # (L, D)
-            pieces, done = [], 0
+        for row, text in zip(rows, self.model.embed_tokens(ids.clamp(min=0)).split([len(row) for row in rows])):
+            pieces, done = [], 0                                                   # text (L, D)
             for at, token in enumerate(row):
                 if token in tokens:
                     pieces += [text[done:at], next(tokens[token])]
@@ -366,7 +373,8 @@ class HumanOmni(nn.Module):
             embedded.append(torch.cat((*pieces, text[done:])))                     # (P_b, D)
         P = max(len(e) for e in embedded)
         embeds = torch.stack([F.pad(e, (0, 0, P - len(e), 0)) for e in embedded])  # (B, P, D)
-        mask = torch.stack([torch.arange(P) >= P - len(e) for e in embedded]).to(self.device)
+        column = torch.arange(P, device=self.device)
+        mask = torch.stack([column >= P - len(e) for e in embedded])
         return embeds, mask
 
     def _check_placeholders(self, rows: list[list[int]]) -> None:
@@ -398,9 +406,14 @@ class HumanOmni(nn.Module):
         before, after = DecoderLayer.before_attention, DecoderLayer.after_attention
         if self.is_compiled:
             before, after = compiled(before), compiled(after)
-        for i, layer in enumerate(self.model.layers):
+
+        def run(i, layer, x):
             q, k, v = before(layer, x, rope)
-            x = after(layer, x, attend(i, q, k, v))
+            return after(layer, x, attend(i, q, k, v))
+
+        again = self.checkpoint_layers and torch.is_grad_enabled()
+        for i, layer in enumerate(self.model.layers):
+            x = checkpoint(run, i, layer, x, use_reentrant=False, preserve_rng_state=False) if again else run(i, layer, x)
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -453,23 +466,24 @@ class HumanOmni(nn.Module):
         start = mask.sum(-1, keepdim=True)                                         # (B, 1) first position after the prompt
         after = start + torch.arange(S, device=mask.device).repeat(G)              # (B, G*S)
         positions = torch.cat((positions_of(mask), after), 1)
-        hidden = self.run_layers(x, positions, shared_prefix_attend(mask, G, S))   # (B, P + G*S, D)
+        hidden = self.run_layers(x, positions, shared_prefix_attend(mask, G, S, takes_flash(x)))     # (B, P + G*S, D)
 
         # The prompt's last state predicts token 0 of every completion; token t's state predicts t + 1.
         first = last_real(hidden[:, :P], mask)[:, None, None].expand(B, G, 1, -1)  # (B, G, 1, D)
         states = torch.cat((first, hidden[:, P:].unflatten(1, (G, S))), 2)         # (B, G, T, D)
-        logps, entropy = self.token_logps(states[inside], ids[inside], temperature, with_entropy=with_entropy)
-        out = states.new_zeros(B, G, T, dtype=torch.float32).masked_scatter(inside, logps)
-        if not with_entropy:
-            return out
-        return out, torch.zeros_like(out).masked_scatter(inside, entropy)
+        real = inside.flatten().nonzero()[:, 0]            # (N,) once: the host waits for a GPU to count them
+        logps, entropy = self.token_logps(states.flatten(0, 2)[real], ids.flatten()[real], temperature,
+                                          with_entropy=with_entropy)
+        spread = lambda x: x.new_zeros(B * G * T).index_copy(0, real, x).view(B, G, T)
+        return (spread(logps), spread(entropy)) if with_entropy else spread(logps)
 
     def token_logps(self, states, targets, temperature: float = 1.0, chunk: int | None = None, with_entropy: bool = True):
         """states (N, D), targets (N,) -> log-probabilities (N,) fp32, and entropies (N,) without gradient, or None.
 
-        `chunk`: rows whose logits exist at a time.  On a CPU what fits into its cache is faster than what does not.
+        `chunk`: rows whose logits exist at a time.  On a CPU what fits into its cache is faster than what does not; on a
+        GPU each chunk reads and writes the head's gradient, so there it is half a gigabyte of logits.
         """
-        chunk = chunk or max(64, 2 ** (26 if states.is_cuda else 23) // self.config.vocab_size)
+        chunk = chunk or max(64, 2 ** (27 if states.is_cuda else 23) // self.config.vocab_size)
         return HeadLogps.apply(states, self.head_weight, targets, temperature, chunk, with_entropy)
 
     # ---- files: see lib/checkpoint.py -------------------------------------------------------------
@@ -498,15 +512,6 @@ class HumanOmni(nn.Module):
         `final`: where the folder will stand, if it is to be renamed (relative tower paths depend on it).
         """
         save_checkpoint(self, Path(path), Path(final or path))
-
-
-def digest_of(parameters) -> str:
-    """A name for these weights and their dtype.  A stride through each tensor is enough to tell them from others."""
-    digest = hashlib.sha256()
-    for p in parameters:
-        part = p.detach().flatten()[::max(1, p.numel() // 64)].float().cpu()
-        digest.update(str(p.dtype).encode() + part.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def encode_once(model: HumanOmni, batch, cache=None):
@@ -558,18 +563,22 @@ def last_real(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), index]
 
 
-def shared_prefix_attend(mask: torch.Tensor, G: int, S: int):
+def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
     """Attention over rows [prompt P | G completions of S tokens]; see `completion_logps`.
 
     One softmax over the concatenated keys.  (Merging two partial attentions by their log-sum-exp
     looks cheaper, but that output carries no gradient under plain autograd: silently wrong.)
+    `flash`: the kernel without masks, three times as fast, where no prompt is padded.
     """
     B, P = mask.shape
     see = causal_mask(mask)
-    own = torch.ones(S, S, dtype=torch.bool, device=mask.device).tril()                # (S, S)
     # A completion sees all of its prompt, and itself up to here: causal, aligned to the lower right.
-    after = torch.cat((mask[:, None, :].expand(B, S, P), own.expand(B, S, S)), 2)      # (B, S, P + S)
-    after = after.repeat_interleave(G, 0)[:, None]                                     # (B*G, 1, S, P + S)
+    if flash and see is None:
+        after = causal_lower_right(S, P + S)
+    else:
+        own = torch.ones(S, S, dtype=torch.bool, device=mask.device).tril()                # (S, S)
+        after = torch.cat((mask[:, None, :].expand(B, S, P), own.expand(B, S, S)), 2)      # (B, S, P + S)
+        after = after.repeat_interleave(G, 0)[:, None]                                     # (B*G, 1, S, P + S)
 
     def attend(i, q, k, v):
         prompt = sdpa(q[:, :P], k[:, :P], v[:, :P], see, causal=see is None)           # (B, P, H*d)

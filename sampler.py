@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+from lib import decode_attention
 from model import HumanOmni, compiled, rope_table, rotate, sdpa
 
 # Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
@@ -31,7 +32,7 @@ PREFIX_STEP = {"cpu": 1, "cuda": 64}         # P is rounded up to a multiple of 
 SUFFIX_STEP = {"cpu": 16, "cuda": 128}       # and S to one of this
 LOOK_EVERY = {"cpu": 1, "cuda": 16}          # steps between looks at who is done; a look waits for the device
 COMPACT_FROM = {"cpu": 8, "cuda": 256}       # rows from which it pays to leave finished ones behind
-KEPT_SHAPES = 8                              # on a GPU: shapes whose memory and graphs are kept from call to call
+KEPT_SHARE = 0.15                            # of a GPU's memory: for shapes kept, with their graphs, from call to call
 
 
 # ------------------------------------------------------------------------------------------------
@@ -67,28 +68,31 @@ def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bo
 
     Inverse CDF: the first token whose cumulative probability exceeds u.  In float64: an fp32 sum over 152,000 tokens is
     off by more than the probability of most of them.  But not over all of them one by one, which costs as much as the
-    decoder: the mass of each block of tokens is summed, u finds its block among the sums, then its token in the block.
+    decoder: the mass of each block of tokens is summed in fp32, u finds its block among the sums, then its token in the
+    block.
 
     The same method on every device, so that rollouts are too.  It takes one random number a row; the race of
     exponentials that GPU samplers like takes V.
     """
     V = logits.shape[1]
     scaled = logits / temperature if temperature != 1 else logits
-    top = scaled.amax(-1, keepdim=True)                                  # (N, 1)
-    p = (scaled - top).exp_()                                            # (N, V) without the denominator
+    top, best = scaled.max(-1, keepdim=True)                             # (N, 1)
+    # (N, V) without the denominator.  The most probable token waits outside: in fp32 its 1 would swallow its block's rest.
+    p = (scaled - top).exp_().scatter_(1, best, 0.0)
     whole = V // block
-    masses = [p[:, :whole * block].unflatten(1, (whole, block)).sum(-1, dtype=torch.float64)]
+    masses = [p[:, :whole * block].unflatten(1, (whole, block)).sum(-1)]
     if V % block:
-        masses.append(p[:, whole * block:].sum(-1, keepdim=True, dtype=torch.float64))
-    mass = torch.cat(masses, 1)                                          # (N, blocks)
+        masses.append(p[:, whole * block:].sum(-1, keepdim=True))
+    mass = torch.cat(masses, 1).double()                                 # (N, blocks)
+    mass.scatter_add_(1, best // block, torch.ones_like(mass[:, :1]))
     total = mass.sum(-1, keepdim=True)                                   # (N, 1)
     if greedy:
-        token = logits.argmax(-1, keepdim=True)
+        token = best
     else:
         at, rest = find(mass, u[:, None] * total)
         columns = at * block + torch.arange(block, device=p.device)      # (N, block)
-        inside = p.gather(1, columns.clamp(max=V - 1)).masked_fill(columns >= V, 0.0).double()
-        token = (at * block + find(inside, rest)[0]).clamp(max=V - 1)    # (N, 1)
+        inside = p.gather(1, columns.clamp(max=V - 1)).masked_fill(columns == best, 1.0).masked_fill(columns >= V, 0.0)
+        token = (at * block + find(inside.double(), rest)[0]).clamp(max=V - 1)       # (N, 1)
     logp = scaled.gather(1, token) - top - total.log()
     return token[:, 0], logp[:, 0].float()
 
@@ -154,6 +158,23 @@ class PackedLayer:
                    Product([a.o_proj.weight]), layer.post_attention_layernorm,
                    Product([mlp.gate_proj.weight, mlp.up_proj.weight]), Product([mlp.down_proj.weight]))
 
+    # In two halves, around an attention that is a kernel of its own; x (B, G, D), the group where a sequence would be.
+
+    def before_attention(self, x, rope, suffix, t):
+        """-> q (B, G, H, d).  The new keys and values go to slot t of suffix (2, B, K, G, T, d)."""
+        K, d = suffix.shape[2], suffix.shape[-1]
+        qkv = self.qkv(self.input_norm(x)).unflatten(-1, (-1, d))                          # (B, G, H + 2K, d)
+        q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
+        suffix[0].index_copy_(3, t, k.transpose(1, 2)[:, :, :, None])                      # (B, K, G, 1, d)
+        suffix[1].index_copy_(3, t, qkv[:, :, -K:].transpose(1, 2)[:, :, :, None])
+        return q
+
+    def after_attention(self, x, attended):
+        """attended (B, G, H*d) -> (B, G, D)"""
+        x = x + self.out(attended)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
 
 # ------------------------------------------------------------------------------------------------
 # One step
@@ -184,6 +205,10 @@ class Rows:
         self.origin = zeros(N, dtype=torch.long)                         # which row this was at first; -1: none
         # Pinned, so that reading it is one transfer and one wait.
         self.seen = torch.zeros(N, dtype=torch.bool, pin_memory=model.device.type == "cuda")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in vars(self).values() if torch.is_tensor(x))
 
     def start(self, model: HumanOmni, mask: torch.Tensor, prefix, u: torch.Tensor) -> None:
         """mask (B, P'), prefix per layer k and v (B, K, P', d) with P' <= P, u (B, G, T).  What was here before is gone:
@@ -225,36 +250,6 @@ class Rows:
         return ~self.seen.view(self.B, self.G)
 
 
-def decode_layer(w: PackedLayer, x, rope, prefix, suffix, bias, t, S: int):
-    """One layer for one new token a row: x (B, G, D), the group where a sequence would be -> (B, G, D)
-
-    prefix (2, B, K, P, d), suffix (2, B, K, G, T, d), bias (B, 1, 1, 1, P + T), t (1,).  Slot t of the suffix is written,
-    slots below S are looked at; the bias hides those that are still empty.
-
-    All G * R queries of a key head meet the shared prefix in one product; nothing is copied per completion.
-    One softmax over the concatenated scores, in fp32: no merging of partial results, nothing approximated.
-    """
-    B, G, _ = x.shape
-    _, _, K, P, d = prefix.shape
-    qkv = w.qkv(w.input_norm(x)).view(B, G, -1, d)                                         # (B, G, H + 2K, d)
-    q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
-    v = qkv[:, :, -K:]
-    suffix[0].index_copy_(3, t, k.transpose(1, 2)[:, :, :, None])                          # (B, K, G, 1, d)
-    suffix[1].index_copy_(3, t, v.transpose(1, 2)[:, :, :, None])
-
-    q = q.reshape(B, G, K, -1, d).transpose(1, 2)                                          # (B, K, G, R, d)
-    from_prefix = q.reshape(B, K, -1, d) @ prefix[0].transpose(-1, -2)                     # (B, K, G*R, P)
-    from_own = q @ suffix[0, ..., :S, :].transpose(-1, -2)                                 # (B, K, G, R, S)
-    scores = torch.cat((from_prefix.view(B, K, G, -1, P), from_own), -1)                   # (B, K, G, R, P + S)
-    weights = torch.add(bias[..., :P + S], scores, alpha=d ** -0.5).softmax(-1).to(x.dtype)        # the bias is fp32
-    out = (weights[..., :P].reshape(B, K, -1, P) @ prefix[1]).view(B, K, G, -1, d)         # (B, K, G, R, d)
-    out = out + weights[..., P:] @ suffix[1, ..., :S, :]
-    x = x + w.out(out.transpose(1, 2).reshape(B, G, -1))
-
-    gate, up = w.gate_up(w.mlp_norm(x)).chunk(2, -1)
-    return x + w.down(F.silu(gate) * up)
-
-
 def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
     """Choose token t of every row from logits (N, V) and write it down; a row that is done gets end tokens."""
     token, logp = choose(logits, r.u.index_select(0, r.t)[0], temperature, greedy)
@@ -267,12 +262,15 @@ def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> N
 def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool) -> None:
     """Read token t of every row, write token t + 1.  No shape and no address depends on t, and nothing waits for the
     device: what a graph needs to be captured once and replayed for every t below S."""
-    layer = compiled(decode_layer) if decoder.compile else decode_layer
+    before, after = PackedLayer.before_attention, PackedLayer.after_attention
+    if decoder.compile:
+        before, after = compiled(before), compiled(after)
     r.bias.index_fill_(-1, r.t + r.P, 0.0)
-    x = model.model.embed_tokens(r.tokens.index_select(0, r.t)).view(r.B, r.G, -1)                 # (B, G, D)
+    x = model.model.embed_tokens(r.tokens.index_select(0, r.t).view(r.B, r.G))                     # (B, G, D)
     rope = r.rope.index_select(2, r.t).unbind(0)                         # cos, sin (B, 1, 1, d)
     for w, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
-        x = layer(w, x, rope, prefix, suffix, r.bias, r.t, S)
+        q = before(w, x, rope, suffix, r.t)
+        x = after(w, x, decoder.attend(q, prefix, suffix, r.bias, S))
     x = model.model.norm(x).flatten(0, 1)                                # (N, D)
     logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)          # (N, V) fp32
     r.t += 1
@@ -312,6 +310,10 @@ class StepGraph:
         self.graph.replay()
 
 
+def kept_bytes(model: HumanOmni) -> int:
+    return int(KEPT_SHARE * torch.cuda.get_device_properties(model.device).total_memory)
+
+
 class Decoder:
     """A model's packed weights; on a GPU also memory and graphs, kept from call to call.
 
@@ -323,9 +325,12 @@ class Decoder:
         self.signature = self.signature_of(model)
         self.layers = [PackedLayer.of(layer) for layer in model.model.layers]
         self.head = Product([model.head_weight])
+        # On a GPU a step for a few rows takes as long as its kernels are many: half as many, wherever they can be built.
+        fused = model.device.type == "cuda" and decode_attention.can_build_kernels()
+        self.attend = decode_attention.fused() if fused else decode_attention.attend
         # torch.compile does not know oneDNN's layout, and what has it gains little from being compiled.
         products = [p for w in self.layers for p in (w.qkv, w.out, w.gate_up, w.down)]
-        self.compile = model.is_compiled and all(p.blocked is None for p in products)
+        self.compile = (model.is_compiled or fused) and all(p.blocked is None for p in products)
         self.rows: dict[tuple, Rows] = {}
         self.graphs: dict[tuple, StepGraph] = {}
         self.memory = graph_memory() if uses_graphs(model) else None
@@ -351,17 +356,20 @@ class Decoder:
         return known
 
     def rows_for(self, model: HumanOmni, B: int, G: int, P: int, T: int) -> Rows:
-        """Memory for such a batch.  For graphs the same as last time, or they would be of no use."""
+        """Memory for such a batch.  For graphs the same as last time, or they would be of no use.
+
+        Rows that are left behind pass through several shapes in each call, so what goes is what was not used for longest.
+        """
         if not uses_graphs(model):
             return Rows(model, B, G, P, T)
         shape = B, G, P, T
-        if shape not in self.rows:
-            if len(self.rows) == KEPT_SHAPES:                            # start anew, once nothing runs any more
-                torch.cuda.synchronize()
-                self.rows.clear()
-                self.graphs.clear()
-                self.memory = graph_memory()
-            self.rows[shape] = Rows(model, *shape)
+        rows = self.rows.pop(shape, None)
+        while rows is None and sum(r.nbytes for r in self.rows.values()) > kept_bytes(model):
+            torch.cuda.synchronize()                                     # once nothing runs any more
+            oldest = next(iter(self.rows))
+            del self.rows[oldest]
+            self.graphs = {key: graph for key, graph in self.graphs.items() if key[:4] != oldest}
+        self.rows[shape] = rows or Rows(model, *shape)
         return self.rows[shape]
 
     def advance(self, model: HumanOmni, r: Rows, t: int, temperature: float, greedy: bool) -> None:

@@ -67,9 +67,11 @@ class TrainArgs:
     max_bad_steps: int = 10                 # stop after so many steps in a row without a finite gradient
     # -- speed and memory
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    dtype: Literal["float32", "bfloat16"] = "float32"   # working weights; masters and Adam are always fp32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights (auto: bfloat16 on a GPU, float32 on a CPU);
+        # masters and Adam are always fp32
     tokens_per_micro_batch: int = 0         # positions per forward and backward instead of --micro_batch prompts; 0: off
     compile: bool = False                   # run the decoder's layers through torch.compile
+    checkpoint_layers: bool = False         # keep less for the backward pass and compute it again: a third less memory
     # -- run folder and saving
     out: str                                # run folder, empty or new
     seed: int = 0                           # decides the data order and every sampled token
@@ -107,14 +109,16 @@ class MasterAdamW:
         # Decay is for matrices; a norm's scale or a bias that is pulled to 0 says something else.
         groups = [{"params": [m for m in self.masters if (m.dim() > 1) == matrix], "weight_decay": weight_decay * matrix}
                   for matrix in (True, False)]
-        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas)
+        self.adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas,
+                                      fused=self.flat.is_cuda or None)   # on a GPU: a few kernels, not a dozen a parameter
 
     def collect(self) -> None:
         """Add the gradients of one backward pass to the flat fp32 sum and free them."""
-        for p, total in zip(self.parameters, self.grads):
-            if p.grad is not None:
-                total.add_(p.grad)
-                p.grad = None
+        new = [(total, p.grad) for p, total in zip(self.parameters, self.grads) if p.grad is not None]
+        if new:
+            torch._foreach_add_(*map(list, zip(*new)))
+        for p in self.parameters:
+            p.grad = None
 
     def step(self, ranks: Ranks, lr: float, max_grad_norm: float) -> tuple[float, bool]:
         """Sum over ranks, clip to `max_grad_norm` (0: never), update.  -> (norm before clipping, done).
@@ -344,9 +348,11 @@ def set_up(args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, 
         raise UserError("there is no step to make: give --max_steps or --epochs above 0.")
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
-    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype), device=ranks.device, say=ranks.say)
+    model = HumanOmni.from_pretrained(args.model, **where, dtype=dtype_of(args.dtype, ranks.device), device=ranks.device,
+                                      say=ranks.say)
     if args.compile:
         model.compile_layers()
+    model.checkpoint_layers = args.checkpoint_layers
     trained = model.set_trained(args.train)
     if not trained:
         raise UserError("--train names no part of the model: there would be nothing to learn.")
@@ -365,7 +371,7 @@ def set_up(args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, 
     if newest:
         model.load_weights(newest)
         # To the CPU first: Adam takes its moments to the device itself, and its step counters belong on the CPU.
-        state = torch.load(newest / STATE, map_location="cpu", weights_only=True)
+        state = torch.load(newest / STATE, map_location="cpu", weights_only=True, mmap=ranks.device.type == "cuda")
         optimizer.load_state_dict(state.pop("optimizer"))
         state.setdefault("position", state["step"] * per_step)       # before it was kept
         ranks.say(f"resuming after step {state['step']} from {newest}")

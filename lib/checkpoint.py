@@ -11,6 +11,7 @@ Every fault ends in a UserError that names the file, the keys, and what to do.
 """
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -420,3 +421,12 @@ def save_checkpoint(model, path: Path, final: Path) -> None:
 
 def is_trained(model, kind: str) -> bool:
     return any(p.requires_grad for n, p in model.named_parameters() if n.startswith(TOWERS[kind]))
+
+
+def digest_of(parameters) -> str:
+    """A name for these weights and their dtype.  A stride through each tensor is enough to tell them from others."""
+    digest = hashlib.sha256()
+    for p in parameters:
+        part = p.detach().flatten()[::max(1, p.numel() // 64)].float().cpu()
+        digest.update(str(p.dtype).encode() + part.numpy().tobytes())
+    return digest.hexdigest()

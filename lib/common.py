@@ -4,6 +4,7 @@ Arguments from a dataclass, the process group, files that are never half written
 """
 import argparse
 import dataclasses
+import datetime
 import inspect
 import json
 import os
@@ -109,11 +110,22 @@ OUT_OF_MEMORY = ("out of GPU memory: lower --tokens_per_micro_batch (or --micro_
                  "--max_new_tokens.")
 
 
+def out_of_memory(error: BaseException | None) -> bool:
+    """Also where a later error hides it: the capture of a graph ends with its own, and cuBLAS has words of its own."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def run_main(main, args_cls, prog: str | None = None) -> None:
     """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback."""
     try:
         main(parse_args(args_cls, prog=prog))
-    except (UserError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not isinstance(error, UserError) and not out_of_memory(error):
+            raise
         # Plain text and exit 1 on this rank; torchrun then ends the others.
         who = f" (rank {dist.get_rank()})" if dist.is_initialized() else ""
         told = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
@@ -127,6 +139,10 @@ def run_main(main, args_cls, prog: str | None = None) -> None:
 # ------------------------------------------------------------------------------------------------
 # Processes: the same script under plain python (one rank) and under torchrun (any number)
 # ------------------------------------------------------------------------------------------------
+
+# How long a rank waits for the others.  NCCL's own 10 minutes end a run whose first rank is still saving to a slow disk.
+PATIENCE = datetime.timedelta(minutes=30)
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -172,9 +188,13 @@ def start_ranks(device: str = "auto") -> Ranks:
     where = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(where)
+        # From torch 2.11 on cuDNN is asked first on Hopper.  With a mask its gradients can be NaN (pytorch issue 196678),
+        # and it plans half a second for every new shape, of which we have one a micro-batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False        # partial sums stay in fp32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(), rank=rank, world_size=world,
-                                device_id=where if cuda else None)
+                                device_id=where if cuda else None, timeout=PATIENCE)
     return Ranks(rank, world, where)
 
 
@@ -205,8 +225,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """Of the working weights.  auto: bfloat16 on a GPU (eight times as fast there), float32 on a CPU (faster there)."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def block(index: list[int]) -> slice | list[int]:
+    """[3, 4, 5] -> slice(3, 6).  A list has to be sent to a GPU, and the host waits for that; a slice does not."""
+    neighbours = bool(index) and index == list(range(index[0], index[-1] + 1))
+    return slice(index[0], index[-1] + 1) if neighbours else index
 
 
 # ------------------------------------------------------------------------------------------------

@@ -16,12 +16,26 @@ def fp32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight.float())
 
 
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total (V, D) fp32 += a (V, N) @ b (N, D), without the product in memory of its own."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def scaled_logits(states: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = fp32_product(states, weight)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
 class HeadLogps(torch.autograd.Function):
     """log softmax(states @ weight.T / temperature) at `targets`, a chunk of rows at a time.
 
     Written out, because autograd would keep several (N, V) tensors: 1 GB for each 1,600 tokens at V = 152,000.  A row's
     log-probability needs of its logits only one entry and log sum exp.  The backward pass makes the logits again:
-    d logp / d logits = (one at the target) - softmax.
+    d logp / d logits = (one at the target) - softmax.  Its time is that of reading and writing (chunk, V), not of the
+    products, so no pass over it is made that can be made over (chunk, D) or over one number a row.
     """
 
     @staticmethod
@@ -29,12 +43,16 @@ class HeadLogps(torch.autograd.Function):
         wide = weight if weight.is_cuda else weight.float()        # once, not once per chunk
         logps, norms, entropies = [], [], []
         for s, y in zip(states.split(chunk), targets.split(chunk)):
-            logits = fp32_product(s, wide).div_(temperature)                       # (chunk, V)
-            norms.append(logits.logsumexp(-1))                                     # (chunk,)
-            logps.append(logits.gather(-1, y[:, None])[:, 0] - norms[-1])
+            logits = scaled_logits(s, wide, temperature)                           # (chunk, V)
+            top = logits.amax(-1, keepdim=True)
+            own = logits.sub_(top).gather(-1, y[:, None])[:, 0]                    # (chunk,)
+            p = logits.exp() if with_entropy else logits.exp_()                    # without the denominator
+            total = p.sum(-1)
+            norm = total.log()
+            logps.append(own - norm)
+            norms.append(norm + top[:, 0])
             if with_entropy:                                       # - sum p log p = log sum exp - sum p * logits
-                p = (logits - norms[-1][:, None]).exp_()
-                entropies.append(norms[-1] - p.mul_(logits).sum(-1))
+                entropies.append(norm - p.mul_(logits).sum(-1) / total)
         ctx.save_for_backward(states, weight, targets, torch.cat(norms))
         ctx.temperature, ctx.chunk = temperature, chunk
         entropy = torch.cat(entropies) if with_entropy else None
@@ -49,11 +67,11 @@ class HeadLogps(torch.autograd.Function):
         wide = weight if weight.is_cuda else weight.float()
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_states = []
-        for s, y, norm, g in zip(*(x.split(ctx.chunk) for x in (states, targets, norms, grad / ctx.temperature))):
-            d = fp32_product(s, wide).div_(ctx.temperature).sub_(norm[:, None]).exp_()     # softmax (chunk, V)
-            d.mul_(-g[:, None]).scatter_add_(-1, y[:, None], g[:, None])
-            d = d.to(wide.dtype)
-            d_states.append(torch.mm(d, wide).to(s.dtype))
+        columns = (x[:, None].split(ctx.chunk) for x in (targets, norms, -grad / ctx.temperature))
+        for s, y, norm, g in zip(states.split(ctx.chunk), *columns):               # s (chunk, D), the others (chunk, 1)
+            d = scaled_logits(s, wide, ctx.temperature).sub_(norm).exp_()          # softmax (chunk, V)
+            d = d.scatter_add_(-1, y, -torch.ones_like(g)).to(wide.dtype)
+            d_states.append((fp32_product(d, wide.t()) * g).to(s.dtype))
             if d_weight is not None:
-                d_weight += fp32_product(d.t(), s.t())           # summed over the chunks in fp32, rounded once
+                add_product_(d_weight, d.t(), (s * g).to(s.dtype))                 # summed over the chunks, rounded once
         return torch.cat(d_states), None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None

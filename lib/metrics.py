@@ -24,63 +24,77 @@ class Clock:
 
 
 class Meter:
-    """Numbers of one step, joined over micro-batches and ranks: weighted means, totals, maxima and minima."""
+    """Numbers of one step, joined over micro-batches and ranks: weighted means, totals, maxima and minima.
+
+    A number may be a tensor of one element on any device.  It stays there until `entries` fetches all of them at once:
+    float() of each would make the host wait for a GPU dozens of times a micro-batch.
+    """
 
     def __init__(self):
-        self.entries: dict[str, tuple[str, float, float]] = {}           # name -> (kind, value, weight)
+        self.notes: list[tuple] = []                                     # (name, kind, value, weight), as they came
 
-    def mean(self, name: str, value: float, weight: float) -> None:
-        self._add(name, ("mean", value * weight, weight))
+    def mean(self, name: str, value, weight) -> None:
+        self.notes.append((name, "mean", value, weight))
 
-    def total(self, name: str, value: float) -> None:
-        self._add(name, ("total", value, 1.0))
+    def total(self, name: str, value) -> None:
+        self.notes.append((name, "total", value, 1.0))
 
-    def most(self, name: str, value: float) -> None:
-        self._add(name, ("most", value, 1.0))
+    def most(self, name: str, value) -> None:
+        self.notes.append((name, "most", value, 1.0))
 
-    def least(self, name: str, value: float) -> None:
-        self._add(name, ("least", value, 1.0))
+    def least(self, name: str, value) -> None:
+        self.notes.append((name, "least", value, 1.0))
 
-    def _add(self, name: str, entry: tuple[str, float, float]) -> None:
-        kind, value, weight = entry
-        if name in self.entries:
-            _, before, weight_before = self.entries[name]
-            value = max(before, value) if kind == "most" else min(before, value) if kind == "least" else before + value
-            weight += weight_before
-        self.entries[name] = (kind, value, weight)
+    @property
+    def entries(self) -> dict[str, tuple[str, float, float]]:
+        """name -> (kind, value, weight) in plain numbers; the value of a mean is the weighted sum."""
+        tensors = [x.detach().double() for *_, value, weight in self.notes for x in (value, weight) if torch.is_tensor(x)]
+        fetched = iter(torch.stack(tensors).tolist() if tensors else ())
+        plain = lambda x: next(fetched) if torch.is_tensor(x) else x
+        notes = [(name, kind, plain(value), plain(weight)) for name, kind, value, weight in self.notes]
+        return fold((name, kind, value * weight if kind == "mean" else value, weight) for name, kind, value, weight in notes)
 
     @staticmethod
     def join(ranks: list[dict]) -> dict[str, float]:
         """Every rank's entries -> one value each.  A rank without prompts has fewer names and adds nothing."""
-        joined = Meter()
-        for entries in ranks:
-            for name, entry in entries.items():
-                joined._add(name, entry)
+        joined = fold((name, *entry) for entries in ranks for name, entry in entries.items())
         return {name: value / weight if kind == "mean" and weight else value
-                for name, (kind, value, weight) in joined.entries.items()}
+                for name, (kind, value, weight) in joined.items()}
+
+
+def fold(notes) -> dict[str, tuple[str, float, float]]:
+    """(name, kind, value, weight) ... -> what all of one name say together."""
+    entries: dict[str, tuple[str, float, float]] = {}
+    for name, kind, value, weight in notes:
+        if name in entries:
+            _, before, weight_before = entries[name]
+            value = max(before, value) if kind == "most" else min(before, value) if kind == "least" else before + value
+            weight += weight_before
+        entries[name] = (kind, value, weight)
+    return entries
 
 
 def measure(meter: Meter, rollout, r: torch.Tensor) -> None:
     """What the rollout looks like, into the meter.  r (B, G): the total rewards."""
     B, G = r.shape
     for name, part in rollout.rewards.items():
-        meter.mean(f"rewards/{name}/mean", float(part.mean()), B)
-        meter.mean(f"rewards/{name}/std", float(part.std(1).mean()), B)
-    meter.mean("reward", float(r.mean()), B)
-    meter.mean("reward_std", float(r.std(1).mean()), B)
+        meter.mean(f"rewards/{name}/mean", part.mean(), B)
+        meter.mean(f"rewards/{name}/std", part.std(1).mean(), B)
+    meter.mean("reward", r.mean(), B)
+    meter.mean("reward_std", r.std(1).mean(), B)
     dead = r.amax(1) == r.amin(1)                                        # (B,)
     first = next(iter(rollout.rewards.values()))                         # (B, G), accuracy if nothing else was asked for
     right, wrong = first.amin(1) > 0, first.amax(1) <= 0                 # (B,)
-    meter.mean("frac_reward_zero_std", float(dead.float().mean()), B)
-    meter.mean("frac_reward_zero_std/all_right", float((dead & right).float().mean()), B)
-    meter.mean("frac_reward_zero_std/all_wrong", float((dead & wrong).float().mean()), B)
+    meter.mean("frac_reward_zero_std", dead.float().mean(), B)
+    meter.mean("frac_reward_zero_std/all_right", (dead & right).float().mean(), B)
+    meter.mean("frac_reward_zero_std/all_wrong", (dead & wrong).float().mean(), B)
     lengths = rollout.lengths.float()
-    meter.mean("completions/mean_length", float(lengths.mean()), B)
-    meter.least("completions/min_length", float(lengths.min()))
-    meter.most("completions/max_length", float(lengths.max()))
-    meter.mean("completions/clipped_ratio", float((~rollout.finished).float().mean()), B)
+    meter.mean("completions/mean_length", lengths.mean(), B)
+    meter.least("completions/min_length", lengths.min())
+    meter.most("completions/max_length", lengths.max())
+    meter.mean("completions/clipped_ratio", (~rollout.finished).float().mean(), B)
     meter.mean("unique_completions", sum(len(set(group)) for group in rollout.texts) / (B * G), B)
-    meter.total("num_tokens", float(rollout.lengths.sum()))
+    meter.total("num_tokens", rollout.lengths.sum())
 
 
 def rollout_rows(batch, rollout, step: int) -> list[dict]:

@@ -8,7 +8,8 @@ from conftest import GOLDEN
 from data import PromptBatch
 from grpo import grpo_loss
 from lib.common import AUDIO, PAD, VIDEO, UserError
-from model import Config, HumanOmni, causal_mask, embed, encode_once, frozen_reference
+from lib.head import HeadLogps
+from model import Config, HumanOmni, causal_mask, embed, encode_once, frozen_reference, shared_prefix_attend
 from sampler import generate
 
 INPUTS = ("input_ids", "frames", "mel", "question_ids", "question_mask")
@@ -235,6 +236,43 @@ def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature):
     assert their_grads["embeds"][mask].abs().amin(-1).min() > 0      # the prompt is really part of the loss
 
 
+def test_attention_without_a_mask_equals_the_masked_form():
+    """Stops a completion aligned to the upper left (it would not see its prompt's end), and a path for padded prompts."""
+    torch.manual_seed(0)
+    B, G, P, S, H, K, d = 2, 3, 5, 4, 6, 2, 8
+    rows = [torch.randn(B, P + G * S, heads, d) for heads in (H, K, K)]
+    mask, results = torch.ones(B, P, dtype=torch.bool), []
+    for flash in (True, False):
+        q, k, v = (x.clone().requires_grad_() for x in rows)
+        out = shared_prefix_attend(mask, G, S, flash)(0, q, k, v)
+        (out * torch.arange(H * d)).sum().backward()
+        results.append((out.detach(), q.grad, k.grad, v.grad))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
+    mask[1, 0] = False
+    padded = [shared_prefix_attend(mask, G, S, flash)(0, *rows) for flash in (True, False)]
+    assert torch.equal(*padded) and not torch.allclose(padded[0], results[0][0])
+
+
+def test_checkpointed_layers_have_the_same_gradient(fresh_model):
+    """Stops a layer that is run again with something else than before: not one bit may differ."""
+    model = fresh_model
+    model.set_trained(["decoder"])
+    embeds, mask, completions, lengths = ragged(model)
+    results = []
+    for model.checkpoint_layers in (False, True):
+        x = embeds.clone().requires_grad_()
+        calls, run = [], model.model.layers[0].mlp.forward
+        model.model.layers[0].mlp.forward = lambda x, run=run, calls=calls: calls.append(1) or run(x)
+        logps = model.completion_logps(x, mask, completions, lengths)
+        grads = gradients(model, logps.sum())
+        del model.model.layers[0].mlp.forward
+        results.append((len(calls), {"logps": logps.detach(), "embeds": x.grad} | grads))
+    (once, plain), (twice, again) = results
+    assert (once, twice) == (1, 2)
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+
+
 def test_right_padded_prompts_give_the_same(model):
     """Stops a prompt's last state being read at column P - 1 when the padding is there."""
     embeds, mask, completions, lengths = ragged(model)
@@ -337,6 +375,31 @@ def test_chunks_change_nothing(fresh_model):
     for other in results[1:]:
         for a, b in zip(other, results[0]):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_head_equals_log_softmax_over_all_logits(dtype, tolerance, temperature):
+    """Stops a lost temperature, exponentials that overflow, a gradient of the target or of a row's weight that is lost."""
+    torch.manual_seed(0)
+    states, weight = torch.randn(7, 16) * torch.tensor([[300.0]] + 6 * [[1.0]]), torch.randn(33, 16)
+    states, weight = (x.to(dtype) for x in (states, weight))
+    targets, g = torch.arange(7), torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0, 1.0, 1.0])
+    results = []
+    for wide in (False, True):
+        x, w = (t.double() if wide else t.clone() for t in (states, weight))
+        x.requires_grad_(), w.requires_grad_()
+        if wide:
+            logp = (x @ w.T / temperature).log_softmax(-1)
+            logps, entropies = logp[torch.arange(7), targets], -(logp.exp() * logp).sum(-1)
+        else:
+            logps, entropies = HeadLogps.apply(x, w, targets, temperature, 3, True)
+            assert torch.equal(HeadLogps.apply(x, w, targets, temperature, 3, False)[0], logps)
+        (logps * g).sum().backward()
+        results.append((logps.detach(), entropies.detach(), x.grad, w.grad))
+    for name, ours, theirs in zip(("logps", "entropy", "states", "weight"), *results):
+        assert relative(ours.double(), theirs) < (tolerance if name in ("states", "weight") else 1e-6), name
+    assert not results[0][2][2].any()                        # a row that counts nothing gets nothing
 
 
 def test_logits_are_fp32_from_bf16_weights():

@@ -353,6 +353,7 @@ def tapes(monkeypatch):
     monkeypatch.setattr(sampler, "graph_memory", lambda: None)
     monkeypatch.setattr(sampler, "StepGraph", Tape)
     monkeypatch.setattr(sampler, "_decoders", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 ** 30)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for figures, value in ((sampler.PREFIX_STEP, 8), (sampler.SUFFIX_STEP, 4), (sampler.LOOK_EVERY, 4),
                            (sampler.COMPACT_FROM, 10 ** 9)):
@@ -434,12 +435,18 @@ def test_a_resumed_model_samples_from_its_weights(tmp_path, sampled_model, tapes
     assert_same(both(model)[0], expected)
 
 
-def test_memory_of_old_shapes_is_let_go(sampled_model, tapes, monkeypatch):
-    """Stops a GPU that fills up with the buffers of every batch size there ever was."""
-    monkeypatch.setattr(sampler, "KEPT_SHAPES", 2)
-    for G in (1, 2, 3, 1, 2):
+def test_the_shape_that_was_not_used_for_longest_is_let_go(sampled_model, tapes, monkeypatch):
+    """Stops a GPU that fills up with the buffers of every batch size there ever was, and one that keeps none: a call that
+    leaves rows behind needs several shapes, and would capture all of them anew each time."""
+    one = Rows(sampled_model, 3, 2, 8, T).nbytes
+    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 * one)
+    made = []
+    for G in (1, 2, 3, 1, 2, 3, 4, 1, 2):                      # three fit; the fourth replaces the first of them
         assert_same(*both(sampled_model, G=G))
-        assert len(sampler.Decoder.of(sampled_model).rows) <= 2
+        made.append(Tape.made // 3)
+        assert len(sampler.Decoder.of(sampled_model).rows) <= 3
+        assert {key[:4] for key in sampler.Decoder.of(sampled_model).graphs} == set(sampler.Decoder.of(sampled_model).rows)
+    assert made == [1, 2, 3, 3, 3, 3, 4, 5, 6]
 
 
 def test_a_decoder_dies_with_its_model(tapes):

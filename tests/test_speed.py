@@ -1,14 +1,22 @@
 """Work that is not done: counted operations against formulas from the geometry.  Never a wall time."""
+import collections
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 import sampler
 from data import PromptBatch, Sample
+from lib import decode_attention
 from lib.common import start_ranks
-from model import encode_once
+from lib.head import HeadLogps
+from model import HumanOmni, RMSNorm, encode_once
 from training import MasterAdamW
 
 G, T = 3, 5
@@ -120,3 +128,62 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_kept(model, prompt):
         model.completion_logps(embeds, mask, completions, lengths, with_entropy=True)
     V, D = model.config.vocab_size, model.config.hidden_size
     assert {shape for shape in kept if V in shape} == {(V, D)}           # the head itself
+
+
+# ---- what a GPU would do: kernels of a decode step, passes of the head -----------------------------------
+
+class Operations(TorchDispatchMode):
+    """Counts what would be a kernel on a GPU, and how often tensors of each size are read or written.  Views are nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.passes = 0, collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in ("empty", "_unsafe_view"):
+            self.kernels += 1
+            if name not in ("gather", "scatter_add_"):                   # these touch one entry a row
+                self.passes.update(x.numel() for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
+        return out
+
+
+def kernels_of_a_step(model, layers: int, attend) -> int:
+    few = copy.copy(model)
+    few.config = dataclasses.replace(model.config, num_hidden_layers=layers)
+    decoder, rows = sampler.Decoder(model), sampler.Rows(few, 2, 3, 8, 6)
+    decoder.layers, decoder.attend = decoder.layers[:layers], attend
+    with torch.no_grad(), Operations() as counted:
+        sampler.step(few, decoder, rows, 4, 1.0, False)
+    return counted.kernels
+
+
+def test_kernels_of_a_decode_step(model, monkeypatch):
+    """Stops a step that grows: for a few rows it takes as long as its kernels are many.  It was 29 a layer and 58."""
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: x * self.weight)         # one kernel, as on a GPU
+    towers = model.model.vision_tower.config, model.model.audio_tower.config, model.model.bert_model.config
+    grouped = HumanOmni(dataclasses.replace(model.config, num_key_value_heads=2), *towers)
+    grouped.eos_ids = model.eos_ids
+    counts = []
+    for attend in (decode_attention.attend, lambda q, *_: q.flatten(2) * 1 * 1):     # eager; two kernels, see lib/
+        one, two = (kernels_of_a_step(grouped, layers, attend) for layers in (1, 2))
+        counts.append((two - one, 2 * one - two))
+    eager, fused = counts
+    assert (eager, fused) == ((28, 65), (19, 65))
+    assert 24 * fused[0] + fused[1] < 24 * 29 + 58
+
+
+@pytest.mark.parametrize("temperature, more", [(1.0, 0), (0.7, 4)])
+def test_passes_of_the_head(temperature, more):
+    """Stops another pass over (tokens, V): they are the head's time, 92 GB for 8 x 512 completions with 28 of them."""
+    N, V, D, chunk = 12, 1009, 16, 4
+    states, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    with Operations() as counted:
+        logps, _ = HeadLogps.apply(states, weight, torch.arange(N), temperature, chunk, True)
+        logps.sum().backward()
+    forward = 1 + 1 + 2 + 2 + 1 + 3 + 1        # logits; maximum; less it; exponentials; their sum; times logits; that sum
+    backward = 1 + 2 + 2 + 1 + 1               # logits; less the norm; exponentials; two products
+    assert counted.passes[chunk * V] == (forward + backward + more) * N // chunk
+    # The head's gradient: zeros once, read and written by each chunk.  The weight: read by each product of each chunk.
+    assert counted.passes[V * D] == 2 + 2 * N // chunk + 3 * N // chunk

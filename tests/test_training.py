@@ -1,4 +1,5 @@
 """The optimiser that both trainers share, and the logs of a run folder."""
+import copy
 import json
 import math
 
@@ -108,6 +109,25 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     optimizer.collect()
     assert optimizer.step(start_ranks("cpu"), 0.1, 0.0)[1] is True
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
+
+
+def test_a_run_goes_on_on_another_kind_of_device():
+    """Stops a state saved on a GPU (fused AdamW, counters on the device) choosing the kernels of a run on a CPU."""
+    def one_more(optimizer):
+        p, = optimizer.parameters
+        p.grad = torch.ones(3)
+        optimizer.collect()
+        optimizer.step(start_ranks("cpu"), 0.1, 0.0)
+        return p.detach().clone()
+
+    ours, theirs = (MasterAdamW([torch.nn.Parameter(torch.ones(3))], 0.1) for _ in range(2))
+    one_more(ours)
+    state = copy.deepcopy(ours.state_dict())
+    state["adam"]["param_groups"][0]["fused"] = True
+    theirs.parameters[0].data.copy_(ours.parameters[0].data)
+    theirs.load_state_dict(state)
+    assert theirs.adam.param_groups[0]["fused"] is None
+    assert torch.equal(one_more(theirs), one_more(ours))
 
 
 def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):

@@ -973,7 +973,7 @@ def bench(args: Args, size: Size) -> dict:
     """Everything of one size -> the report that is printed and written."""
     args, start, ranks = fill_in(args, size), time.perf_counter(), start_ranks(args.device)
     say = lambda words: ranks.say(f"[{time.perf_counter() - start:5.0f} s] {words}")
-    dtype = dtype_of({"auto": "bfloat16" if ranks.device.type == "cuda" else "float32"}.get(args.dtype, args.dtype))
+    dtype = dtype_of(args.dtype, ranks.device)
     arms = [arm for arm in ARMS if arm in args.arms]
     rates = machine_rates(ranks.device, dtype)
 

@@ -198,7 +198,7 @@ def check_room(out: Path, model: HumanOmni, files: dict, dtypes: list[str]) -> N
     parts = count(model)
     trained = sum(parts[part] for part in ("decoder", "video projector", "audio projector", "gate"))
     own = sum(parts.values()) - parts["vision"] - parts["audio"]
-    sizes = [dtype_of(name).itemsize for name in dtypes]
+    sizes = [dtype_of(name, torch.device("cpu")).itemsize for name in dtypes]
     masters = [4 * (size < 4) for size in sizes]         # fp32 masters, where the weights are not their own
     written = sum(math.prod(shape) * dtype.itemsize for shapes, dtype in files.values() for shape in shapes.values())
     saved = max(size * own + (8 + master) * trained for size, master in zip(sizes, masters))     # of one run at a time
