@@ -252,7 +252,7 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
     finished = torch.isin(last, torch.tensor(model.eos_ids, device=last.device))
     clock.lap("generate")
 
-    ns = lengths.tolist()                    # whole tensors to lists: a number at a time, a GPU would be waited for each time
+    ns = lengths.tolist()                    # whole tensors to lists: a number at a time, a GPU would be waited for
     texts = [[processor.text(ids[:n]) for ids, n in zip(*group)] for group in zip(completions.tolist(), ns)]
     said = [[Completion(t, s.answer, n, done, args.max_new_tokens, args.prompt, s.row) for t, n, done in zip(*group)]
             for s, *group in zip(batch.samples, texts, ns, finished.tolist())]
