@@ -6,7 +6,7 @@ within a trust region (clip) and near the starting model (KL, eq. 3).
 
     python grpo.py --model runs/emer_sft/latest --data rl.json --media_root clips --out runs/r1
     torchrun --nproc_per_node=8 grpo.py --model StarJiaxing/EMER-SFT-0.5B --data rl.json --media_root /data \\
-             --out runs/r1 --dtype bfloat16
+             --out runs/r1
 
 How it departs from the public reference code: towers once per clip and not 17 times; the prompt once per
 group; the full distribution is sampled (no hidden top-k); ratio against the sampling policy, so that
@@ -50,7 +50,8 @@ class Args(TrainArgs):
     max_new_tokens: int = 512               # longest completion
     temperature: float = 1.0                # divides the logits, in sampling and in the loss
     # -- objective (the defaults are the paper's; a modern set is --agg token --clip_high 0.28 --beta 0)
-    rewards: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])  # summed; see rewards.py
+    rewards: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])  # what is paid for, summed
+        # accuracy, format, agreement, conclusion, overlong, or your own FILE.py:FUNCTION; each may have a =WEIGHT
     baseline: Literal["mean", "loo"] = "mean"           # what a reward is compared with
         # mean: of its group (GRPO); loo: of the others in it (RLOO)
     scale: Literal["group", "batch", "none"] = "group"  # what that difference is divided by

@@ -67,8 +67,8 @@ class TrainArgs:
     max_bad_steps: int = 10                 # stop after so many steps in a row without a finite gradient
     # -- speed and memory
     device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights (auto: bfloat16 on a GPU, float32 on a CPU);
-        # masters and Adam are always fp32
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights; masters and Adam are always fp32
+        # auto: bfloat16 on a GPU, float32 on a CPU
     tokens_per_micro_batch: int = 0         # positions per forward and backward instead of --micro_batch prompts; 0: off
     compile: bool = False                   # run the decoder's layers through torch.compile
     checkpoint_layers: bool = False         # keep less for the backward pass and compute it again: a third less memory

@@ -62,7 +62,7 @@ def make_fold_2(result: Path) -> None:
 def test_the_recipe_names_every_subcommand_and_job():
     """Stops: a converter or a way to evaluate that no reader can find."""
     text = "\n".join(commands())
-    for name in ("dfew", "mafw", "ravdess", "emer", "mer2025", "r1omni", "split", "check"):
+    for name in ("dfew", "mafw", "ravdess", "emer", "mer2025", "r1omni", "split", "join", "check"):
         assert f"tools.convert {name} " in text
     for flag in ("compare", "folds", "table", "modalities", "modal", "mute", "blank", "choices", "question", "prompt label",
                  "drop_audio", "drop_video", "calm", "actors", "allow_missing", "resume", "keep", "clip"):
