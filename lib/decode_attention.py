@@ -47,13 +47,13 @@ def attend(q: torch.Tensor, prefix: torch.Tensor, suffix: torch.Tensor, bias: to
 
 @functools.cache
 def can_build_kernels() -> bool:
-    """Is there what Triton needs on this machine: itself, a C compiler, Python's headers?"""
+    """Is there what Triton needs beside a GPU: itself, a C compiler, Python's headers, and products in bf16?"""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if importlib.util.find_spec("triton") and compiler and header.exists():
+    header = (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    if importlib.util.find_spec("triton") and compiler and header and torch.cuda.get_device_capability() >= (8, 0):
         return True
-    warnings.warn("no kernels can be built here (triton, gcc or Python.h is missing): sampling takes about twice as long",
-                  stacklevel=2)
+    warnings.warn("no kernels can be built here (needed: triton, gcc, Python.h, an Ampere GPU or newer): sampling takes "
+                  "about twice as long", stacklevel=2)
     return False
 
 

@@ -234,7 +234,7 @@ class Bench:
     """A model in training on a device.  `waits`: how often the host waited for it, by part."""
 
     def __init__(self, device, dtype, forward):
-        self.ranks, self.model, self.waits, self.gradient = Ranks(0, 1, torch.device(device)), on(device, dtype), {}, None
+        self.ranks, self.model, self.waits, self.row = Ranks(0, 1, torch.device(device)), on(device, dtype), {}, {}
         self.trained = self.model.set_trained()
         self.optimizer = MasterAdamW(self.trained, 1e-4)
         self.before = self.weights
@@ -269,6 +269,7 @@ def grpo_step(device, dtype, forward, processor) -> tuple[Bench, grpo.Rollout]:
     assert b.part("update", lambda: grpo.update(b.model, b.optimizer, b.batch, rollout, args, b.ranks, 1e-4, meter))
     assert b.moved
     b.part("tell", lambda: (grpo.measure(meter, rollout, total), meter.entries, grpo.rollout_rows(b.batch, rollout, 1)))
+    b.row = grpo.Meter.join([meter.entries])
     return b, rollout
 
 
@@ -307,6 +308,7 @@ def test_a_whole_grpo_step(gpu, forward, processor, dtype):
         assert torch.equal(rollout.completions.inner, expected.completions)
         assert len(set(expected.lengths.flatten().tolist())) > 2
         assert float((b.gradient - on_cpu.gradient).norm() / on_cpu.gradient.norm()) < 1e-5
+        assert len(b.row) == 25 and b.row == pytest.approx(on_cpu.row, rel=1e-3, abs=1e-5)
         fused = [x.optimizer.adam.param_groups[0]["fused"] for x in (b, on_cpu)]
         assert fused[0] is True and not fused[1]
         torch.testing.assert_close(b.weights, on_cpu.weights, atol=1e-6, rtol=0)
