@@ -26,8 +26,8 @@ from data import PromptBatch, Sample
 from lib import decode_attention
 from lib.common import AUDIO, VIDEO, Ranks, run_main, start_ranks, write_json, write_text
 from model import HumanOmni, embed, encode_once, frozen_reference
-from tools.bench import SIZES, build_model, machine_name, machine_rates
 from tools.memory import GIB, peak
+from tools.sizes import SIZES, build_model, machine_name, machine_rates
 from training import MasterAdamW
 
 ROOT, G = Path(__file__).resolve().parents[1], 8
@@ -93,7 +93,7 @@ def random_batch(size, B: int, model: HumanOmni) -> PromptBatch:
 
 def whole_step(args, device):
     """one GRPO step, bf16: finite, sampler = trainer, peak memory against tools.memory"""
-    T, B, model = SHAPES[args.size][0], 2, build_model(SIZES[args.size], device, torch.bfloat16, 0)
+    T, B, model = SHAPES[args.size][0], 2, build_model(SIZES[args.size], device, torch.bfloat16)
     model.eos_ids = [model.config.vocab_size]                # nothing ends: everybody samples T tokens
     reference, optimizer = frozen_reference(model), MasterAdamW(model.set_trained(), 1e-6)
     flags = grpo.Args(model="", data="", out="", num_generations=G, max_new_tokens=T, micro_batch=1)
@@ -122,7 +122,7 @@ def whole_step(args, device):
 def decode(args, device):
     """ms per decode step, bf16, in the last quarter of T, against weights, keys and logits read once"""
     T, P, table = SHAPES[args.size]
-    model, told, rates = build_model(SIZES[args.size], device, torch.bfloat16, 0), [], machine_rates(device, torch.bfloat16)
+    model, told, rates = build_model(SIZES[args.size], device, torch.bfloat16), [], machine_rates(device, torch.bfloat16)
     model.eos_ids = [model.config.vocab_size]
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for N in table:

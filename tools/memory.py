@@ -16,7 +16,7 @@ import torch
 
 from lib.common import run_main
 from model import Config
-from tools.bench import SIZES, build_model
+from tools.sizes import SIZES, build_model
 
 GIB = 2 ** 30
 
@@ -58,7 +58,7 @@ def peak(model, B: int, G: int, P: int, T: int, dtype: torch.dtype, again: bool 
 
 
 def main(args: Args) -> None:
-    model = build_model(SIZES["full"], "meta", torch.float32, 0)
+    model = build_model(SIZES["full"], "meta", torch.float32)
     print(f"GiB at the peak; P {args.prompt_length}, G {args.num_generations}; in brackets with a padded prompt\n")
     print("| dtype | prompts per micro-batch | tokens | all of it | with --checkpoint_layers |\n|---|---|---|---|---|")
     for dtype, B, T in ((torch.bfloat16, 1, 512), (torch.bfloat16, 2, 512), (torch.bfloat16, 4, 512),

@@ -19,7 +19,7 @@ from lib.checkpoint import list_some, read_tensors, stored_name, weight_index
 from lib.common import UserError
 from model import PARTS, HumanOmni
 from tools import inspect as inspect_checkpoint
-from tools.rehearsal import meta_model, write_random
+from tools.rehearsal import meta_model
 
 VISION, AUDIO, BERT = "model.vision_tower.", "model.audio_tower.", "model.bert_model."
 
@@ -307,8 +307,8 @@ def test_loading_holds_the_weights_once(home, dtype):
     change_config(folder, hidden_size=1024, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=4,
                   num_hidden_layers=16, vocab_size=32768)
     (home / "peak.py").write_text(PEAK)
-    shapes = {stored_name(key): tuple(x.shape) for key, x in meta_model(home).state_dict().items()}
-    write_random(folder / "model.safetensors", shapes, dtype, seed=0)
+    model = meta_model(home)
+    write_weights(folder, {stored_name(key): torch.randn(x.shape).to(dtype) for key, x in model.state_dict().items()})
     for layout in ("safetensors", "bin") if dtype == torch.bfloat16 else ("safetensors",):
         if layout == "bin":
             torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import HumanOmni, shared_prefix_attend
-from tools.bench import SIZES, build_model
 from tools.memory import GIB, kept_by_a_layer, peak
+from tools.sizes import SIZES, build_model
 
 
 class Live(TorchDispatchMode):
@@ -37,7 +37,7 @@ class Live(TorchDispatchMode):
     (torch.bfloat16, 4, 200, 28.9), (torch.float32, 1, 512, 29.0)])
 def test_the_table_is_what_was_traced(dtype, B, T, traced):
     """Stops a part of the step that the table forgets.  Traced at full size with a mask, G 8, P 976."""
-    model = build_model(SIZES["full"], "meta", torch.float32, 0)
+    model = build_model(SIZES["full"], "meta", torch.float32)
     assert sum(peak(model, B, 8, 976, T, dtype, masked=True).values()) / GIB == pytest.approx(traced, rel=0.03)
 
 
