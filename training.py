@@ -362,7 +362,7 @@ def set_up(args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, 
             raise UserError("--feature_cache with a trained tower: its features change with every step; "
                             "leave one of them out.")
         cache = FeatureCache(args.feature_cache, model.tower_fingerprints())
-    args.dtype = str(model.dtype).removeprefix("torch.")         # what "auto" came to: a run goes on in the dtype that it had
+    args.dtype = str(model.dtype).removeprefix("torch.")         # what "auto" came to: a run goes on in its dtype
     folder = RunFolder(args, ranks, model.fingerprint())
     before_training(model)
 
