@@ -30,7 +30,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-import av
 import numpy as np
 from tqdm import tqdm
 
@@ -38,7 +37,7 @@ import rewards
 from data import QUESTION, THINK, Sample, read_samples
 from lib.checkpoint import list_some
 from lib.common import UserError, run_main, write_json, write_text
-from lib.media import IMAGES, SOUNDS, ClipError, open_media, read_clip
+from lib.media import DAMAGE, IMAGES, SOUNDS, ClipError, open_media, read_clip, video_streams
 from rewards import DFEW_WORDS, VOCABULARY
 
 # ------------------------------------------------------------------------------------------------
@@ -698,9 +697,11 @@ def count_frames(clip: Path) -> int:
     if clip.is_dir():
         return sum(file.suffix.lower() in IMAGES for file in clip.iterdir())
     with open_media(clip) as container:
-        try:
-            return sum(bool(packet.size) and not packet.is_discard for packet in container.demux(video=0))
-        except av.error.FFmpegError:
+        try:         # of the fullest stream: one that gives no frame at all is passed over
+            counts = Counter(packet.stream_index for packet in container.demux(video_streams(container))
+                             if packet.size and not packet.is_discard)
+            return max(counts.values())
+        except DAMAGE:
             return sys.maxsize       # damaged within; read_clip called it degraded, how short it is nobody knows
 
 
