@@ -27,7 +27,7 @@ import transformers
 from lib.checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
 from lib.common import AUDIO, VIDEO, UserError, block
 from lib.features import FeatureCache
-from lib.media import SAMPLE_RATE, SILENCE, SOUNDS, ClipError, Modal, read_clip
+from lib.media import SAMPLE_RATE, SILENCE, ClipError, Modal, read_clip
 from lib.media import Clip as Clip  # what read_clip gives, for whoever looks for it here
 from rewards import DFEW_WORDS, VOCABULARY, parse_answer
 
@@ -429,44 +429,51 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: tuple[int, int]):
         position, number = key
-        sample, p, view = self.samples[number], self.processor, self.view
+        sample, view = self.samples[number], self.view
         has = "_".join(m for m in ("video", "audio") if m in view.modal and m in sample.modal)
         if not has:
             return BadClip(sample.id, f"the row has no {view.modal}")
-        if sample.clip.suffix.lower() in SOUNDS:
-            if has == "video":
+        try:
+            item = self._item(position, sample, view.keeps(has, position))
+            if item is None and has == "video":
                 return BadClip(sample.id, f"{sample.clip}: a sound file has no video")
-            has = "audio"
-        modal = view.keeps(has, position)
+            return item or self._item(position, sample, "audio")
+        except ClipError as error:
+            return BadClip(sample.id, str(error))
+
+    def _item(self, position: int, sample: Sample, modal: Modal) -> dict | None:
+        """Everything of one prompt; None of a sound file that is asked for its video.  Raises ClipError."""
+        p, view = self.processor, self.view
         keys = {m: self.feature_key(m, sample.clip) for m in modal.split("_")}
         known = {m: self.cache.get(key) if self.cache else None for m, key in keys.items()}
         wanted = "_".join(m for m, feature in known.items() if feature is None)
         frames = mel = None
         notes: list[str] = []
-        try:
-            if wanted:
-                clip = read_clip(sample.clip, self.num_frames, modal=wanted)
-                notes = clip.notes
-                if "video" in wanted:
-                    frames = p.frames(np.full_like(clip.frames, 127) if view.blank else clip.frames, view.fit)
-                if "audio" in wanted:
-                    mel = p.mel(SILENCE if view.mute else clip.audio)
-        except ClipError as error:
-            return BadClip(sample.id, str(error))
+        if wanted:
+            clip = read_clip(sample.clip, self.num_frames, modal=wanted)
+            notes = clip.notes
+            if "video" in wanted and not len(clip.frames):
+                return None
+            if "video" in wanted:
+                frames = p.frames(np.full_like(clip.frames, 127) if view.blank else clip.frames, view.fit)
+            if "audio" in wanted:
+                mel = p.mel(SILENCE if view.mute else clip.audio)
         question = view.ask(sample.question, sample.target, position)
         return {"position": position, "sample": sample, "ids": p.prompt(question, modal), "frames": frames, "mel": mel,
                 "vision": known.get("video"), "audio": known.get("audio"), "keys": keys,
                 "question": p.question(question), "asked": question, "target": p.target(sample.target), "notes": notes}
 
     def feature_key(self, modality: str, clip: Path) -> str:
-        """Names a clip's features by all that they depend on: the file, the frames taken, the fit."""
-        try:
-            stat = clip.stat()
+        """Names a clip's features by all that they depend on but the tower: the file or files, the preprocessing."""
+        try:         # of a folder every file: its own time does not change when one of them is overwritten
+            stats = [(file.name, file.stat()) for file in (sorted(clip.iterdir()) if clip.is_dir() else [clip])]
         except OSError:
             return ""
-        what = f"{self.num_frames} {self.view.fit} {self.processor.image_size}" if modality == "video" else "30 s"
+        p, files = self.processor, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        what = f"{self.num_frames} {self.view.fit} {p.image_size} {p.mean.tolist()} {p.std.tolist()}" \
+            if modality == "video" else f"30 s {p.mel_extractor.to_dict()}"
         what += " grey" * (modality == "video" and self.view.blank) + " silent" * (modality == "audio" and self.view.mute)
-        return f"{modality} {clip.resolve()} {stat.st_size} {stat.st_mtime_ns} {what}"
+        return f"{modality} {clip.resolve()} {files} {what}"
 
 
 def collate(items: list) -> PromptBatch:

@@ -287,9 +287,10 @@ class HumanOmni(nn.Module):
         return digest_of(self.parameters())
 
     def tower_fingerprints(self) -> dict[str, str]:
-        """Names the towers' weights, for the keys of a feature cache: {"video": ..., "audio": ...}."""
-        towers = {"video": self.model.vision_tower, "audio": self.model.audio_tower}
-        return {modality: digest_of(tower.parameters()) for modality, tower in towers.items()}
+        """Names what the towers compute, for the keys of a feature cache: {"video": ..., "audio": ...}."""
+        towers = {"video": (self.model.vision_tower, self.config.mm_vision_select_layer),
+                  "audio": (self.model.audio_tower, AUDIO_POOL)}
+        return {modality: f"{digest_of(tower.parameters())} {taken}" for modality, (tower, taken) in towers.items()}
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -517,8 +518,7 @@ class HumanOmni(nn.Module):
 def encode_once(model: HumanOmni, batch, cache=None):
     """A PromptBatch with its media run through the frozen towers: once per clip, whatever is done with it after.
 
-    With a FeatureCache, clips that it holds come with their features already, and the others are added.  It keeps bf16,
-    so fresh features are rounded alike: a second epoch sees what the first one saw.
+    With a FeatureCache, clips that it holds come with their features already, and the others are added.
     Left as it is when a tower is being trained: then every pass needs the towers' gradients.
     """
     if torch.is_grad_enabled() and (is_trained(model, "vision") or is_trained(model, "audio")):
@@ -540,8 +540,7 @@ def _features(model, batch, modality: str, rows, media, tower, cache) -> torch.T
         row = next(fresh) if known is None else known.to(model.device)
         if known is None and cache is not None:
             cache.put(key, row)
-            row = row.to(torch.bfloat16)
-        done.append(row.to(model.dtype))
+        done.append(row)
     return torch.stack(done)
 
 

@@ -16,23 +16,28 @@ from typing import Literal
 
 import av
 import numpy as np
+from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 
 SAMPLE_RATE = 16_000
 SILENCE = np.zeros(10 * SAMPLE_RATE, np.float32)        # what the reference hears where there is no sound
+NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 SEEK_ABOVE = 2_000             # frames: from here on seeking is cheaper than decoding everything
 
 # A file of a few bytes can declare terabytes.  What is beyond these limits is a bomb or a fault.
 MAX_PIXELS = 4096 * 2304       # of a picture: 4K
 MAX_SIDE = 4096                # of a picture: it is padded to a square of its longer side
 MAX_PACKETS = 2 ** 20          # of one stream: ten hours of video
+MAX_STREAMS = 8                # of video, that are tried one after the other
 MAX_DECODED = 2 ** 34          # pixels decoded for one clip: 2,000 frames of 4K or 8,000 of 1080p
 MAX_BLOCK = 2 ** 27            # bytes that libav takes at once, for a picture or for the index of a file
 SOUND_RATES = range(1_000, 768_001)      # Hz
 
 Modal = Literal["video_audio", "video", "audio"]     # what of a clip is wanted
 
+# By these names pictures and sound files are found in a folder.  What a file is, its streams say and not its name.
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".m4a"}
+SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".au", ".aif", ".aiff"}
 
 
 class ClipError(Exception):
@@ -44,7 +49,7 @@ class Clip:
     frames: np.ndarray         # uint8 (F, H, W, 3); (0, 0, 0, 3) if there is no video or none was asked for
     audio: np.ndarray          # float32 (n,) at 16 kHz mono; 10 s of zeros if there is none
     has_audio: bool
-    notes: list[str]           # what was wrong with it, if anything: silent, degraded, short
+    notes: list[str]           # what was wrong with it, if anything: silent, degraded, another stream taken
 
 
 def frame_indices(d: int, num_frames: int) -> np.ndarray:
@@ -58,13 +63,14 @@ def frame_indices(d: int, num_frames: int) -> np.ndarray:
 def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal: Modal = "video_audio") -> Clip:
     """Read a video file, a sound file, a gif or a folder of frames.
 
-    With `modal` "video" or "audio" only that stream is touched.  Raises ClipError, and nothing else, for a
-    file that is missing, empty, corrupt or lacks the video stream (sound files may lack it).  Missing or
-    unreadable sound is no error: 10 s of silence, `has_audio` False and a note.
+    With `modal` "video" or "audio" only that is decoded.  A sound file is one with sound and no video but a cover:
+    it has no frames.  Raises ClipError, and nothing else, for a file that is missing, empty, corrupt or holds neither,
+    and for a sound file that cannot be heard.  Missing or unreadable sound of a video is no error: 10 s of silence,
+    `has_audio` False and a note.
     """
     path = Path(path)
     notes: list[str] = []
-    frames = np.zeros((0, 0, 0, 3), np.uint8)
+    frames = NO_FRAMES
     audio, has_audio = SILENCE.copy(), False
     try:
         size, is_folder = path.stat().st_size, path.is_dir()
@@ -78,23 +84,26 @@ def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal:
         return Clip(frames, audio, has_audio, notes)
     if size == 0:                                    # also pipes and devices, which might never end
         raise ClipError(f"{path}: the file is empty")
-    if modal != "audio" and path.suffix.lower() not in SOUNDS:
+    if modal != "audio":
         frames = _read_video(path, num_frames, notes)
     if modal != "video":
         heard = _read_audio(path, max_audio_seconds, notes)
         if heard is not None:
             audio, has_audio = heard, True
-        elif path.suffix.lower() in SOUNDS:
-            raise ClipError(f"{path}: no readable sound in a sound file")
     return Clip(frames, audio, has_audio, notes)
 
 
 # What clips come in.  libav knows hundreds more, some of which are lists of further files and addresses to open: a clip
 # must not lead out of its folder.
-FORMATS = ("mov,matroska,avi,asf,flv,mpeg,mpegts,ogg,gif,apng,wav,flac,mp3,aac,"
+FORMATS = ("mov,matroska,avi,asf,flv,mpeg,mpegts,ogg,gif,apng,wav,flac,mp3,aac,au,aiff,"
            "image2,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe")
 LIMITS = {"max_pixels": str(MAX_PIXELS)}             # for the decoders: a stream may change its size on the way
 OPENING = LIMITS | {"format_whitelist": FORMATS, "protocol_whitelist": "file", "pattern_type": "none"}
+# Titles in any encoding.  From 19 on av reads them by itself, and knows the argument no longer.
+ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+# What reading may raise.  IndexError: from av before 19, of a stream that its header did not name.
+DAMAGE = (av.error.FFmpegError, OSError, ValueError, IndexError)
 
 # One for the whole process; libav offers no other.  The default is 2 GiB, and stays where PyAV was built in a way that
 # hides the function: clips are read all the same, only a bomb may take more memory.
@@ -106,8 +115,8 @@ def open_media(path: Path):
     """An av container, held to the limits above.  Raises ClipError."""
     try:
         # An absolute path: of "12:30.mp4" the part before the colon would be taken for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace", options=OPENING)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+        container = av.open(os.path.abspath(path), options=OPENING, **ANY_TITLE)
+    except DAMAGE as error:
         unlisted = getattr(error, "errno", None) == errno.EINVAL
         raise ClipError(f"{path}: cannot be opened: {f'its format is none of {FORMATS}' if unlisted else error}") from None
     for stream in (*container.streams.video, *container.streams.audio):
@@ -115,6 +124,11 @@ def open_media(path: Path):
             stream.codec_context.thread_count = 1    # the loader's workers are the parallelism
             stream.codec_context.options = LIMITS
     return container
+
+
+def video_streams(container) -> list:
+    """All but attached pictures: the cover of a song is no video."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
 @dataclasses.dataclass
@@ -149,63 +163,101 @@ def _check_size(picture, path: Path) -> None:
                         f"{MAX_SIDE} at a side")
 
 
+@dataclasses.dataclass
+class Track:
+    """A video stream, by its packets."""
+    index: int                 # among all streams of the file
+    context: object            # of the decoder; None where the codec is unknown
+    times: list[int | None]    # presentation time of every packet, in the stream's own unit
+    keys: list[bool]           # is it a key frame
+    promised: int = 0          # frames
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+
 def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
-    """-> uint8 (F, H, W, 3), upright."""
+    """-> uint8 (F, H, W, 3), upright, of the first video stream that gives a frame; none of a sound file."""
     with open_media(path) as container:
-        if not container.streams.video:
-            raise ClipError(f"{path}: has no video stream")
-        stream = container.streams.video[0]
-        context = stream.codec_context
-        if context is None:
-            raise ClipError(f"{path}: its video codec is unknown")
-        _check_size(context, path)
-        # Headers lie about the number of frames (0 in mkv, off by one in avi), packets do not.
-        times, keys, damaged = _packets(container, path)
-        promised = max(stream.frames, len(times))
+        if not video_streams(container) and container.streams.audio:
+            return NO_FRAMES
+        tracks, damaged = _tracks(container, path)
+    if not any(track.context for track in tracks):
+        raise ClipError(f"{path}: its video codec is unknown" if tracks else f"{path}: has neither video nor sound")
+    budget = Budget(path, MAX_DECODED)               # one for all: many streams are no way around it
+    for track in [track for track in tracks if track.context and track.times][:MAX_STREAMS]:
+        frames = _read_track(path, track, damaged, num_frames, budget)
+        if frames is not None:
+            if track is not tracks[0]:
+                notes.append(f"video stream {tracks.index(track) + 1} of {len(tracks)} is taken: none before gives a frame")
+            notes += track.notes
+            return frames
+    raise ClipError(f"{path}: no frame can be decoded")
+
+
+def _tracks(container, path: Path) -> tuple[list[Track], bool]:
+    """The video streams of a file, from one pass over its packets.  And whether reading broke off."""
+    tracks = {s.index: Track(s.index, s.codec_context, [], []) for s in video_streams(container)}
+    ends: dict[int, int] = {}                        # of every stream, also of sound: it may last longer
+    damaged = False
+    try:
+        for packet in container.demux():
+            at, track = packet.stream_index, tracks.get(packet.stream_index)
+            if packet.pts is not None:
+                ends[at] = max(ends.get(at, 0), packet.pts + (packet.duration or 0))
+            if track and packet.size and not packet.is_discard:
+                if len(track.times) == MAX_PACKETS:
+                    raise ClipError(f"{path}: too long: more than {MAX_PACKETS} packets of video")
+                track.times.append(packet.pts)
+                track.keys.append(packet.is_keyframe)
+    except DAMAGE:
+        damaged = True
+    unit = {s.index: float(s.time_base or 0) for s in container.streams}                                 # s
+    came, declared = max((end * unit[i] for i, end in ends.items()), default=0), (container.duration or 0) / av.time_base
+    for i, track in tracks.items():
+        stream, times = container.streams[i], sorted(t for t in track.times if t is not None)
+        # Headers lie about the number of frames (0 in mkv, off by one in avi), packets do not.  The header of an mp4
+        # counts what its edit list leaves out, too; its index does not.
+        listed = "mov" in container.format.name
+        counted = sum(not entry.is_discard for entry in stream.index_entries) if listed else stream.frames
+        track.promised = max(counted, len(track.times))
+        # Half a second for headers that are rounded; and of the last packet it may not be said how long it lasts.
+        gap = unit[i] * int(np.diff(times).max(initial=0))
+        if not stream.frames and came < declared - gap - 0.5:
+            track.notes.append(f"degraded: it ends after {came:.1f} of {declared:.1f} s")
+    return list(tracks.values()), damaged
+
+
+def _read_track(path: Path, track: Track, damaged: bool, num_frames: int, budget: Budget) -> np.ndarray | None:
+    """-> uint8 (F, H, W, 3), or None if no frame can be decoded."""
+    context, times, keys, promised = track.context, track.times, track.keys, track.promised
+    _check_size(context, path)
     sound = not damaged and len(times) >= promised - 1 and None not in times
     if len(times) > SEEK_ABOVE and sound:
         chosen = np.argsort(times, kind="stable")[frame_indices(len(times), num_frames)]         # packets, by place
         since = chosen - np.maximum.accumulate(keys * np.arange(len(keys)))[chosen] + 1          # the key frame before
         if _cost(context, int(since.sum())) <= MAX_DECODED:
             try:
-                budget = Budget(path, MAX_DECODED)
-                return np.stack([_frame_at(path, times[i], budget) for i in chosen])
-            except (ClipError, av.error.FFmpegError, OSError, ValueError):
+                seeking = Budget(path, MAX_DECODED)
+                return np.stack([_frame_at(path, track.index, times[i], seeking) for i in chosen])
+            except (ClipError, *DAMAGE):
                 pass                                 # an index that does not hold: read it from the start instead
-    Budget(path, MAX_DECODED).need(_cost(context, len(times)))       # now, not after minutes of decoding
-    wanted = set(frame_indices(max(len(times), 1), num_frames).tolist())
-    found, d, errors = _decode_frames(path, wanted)
+    budget.need(_cost(context, len(times)))          # now, not after minutes of decoding
+    wanted = set(frame_indices(len(times), num_frames).tolist())
+    found, d, errors = _decode_frames(path, track.index, wanted, budget)
     if d == 0:
-        raise ClipError(f"{path}: no frame can be decoded")
+        return None
     if d != len(times):                              # damaged or hidden frames: choose again among those that came
         wanted = set(frame_indices(d, num_frames).tolist())
-        found, d, errors = _decode_frames(path, wanted)
+        found, d, errors = _decode_frames(path, track.index, wanted, Budget(path, MAX_DECODED))
     if errors or damaged or d < promised - 1:
-        notes.append(f"degraded: {d} of {promised} frames could be decoded")
+        track.notes.append(f"degraded: {d} of {promised} frames could be decoded")
     return _stack([found[i] for i in frame_indices(d, num_frames).tolist()], path)
 
 
-def _packets(container, path: Path) -> tuple[list[int | None], list[bool], bool]:
-    """Of every packet of the first video stream: presentation time, is it a key frame.  And whether reading broke off."""
-    times, keys = [], []
-    try:
-        for number, packet in enumerate(container.demux(container.streams.video[0])):
-            if number == MAX_PACKETS:
-                raise ClipError(f"{path}: too long: more than {MAX_PACKETS} packets of video")
-            if packet.size and not packet.is_discard:
-                times.append(packet.pts)
-                keys.append(packet.is_keyframe)
-    except (av.error.FFmpegError, OSError):
-        return times, keys, True
-    return times, keys, False
-
-
-def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray], int, int]:
-    """Decode all, keep the frames of those numbers.  -> (number -> frame, frames decoded, damaged packets)"""
-    found, d, errors, budget = {}, 0, 0, Budget(path, MAX_DECODED)
+def _decode_frames(path: Path, index: int, wanted: set[int], budget: Budget) -> tuple[dict[int, np.ndarray], int, int]:
+    """Decode all of a stream, keep the frames of those numbers.  -> (number -> frame, frames decoded, damaged packets)"""
+    found, d, errors, packet = {}, 0, 0, None
     with open_media(path) as container:
-        stream, packet = container.streams.video[0], None
-        packets = container.demux(stream)            # ends with an empty packet, which flushes the decoder
+        packets = container.demux(container.streams[index])      # ends with an empty packet, which flushes the decoder
         while True:
             try:
                 packet = next(packets, None)
@@ -215,17 +267,17 @@ def _decode_frames(path: Path, wanted: set[int]) -> tuple[dict[int, np.ndarray],
                     if d in wanted:
                         found[d] = _upright(frame)
                     d += 1
-            except (av.error.FFmpegError, OSError, ValueError):
+            except DAMAGE:
                 errors += 1
                 if packet is None or errors > 10_000:
                     break
     return found, d, errors
 
 
-def _frame_at(path: Path, time: int, budget: Budget) -> np.ndarray:
+def _frame_at(path: Path, index: int, time: int, budget: Budget) -> np.ndarray:
     """The frame shown at `time` (in the stream's time base), found from the key frame before it."""
     with open_media(path) as container:
-        stream = container.streams.video[0]
+        stream = container.streams[index]
         container.seek(int(time), stream=stream, backward=True)
         for frame in (frame for packet in container.demux(stream) for frame in budget.decode(packet)):
             if frame.pts is not None and frame.pts >= time:
@@ -237,7 +289,10 @@ def _frame_at(path: Path, time: int, budget: Budget) -> np.ndarray:
 
 def _upright(frame) -> np.ndarray:
     """Decoded frame -> uint8 (H, W, 3).  The display matrix is not applied by the decoder; phones rely on it."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), k=frame.rotation // 90)
+    # Not frame.to_ndarray(format=...): av 19 has one converter for all, with threads, and a forked worker would wait for
+    # those of its parent for ever.
+    picture = VideoReformatter().reformat(frame, format="rgb24", threads=1)
+    return np.rot90(picture.to_ndarray(), k=frame.rotation // 90)
 
 
 def _stack(frames: list[np.ndarray], path: Path) -> np.ndarray:
@@ -265,19 +320,21 @@ def _read_folder(path: Path, num_frames: int) -> np.ndarray:
             try:
                 decoded = (frame for packet in container.demux(video=0) for frame in budget.decode(packet))
                 frames[i] = _upright(next(decoded))
-            except (av.error.FFmpegError, StopIteration, IndexError, ValueError) as error:
+            except (StopIteration, *DAMAGE) as error:
                 raise ClipError(f"{files[i]}: cannot be decoded: {error}") from None
     return _stack([frames[i] for i in frame_indices(len(files), num_frames).tolist()], path)
 
 
 def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray | None:
-    """-> float32 (n,) at 16 kHz, or None with a note."""
-    limit, parts, count, errors = int(max_seconds * SAMPLE_RATE), [], 0, 0
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+    """-> float32 (n,) at 16 kHz, or None with a note.  Raises ClipError of a sound file without readable sound."""
+    limit, parts, count, errors, why = int(max_seconds * SAMPLE_RATE), [], 0, 0, ""
+    # frame_size: without it av hands on unseen all that follows a first frame which needs no resampling.
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE, frame_size=1024)
     with open_media(path) as container:
         if not container.streams.audio:
             notes.append("no audio track: silence")
             return None
+        alone = not video_streams(container)
         packets = container.demux(container.streams.audio[0])
         for _ in range(MAX_PACKETS):
             if count >= limit:
@@ -287,18 +344,20 @@ def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray 
                 frames = [None] if packet is None else packet.decode()       # None flushes the resampler
                 for frame in frames:
                     if frame and frame.sample_rate not in SOUND_RATES:       # a sample of 1 Hz would become 16,000
-                        raise ValueError(f"{frame.sample_rate} Hz")
+                        raise ValueError(f"{frame.sample_rate} Hz, only {SOUND_RATES[0]} to {SOUND_RATES[-1]} are read")
                     for out in resampler.resample(frame):
                         parts.append(out.to_ndarray()[0])
                         count += parts[-1].size
                 if packet is None:
                     break
-            except (av.error.FFmpegError, OSError, ValueError):
-                errors += 1
+            except DAMAGE as error:
+                errors, why = errors + 1, f" ({error})"
                 if errors > 10_000:
                     break
+    if not count and alone:
+        raise ClipError(f"{path}: no readable sound in a sound file{why}")
     if not count:
-        notes.append("unreadable audio: silence")
+        notes.append(f"unreadable audio{why}: silence")
         return None
     if errors:
         notes.append(f"degraded: {errors} damaged audio packets were left out")

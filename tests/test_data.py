@@ -1,11 +1,14 @@
 """Clips, prompts, sample files and batches: the reference's numbers, and everything that is wrong in the wild."""
+import copy
 import json
 import os
 
+import av
 import numpy as np
 import pytest
 import soundfile
 import torch
+import transformers
 from conftest import GOLDEN
 
 import data
@@ -50,7 +53,8 @@ def test_golden_clips(name, golden_media, processor):
         assert off.max() <= most and off.mean() < mean, (fit, off.max(), off.mean())
     mel = processor.mel(clip.audio)
     if not name.endswith(".mkv"):              # the reference's older FFmpeg kept the priming samples there
-        assert len(clip.audio) == golden["samples"]
+        padding = 1023 if av.__version__ >= "19" else 0      # that of the encoder, at the end: FFmpeg 9 leaves it out
+        assert 0 <= golden["samples"] - len(clip.audio) <= padding
         assert (mel - golden["mel"][0].float()).abs().mean() < 1e-3
     assert mel.shape == golden["mel"][0].shape
     assert clip.has_audio == (name != "silent_no_track.mp4")
@@ -307,24 +311,75 @@ def test_training_batches():
     assert [p for batch in training_batches(n, 7, 24, 2, seed=3) for p, _ in batch] == list(range(24, 38))
 
 
-def test_features_on_disk(rows, processor, model, tmp_path):
-    """Stops cached features of one clip landing in another's row: a sound file has no video feature to be found."""
-    cache = data.FeatureCache(tmp_path, {"video": "a", "audio": "b"})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_on_disk(rows, processor, model, tmp_path, dtype):
+    """Stops cached features of one clip landing in another's row (a sound file has no video feature to be found), and a
+    run that differs with a cache and without: every bit is kept, in the model's own dtype."""
+    model = copy.deepcopy(model).to(dtype)
+    cache = data.FeatureCache(tmp_path / "whole", {"video": "a", "audio": "b"})
     dataset = ClipDataset(rows, processor, cache=cache)
     order = [4, 0, 2, 1, 6]
     with torch.no_grad():
+        plain = encode_once(model, collate([ClipDataset(rows, processor)[i, n] for i, n in enumerate(order)]))
         fresh = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
         assert dataset[0, 0]["frames"] is None and dataset[0, 0]["mel"] is None                 # found
         again = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
-        assert torch.equal(again.vision, fresh.vision) and torch.equal(again.audio, fresh.audio)
+        for name in ("vision", "audio"):
+            a, b, c = (getattr(batch, name) for batch in (plain, fresh, again))
+            assert a.dtype == b.dtype == c.dtype == dtype and torch.equal(a, b) and torch.equal(a, c), name
         # A new sound beside the old ones: only some of the rows are found.
         part = data.FeatureCache(tmp_path / "part", {"video": "a", "audio": "b"})
         dataset.cache = part
         encode_once(model, collate([dataset[0, 4]]), part)
         mixed = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), part)
         assert torch.equal(mixed.vision, fresh.vision)
-        torch.testing.assert_close(mixed.audio, fresh.audio, atol=1e-6, rtol=0)
+        torch.testing.assert_close(mixed.audio, fresh.audio, atol=1e-6 if dtype == torch.float32 else 0.05, rtol=0)
         assert embed(model, mixed)[0].isfinite().all()
+
+
+def test_a_key_holds_all_that_features_depend_on(processor, fresh_model, tmp_path):
+    """Stops features of other pixels, another normalisation, another layer or another precision being found."""
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"picture")
+    before = tmp_path.stat().st_mtime_ns
+    keys = [ClipDataset([], processor).feature_key("video", tmp_path)]
+    (tmp_path / "1.png").write_bytes(b"another")         # of the same size, maybe within the same tick of the clock
+    os.utime(tmp_path / "1.png", (1, 1))
+    assert tmp_path.stat().st_mtime_ns == before
+    for change in ({}, {"mean": processor.mean + 0.1}, {"std": processor.std * 2}, {"image_size": 32}):
+        other = copy.copy(processor)
+        vars(other).update(change)
+        keys.append(ClipDataset([], other).feature_key("video", tmp_path))
+    other.mel_extractor = transformers.WhisperFeatureExtractor(chunk_length=1)
+    keys += [ClipDataset([], p).feature_key("audio", tmp_path) for p in (processor, other)]
+    assert len(set(keys)) == len(keys) == 7 and keys[-2] == ClipDataset([], processor).feature_key("audio", tmp_path)
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "2.png").symlink_to("nowhere")
+    assert ClipDataset([], processor).feature_key("video", tmp_path) == ""                      # not kept at all
+    names = [fresh_model.tower_fingerprints()]
+    fresh_model.config.mm_vision_select_layer -= 1
+    names.append(fresh_model.tower_fingerprints())
+    names.append(fresh_model.bfloat16().tower_fingerprints())
+    assert len({n["video"] for n in names}) == 3 and names[0]["audio"] == names[1]["audio"] != names[2]["audio"]
+
+
+def test_a_sound_file_is_asked_as_one_by_its_streams(rows, processor, tmp_path):
+    """Stops a sound file that is called .mp4 being bad for its missing picture, or asked to be looked at."""
+    (tmp_path / "voice.mp4").write_bytes(rows[4].clip.read_bytes())
+    voice, seen = read_samples(write_rows(tmp_path / "a.json", [row("voice.mp4"), row("voice.mp4", question="<video>\nq")]))
+    wav = ClipDataset(rows, processor)[0, 4]
+    cache = data.FeatureCache(tmp_path / "c", {"video": "a", "audio": "b"})
+    for view in (View(), View(drop_audio=1.0), View(drop_video=1.0), View(modal="audio")):
+        dataset = ClipDataset([voice, seen], processor, view)
+        item = dataset[0, 0]
+        assert item["ids"] == wav["ids"] and item["frames"] is None and torch.equal(item["mel"], wav["mel"])
+        assert list(item["keys"]) == ["audio"]
+        dataset.cache = cache
+        cache.put(item["keys"]["audio"], torch.ones(2, 3))
+        known = dataset[0, 0]
+        assert known["ids"] == wav["ids"] and known["mel"] is None and torch.equal(known["audio"], torch.ones(2, 3))
+    for bad in (ClipDataset([seen], processor)[0, 0], ClipDataset([voice], processor, View(modal="video"))[0, 0]):
+        assert isinstance(bad, BadClip) and bad.reason == f"{voice.clip}: a sound file has no video"
 
 
 # What the model gets and how it is asked
@@ -410,7 +465,7 @@ def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
     clip.write_bytes(b"12345")
     key = dataset.feature_key("video", clip)
     cache.put(key, x)
-    assert torch.equal(cache.get(key), x.bfloat16()) and cache.get(dataset.feature_key("audio", clip)) is None
+    assert torch.equal(cache.get(key), x) and cache.get(dataset.feature_key("audio", clip)) is None
     assert data.FeatureCache(tmp_path / "c", {"video": "tower 3", "audio": "tower 2"}).get(key) is None      # other weights
     clip.write_bytes(b"123456")                                                                     # another file
     assert dataset.feature_key("video", clip) != key and cache.get(dataset.feature_key("video", clip)) is None
@@ -421,7 +476,7 @@ def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     assert cache.get(key) is None                                                                   # torn: made again
     cache.put(key, x)
-    assert torch.equal(cache.get(key), x.bfloat16())
+    assert torch.equal(cache.get(key), x)
     small = data.FeatureCache(tmp_path / "small", {"video": "", "audio": ""}, max_gb=1e-7)           # 107 bytes
     small.put("video a", x)
     small.put("video b", x)

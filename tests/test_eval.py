@@ -172,7 +172,7 @@ def test_modalities_are_the_five_runs(score, tmp_path, capsys, monkeypatch, inpu
 def test_modalities_with_a_cache(score, tmp_path):
     """Stops: grey frames or silence answered from what the cache holds of the clip itself."""
     rows = write_rows(tmp_path / "rows.json", {"wide.mp4": "happy"})
-    flags = ("--modalities", "--feature_cache", tmp_path / "cache", "--dtype", "bfloat16")     # the cache's own precision
+    flags = ("--modalities", "--feature_cache", tmp_path / "cache")
     first, second = score(rows, *flags), score(rows, *flags)
     for name, kept in first["modalities"].items():
         assert texts(kept) == texts(second["modalities"][name]), name

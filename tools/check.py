@@ -9,15 +9,15 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 from tqdm import tqdm
 
 from data import Sample, read_samples
 from lib.common import UserError, check_writable, write_json
-from lib.media import IMAGES, ClipError, open_media, read_clip
+from lib.media import DAMAGE, IMAGES, ClipError, open_media, read_clip, video_streams
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,9 +53,11 @@ def count_frames(clip: Path) -> int:
     if clip.is_dir():
         return sum(file.suffix.lower() in IMAGES for file in clip.iterdir())
     with open_media(clip) as container:
-        try:
-            return sum(bool(packet.size) and not packet.is_discard for packet in container.demux(video=0))
-        except av.error.FFmpegError:
+        try:         # of the fullest stream: one that gives no frame at all is passed over
+            counts = Counter(packet.stream_index for packet in container.demux(video_streams(container))
+                             if packet.size and not packet.is_discard)
+            return max(counts.values())
+        except DAMAGE:
             return sys.maxsize       # damaged within; read_clip called it degraded, how short it is nobody knows
 
 

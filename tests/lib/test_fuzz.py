@@ -4,7 +4,7 @@ The random ones are the same in every run: hypothesis is told to derive its exam
 with fixed seeds.  Clips are read in a process of their own, with limits on memory and time, because a decoder that goes
 wrong takes its process along:
 
-    python tests/test_fuzz.py FOLDER SECONDS      # reads every clip of the folder, one JSON row each (needs Linux)
+    python tests/lib/test_fuzz.py FOLDER SECONDS      # reads every clip of the folder, one JSON row each (needs Linux)
 """
 import ast
 import contextlib
@@ -38,7 +38,7 @@ from test_data import row
 import data
 import rewards
 from data import read_samples
-from lib import protocol
+from lib import media, protocol
 from lib.common import Ranks, UserError, printable
 from lib.media import frame_indices
 from lib.run_folder import RunFolder, read_rows
@@ -496,7 +496,7 @@ def read_all(folder: str, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (virtual + ROOM,) * 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number, name in enumerate(sorted({*os.listdir(), *BOMBS})):
-        data.SEEK_ABOVE = 2 if number % 3 == 0 and name not in BOMBS else 2000       # short clips are also sought in
+        media.SEEK_ABOVE = 2 if number % 3 == 0 and name not in BOMBS else 2000       # short clips are also sought in
         print(json.dumps({"name": name}), flush=True)
         signal.alarm(seconds)                            # kills: a decoder that hangs would not let Python act
         start, told = time.monotonic(), None
