@@ -1,0 +1,100 @@
+"""The runner of ablations: what is done once, what is recorded, what the table says.  No run is made."""
+import json
+import math
+
+import pytest
+
+from lib.common import UserError
+from tools import ablate
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """-> (Args, the jobs that were measured); the seed-1 run of "beta0" crashes."""
+    (tmp_path / "toy" / "data").mkdir(parents=True)
+    (tmp_path / "toy" / "data" / "cues.json").write_text("{}")
+    jobs = []
+
+    def measure(row, seed, args):
+        jobs.append((row.name, seed))
+        if (row.name, seed) == ("beta0", 1):
+            raise RuntimeError("out of patience")
+        return {"seconds": 5, "war/toy_dfew": {"paper": 80.0, "agreement": 82.0, "beta0": 70.0}[row.name] + seed}
+
+    monkeypatch.setattr(ablate, "measure", measure)
+    args = ablate.Args(toy=str(tmp_path / "toy"), csv=str(tmp_path / "a.csv"), seeds=[0, 1], only=["paper", "beta0"], jobs=2)
+    return args, jobs
+
+
+def test_what_is_done_is_skipped_and_what_crashed_is_kept(place, capsys, tmp_path):
+    """Stops: hours repeated because of one crash, a crash that ends the others, a csv without commit, machine and flags."""
+    args, jobs = place
+    ablate.main(args)
+    assert sorted(jobs) == [("beta0", 0), ("beta0", 1), ("paper", 0), ("paper", 1)]
+    lines = ablate.read_lines(tmp_path / "a.csv")
+    assert [(x["name"], x["seed"], x["status"]) for x in lines] == [
+        ("paper", "0", "ok"), ("paper", "1", "ok"), ("beta0", "0", "ok"), ("beta0", "1", "crashed: out of patience")]
+    assert all(x["commit"] and "cores" in x["machine"] for x in lines) and lines[2]["flags"] == "--beta 0"
+    assert "beta0 seed 1: crashed: out of patience" in capsys.readouterr().out
+    jobs.clear()
+    ablate.main(args)
+    assert jobs == []
+    args.again, args.only = True, ["paper", "beta0", "agreement"]
+    ablate.main(args)
+    assert sorted(jobs) == [("agreement", 0), ("agreement", 1), ("beta0", 1)]
+    assert [x["name"] for x in ablate.read_lines(tmp_path / "a.csv")] == ["paper"] * 2 + ["agreement"] * 2 + ["beta0"] * 2
+
+
+def test_the_table_has_means_spreads_and_paired_differences(tmp_path):
+    """Stops: a difference of means over other seeds, a spread of the population, a crash that counts."""
+    values = {"paper": {0: 80.0, 1: 84.0, 2: 90.0}, "agreement": {0: 81.0, 1: 87.0}}
+    lines = [{"name": n, "seed": str(s), "status": "ok", "war/toy_dfew": str(v)} for n, seeds in values.items()
+             for s, v in seeds.items()] + [{"name": "agreement", "seed": "2", "status": "crashed: x", "war/toy_dfew": "0"}]
+    lines = [dict.fromkeys(ablate.HEAD, "") | line for line in lines]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in ablate.table(lines).splitlines() if line.startswith("|")]
+    assert rows[0][:3] == ["", "seeds", "war/toy_dfew"]
+    mean, sd = (80 + 84 + 90) / 3, math.sqrt(sum((v - 254 / 3) ** 2 for v in (80, 84, 90)) / 2)
+    assert rows[2][:3] == ["paper", "3", f"{mean:.1f} ± {sd:.1f}"]
+    assert rows[3][:3] == ["agreement", "2", "84.0 ± 4.2 (+2.0)"]                   # to seeds 0 and 1 of the first row
+
+
+def test_numbers_are_those_of_the_result_files(tmp_path):
+    """Stops: a column that shows another set's rate, or the muted clips' score under the blanked ones' name."""
+    for k, name in enumerate((*ablate.SETS, "mute", "blank")):
+        result = {rate: 10 * k + i for i, rate in enumerate(ablate.RATES)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result | {"cues_heard_claimed": k, "cues_seen_claimed": -k}))
+    (tmp_path / "run").mkdir()
+    rows = [{"step": i, "reward": 1, "completions/mean_length": i, "rewards/accuracy/mean": 0.5} for i in range(1, 41)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    got = ablate.numbers(tmp_path)
+    assert set(got) == set(ablate.COLUMNS)
+    assert [got[f"war/{s}"] for s in ablate.SETS] == [0, 10, 20] and got["epc/toy_ravdess"] == 22
+    assert (got["war/mute"], got["war/blank"], got["heard_when_mute"], got["seen_when_blank"]) == (30, 40, 3, -4)
+    assert got["length"] == 30.5 and got["accuracy_train"] == 0.5                   # of the last twenty steps
+
+
+def test_what_cannot_work_is_told(place, tmp_path):
+    """Stops: a typing error in --only that runs nothing and says so to nobody; a missing world."""
+    args, _ = place
+    args.only = ["papr"]
+    with pytest.raises(UserError, match="--only papr: not in ROWS"):
+        ablate.main(args)
+    args.only, args.toy = [], str(tmp_path)
+    with pytest.raises(UserError, match="holds no clips"):
+        ablate.main(args)
+
+
+def test_every_row_is_a_command_that_parses():
+    """Stops: a row of hours whose flags grpo.py does not know."""
+    import grpo
+    import sft
+    from lib.common import parse_args
+    for row in ablate.ROWS:
+        module = {"grpo.py": grpo, "sft.py": sft}[row.script]
+        words = ["--model", "m", "--data", "d", "--out", "o", *ablate.COMMON[row.script].split(), *row.flags.split()]
+        args = parse_args(module.Args, words)
+        if module is grpo:
+            grpo.check_objective(args)
+            grpo.rewards_of(args)
+            assert grpo.idle_flags(args) == [], row.name
+    assert len({row.name for row in ablate.ROWS}) == len(ablate.ROWS)
