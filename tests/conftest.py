@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pytest
 import torch
 
-from data import Processor
+from data import Processor, PromptBatch
 from model import HumanOmni
 
 torch.set_num_threads(1)                     # the tensors are tiny: more threads only wait for each other
@@ -55,3 +55,13 @@ def prompt(model, forward) -> tuple[torch.Tensor, torch.Tensor]:
     """(embeds (2, P, D), mask (2, P)) of the golden prompts."""
     with torch.no_grad():
         return model.embed_prompt(*(forward[k] for k in ("input_ids", "frames", "mel", "question_ids", "question_mask")))
+
+
+@pytest.fixture(scope="session")
+def batch(forward) -> PromptBatch:
+    """The two golden prompts with their media, as a loader gives them."""
+    return PromptBatch(
+        indices=[0, 1], samples=[None] * 2, asked=[""] * 2, input_ids=forward["input_ids"].tolist(), targets=[[], []],
+        frames=forward["frames"], mel=forward["mel"], vision=[None] * 2, audio=[None] * 2,
+        question_ids=forward["question_ids"], question_mask=forward["question_mask"],
+        keys=[{"video": "", "audio": ""}] * 2, bad=[], notes=[])

@@ -5,7 +5,6 @@ import torch.nn.functional as F
 import transformers
 from conftest import GOLDEN
 
-from data import PromptBatch
 from grpo import grpo_loss
 from lib.common import AUDIO, PAD, VIDEO, UserError
 from lib.head import HeadLogps
@@ -43,7 +42,7 @@ def assert_same_gradients(ours: dict, theirs: dict, tolerance: float = 1e-5) -> 
 
 @torch.no_grad()
 def test_gate_and_tokens(model, forward):
-    """Stops a projector that runs but computes another function (eps, order of t h w, shifted frames)."""
+    """Stops a projector that computes another function (eps, order of t h w, shifted frames), or a tower's wrong layer."""
     gate = model.gate(forward["question_ids"], forward["question_mask"])
     torch.testing.assert_close(gate, forward["gate"], atol=1e-6, rtol=0)
     video = model.model.mm_projector(model.encode_frames(forward["frames"]), gate)
@@ -54,27 +53,15 @@ def test_gate_and_tokens(model, forward):
     assert gate[0].diff().abs().min() > 0.05
 
 
-def test_embeddings(prompt, forward):
-    """Stops media tokens at the wrong place of the prompt."""
-    embeds, mask = prompt
-    assert mask.all()
-    torch.testing.assert_close(embeds[:, ::5], forward["inputs_embeds"], atol=2e-6, rtol=1e-5)
-
-
+@pytest.mark.parametrize("ids, heard, golden", [("input_ids", True, "logits_last"),
+                                                ("input_ids_video_only", False, "logits_video_only_last")])
 @torch.no_grad()
-def test_logits(model, forward):
-    """Stops a decoder that is nearly Qwen2 (rope pairs, norm eps, missing bias)."""
-    logits = model(*(forward[k] for k in INPUTS))
+def test_logits(model, forward, ids, heard, golden):
+    """Stops a decoder that is nearly Qwen2 (rope pairs, norm eps, missing bias), media tokens at the wrong place of the
+    prompt, a video-only prompt that still hears something."""
+    logits = model(forward[ids], forward["frames"], forward["mel"] if heard else None, *(forward[k] for k in INPUTS[3:]))
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits[:, -64:], forward["logits_last"], atol=5e-5, rtol=1e-4)
-
-
-@torch.no_grad()
-def test_logits_video_only(model, forward):
-    """Stops a video-only prompt that still hears something."""
-    q = forward["question_ids"], forward["question_mask"]
-    logits = model(forward["input_ids_video_only"], forward["frames"], None, *q)
-    torch.testing.assert_close(logits[:, -8:], forward["logits_video_only_last"], atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(logits[:, -forward[golden].shape[1]:], forward[golden], atol=5e-5, rtol=1e-4)
 
 
 def test_greedy(model, prompt, forward):
@@ -130,16 +117,6 @@ def test_grpo_loss_and_every_gradient(fresh_model, forward, grpo_golden):
     assert len(golden["grad_norms"]) == 209
 
 
-@torch.no_grad()
-def test_vision_tower_is_hidden_states_minus_2(model, forward):
-    """Stops a truncated tower that stops one layer early or late, or adds the last norm."""
-    tower = model.model.vision_tower
-    theirs = tower(pixel_values=forward["frames"][0], output_hidden_states=True).hidden_states
-    ours = model.encode_frames(forward["frames"][:1])[0]
-    torch.testing.assert_close(ours, theirs[-2], atol=1e-6, rtol=0)
-    assert relative(theirs[-1], theirs[-2]) > 0.01 and relative(theirs[-3], theirs[-2]) > 0.01
-
-
 # ------------------------------------------------------------------------------------------------
 # The decoder alone, against transformers
 # ------------------------------------------------------------------------------------------------
@@ -190,20 +167,22 @@ def test_decoder_equals_qwen2(qwen, side):
 # Shared prefix = repeated prefix
 # ------------------------------------------------------------------------------------------------
 
-def ragged(model, B=3, G=3, T=6, seed=0):
-    """Random embeddings of ragged prompts, padded on the left, and completions of ragged lengths."""
-    gen = torch.Generator().manual_seed(seed)
-    P = 7
+def ragged(model, B=3, G=3, T=6, left=True):
+    """Random embeddings of ragged prompts, padded on one side, and completions of ragged lengths."""
+    gen = torch.Generator().manual_seed(0)
+    P, V = 7, model.config.vocab_size
     embeds = torch.randn(B, P, model.config.hidden_size, generator=gen) * 0.5
     mask = torch.arange(P) >= torch.tensor([0, 3, 5])[:B, None]
-    completions = torch.randint(0, model.config.vocab_size, (B, G, T), generator=gen)
+    mask = mask if left else mask.flip(1)
+    completions = torch.randint(0, V, (B, G, T), generator=gen)
+    completions[0, 1] = V - 1                            # no word of the tokenizer, but a policy can sample it
     lengths = torch.randint(1, T + 1, (B, G), generator=gen)
     lengths[0, 0], lengths[-1, -1] = T, 1
     return embeds, mask, completions, lengths
 
 
 def naive_logps(model, embeds, mask, completions, lengths, temperature=1.0):
-    """The twin: every completion alone behind its own copy of the prompt, without any padding."""
+    """The twin: every completion alone behind its own copy of the prompt, without any padding.  Entropies too."""
     B, G, T = completions.shape
     rows = []
     for b in range(B):
@@ -211,29 +190,32 @@ def naive_logps(model, embeds, mask, completions, lengths, temperature=1.0):
             n = int(lengths[b, g])
             ids = completions[b, g, :n]
             x = torch.cat((embeds[b, mask[b]], model.model.embed_tokens(ids)))[None]
-            logits = model.logits(model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[0]
-            logp = (logits[-n - 1:-1] / temperature).log_softmax(-1)
-            rows.append(F.pad(logp.gather(-1, ids[:, None])[:, 0], (0, T - n)))
-    return torch.stack(rows).view(B, G, T)
+            logits = model.logits(model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[0, -n - 1:-1]
+            policy = torch.distributions.Categorical(logits=logits / temperature)
+            rows.append(F.pad(torch.stack((policy.log_prob(ids), policy.entropy())), (0, T - n)))
+    return torch.stack(rows, 1).view(2, B, G, T)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature):
-    """Stops siblings that see each other, wrong positions after the prompt, and a lost gradient of the prefix."""
+@pytest.mark.parametrize("temperature, T, left", [(1.0, 6, True), (0.7, 6, True), (1.0, 6, False), (1.0, 1, True)])
+def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature, T, left):
+    """Stops siblings that see each other, wrong positions after the prompt, a lost gradient of the prompt, a prompt's last
+    state read where its padding is, a crash where no token is ever read (label SFT: the bare word), an entropy of other
+    logits than those the token came from."""
     model = fresh_model
     model.set_trained(["decoder"])
-    embeds, mask, completions, lengths = ragged(model)
+    embeds, mask, completions, lengths = ragged(model, T=T, left=left)
     weights = torch.randn(completions.shape, generator=torch.Generator().manual_seed(5))
     results = []
-    for logps_of in (model.completion_logps, lambda *a, **k: naive_logps(model, *a, **k)):
+    for logps_of in (lambda *a: model.completion_logps(*a, with_entropy=True), lambda *a: naive_logps(model, *a)):
         x = embeds.clone().requires_grad_()
-        logps = logps_of(x, mask, completions, lengths, temperature=temperature)
+        logps, entropies = logps_of(x, mask, completions, lengths, temperature)
         grads = gradients(model, (logps * weights).sum())
-        results.append((logps.detach(), grads | {"embeds": x.grad}))
-    (ours, our_grads), (theirs, their_grads) = results
-    assert relative(ours, theirs) < 1e-5
+        results.append((logps.detach(), entropies.detach(), grads | {"embeds": x.grad}))
+    (ours, our_entropies, our_grads), (theirs, their_entropies, their_grads) = results
+    assert relative(ours, theirs) < 1e-5 and relative(our_entropies, their_entropies) < 1e-5
     assert_same_gradients(our_grads, their_grads)
     assert their_grads["embeds"][mask].abs().amin(-1).min() > 0      # the prompt is really part of the loss
+    assert not our_grads["embeds"][~mask].any()                      # and its padding is not
 
 
 def test_attention_without_a_mask_equals_the_masked_form():
@@ -273,25 +255,6 @@ def test_checkpointed_layers_have_the_same_gradient(fresh_model):
     assert all(torch.equal(again[name], plain[name]) for name in plain)
 
 
-def test_right_padded_prompts_give_the_same(model):
-    """Stops a prompt's last state being read at column P - 1 when the padding is there."""
-    embeds, mask, completions, lengths = ragged(model)
-    right = torch.stack([torch.cat((e[m], e[~m])) for e, m in zip(embeds, mask)])
-    with torch.no_grad():
-        a = model.completion_logps(embeds, mask, completions, lengths)
-        b = model.completion_logps(right, mask.flip(1), completions, lengths)
-    assert relative(b, a) < 1e-5
-
-
-def test_completions_of_one_token(model):
-    """Stops a crash where no completion token is ever read, only predicted (label SFT: the bare word)."""
-    embeds, mask, completions, _ = ragged(model, T=1)
-    lengths = torch.ones(3, 3, dtype=torch.long)
-    with torch.no_grad():
-        assert relative(model.completion_logps(embeds, mask, completions, lengths),
-                        naive_logps(model, embeds, mask, completions, lengths)) < 1e-5
-
-
 def test_past_the_length_nothing_counts(fresh_model):
     """Stops loss or gradient from tokens after the end, and from padding columns."""
     model = fresh_model
@@ -316,71 +279,15 @@ def test_past_the_length_nothing_counts(fresh_model):
     assert not any(g.any() for g in gradients(model, (alone * outside).sum()).values())
 
 
-def test_padded_embeddings_have_no_gradient(model):
-    """Stops a padded prompt position leaking into the completions."""
-    embeds, mask, completions, lengths = ragged(model)
-    x = embeds.clone().requires_grad_()
-    gradient, = torch.autograd.grad(model.completion_logps(x, mask, completions, lengths).sum(), x)
-    assert gradient[mask].any() and not gradient[~mask].any()
-
-
-def test_an_unused_vocabulary_row_can_be_sampled(fresh_model, processor):
-    """Stops a crash on an id that the tokenizer does not know: a policy can emit every row of its embedding."""
-    model = fresh_model
-    model.set_trained(["decoder"])
-    last = model.config.vocab_size - 1
-    assert last >= len(processor.tokenizer)
-    embeds, mask, _, _ = ragged(model)
-    completions = torch.full((3, 2, 2), last)
-    lengths = torch.full((3, 2), 2)
-    logps = model.completion_logps(embeds, mask, completions, lengths)
-    assert relative(logps.detach(), naive_logps(model, embeds, mask, completions, lengths).detach()) < 1e-5
-    assert gradients(model, logps.sum())["model.embed_tokens.weight"][last].any()
-    assert isinstance(processor.text([last, last]), str)
-
-
 # ------------------------------------------------------------------------------------------------
 # Log-probabilities and entropies
 # ------------------------------------------------------------------------------------------------
 
-def test_entropy_against_torch_distributions(model):
-    """Stops an entropy of other logits than those the token came from (temperature, position)."""
-    embeds, mask, completions, lengths = ragged(model)
-    with torch.no_grad():
-        logps, entropy = model.completion_logps(embeds, mask, completions, lengths, 0.7, with_entropy=True)
-        for b, g in ((0, 0), (1, 2), (2, 1)):
-            n = int(lengths[b, g])
-            x = torch.cat((embeds[b, mask[b]], model.model.embed_tokens(completions[b, g, :n])))[None]
-            logits = model.logits(model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[0, -n - 1:-1]
-            theirs = torch.distributions.Categorical(logits=logits / 0.7)
-            torch.testing.assert_close(entropy[b, g, :n], theirs.entropy(), atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(logps[b, g, :n], theirs.log_prob(completions[b, g, :n]), atol=1e-5, rtol=1e-5)
-            assert (entropy[b, g, n:] == 0).all()
-
-
-def test_chunks_change_nothing(fresh_model):
-    """Stops a chunk border that loses or doubles a row, in value or gradient."""
-    model = fresh_model
-    model.set_trained(["decoder"])
-    states = torch.randn(11, model.config.hidden_size)
-    targets = torch.randint(0, model.config.vocab_size, (11,))
-    results = []
-    for chunk in (1, 4, 11, 100, None):
-        x = states.clone().requires_grad_()
-        logps, entropies = model.token_logps(x, targets, 0.9, chunk)
-        grads = gradients(model, (logps * torch.arange(11)).sum())
-        results.append((logps.detach(), entropies, grads["model.embed_tokens.weight"], x.grad))
-    expected = (model.logits(states) / 0.9).log_softmax(-1)[torch.arange(11), targets]
-    torch.testing.assert_close(results[0][0], expected.detach(), atol=1e-6, rtol=1e-6)
-    for other in results[1:]:
-        for a, b in zip(other, results[0]):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_head_equals_log_softmax_over_all_logits(dtype, tolerance, temperature):
-    """Stops a lost temperature, exponentials that overflow, a gradient of the target or of a row's weight that is lost."""
+@pytest.mark.parametrize("temperature, chunk", [(1.0, 3), (0.7, 3), (0.7, 1), (0.7, 100)])
+def test_the_head_equals_log_softmax_over_all_logits(dtype, tolerance, temperature, chunk):
+    """Stops a lost temperature, exponentials that overflow, a gradient of the target or of a row's weight that is lost, a
+    chunk's border that loses or doubles a row."""
     torch.manual_seed(0)
     states, weight = torch.randn(7, 16) * torch.tensor([[300.0]] + 6 * [[1.0]]), torch.randn(33, 16)
     states, weight = (x.to(dtype) for x in (states, weight))
@@ -393,8 +300,8 @@ def test_the_head_equals_log_softmax_over_all_logits(dtype, tolerance, temperatu
             logp = (x @ w.T / temperature).log_softmax(-1)
             logps, entropies = logp[torch.arange(7), targets], -(logp.exp() * logp).sum(-1)
         else:
-            logps, entropies = HeadLogps.apply(x, w, targets, temperature, 3, True)
-            assert torch.equal(HeadLogps.apply(x, w, targets, temperature, 3, False)[0], logps)
+            logps, entropies = HeadLogps.apply(x, w, targets, temperature, chunk, True)
+            assert torch.equal(HeadLogps.apply(x, w, targets, temperature, chunk, False)[0], logps)
         (logps * g).sum().backward()
         results.append((logps.detach(), entropies.detach(), x.grad, w.grad))
     for name, ours, theirs in zip(("logps", "entropy", "states", "weight"), *results):
@@ -453,12 +360,14 @@ def test_the_question_moves_the_gate(model, forward, processor):
 
 
 @torch.no_grad()
-def test_padding_in_ids_and_text_only(model):
-    """Stops padding ids being embedded, and a text prompt being refused."""
+def test_padding_in_ids_and_text_only(model, processor):
+    """Stops padding ids being embedded, a text prompt being refused, a crash on a row that no word of the tokenizer has."""
     padded = torch.tensor([[PAD, PAD, 5, 6, 7], [1, 2, 3, 4, PAD]])
     embeds, mask = model.embed_prompt(padded)
     assert mask.tolist() == [[False, True, True, True], [True] * 4]
     assert torch.equal(embeds[0, 1:], model.model.embed_tokens(torch.tensor([5, 6, 7])))
+    last = model.config.vocab_size - 1
+    assert last >= len(processor.tokenizer) and isinstance(processor.text([last, last]), str)
 
 
 def test_wrong_ids_are_named(model):
@@ -514,14 +423,9 @@ def test_set_trained(fresh_model):
         model.set_trained(["towers"])
 
 
-def test_encode_once_changes_nothing(fresh_model, forward):
+def test_encode_once_changes_nothing(fresh_model, forward, batch):
     """Stops cached tower outputs that differ from the towers, and a trained tower that gets no gradient."""
     model = fresh_model
-    batch = PromptBatch(
-        indices=[0, 1], samples=[None, None], asked=["", ""], input_ids=forward["input_ids"].tolist(), targets=[[], []],
-        frames=forward["frames"], mel=forward["mel"], vision=[None, None], audio=[None, None],
-        question_ids=forward["question_ids"], question_mask=forward["question_mask"], keys=[{"video": "", "audio": ""}] * 2,
-        bad=[], notes=[])
     model.set_trained(["gate"])
     once = encode_once(model, batch)
     assert once.frames is None and once.mel is None and not once.vision.requires_grad

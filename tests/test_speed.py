@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 import sampler
-from data import PromptBatch, Sample
+from data import Sample
 from lib import decode_attention
 from lib.common import start_ranks
 from lib.head import HeadLogps
@@ -42,15 +42,6 @@ def pair_flops(model) -> int:
 
 def head_flops(model) -> int:
     return 2 * model.config.hidden_size * model.config.vocab_size
-
-
-@pytest.fixture(scope="module")
-def batch(forward) -> PromptBatch:
-    return PromptBatch(
-        indices=[0, 1], samples=[None] * 2, asked=[""] * 2, input_ids=forward["input_ids"].tolist(), targets=[[], []],
-        frames=forward["frames"], mel=forward["mel"], vision=[None] * 2, audio=[None] * 2,
-        question_ids=forward["question_ids"], question_mask=forward["question_mask"],
-        keys=[{"video": "", "audio": ""}] * 2, bad=[], notes=[])
 
 
 def test_prefill_runs_each_prompt_once(model, prompt):
