@@ -11,10 +11,11 @@ TORN, WHOLE = "<think>so sad</think><answer>happy</answer>", "<think>so happy</t
 
 @pytest.fixture
 def run(tmp_path):
-    """Two steps of one clip, two completions each: an accurate torn text beside a whole one, then two alike."""
+    """Two steps of one clip, two completions each: a torn text beside a whole one, then two alike."""
     texts = [(1, TORN), (1, WHOLE), (2, WHOLE), (2, WHOLE)]
     rows = [{"step": step, "clip": "a.mp4", "answer": "happy", "completion": i % 2, "text": text, "length": 5,
-             "finished": True, "rewards": {"accuracy": 1.0, "length": 0.2 * (i == 0)}} for i, (step, text) in enumerate(texts)]
+             "finished": True, "rewards": {"accuracy": 1.0, "length": 0.2 * (i == 0)}} for i, (step, text) in
+            enumerate(texts)]
     (tmp_path / "rollouts.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "happy"}]
     (tmp_path / "data.json").write_text(json.dumps([{"video": "a.mp4", "weight": 3, "conversations": turns}]))
