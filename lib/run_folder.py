@@ -111,7 +111,7 @@ def check_outputs(args, ranks: Ranks) -> None:
 class RunFolder:
     """The folder of one run.  Rank 0 writes; every rank calls, because some calls wait for all."""
 
-    def __init__(self, args, ranks: Ranks, start_model: str):
+    def __init__(self, args, ranks: Ranks, start_model: str = ""):
         """`start_model`: fingerprint of the weights that the run starts from, the KL's reference."""
         self.path, self.ranks = Path(args.out), ranks
         self.keep, self.on_save_error = args.keep, args.on_save_error

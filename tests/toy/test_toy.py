@@ -163,8 +163,9 @@ def test_why_a_stage_is_made_anew(tmp_path, capsys):
 
 def test_make_says_how_to_go_on(tmp_path):
     """Stops: a first command after `make toy` that ends with "No module named 'torch'"."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}      # as from a shell, not within make test
     make = lambda: subprocess.run(["make", "toy", f"VENV={tmp_path}", "PYTHON=true", "RUN=true"], cwd=ROOT, check=True,
-                                  capture_output=True, text=True).stdout.splitlines()
+                                  env=environment, capture_output=True, text=True).stdout.splitlines()
     line = f"To run the scripts yourself, first type:  source {tmp_path}/bin/activate"
     first = make()
     assert first[-1] == line and first.count(line) == 2              # also where the environment was made
