@@ -163,7 +163,7 @@ def test_why_a_stage_is_made_anew(tmp_path, capsys):
 
 def test_make_says_how_to_go_on(tmp_path):
     """Stops: a first command after `make toy` that ends with "No module named 'torch'"."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}      # as from a shell, not within make test
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}   # as from a shell
     make = lambda: subprocess.run(["make", "toy", f"VENV={tmp_path}", "PYTHON=true", "RUN=true"], cwd=ROOT, check=True,
                                   env=environment, capture_output=True, text=True).stdout.splitlines()
     line = f"To run the scripts yourself, first type:  source {tmp_path}/bin/activate"
