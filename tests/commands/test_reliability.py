@@ -11,7 +11,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -22,19 +21,13 @@ import torch
 import torch.distributed as dist
 from conftest import GOLDEN
 from safetensors.torch import load_file
-from test_runs import LABELS, MEDIA, metrics, write_rows
+from test_runs import LABELS, MEDIA, MOVING, ROOT, call, metrics, under_torchrun, write_rows
 
 from lib import common
 from lib.common import OUT_OF_MEMORY
 from lib.run_folder import damage
 
-ROOT = Path(__file__).parents[2]
 STEPS = 6
-
-# A random policy never says a label; this reward differs within a group, so that every step moves the weights.
-MOVING = ("import rewards\n"
-          "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)\n")
-
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory) -> Path:
@@ -50,32 +43,9 @@ def flags(script: str, out: Path, labels: Path, *more) -> list[str]:
         "--lr", 1e-3, "--schedule", "linear", "--workers", 0, "--save_every", 1, *own, *more)]
 
 
-def run(script: str, out: Path, labels: Path, *more, hook: str = "", check: bool = True):
-    done = forkserver.shared().run(script, *flags(script, out, labels, *more), hook=MOVING + hook)
-    if check:
-        assert done.returncode == 0, done.stderr[-3000:]
-    return done
-
-
-def under_torchrun(script: str, out: Path, labels: Path, *more, ranks: int = 2, launch=("--standalone",), hook: str = ""
-                   ) -> list:
-    """Command and environment of a run on several ranks; `hook` is executed in each of them."""
-    site = out.parent / "site"
-    site.mkdir(exist_ok=True)
-    (site / "hook.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{MOVING}{hook}")
-    (site / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: import hook\n")   # not in torchrun itself
-    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(site)}
-    return [[sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}", str(ROOT / script),
-             *flags(script, out, labels, *more)], env]
-
-
-def run_on_two(script: str, out: Path, labels: Path, *more, check: bool = True, **how):
-    """`run` on two ranks; `how`: see under_torchrun."""
-    command, env = under_torchrun(script, out, labels, *more, **how)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    if check:
-        assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def run(script: str, out: Path, labels: Path, *more, hook: str = "", **how) -> subprocess.CompletedProcess:
+    """`how`: see `call`."""
+    return call(script, *flags(script, out, labels, *more), hook=MOVING + hook, **how)
 
 
 def end_of(out: Path) -> dict:
@@ -114,31 +84,34 @@ def whole(labels, tmp_path_factory) -> dict:
 
 # ---- stopping and going on -------------------------------------------------------------------------
 
-def signal_at(step: int, *kinds: str) -> str:
-    """A hook: the process gets a signal, or one after the other, while it books that step."""
+def at_step(step: int, action: str) -> str:
+    """A hook: `action` is executed while the process books that step."""
     return f"""
-import os, signal, training
+import os, pathlib, signal, training
 book = training.Run.count
 def count(self, *args):
     if self.state["step"] + 1 == {step}:
-        for kind in {kinds}:
-            os.kill(os.getpid(), getattr(signal, kind))
+        {action}
     return book(self, *args)
 training.Run.count = count
 """
+
+
+def signal_at(step: int, *kinds: str) -> str:
+    """A hook: the process gets a signal, or one after the other."""
+    return at_step(step, "; ".join(f"os.kill(os.getpid(), signal.{kind})" for kind in kinds))
 
 
 @pytest.mark.parametrize("script, kind", [("grpo.py", "SIGTERM"), ("grpo.py", "SIGINT"), ("sft.py", "SIGTERM")])
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole, labels, tmp_path):
     """Stops: work lost to a scheduler's SIGTERM or to Ctrl-C; replayed data; Adam, schedule or reference reset on resume."""
     out = tmp_path / "run"
-    done = run(script, out, labels, "--save_every", 0, hook=signal_at(3, kind))
+    done = run(script, out, labels, "--save_every", 0, "--workers", 1, hook=signal_at(3, kind))     # `whole` has no worker
     rows = [r["step"] for r in metrics(out)]
     assert len(rows) in (3, 4) and (out / "latest").resolve().name == f"step_{len(rows)}"       # the flag is seen next step
     command = shlex.split(done.stdout.strip().splitlines()[-1])
     assert command[0] == "python" and command[1].endswith(script) and command[-1] == "--resume"
-    again = forkserver.shared().run(script, *command[2:], hook=MOVING)
-    assert again.returncode == 0 and "resuming after step" in again.stdout, again.stderr[-2000:]
+    assert "resuming after step" in call(script, *command[2:], hook=MOVING).stdout
     assert_same(end_of(out), whole[script])
 
 
@@ -269,7 +242,7 @@ def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
 def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path):
     """Stops: clips skipped or repeated because the number of GPUs changed between two parts of a run."""
     out = tmp_path / "run"
-    done = run_on_two("grpo.py", out, labels, "--save_every", 0, hook=signal_at(3, "SIGTERM"))  # ended well, so torchrun too
+    done = run("grpo.py", out, labels, "--save_every", 0, ranks=2, hook=signal_at(3, "SIGTERM"))   # torchrun ends well, too
     assert "torchrun --nproc_per_node=2" in done.stdout
     done = run("grpo.py", out, labels, "--save_every", 0, "--resume")
     assert "2 rank(s) before, 1 now" in done.stdout
@@ -285,29 +258,17 @@ def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path
 
 
 def die_once(out: Path, step: int) -> str:
-    """A hook: rank 1 is killed while it books that step, in the first attempt.
-
-    A file tells the attempts apart: torchrun counts an agent's own failures only.
-    """
-    return f"""
-import os, pathlib, signal, training
-book = training.Run.count
-def count(self, *args):
-    died = pathlib.Path({str(out.with_suffix(".died"))!r})
-    if self.state["step"] + 1 == {step} and os.environ["RANK"] == "1" and not died.exists():
-        died.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return book(self, *args)
-training.Run.count = count
-"""
+    """A hook: rank 1 is killed in the first attempt.  A file tells the attempts apart: torchrun counts an agent's own
+    failures only."""
+    died = f"pathlib.Path({str(out.with_suffix('.died'))!r})"
+    return at_step(step, f"if os.environ['RANK'] == '1' and not {died}.exists(): "
+                         f"{died}.touch(); os.kill(os.getpid(), signal.SIGKILL)")
 
 
 def test_a_dead_rank_ends_the_run_by_name(labels, tmp_path):
-    """Stops: seven ranks that wait for ever for the eighth."""
-    started = time.monotonic()
-    done = run_on_two("grpo.py", tmp_path / "dead", labels, hook=die_once(tmp_path / "dead", 4), check=False)
-    assert done.returncode != 0 and time.monotonic() - started < 60 + 60              # its start and a minute
-    assert "rank      : 1" in done.stderr and "-9" in done.stderr
+    """Stops: seven ranks that wait for ever for the eighth (`call` waits five minutes)."""
+    done = run("grpo.py", tmp_path / "dead", labels, ranks=2, hook=die_once(tmp_path / "dead", 4), check=False)
+    assert done.returncode != 0 and "rank      : 1" in done.stderr and "-9" in done.stderr
 
 
 def test_a_restarted_rank_finds_the_living(monkeypatch):
@@ -336,37 +297,25 @@ def test_a_restarted_rank_finds_the_living(monkeypatch):
         assert all(store.get(f"address {r}") == str(attempt).encode() for store in found.values() for r in range(3))
 
 
-def test_torchrun_restarts_a_run_that_lost_a_rank(whole, labels, tmp_path):
-    """Stops: a restart by torchrun that hangs, or that starts the run anew instead of going on from its last checkpoint."""
-    out = tmp_path / "run"
-    done = run_on_two("grpo.py", out, labels, "--resume", launch=("--max_restarts=1",), hook=die_once(out, 4))
-    # Rank 0 may have saved the step in which rank 1 died: they had joined their gradients.
-    assert re.search(r"resuming after step [34] ", done.stdout)
-    end = end_of(out)
-    assert [r["step"] for r in end["metrics"]] == list(range(1, STEPS + 1))
-    for k, v in whole["grpo.py"]["weights"].items():
-        torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
-
-
 def test_two_machines_are_one(labels, tmp_path):
-    """Stops: a multi-node launch that splits the data, the seed or the writing by local rank, or that cannot restart."""
+    """Stops: a multi-node launch that splits the data, the seed or the writing by local rank; a restart by torchrun that
+    hangs, or that starts the run anew instead of going on from its last checkpoint."""
     port, out = 20_000 + os.getpid() % 20_000, tmp_path / "nodes"
     line = next(line for line in (ROOT / "docs" / "recipe.md").read_text().splitlines() if "--nnodes" in line)
     words = shlex.split(line.replace("HOST:29500", f"127.0.0.1:{port}"))
     assert words[0] == "torchrun" and {"--nnodes=2", "--max_restarts=3"} < set(words) and words[-1] == "--resume"
     launch = (*words[1:words.index("grpo.py")], "--local_addr=127.0.0.1")
-    agents = []
-    for _ in range(2):
-        command, env = under_torchrun("grpo.py", out, labels, "--max_steps", 3, "--resume", ranks=1, launch=launch,
-                                      hook=die_once(out, 3))
-        agents.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    command, env = under_torchrun(tmp_path / "site", "grpo.py", *flags("grpo.py", out, labels), "--max_steps", 3, "--resume",
+                                  ranks=1, launch=launch, hook=MOVING + die_once(out, 3))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    agents = [subprocess.Popen(command, env=env, **pipes) for _ in range(2)]
     said = ""
     for agent in agents:
         told, err = agent.communicate(timeout=300)
         assert agent.returncode == 0, err[-3000:]
         said += told
     assert re.search(r"resuming after step [23] ", said)                              # one of them lost its rank
-    run_on_two("grpo.py", tmp_path / "one", labels, "--max_steps", 3)
+    run("grpo.py", tmp_path / "one", labels, "--max_steps", 3, ranks=2)
     a, b = end_of(out), end_of(tmp_path / "one")
     assert a["metrics"] == b["metrics"] and a["rollouts"] == b["rollouts"]
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
@@ -374,39 +323,40 @@ def test_two_machines_are_one(labels, tmp_path):
 
 # ---- faults ----------------------------------------------------------------------------------------
 
+def poison(when: str, what: str = "nan") -> str:
+    """A hook: an entry of the gradient is `what` in those of the optimiser's steps, `seen` = 1, 2 .., that `when` names."""
+    return f"""
+import os, training
+step, seen = training.MasterAdamW.step, 0
+def poisoned(self, *args):
+    global seen
+    seen += 1
+    if {when}:
+        self.flat[7] = float("{what}")
+    return step(self, *args)
+training.MasterAdamW.step = poisoned
+"""
+
+
 def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
     """Stops: one NaN that ends a run of days, or lives on in Adam's moments; and a run that skips for ever."""
-    hook = ("import training\nstep = training.MasterAdamW.step\nseen = 0\n"
-            "def poisoned(self, *args):\n"
-            "    global seen\n"
-            "    seen += 1\n"
-            "    if seen in {when}: self.flat[7] = float('{what}')\n"
-            "    return step(self, *args)\n"
-            "training.MasterAdamW.step = poisoned\n")
     for what in ("nan", "inf"):
         out = tmp_path / what
-        run("grpo.py", out, labels, hook=hook.format(when="(2, 4)", what=what))
+        run("grpo.py", out, labels, hook=poison("seen in (2, 4)", what))
         rows = metrics(out)
         assert [r["skipped_steps"] for r in rows] == [0, 1, 1, 2, 2, 2] and len(rows) == STEPS
         assert [r["grad_norm"] is None for r in rows] == [False, True, False, True, False, False]
         assert all(v.isfinite().all() for v in end_of(out)["weights"].values())
         assert rows[0]["loss"] == whole["grpo.py"]["metrics"][0]["loss"]
-    done = run("grpo.py", tmp_path / "stuck", labels, "--max_bad_steps", 3, check=False,
-               hook=hook.format(when="range(2, 99)", what="nan"))
+    done = run("grpo.py", tmp_path / "stuck", labels, "--max_bad_steps", 3, check=False, hook=poison("seen > 1"))
     assert done.returncode == 1 and "3 steps in a row" in done.stderr and "stopped after step 4" in done.stderr
     assert (tmp_path / "stuck" / "latest").resolve().name == "step_4"
 
 
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_two_ranks_are_one_for_sft(labels, tmp_path):
     """Stops: ranks that part because one skipped and one did not; an SFT loss that is averaged per rank."""
-    hook = ("import os, training\nstep = training.MasterAdamW.step\nseen = 0\n"
-            "def poisoned(self, *args):\n"
-            "    global seen\n"
-            "    seen += 1\n"
-            "    if seen == 2 and os.environ.get('RANK', '1') == '1': self.flat[7] = float('nan')\n"
-            "    return step(self, *args)\n"
-            "training.MasterAdamW.step = poisoned\n")
-    run_on_two("sft.py", tmp_path / "two", labels, "--save_every", 0, hook=hook)
+    hook = poison("seen == 2 and os.environ.get('RANK', '1') == '1'")
+    run("sft.py", tmp_path / "two", labels, "--save_every", 0, ranks=2, hook=hook)
     run("sft.py", tmp_path / "one", labels, "--save_every", 0, hook=hook)
     two, one = end_of(tmp_path / "two"), end_of(tmp_path / "one")
     assert [r["skipped_steps"] for r in two["metrics"]] == [r["skipped_steps"] for r in one["metrics"]] == [0, 1, 1, 1, 1, 1]
@@ -477,13 +427,6 @@ def test_out_of_gpu_memory_names_the_flags(tmp_path):
 
 
 # ---- precision -------------------------------------------------------------------------------------
-
-def test_the_first_ratio_is_exactly_one_and_the_sampler_agrees(whole):
-    """Stops: dropout, another prompt or another temperature between sampling and training."""
-    for row in whole["grpo.py"]["metrics"]:
-        assert row["ratio/mean"] == row["ratio/max"] == 1.0 and row["sampler_logp_diff/max"] < 1e-4
-        assert row["sampler_logp_diff/mean"] <= row["sampler_logp_diff/max"]
-
 
 def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
     """Stops: training on samples of another policy than the one that is trained."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
-from test_reliability import LABELS, end_of, metrics, run, run_on_two, write_rows
+from test_reliability import LABELS, end_of, metrics, run, signal_at, write_rows
 
 REWARD = "def odd(c):\n    return (sum(map(ord, c.text)) + c.row['weight']) % 3 == 0\n"
 MORE = ("--mini_batches", 2, "--prompts_per_step", 4)
@@ -27,7 +27,7 @@ def test_mini_batches_and_own_rewards_go_on_and_spread_exactly(labels, tmp_path)
     """Stops: mini-batches or rewards that change with a resume (bit for bit) or with the number of ranks (first step)."""
     flags = (*MORE, *rewards(labels))
     run("grpo.py", tmp_path / "whole", labels, *flags)
-    done = run("grpo.py", tmp_path / "parts", labels, *flags, hook=STOP_DURING_3)
+    done = run("grpo.py", tmp_path / "parts", labels, *flags, hook=signal_at(3, "SIGTERM"))
     assert "stopped and saved after step 4" in done.stdout
     run("grpo.py", tmp_path / "parts", labels, *flags, "--resume")
     whole, parts = end_of(tmp_path / "whole"), end_of(tmp_path / "parts")
@@ -37,21 +37,10 @@ def test_mini_batches_and_own_rewards_go_on_and_spread_exactly(labels, tmp_path)
     assert row["reward"] == pytest.approx(row["rewards/accuracy/mean"] + 0.5 * row["rewards/odd/mean"]
                                           + 0.1 * row["rewards/overlong/mean"], abs=1e-6)
     assert row["rewards/odd/std"] > 0 and row["ratio/max"] > 1.0 and row["agreement"] == 0.0
-    run_on_two("grpo.py", tmp_path / "two", labels, *flags, "--max_steps", 1)
+    run("grpo.py", tmp_path / "two", labels, *flags, "--max_steps", 1, ranks=2)
     two = metrics(tmp_path / "two")[0]
     for name in ("reward", "rewards/odd/mean", "loss", "kl", "entropy", "grad_norm", "ratio/max", "num_tokens"):
         assert two[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), name
-
-
-STOP_DURING_3 = """
-import os, signal, training
-book = training.Run.count
-def count(self, *args):
-    if self.state["step"] == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return book(self, *args)
-training.Run.count = count
-"""
 
 
 def test_a_run_goes_on_from_the_start_and_the_rewards_that_it_had(labels, tmp_path):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import forkserver
@@ -17,6 +18,13 @@ import eval as eval_script
 ROOT = Path(__file__).parents[2]
 MEDIA = GOLDEN / "media"
 MODEL = GOLDEN / "humanomni"
+# A random policy never says a label, so all its groups would be dead; these rewards differ within a group, so that every
+# step moves the weights.  A hook: executed in the process of the run before its script.
+MOVING = """
+import rewards
+rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)
+rewards.bare_accuracy = lambda text, answer: float(sum(map(ord, text)) % 2)
+"""
 LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "angry", "silent_no_track.mp4": "fear"}
 
 
@@ -29,24 +37,32 @@ def write_rows(path: Path, targets: list[tuple[str, str]], asked: dict[str, str]
     return path
 
 
-def call(script: str, *flags, ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+def under_torchrun(folder: Path, script: str, *flags, ranks: int = 2, launch=("--standalone",), hook: str = "") -> tuple:
+    """Command and environment of a run on several ranks; `hook`, which `folder` keeps, is executed in each of them."""
+    folder.mkdir(exist_ok=True)
+    (folder / "hook.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{hook}")
+    (folder / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ: import hook\n")   # not in torchrun itself
+    env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    return [sys.executable, "-m", "torch.distributed.run", *launch, f"--nproc_per_node={ranks}", str(ROOT / script),
+            *map(str, flags)], env
+
+
+def call(script: str, *flags, ranks: int = 1, check: bool = True, hook: str = "", **how) -> subprocess.CompletedProcess:
     """Run a script of the project; `ranks` > 1: under torchrun, as the README says."""
     if ranks == 1:
-        site = Path(os.environ.get("PYTHONPATH", "")) / "sitecustomize.py"       # see `moving`
-        done = forkserver.shared().run(script, *flags, hook=site.read_text() if site.is_file() else "")
+        done = forkserver.shared().run(script, *flags, hook=hook)
     else:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([*start, str(ROOT / script), *map(str, flags)], capture_output=True, text=True, env=env,
-                              timeout=300)
+        with tempfile.TemporaryDirectory() as site:
+            command, env = under_torchrun(Path(site), script, *flags, ranks=ranks, hook=hook, **how)
+            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
 
 
-def grpo(out: Path, data: Path, *flags, ranks: int = 1, check: bool = True, model: Path = MODEL):
+def grpo(out: Path, data: Path, *flags, model: Path = MODEL, **how) -> subprocess.CompletedProcess:
     return call("grpo.py", "--model", model, "--data", data, "--media_root", MEDIA, "--out", out, "--max_new_tokens", 8,
-                "--num_generations", 3, "--prompts_per_step", 4, "--workers", 1, *flags, ranks=ranks, check=check)
+                "--num_generations", 3, "--prompts_per_step", 4, "--workers", 1, *flags, **{"hook": MOVING} | how)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -62,27 +78,8 @@ def labels(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "labels.json", list(LABELS.items()))
 
 
-@pytest.fixture(scope="module")
-def reward_lengths(tmp_path_factory) -> Path:
-    """A random policy never says a label, so all its groups would be dead and no run would move a weight.
-
-    This sitecustomize replaces the two rewards, in the subprocess, by one that differs within a group.
-    """
-    folder = tmp_path_factory.mktemp("site")
-    (folder / "sitecustomize.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport rewards\n"
-        "rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)\n"
-        "rewards.bare_accuracy = lambda text, answer: float(sum(map(ord, text)) % 2)\n")
-    return folder
-
-
-@pytest.fixture
-def moving(reward_lengths, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(reward_lengths))
-
-
 @pytest.mark.parametrize("reuse", ["--inner_epochs", "--mini_batches"])
-def test_two_processes_are_one_process(labels, tmp_path, moving, reuse):
+def test_two_processes_are_one_process(labels, tmp_path, reuse):
     """Stops: ranks that sample alike, local denominators, a gradient that is averaged instead of summed."""
     flags = ("--max_steps", 3, "--lr", 1e-3, reuse, 2)
     grpo(tmp_path / "one", labels, *flags)
@@ -105,8 +102,9 @@ def test_two_processes_are_one_process(labels, tmp_path, moving, reuse):
     assert texts[0] == texts[1]                                     # every completion, token for token
 
 
-def test_run_folder_has_what_the_readme_promises(labels, tmp_path, moving):
-    """Stops: renamed files or metrics that users' plots rely on; eval rows missing at step 0 or at the end."""
+def test_run_folder_has_what_the_readme_promises(labels, tmp_path):
+    """Stops: renamed files or metrics that users' plots rely on; eval rows missing at step 0 or at the end; dropout, another
+    prompt or another temperature between sampling and training."""
     out = tmp_path / "run"
     grpo(out, labels, "--max_steps", 3, "--save_every", 2, "--eval_every", 2, "--eval_data", labels, "--lr", 1e-4)
     rows = metrics(out)
@@ -119,9 +117,10 @@ def test_run_folder_has_what_the_readme_promises(labels, tmp_path, moving):
                  "tokens_per_second/generate", "tokens_per_second/train", "time/load", "time/encode", "time/generate",
                  "time/reward", "time/train", "memory_gb", "epoch"):
         assert isinstance(rows[1][name], int | float), name
-    assert rows[1]["ratio/max"] == rows[1]["ratio/mean"] == 1.0     # one update per rollout: on policy, exactly
     assert rows[1]["kl"] == 0.0 < rows[3]["kl"]
-    assert rows[1]["sampler_logp_diff/max"] < 1e-4
+    for row in rows[1:]:                                            # one update per rollout: on policy, exactly
+        assert row["ratio/mean"] == row["ratio/max"] == 1.0
+        assert row["sampler_logp_diff/mean"] <= row["sampler_logp_diff/max"] < 1e-4
     rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert len(rollouts) == 3 * 4 * 3
     assert {"step", "clip", "prompt", "text", "rewards", "advantage", "length", "finished"} <= set(rollouts[0])
@@ -134,30 +133,7 @@ def test_run_folder_has_what_the_readme_promises(labels, tmp_path, moving):
     assert {"war", "uar", "per_class"} <= set(result)
 
 
-@pytest.mark.parametrize("script", ["grpo.py", "sft.py"])
-def test_a_resumed_run_is_the_uninterrupted_run(script, labels, tmp_path, moving):
-    """Stops: resume that replays data, forgets Adam's moments, or takes the trained weights as the reference.
-
-    Bit for bit, across an epoch boundary (4 clips, 2 a step) and for the KL to the starting model.
-    """
-    def run(out, steps, *flags):
-        # The schedule must not depend on where a run is cut, so it is constant here.
-        common = ("--schedule", "constant", "--warmup", 0, "--lr", 1e-3, "--max_steps", steps, *flags)
-        if script == "grpo.py":
-            return grpo(out, labels, "--prompts_per_step", 2, *common)
-        return call("sft.py", "--model", MODEL, "--data", labels, "--media_root", MEDIA, "--out", out, "--batch_size", 2,
-                    "--workers", 1, *common)
-
-    run(tmp_path / "whole", 4)
-    run(tmp_path / "cut", 2)
-    run(tmp_path / "cut", 4, "--resume")
-    a, b = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    drop = lambda rows: [{k: v for k, v in r.items() if not k.startswith(("time/", "tokens_per", "memory"))} for r in rows]
-    assert drop(metrics(tmp_path / "whole")) == drop(metrics(tmp_path / "cut"))
-
-
-def test_bad_clips_are_skipped_counted_and_listed(tmp_path, moving):
+def test_bad_clips_are_skipped_counted_and_listed(tmp_path):
     """Stops: a crash on a bad file, or the reference's silent replacement by another sample; also an all-bad step."""
     media = tmp_path / "media"
     media.mkdir()
@@ -231,7 +207,7 @@ def test_paths_and_compiling_reach_their_code(labels, tmp_path):
         assert done.returncode == 1 and "--strict_paths forbids" in done.stderr and "line 1" in done.stderr
         said = "import model\nfrom lib.common import UserError\ndef told(self): raise UserError('compiling')\n" \
             "model.HumanOmni.compile_layers = told\n"
-        done = forkserver.shared().run(script, *place, "--data", labels, "--media_root", MEDIA, "--compile", hook=said)
+        done = call(script, *place, "--data", labels, "--media_root", MEDIA, "--compile", hook=said, check=False)
         assert done.returncode == 1 and done.stderr.strip() == "error: compiling"
 
 
@@ -293,7 +269,7 @@ def test_a_start_that_is_a_link_is_recorded(labels, tmp_path):
     assert json.loads((out / "config.json").read_text())["model_resolved"] == str(tmp_path / "moved" / "humanomni")
 
 
-def test_feature_cache_changes_nothing_but_the_work(labels, tmp_path, moving):
+def test_feature_cache_changes_nothing_but_the_work(labels, tmp_path):
     """Stops: stale or mixed-up features; a second epoch that sees other numbers than the first."""
     flags = ("--max_steps", 2, "--lr", 1e-3, "--feature_cache", tmp_path / "features")
     grpo(tmp_path / "first", labels, *flags)
@@ -311,9 +287,8 @@ def test_feature_cache_changes_nothing_but_the_work(labels, tmp_path, moving):
     short = ("--max_steps", 2, "--max_new_tokens", 3, "--num_generations", 2)
     for script, more in (("grpo.py", ("--out", tmp_path / "g", *short)), ("sft.py", ("--out", tmp_path / "s", *short[:2])),
                          ("eval.py", ("--out", tmp_path / "e.json", *short[2:4]))):
-        done = forkserver.shared().run(script, *place, *cached, *more, hook=forbid)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert forkserver.shared().run("eval.py", *place, *short[2:4], hook=forbid).returncode == 1      # it does forbid
+        call(script, *place, *cached, *more, hook=forbid)
+    assert call("eval.py", *place, *short[2:4], hook=forbid, check=False).returncode == 1      # it does forbid
 
 
 def test_sft_then_grpo_learn_a_small_task(tmp_path):
@@ -330,14 +305,14 @@ def test_sft_then_grpo_learn_a_small_task(tmp_path):
     data = write_rows(tmp_path / "rl.json", [(clip, LABELS[clip]) for clip in asked], asked)
     grpo(tmp_path / "rl", data, "--model", tmp_path / "sft" / "latest", "--max_steps", 50, "--num_generations", 16,
          "--lr", 1e-4, "--schedule", "constant", "--max_new_tokens", 24, "--beta", 0.02,
-         "--feature_cache", tmp_path / "features", "--workers", 0)
+         "--feature_cache", tmp_path / "features", "--workers", 0, hook="")
     rows = metrics(tmp_path / "rl")
     accuracy, form = ([r[f"rewards/{name}/mean"] for r in rows] for name in ("accuracy", "format"))
     assert accuracy[0] < 0.3 and form[0] > 0.8                      # the form is there, the word is a guess among four
     assert sum(accuracy[-5:]) / 5 > 0.9 and sum(form[-5:]) / 5 > 0.9
 
 
-def test_grpo_on_bare_words_with_missing_modalities(labels, tmp_path, moving):
+def test_grpo_on_bare_words_with_missing_modalities(labels, tmp_path):
     """Stops `--prompt label` asking or paying for reasoning; `--question`, `--choices` and `--drop_*` being ignored."""
     (tmp_path / "question.txt").write_text("How does it feel?")
     flags = ("--prompt", "label", "--question", tmp_path / "question.txt", "--choices", "happy", "sad", "--seed", 4)
