@@ -3,7 +3,8 @@
     python -m tools.gpu_check                            the true geometry, random weights
     python -m tools.gpu_check --device cpu --size toy    a dry run: everything that does without a GPU
 
-Writes results/gpu_MACHINE.json and .md: a row for each check, also for one that failed, and why.  Exit status 1 if one did.
+Writes results/gpu_MACHINE.json and .md (of a dry run: runs/...): a row for each check, also for one that failed, and why.
+Exit status 1 if one did.
 
 Legend   B prompts   G completions per prompt   P prompt length   T completion length   N = B * G rows
 """
@@ -163,9 +164,15 @@ def several_ranks(args, device):
     return str(kinds), True
 
 
+def out_folder(device) -> Path:
+    """A dry run is no result."""
+    return ROOT / ("results" if device.type == "cuda" else "runs")
+
+
 def side_by_side(args, device):
     """tools.bench with one repeat: the faithful loop, ours, ours compiled; its own gates"""
     words = f"--size {args.size} --device {device.type} --repeats 1 --arms A D" + " E" * (device.type == "cuda")
+    words += f" --out {out_folder(device) / 'bench_of_gpu_check.json'}"
     done = subprocess.run([sys.executable, "-m", "tools.bench", *words.split()], capture_output=True, text=True, timeout=420)
     told = [" ".join(line.split()) for line in done.stdout.splitlines() if line.startswith(("step", "PASS", "FAIL"))]
     return "; ".join(told), done.returncode == 0
@@ -187,7 +194,7 @@ def main(args: Args) -> None:
         print(" | ".join(map(str, rows[-1].values())), flush=True)
     machine, today = machine_name(device), datetime.date.today().isoformat()
     about = f"python -m tools.gpu_check {' '.join(sys.argv[1:])}; {machine}, torch {torch.__version__}, {today}"
-    out = ROOT / "results" / f"gpu_{re.sub('[^a-z0-9]+', '-', machine.lower()).strip('-')}.json"
+    out = out_folder(device) / f"gpu_{re.sub('[^a-z0-9]+', '-', machine.lower()).strip('-')}.json"
     write_json(out, {"about": about, "checks": rows})
     cells = [rows[0].keys(), ("---",) * 4, *(row.values() for row in rows)]
     write_text(out.with_suffix(".md"), f"# GPU check\n\n{about}\n\n" +

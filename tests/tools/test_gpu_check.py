@@ -16,12 +16,12 @@ def run(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu_check, "CHECKS", list(checks))
         with pytest.raises(SystemExit) as ended:
             gpu_check.main(gpu_check.Args(size="toy", device="cpu"))
-        (file,) = (tmp_path / "results").glob("gpu_*.json")
+        (file,) = (tmp_path / "runs").glob("gpu_*.json")
         rows = json.loads(file.read_text())["checks"]
         assert file.with_suffix(".md").read_text().count("\n| ") == 2 + len(rows)
         return ended.value.code, [row["verdict"] for row in rows]
 
-    (tmp_path / "results").mkdir()
+    (tmp_path / "runs").mkdir()
     return run
 
 
