@@ -53,8 +53,7 @@ def healthy_rollouts(step: int, done: float, rng: random.Random) -> list[dict]:
     return rows
 
 
-def nothing(*_) -> None:
-    """Edit no row."""
+nothing = lambda *_: None            # edits no row
 
 
 def write_run(folder: Path, steps: int = 40, edit=nothing, edit_rollout=nothing, seed: int = 0, rollouts: bool = False,
@@ -434,10 +433,9 @@ def test_no_run_folder_is_a_sentence(tmp_path):
     (run / "checkpoints/step_3").mkdir(parents=True)
     (run / "checkpoints/step_3/config.json").write_text('{"model_type": "HumanOmni_qwen2", "hidden_size": 32}')
     (run / "latest").symlink_to("checkpoints/step_3")
-    (tmp_path / "{").mkdir()
-    for name, text in (("{", "{"), ("[]", "[]"), ("{}", "{}")):
-        (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "config.json").write_text(text)
+    for text in ("{", "[]", "{}"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "config.json").write_text(text)
     for words, said in [((run / "latest",), f"this is a checkpoint; give the run folder: {run}."),
                         ((run / "checkpoints",), f"no config.json; give the run folder: {run}."),
                         ((run / "metrics.jsonl",), f"a file; give the run folder: {run}."),
