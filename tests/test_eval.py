@@ -141,16 +141,21 @@ def write_question(folder: Path) -> Path:
     return folder / "asked.txt"
 
 
-def test_the_answer_to_one_clip_is_written(tmp_path, capsys):
-    """Stops: --out ignored with --clip, or an answer of bare words looked for between tags."""
-    out = tmp_path / "new" / "answer.json"
-    for prompt in ("think", "label"):
-        run("--model", MODEL, "--clip", MEDIA / "wide.mp4", "--max_new_tokens", 5, "--device", "cpu", "--prompt", prompt,
-            "--out", out)
+def test_the_answer_to_one_clip(tmp_path, capsys):
+    """Stops: --out or --modal ignored with --clip, an answer of bare words looked for between tags, a traceback for a bad
+    clip."""
+    out, said = tmp_path / "new" / "answer.json", set()
+    for prompt, modal in (("think", "video_audio"), ("label", "video_audio"), ("think", "video"), ("think", "audio")):
+        run("--model", MODEL, "--clip", MEDIA / "wide.mp4", "--max_new_tokens", 9, "--device", "cpu", "--prompt", prompt,
+            "--modal", modal, "--out", out)
         got = json.loads(out.read_text())
         text = capsys.readouterr().out.removesuffix("\n")
         assert got == {"clip": str(MEDIA / "wide.mp4"), "text": text,
                        "predicted": text.strip() if prompt == "label" else None}
+        said.add(text)
+    assert len(said) == 3                                     # the golden model answers both prompts alike
+    with pytest.raises(UserError, match=r"none\.mp4: no such file$"):
+        run("--model", MODEL, "--clip", MEDIA / "none.mp4", "--device", "cpu")
 
 
 def test_modalities_are_the_five_runs(score, tmp_path, capsys, monkeypatch, inputs_for_answers):

@@ -13,8 +13,6 @@ import torch
 from conftest import GOLDEN
 from safetensors.torch import load_file
 
-import eval as eval_script
-
 ROOT = Path(__file__).parents[2]
 MEDIA = GOLDEN / "media"
 MODEL = GOLDEN / "humanomni"
@@ -166,19 +164,6 @@ def test_eval_scores_every_sample_once_on_two_ranks(tmp_path):
              "--out", tmp_path / f"{ranks}.json", ranks=ranks)
     one, two = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (1, 2))
     assert one["predictions"] == two["predictions"] and [p["index"] for p in two["predictions"]] == [0, 1, 2, 3, 4]
-
-
-def test_eval_answers_for_one_clip(model, processor):
-    """Stops: --clip needing a sample file, --modal ignored, or a bad clip ending in a traceback."""
-    said = []
-    for modal in ("video_audio", "video", "audio"):
-        done = call("eval.py", "--model", MODEL, "--clip", MEDIA / "wide.mp4", "--max_new_tokens", 9, "--modal", modal)
-        args = eval_script.Args(model="", clip=str(MEDIA / "wide.mp4"), max_new_tokens=9, modal=modal)
-        said.append(eval_script.answer_one(model, processor, args))
-        assert done.stdout == said[-1] + "\n"
-    assert len(set(said)) == 3
-    bad = call("eval.py", "--model", MODEL, "--clip", MEDIA / "none.mp4", check=False)
-    assert bad.returncode == 1 and bad.stderr.strip().endswith("none.mp4: no such file")
 
 
 @pytest.mark.parametrize("flags,words", [
