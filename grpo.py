@@ -309,7 +309,7 @@ def mini_batches(batch: PromptBatch, rollout: Rollout | None, args: Args, ranks:
     divided by is counted over all ranks.
     """
     M, N = args.mini_batches, args.prompts_per_step
-    part = [(i - first) % N * M // N for i in batch.indices] if rollout else []
+    part = [(i - first) % N * M // N for i in batch.indices] if rollout else []      # of each prompt, 0 .. M - 1
     rows = [[b for b, m in enumerate(part) if m == k] for k in range(M)]
     tokens = rollout.lengths.sum(1).tolist() if rollout else []          # of each prompt's group
     counts = [[len(r) * args.num_generations, sum(tokens[b] for b in r)] for r in rows]
@@ -406,7 +406,8 @@ def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[st
     for name, samples in eval_sets.items():
         result = evaluate(run.model, run.processor, samples, ranks, view=whole, max_new_tokens=args.max_new_tokens,
                           workers=args.workers, cache=run.cache, name=f"--eval_data {name}")
-        row |= {f"eval/{name}/{key}": result[key] for key in ("war", "uar", "format_rate")}
+        row |= {f"eval/{name}/{key}": result[key] for key in ("war", "uar", "format_rate", "epc", "eea")
+                if result[key] is not None}
         ranks.say(f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  format {result['format_rate']:.1f} %")
     return row
 

@@ -108,6 +108,7 @@ def test_run_folder_has_what_the_readme_promises(labels, tmp_path):
     rows = metrics(out)
     assert [r["step"] for r in rows] == [0, 1, 2, 3]
     assert [any(k.startswith("eval/") for k in r) for r in rows] == [True, False, True, True]
+    assert {f"eval/labels/{key}" for key in ("war", "uar", "format_rate", "epc", "eea")} <= set(rows[0])
     for name in ("reward", "reward_std", "rewards/accuracy/mean", "rewards/format/std", "frac_reward_zero_std", "kl",
                  "entropy", "completions/mean_length", "completions/min_length", "completions/max_length",
                  "completions/clipped_ratio", "unique_completions", "clip_ratio/low_mean", "ratio/mean", "ratio/max",
