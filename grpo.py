@@ -467,8 +467,8 @@ def train(args: Args) -> None:
         clock.seconds["save"], run.saving = run.saving, 0.0              # of the checkpoint before this step
         row = step_row(step + 1, run.epoch, lr, [rank["meter"] for rank in told], clock, counts)
         run.folder.append("rollouts.jsonl", [line for rank in told for line in rank["rollouts"]])
-        bar.set_postfix({short: f"{row.get(name, 0):.3f}" for short, name in
-                         (("reward", "reward"), ("kl", "kl"), ("length", "completions/mean_length"))}, refresh=False)
+        bar.set_postfix({name.split("/")[-2 if "/" in name else 0]: f"{row[name]:.3f}" for name in
+                         ("reward", "rewards/accuracy/mean", "agreement", "kl") if row.get(name) is not None}, refresh=False)
         bar.update()
 
         # 5. Look at the result, and keep it.  The row first: what a checkpoint has seen is logged.
