@@ -370,7 +370,8 @@ def modality_table(results: dict[str, dict], seed: int = 0) -> str:
     """Setting -> result, "full" first, of one model on one sample file -> markdown: what is lost without a modality.
 
     A difference is over the clips that both settings have (a row without sound is no clip of "audio").  Beside it whether
-    the reasoning still concludes the answer, and how many texts claim to have seen or heard something, were it there or not.
+    the reasoning still concludes the answer, and how many texts claim to have seen or heard something, were it there or not
+    (where the rows have cues: how many are stated for each that the sense has).
     """
     lines = ["| setting | clips | WAR/UAR | normalised | WAR - full | UAR - full | EPC/EEA/FCR | claims seen/heard |",
              "|---" * 8 + "|"]
@@ -382,7 +383,8 @@ def modality_table(results: dict[str, dict], seed: int = 0) -> str:
             truth, said, _ = words_of(rows)
             d = differences(truth, words_of([full[p["index"]] for p in rows])[1], said, seed)
             cells[4:] = signed(d, "war"), signed(d, "uar")
-        for keys in (("epc", "eea", "fcr"), ("claims_seen", "claims_heard")):
+        senses = [f"cues_{s}_claimed" if f"cues_{s}_claimed" in r else f"claims_{s}" for s in ("seen", "heard")]
+        for keys in (("epc", "eea", "fcr"), senses):
             cells.append("/".join("-" if r.get(k) is None else f"{r[k]:.2f}" for k in keys))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
