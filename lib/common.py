@@ -123,6 +123,10 @@ def run_main(main, args_cls, prog: str | None = None) -> None:
     """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback."""
     try:
         main(parse_args(args_cls, prog=prog))
+        sys.stdout.flush()
+    except BrokenPipeError:                          # `... | head`: nobody reads on.  As the shell has it, without words
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os._exit(141) if dist.is_initialized() else sys.exit(141)
     except Exception as error:
         if not isinstance(error, UserError) and not out_of_memory(error):
             raise

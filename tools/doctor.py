@@ -37,7 +37,8 @@ HALF_FP32, HALF_BF16 = 2.0 ** -30, 2.0 ** -14      # half the distance of its ne
 KL_FAR = 1.0                   # nats per token: k3 = 1 where a probability changed by a factor of 3 (up) or 6 (down)
 ACCURACY, FORMAT, LENGTH = "rewards/accuracy/mean", "rewards/format/mean", "completions/mean_length"
 CUT, DEAD, UNIQUE = "completions/clipped_ratio", "frac_reward_zero_std", "unique_completions"
-LOOKED_AT = ("reward", ACCURACY, FORMAT, DEAD, LENGTH, CUT, UNIQUE, "kl", "entropy", "loss", "ratio/max",
+LEFT_BEHIND = 0.1        # so many more answers are right than agree with their reasoning: before RL about as many do
+LOOKED_AT = ("reward", ACCURACY, FORMAT, "agreement", DEAD, LENGTH, CUT, UNIQUE, "kl", "entropy", "loss", "ratio/max",
              "sampler_logp_diff/mean", "grad_norm", "lr", "skipped_samples", "skipped_steps", "time/load")
 
 # Finding -> what to try, in the order in which they are looked for and told, and of the table in docs/metrics.md.
@@ -72,6 +73,7 @@ REMEDIES = {
         "--clip_high 0.28 with --inner_epochs 2.",
     "eval falls": "Read in rollouts.jsonl what earns the reward; take the best step; fewer epochs, more clips, more --beta.",
     "no progress": "If it was as good as it can be from the start, stop; else --lr times three, or more --prompts_per_step.",
+    "reasoning left behind": "The reward reads the answer alone: try --rewards accuracy format agreement=0.5.",
     "rambling": "With --agg seq a token of a long wrong text costs less than one of a short: try --agg token.",
     "reasoning shrinks": "The reward does not read the reasoning, an empty one earns as much: raise --beta or stop earlier.",
     "labels never said": "RL cannot find what is never sampled: a few samples of each such label in the cold start's data.",
@@ -377,6 +379,9 @@ def compared_with_the_start(run: Run, told: set[str]) -> Iterator[tuple[str, str
     solved = name == ACCURACY and min(now(name), then(name)) >= SOLVED
     if len(run.rows) >= TREND and gain <= noise and not solved and not told & (RUIN | {"loss rises"}):
         yield "no progress", f"{name} was {then(name):.3f} and is {now(name):.3f}; {noise:.3f} would be noise.", f"{name} lr"
+    if now(ACCURACY) > now("agreement") + LEFT_BEHIND and not told & RUIN:
+        yield ("reasoning left behind", f"{now(ACCURACY):.0%} of the answers are right, {now('agreement'):.0%} of the "
+               f"reasonings conclude what is answered: answers are right without their reasons.", f"{ACCURACY} agreement")
     drift = f"Completions went from {then(LENGTH):.0f} to {now(LENGTH):.0f} tokens."
     if now(LENGTH) > 1.5 * then(LENGTH) and now(ACCURACY) < then(ACCURACY) + 0.02 and not told & BROKEN:
         yield "rambling", drift, f"{LENGTH} {ACCURACY}"

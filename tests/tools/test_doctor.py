@@ -177,6 +177,7 @@ CASES = [
     ("kl", None, 1e-9, 0.0, "policy does not move", {}),
     ("entropy", None, math.log(2) / 60, math.log(2) / 70, "completions are copies", {}),      # at a length of 65 +- 2
     ("unique_completions", None, (1 + 7 * 0.15) / 8 + 1e-9, (1 + 7 * 0.15) / 8 - 1e-3, "completions are copies", {}),
+    ("agreement", None, 0.51, 0.49, "reasoning left behind", {"rewards/accuracy/mean": 0.6}),
     ("completions/mean_length", 60, 89, 91, "rambling", {"rewards/accuracy/mean": 0.6}),
     ("completions/mean_length", 60, 31, 29, "reasoning shrinks", {}),
     ("ratio/max", None, 1.01, 1.0, "inner passes do nothing", {"mini_batches": 2}),

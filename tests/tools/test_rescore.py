@@ -1,11 +1,15 @@
 """Rescoring a run: the run's own rewards give the run's own numbers; others are counted by hand."""
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from lib.common import UserError
 from tools.rescore import Args, rescore
 
+ROOT = Path(__file__).parents[2]
 TORN, WHOLE = "<think>so sad</think><answer>happy</answer>", "<think>so happy</think><answer>happy</answer>"
 
 
@@ -43,3 +47,12 @@ def test_what_is_no_run_is_told(run, tmp_path):
     (run / "rollouts.jsonl").write_text("")
     with pytest.raises(UserError, match="holds no completion yet"):
         rescore(Args(str(run)))
+
+
+def test_the_command(run):
+    """Stops: a command that is shown with the run first and does not take it; a traceback for `| head`."""
+    command = f"{sys.executable} -m tools.rescore {run} --rewards accuracy agreement=0.5"
+    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "agreement        mean 0.750" in done.stdout, done.stderr
+    done = subprocess.run(f"{command} | true", cwd=ROOT, capture_output=True, text=True, shell=True)
+    assert done.stderr == ""
