@@ -63,8 +63,8 @@ COMMON = {"grpo.py": "--max_steps 240 --prompts_per_step 8 --num_generations 8 -
 ROWS = [
     Row("paper", "", "the answer is mended, the reasoning is left behind (EPC falls)"),
     Row("agreement", "--rewards accuracy format agreement=0.5", "EPC stays near 100, WAR not lower"),
-    Row("agreement=0.2", "--rewards accuracy format agreement=0.2", "WAR holds with every seed; EPC between the two"),
-    Row("agreement, scale none", "--rewards accuracy format agreement=0.5 --scale none", "accuracy outweighs agreement again"),
+    Row("agreement=0.2", "--rewards accuracy format agreement=0.2", "WAR holds with every seed, EPC in between"),
+    Row("agreement, scale none", "--rewards accuracy format agreement=0.5 --scale none", "accuracy outweighs it again"),
     Row("agreement=1", "--rewards accuracy format agreement=1", "EPC higher still; is WAR paid for it?"),
     Row("beta0", "--beta 0", "accuracy as the paper's; the cues in the text decay"),
     Row("beta0+agreement", "--beta 0 --rewards accuracy format agreement=0.5", "EPC high, cues decay all the same"),
