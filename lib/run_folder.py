@@ -36,8 +36,8 @@ STATE = "trainer.pt"
 # Flags that may change between a run and its continuation: they decide how the work is done or looked at, not
 # what is learned.
 FREE = {"out", "resume", "overwrite", "device", "workers", "save_every", "keep", "on_save_error", "max_bad_steps",
-        "micro_batch", "tokens_per_micro_batch", "compile", "feature_cache", "eval_data", "eval_every", "eval_limit",
-        "allow_changes", "strict_paths", "media_root"}
+        "micro_batch", "tokens_per_micro_batch", "compile", "checkpoint_layers", "feature_cache", "eval_data",
+        "eval_every", "eval_limit", "allow_changes", "strict_paths", "media_root"}
 IN_PASSING = {"argv", "torch", "world_size", "model_resolved"}      # recorded, never compared
 LENGTH = {"max_steps", "epochs"}     # may grow; but they shape the schedule
 

@@ -154,3 +154,14 @@ def test_what_the_flags_say_of_clips_reaches_the_view():
     assert (view(mute=True).mute, view(blank=True).blank, view(drop_audio=0.5).drop_audio) == (True, True, 0.5)
     with pytest.raises(UserError, match="nothing would be left"):
         view(modal="audio", drop_audio=0.5)
+
+
+@pytest.mark.parametrize("flag", ["compile", "checkpoint_layers", "micro_batch"])
+def test_how_the_work_is_done_may_change_on_resume(tmp_path, flag):
+    """Stops: a run that ran out of memory and may not go on with the flag that saves some, although no gradient changes."""
+    folder = object.__new__(RunFolder)
+    folder.path, folder.ranks = tmp_path, start_ranks("cpu")
+    old = {"lr": 1.0, "schedule": "constant", "warmup": 0.0, "world_size": 1, "data": "d", "model": "m", flag: 1}
+    folder._check_same(old, old | {flag: 2}, allow=False)
+    with pytest.raises(UserError, match=r"--lr was 1\.0 and is 2\.0"):
+        folder._check_same(old, old | {flag: 2, "lr": 2.0}, allow=False)
