@@ -67,6 +67,7 @@ ROWS = [
     Row("agreement, scale none", "--rewards accuracy format agreement=0.5 --scale none", "accuracy outweighs it again"),
     Row("agreement + conclusion", "--rewards accuracy format conclusion=0.5 agreement=0.2",
         "the reasoning is paid for being right: WAR and EPC both high, with every seed"),
+    Row("+ conclusion=1", "--rewards accuracy format conclusion", "the same, faster"),
     Row("+ conclusion", "--rewards accuracy format conclusion=0.5", "EEA as WAR; where the answer is wrong, EPC lower"),
     Row("agreement=1", "--rewards accuracy format agreement=1", "EPC higher still; is WAR paid for it?"),
     Row("beta0", "--beta 0", "accuracy as the paper's; the cues in the text decay"),
