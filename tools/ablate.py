@@ -67,6 +67,8 @@ ROWS = [
     Row("agreement, scale none", "--rewards accuracy format agreement=0.5 --scale none", "accuracy outweighs it again"),
     Row("agreement + conclusion", "--rewards accuracy format conclusion=0.5 agreement=0.2",
         "the reasoning is paid for being right: WAR and EPC both high, with every seed"),
+    Row("+ conclusion=1, agreement=0.2", "--rewards accuracy format conclusion agreement=0.2",
+        "EPC higher where both are wrong, which is all that is left to gain"),
     Row("+ conclusion=1", "--rewards accuracy format conclusion", "the same, faster"),
     Row("+ conclusion", "--rewards accuracy format conclusion=0.5", "EEA as WAR; where the answer is wrong, EPC lower"),
     Row("agreement=1", "--rewards accuracy format agreement=1", "EPC higher still; is WAR paid for it?"),
