@@ -45,11 +45,12 @@ def story(look: Look) -> str:
     war, epc = ({name: mean(look, name, key) for name in ("start", "r1", "r1_conclusion")} for key in ("war", "epc"))
     turn = lambda x, name: f"from {x['start']:.0f} to {x[name]:.0f} %"
     n = sum(json.loads(look.result("r1", s).read_text())["n"] for s in look.sets)
-    return (f"With the paper's reward (answer and form), {look.args.steps} steps took the accuracy {turn(war, 'r1')}, and the share "
-            f"of texts whose reasoning concludes what they answer {turn(epc, 'r1')}.\nWith the reasoning paid for what it "
-            f"concludes, as many steps took the accuracy {turn(war, 'r1_conclusion')}, and that share "
-            f"{turn(epc, 'r1_conclusion')}.\nBoth are greedy answers to {n} test clips that neither run has seen: a difference "
-            f"below {100 * (2 / n) ** 0.5:.0f} points may be chance.")
+    gain = lambda name: f"the accuracy {turn(war, name)}, and the share of texts whose reasoning concludes the answer " \
+                        f"{turn(epc, name)}."
+    return (f"With the paper's reward (answer and form), {look.args.steps} steps took {gain('r1')}\n"
+            f"With the reasoning paid for what it concludes, as many steps took {gain('r1_conclusion')}\n"
+            f"Both are greedy answers to {n} test clips that neither run has seen: a difference below "
+            f"{100 * (2 / n) ** 0.5:.0f} points may be chance.")
 
 
 def main(args: Args) -> None:
