@@ -1,5 +1,6 @@
 """Drawing by hand: svg, PNG, text that stays text, and what Chromium makes of a page.  For tools/figures.py."""
 import base64
+import contextlib
 import html
 import os
 import re
@@ -18,6 +19,7 @@ from lib.common import UserError, printable
 from lib.words import normalise
 
 GROUND, INK, SOFT, LINE, RIGHT, WRONG = "#fdfcf9", "#1c1f24", "#5b6470", "#ddd8cd", "#15803d", "#c0262d"
+BOLD, END = 'font-weight="700"', 'text-anchor="end"'
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 
@@ -104,8 +106,8 @@ def svg(width: int, height: int, title: str, parts: list[str]) -> str:
 
 def waveform(audio: np.ndarray, x: float, y: float, w: float, h: float, fill: str = SOFT, bars: int = 40) -> str:
     """Sound as bars around y: the peak of each part, two thirds of full scale being as high as `h`."""
-    peaks = [min(1.0, 1.5 * abs(part).max(initial=0)) for part in np.array_split(audio, bars)]
-    d = "".join(f"M{x + w * (i + 0.5) / bars:.1f} {y - max(1, h * p) / 2:.1f}v{max(1, h * p):.1f}" for i, p in enumerate(peaks))
+    tall = [max(1.0, h * min(1.0, 1.5 * abs(part).max(initial=0))) for part in np.array_split(audio, bars)]
+    d = "".join(f"M{x + w * (i + 0.5) / bars:.1f} {y - bar / 2:.1f}v{bar:.1f}" for i, bar in enumerate(tall))
     return f'<path d="{d}" stroke="{fill}" stroke-width="{0.55 * w / bars:.1f}"/>'
 
 
@@ -113,20 +115,66 @@ def image(frame: np.ndarray, x: float, y: float, side: float) -> str:
     return f'<image x="{x:.1f}" y="{y:.1f}" width="{side}" height="{side}" href="{data_uri(frame)}"/>'
 
 
+STYLE = """
+:root { color-scheme: light dark; --ground: #fdfcf9; --card: #fff; --ink: #1c1f24; --soft: #5b6470; --line: #ddd8cd;
+  --right: #15803d; --wrong: #c0262d; --odd: #8a5a00; }
+@media (prefers-color-scheme: dark) { :root { --ground: #14171c; --card: #1c2027; --ink: #e8e6e1; --soft: #a0a8b4;
+  --line: #343a44; --right: #4ac26b; --wrong: #ff7b72; --odd: #e3b341; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 84rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif;
+  overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; margin: 3rem 0 .3rem; }
+h3 { font-size: 1.05rem; margin: 0 0 .7rem; }
+p { margin: 0 0 .6rem; }
+.soft { color: var(--soft); max-width: 46rem; }
+.grid { display: grid; gap: 1.1rem; margin-top: 1.2rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--line); border-radius: 6px;
+  padding: 1rem 1.1rem; break-inside: avoid; }
+.frames { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 3px; margin: 1rem 0 0;
+  max-width: 44rem; }
+.card .frames { margin: 0; }
+.frames img { width: 100%; display: block; border-radius: 3px; }
+svg { display: block; color: var(--soft); width: 100%; max-width: 44rem; height: 2.6rem; margin-bottom: .6rem; }
+.card svg { height: 1.8rem; }
+.text { white-space: pre-wrap; margin-bottom: .8rem; }
+.answer { font-size: 1.15rem; font-weight: 700; margin: 0; }
+.right, .wrong { color: var(--right); font-weight: 700; }
+.wrong { color: var(--wrong); }
+.tag, .id { color: var(--soft); }
+.id { font-size: .85rem; }
+.invented { color: var(--odd); text-decoration: underline wavy; font-weight: 600; }
+"""
+
+
+def page(title: str, lead: str, body: list[str]) -> str:
+    return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{escape(title)}</title><style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n<p class=soft>{lead}</p>\n"
+            + "\n".join(body) + "\n</html>\n")
+
+
+def html_text(words: str, label: str, invented: set[str] = frozenset()) -> str:
+    return "".join(f'<span class="{kind}">{escape(piece)}</span>' if kind else escape(piece)
+                   for piece, kind in mark(words, label, invented))
+
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+HEADLESS = ("--headless=new --no-sandbox --disable-gpu --hide-scrollbars --disable-background-networking "
+            "--disable-component-update --disable-sync").split()
 
 
 def shoot(page: Path, size: tuple[int, int]) -> np.ndarray:
     """A page as headless Chromium shows it -> uint8 (H, W, 3).  Raises UserError."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        raise UserError(f"{page} is written, but no PNG of it: that needs Chromium, and none of {', '.join(BROWSERS)} is here.")
+        raise UserError(f"{page} is written, but no PNG of it: install Chromium ({', '.join(BROWSERS)} were looked for).")
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"
-        done = subprocess.run([browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-sync",
-                               "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}/user",
-                               f"--window-size={size[0]},{size[1]}", f"--screenshot={shot}", page.resolve().as_uri()],
-                              capture_output=True, text=True, timeout=120)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([browser, *HEADLESS, f"--user-data-dir={folder}/user", f"--window-size={size[0]},{size[1]}",
+                            f"--screenshot={shot}", page.resolve().as_uri()], capture_output=True, timeout=120)
         if not shot.exists():
-            raise UserError(f"{page} is written, but Chromium made no PNG of it: {done.stderr[-300:]}")
+            raise UserError(f"{page} is written, but {browser} made no PNG of it; open the page in it and see why.")
         return media.read_clip(shot, 1, modal="video").frames[0]
