@@ -44,8 +44,11 @@ def read_results(args) -> Results:
         if not Path(path).exists():
             raise UserError(f"--results {path} is missing; make it with python eval.py --model ... --data ... --out {path}.")
     found = protocol.table_rows(args.results or [str(folder)])
-    for p in (p for row in found.values() for files in row.values() for r in files.values() for p in r["predictions"]):
-        p |= {"text": str(p.get("text", "")), "concluded": p.get("concluded")}
+    for name, test_set, files in ((name, s, files) for name, row in found.items() for s, files in row.items()):
+        if len(files) > 1:
+            raise UserError(f"{', '.join(files)} are all of {name} on {test_set}; give with --results one of them.")
+        for p in next(iter(files.values()))["predictions"]:
+            p |= {"text": str(p.get("text", "")), "concluded": p.get("concluded")}
     order = {name: i for i, name in enumerate(MODELS)}
     return {name: {test_set: next(iter(files.values())) for test_set, files in found[name].items()}
             for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}

@@ -43,7 +43,8 @@ def reduce_colours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """uint8 (H, W, 3) -> which of at most 256 colours (H, W), the colours (n, 3): the most frequent ones, each the mean of
     what is alike in the upper five bits.  A third of the bytes, and no difference to the eye on drawings."""
     flat = image.reshape(-1, 3)
-    _, where, count = np.unique((flat >> 3).astype(np.int64) @ (1 << 10, 1 << 5, 1), return_inverse=True, return_counts=True)
+    bins = (flat >> 3).astype(np.int64) @ (1 << 10, 1 << 5, 1)
+    _, where, count = np.unique(bins, return_inverse=True, return_counts=True)
     where = where.reshape(-1)
     means = np.stack([np.bincount(where, flat[:, c]) for c in range(3)], 1) / count[:, None]             # (bins, 3)
     kept = np.argsort(-count, kind="stable")[:256]
@@ -130,7 +131,7 @@ h3 { font-size: 1.05rem; margin: 0 0 .7rem; }
 p { margin: 0 0 .6rem; }
 .soft { color: var(--soft); max-width: 46rem; }
 .grid { display: grid; gap: 1.1rem; margin-top: 1.2rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--least)), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--line); border-radius: 6px;
   padding: 1rem 1.1rem; break-inside: avoid; }
 .frames { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 3px; margin: 1rem 0 0;
@@ -143,8 +144,8 @@ svg { display: block; color: var(--soft); width: 100%; max-width: 44rem; height:
 .answer { font-size: 1.15rem; font-weight: 700; margin: 0; }
 .right, .wrong { color: var(--right); font-weight: 700; }
 .wrong { color: var(--wrong); }
-.tag, .id { color: var(--soft); }
-.id { font-size: .85rem; }
+.tag, .id { color: var(--soft); font-size: .85rem; }
+.tag { white-space: nowrap; }
 .invented { color: var(--odd); text-decoration: underline wavy; font-weight: 600; }
 """
 

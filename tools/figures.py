@@ -163,7 +163,7 @@ def bars(y: float, title: str, note: str, rows: dict[str, dict], sets: list[str]
     rows: title of the model -> {data set: {"war", "uar", and where known "war_ci", "uar_ci"}, "colour"}.
     -> parts of the svg, the y below them
     """
-    wide = 700 / len(sets)
+    wide = 700 / max(3, len(sets))                   # as wide as the paper's, or lengths could not be compared
     full = wide - 76                                 # of 100 %
     parts = [text(40, y, title, 20, more=BOLD), text(40, y + 24, note, 15, SOFT)]
     for i, s in enumerate(sets):
@@ -171,7 +171,8 @@ def bars(y: float, title: str, note: str, rows: dict[str, dict], sets: list[str]
         parts.append(text(260 + wide * i, y + 58, name.upper() if s in protocol.PAPER_SETS else name, 16, more=BOLD))
     y += 70
     for name, row in rows.items():
-        parts.append(text(40, y + 23, name, 16, row["colour"], BOLD))
+        lines = draw.wrap(name, 214, 16)[:2]
+        parts += [text(40, y + 33 - 10 * len(lines) + 20 * i, line, 16, row["colour"], BOLD) for i, line in enumerate(lines)]
         for left, rates in ((260 + wide * i, row.get(s)) for i, s in enumerate(sets)):
             if rates is None:
                 parts.append(text(left, y + 22, "not evaluated", 14, SOFT))
@@ -182,7 +183,8 @@ def bars(y: float, title: str, note: str, rows: dict[str, dict], sets: list[str]
                 parts.append(f'<rect x="{left:.1f}" y="{top:.1f}" width="{full * rates[key] / 100:.2f}" height="{height}" '
                              f'fill="{row["colour"]}" opacity="{strength}"/>')
                 if high > low:
-                    parts.append(f'<path d="M{at(low):.2f} {top + height / 2}H{at(high):.2f}" stroke="{INK}" stroke-width="2"/>')
+                    parts.append(f'<path d="M{at(low):.2f} {top + height / 2}H{at(high):.2f}" stroke="{INK}" '
+                                 'stroke-width="2"/>')
             reach = max(rates["war"], (rates.get("war_ci") or (0, 0))[1])
             parts.append(text(at(reach) + 7, y + 22, f"{rates['war']:.1f}", 15, more=BOLD))
         y += 44
