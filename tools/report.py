@@ -20,7 +20,7 @@ import sys
 import urllib.parse
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import av
@@ -63,10 +63,8 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 def moved(path, run: doctor.Run) -> Path:
     """A path of a run's config.json, as of now: what lay beside the run when it was made still lies there."""
     beside = Path(os.path.abspath(run.path / os.path.relpath(str(path), str(run.config.get("out") or "."))))
-    return next((p for p in (beside, Path(str(path)).absolute()) if p.exists()), beside)
+    return beside if beside.exists() or not Path(str(path)).exists() else Path(str(path)).absolute()
 
-
-# ---- what a run logged ---------------------------------------------------------------------------
 
 def curves(run: doctor.Run) -> dict:
     """-> {"steps": [n], "every": steps a point, "metrics": {name: [n]}, "evals": {name: [[step, value]]}}"""
@@ -80,17 +78,7 @@ def curves(run: doctor.Run) -> dict:
     return {"steps": [part[-1]["step"] for part in parts], "every": every, "metrics": metrics, "evals": evals}
 
 
-def events(run: doctor.Run) -> list:
-    """[step, what happened], in order."""
-    found = [[row["step"], "evaluated: " + ", ".join(f"{k[5:]} {row[k]:.1f}" for k in row if k.startswith("eval/")
-                                                     and doctor.values([row], k))] for row in run.evals]
-    found += [[row["step"] - 1, "checkpoint"] for row in run.rows if max(doctor.values([row], "time/save"), default=0) > 0]
-    found += [[row["step"], shortened(f"left out: {row.get('id')}: {row.get('reason')}", 300)] for row in
-              itertools.islice(read_rows(run.path / "skipped.jsonl"), MOST) if type(row.get("step")) is int]
-    return sorted(found, key=lambda event: event[0])[:MOST]
-
-
-def stages(run: doctor.Run) -> list[dict]:
+def stages(run: doctor.Run | None) -> list[dict]:
     """The run and those that it started from, the first of them first: base, emer_sft, r1."""
     chain = []
     while run and len(chain) < 9:
@@ -99,26 +87,18 @@ def stages(run: doctor.Run) -> list[dict]:
         chain.append({"name": run.path.name, "script": "grpo.py" if run.is_rl else "sft.py", "last": " ".join(last[:1]),
                       "data": Path(str(run.config.get("data"))).name, "steps": rows[-1]["step"] if rows else 0,
                       "model": str(run.config.get("model")), "seconds": number(sum(map(doctor.seconds, rows)))})
-        start, before = moved(chain[-1]["model"], run), None
-        for folder in (start.parents[1], start.parent):          # RUN/checkpoints/step_N, RUN/latest
+        start, run = moved(chain[-1]["model"], run), None
+        for folder in (start.parent, start.parent.parent):       # RUN/latest, RUN/checkpoints/step_N
             with contextlib.suppress(OSError, ValueError, RecursionError):
                 config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-                before = doctor.Run(folder, config, []) if isinstance(config, dict) and "lr" in config else before
-        run = before
+                run = run or (doctor.Run(folder, config, []) if isinstance(config, dict) and "lr" in config else None)
     return chain[::-1]
-
-
-# ---- groups --------------------------------------------------------------------------------------
-
-def new_source(name: str, run: int | None) -> dict:
-    return {"name": name, "run": run, "groups": [], "seen": 0, "bad": 0, "rewards": [], "weights": {}, "prompts": []}
 
 
 def grouped(rows: Iterator[dict], source: dict) -> Iterator[list[dict]]:
     """Consecutive rows of one clip in one step.  Rows that are no completion are counted in source["bad"]."""
-    group: list[dict] = []
+    kinds, group = {"step": int, "completion": int, "rewards": dict, "clip": str, "answer": str, "text": str}, []
     for row in rows:
-        kinds = {"step": int, "completion": int, "rewards": dict, "clip": str, "answer": str, "text": str}
         if any(type(row.get(key)) is not kind for key, kind in kinds.items()):
             source["bad"] += 1
             continue
@@ -130,69 +110,55 @@ def grouped(rows: Iterator[dict], source: dict) -> Iterator[list[dict]]:
     yield from [group] if group else []
 
 
-def packed(group: list[dict], source: dict, prompt: str) -> dict:
+def packed(group: list[dict], source: dict, config: dict) -> dict:
     """A group as the page has it.  The source's names of rewards and its prompts grow as new ones come."""
     names, prompts, asked = source["rewards"], source["prompts"], shortened(str(group[0].get("prompt", "")))
     names += [n for n in dict.fromkeys(itertools.chain(*(row["rewards"] for row in group))) if n not in names][:MOST]
     prompts += [asked] if asked and asked not in prompts and len(prompts) < MOST else []
-    all_ = []
+    all_, bare = [], config.get("prompt") == "label"
     for row in group:
-        text = row["text"]
-        said = rewards.bare_word(text) if prompt == "label" else rewards.parse_answer(text)
-        concluded = None if prompt == "label" else rewards.conclusion_of(text)
+        said, concluded = (f(row["text"]) for f in ((rewards.bare_word, lambda text: None) if bare else
+                                                    (rewards.parse_answer, rewards.conclusion_of)))
         # As EPC of lib/reasoning.py, but where both are there.
         torn = concluded is not None and said is not None and concluded not in (said.lower(), normalise(said))
-        all_.append({"text": shortened(text), "rewards": [number(row["rewards"].get(n)) for n in names], "torn": torn,
+        all_.append({"text": shortened(row["text"]), "rewards": [number(row["rewards"].get(n)) for n in names], "torn": torn,
                      "cut": row.get("finished") is False, "by": row.get("by"), "advantage": number(row.get("advantage")),
                      "length": number(row.get("length"))})
         if isinstance(row.get("tokens"), list):              # [[piece, logp, kl, ratio], ...], where they were logged
             all_[-1]["tokens"] = [[str(t[0]), *map(number, t[1:])] for t in row["tokens"][:LONGEST]
                                   if isinstance(t, list) and len(t) == 4]
     return {"step": group[0]["step"], "clip": group[0]["clip"], "label": group[0]["answer"], "all": all_,
-            "prompt": prompts.index(asked) if asked in prompts else None}
+            "prompt": prompts.index(asked) if asked in prompts else None, "data": str(config.get("data"))}
 
 
-class Thinned:
-    """Groups, as many as a budget of bytes holds, evenly over the steps.
+def thinned(groups: Iterable[dict], source: dict, last_step: int, budget: int) -> dict:
+    """The source with as many groups as a budget of bytes holds, evenly over the steps.
 
     In each stretch of the steps half of the clips, drawn by name, stay by name: the same ones can be followed over all
     steps and runs.  Of the others those groups stay that say most: rewards that differ, reasonings that contradict their
     answers, texts that are cut off.  Over the budget, the largest of these shares loses its last.
     """
-
-    def __init__(self, last_step: int, budget: int):
-        self.last_step, self.budget, self.seen = max(1, last_step), budget, 0
-        self.shares: dict[tuple, list] = {}                  # (stretch, by name or not) -> heap
-        self.sizes: Counter = Counter()                      # bytes of each
-
-    def add(self, group: dict) -> None:
+    heaps, sizes, seen = {}, Counter(), 0                    # (stretch, by name or not) -> entries; -> bytes
+    for seen, group in enumerate(groups, 1):
         all_, size, drawn = group["all"], len(json.dumps(group)), zlib.crc32(group["clip"].encode("utf-8", "replace"))
         telling = (len({tuple(c["rewards"]) for c in all_}) > 1) + sum(c["torn"] + c["cut"] for c in all_) / len(all_)
-        share = min(max(group["step"] - 1, 0) * STRETCHES // self.last_step, STRETCHES - 1), drawn % 2
-        entry = 0 if drawn % 2 else telling, drawn, self.seen, size, group
-        heapq.heappush(self.shares.setdefault(share, []), entry)
-        self.seen, self.sizes[share] = self.seen + 1, self.sizes[share] + size
-        while self.sizes.total() > max(self.budget, size):
-            largest = max(self.sizes, key=self.sizes.get)
-            self.sizes[largest] -= heapq.heappop(self.shares[largest])[3]
-
-    def into(self, source: dict) -> dict:
-        """The source with what was kept, in the order in which it came."""
-        entries = sorted(itertools.chain(*self.shares.values()), key=lambda entry: entry[2])
-        return source | {"groups": [entry[-1] for entry in entries], "seen": self.seen}
+        share = min(max(group["step"] - 1, 0) * STRETCHES // max(1, last_step), STRETCHES - 1), drawn % 2
+        heapq.heappush(heaps.setdefault(share, []), (0 if drawn % 2 else telling, drawn, seen, size, group))
+        sizes[share] += size
+        while sizes.total() > max(budget, size):
+            largest = max(sizes, key=sizes.get)
+            sizes[largest] -= heapq.heappop(heaps[largest])[3]
+    entries = sorted(itertools.chain(*heaps.values()), key=lambda entry: entry[2])
+    return source | {"groups": [entry[-1] for entry in entries], "seen": seen}
 
 
-def rollouts(run: doctor.Run, source: dict, budget: int) -> dict:
-    thinned, specs = Thinned(run.rows[-1]["step"] if run.rows else 1, budget), run.config.get("rewards")
-    for group in grouped(read_rows(run.path / "rollouts.jsonl"), source):
-        thinned.add(packed(group, source, str(run.config.get("prompt"))))
-    for name, _, weight in (str(spec).partition("=") for spec in (specs if isinstance(specs, list) else ())):
+def new_source(name: str, run: int | None, specs) -> dict:
+    source = {"name": name, "run": run, "bad": 0, "rewards": [], "prompts": [], "weights": {}}
+    for reward, _, weight in (str(spec).partition("=") for spec in (specs if isinstance(specs, list) else ())):
         with contextlib.suppress(ValueError):
-            source["weights"][name.rpartition(":")[2]] = number(float(weight or 1))
-    return thinned.into(source)
+            source["weights"][reward.rpartition(":")[2]] = number(float(weight or 1))
+    return source
 
-
-# ---- results of eval.py --------------------------------------------------------------------------
 
 def results_in(file: Path, must: bool) -> list[tuple[str, dict]]:
     """[(setting, result)] of a file of eval.py, several of --modalities.  `must`: UserError where it is another file."""
@@ -200,45 +166,34 @@ def results_in(file: Path, must: bool) -> list[tuple[str, dict]]:
     with contextlib.suppress(OSError, ValueError, RecursionError):
         value = json.loads(file.read_text(encoding="utf-8"))
     several = value.get("modalities") if isinstance(value, dict) else None
-    if isinstance(several, dict) and all(map(is_result, several.values())):
-        return [(name, {"data": value.get("data")} | result) for name, result in several.items() if result["n"]]
-    if must or (is_result(value) and value["n"]):
-        value = read_result(file)
-        view = value.get("view") if isinstance(value.get("view"), dict) else {}
-        parts = [str(view["modal"])] if view.get("modal", "video_audio") != "video_audio" else []
-        return [(" ".join(parts + [word for word in ("mute", "blank") if view.get(word)]) or "full", value)]
-    return []
+    found = [(name, {"data": value.get("data")} | result) for name, result in (
+        several if isinstance(several, dict) else {"": value}).items() if is_result(result) and result["n"]]
+    if must and not found:
+        read_result(file)                                    # raises, and says why
+    return found
 
 
-def evaluated(found: list[tuple], data_of) -> tuple[list[dict], list[dict], dict]:
-    """[(name, run, setting, result)] -> results and sources as the page has them; clip -> its sample file and media root."""
-    results, sets, where = [], {}, {}
+def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
+    """[(name, run, setting, result)] -> results, and sources of a group a clip: what each model says of it."""
+    results, sets = [], {}
     for name, i, setting, result in found:
-        by, test_set, view = name + f" ({setting})" * (setting != "full"), set_of(result).removesuffix(".json"), result.get("view")
+        view = result["view"] if isinstance(result.get("view"), dict) else {}
+        parts = [str(view.get("modal"))] * (view.get("modal", "video_audio") != "video_audio")
+        setting = setting or " ".join(parts + [word for word in ("mute", "blank") if view.get(word)]) or "full"
+        by, of = name + f" ({setting})" * (setting != "full"), set_of(result).removesuffix(".json")
         rates = {k: [number(x) for x in (result.get(k), *(result.get(f"{k}_ci") or (None, None)))]
                  for k in ("war", "uar", "epc", "eea", "fcr", "format_rate")}
-        table = result["confusion"] if isinstance(result.get("confusion"), dict) else {}
-        results.append({"name": name, "by": by, "run": i, "set": test_set, "setting": setting, "n": result["n"],
-                        "rates": rates, "confusion": table})
-        source = sets.setdefault(test_set, (new_source(f"Answers: {test_set}", None), {}))
-        source[0]["weights"]["format"] = 0.0
+        results.append({"name": name, "by": by, "run": i, "set": of, "setting": setting, "n": result["n"], "rates": rates,
+                        "confusion": result.get("confusion") if isinstance(result.get("confusion"), dict) else {}})
+        source, groups = sets.setdefault(of, (new_source(f"Answers: {of}", None, ["format=0"]), {}))
         for p in result["predictions"]:
             clip, answer, said = (str(p[key]) for key in ("id", "answer", "predicted"))
             right = {"right": float(said.strip().lower() == answer.strip().lower()), "format": p.get("format")}
             row = {"step": 0, "clip": clip, "answer": answer, "text": str(p.get("text", said)), "rewards": right, "by": by}
-            one = packed([row], source[0], str(view.get("prompt")) if isinstance(view, dict) else "think")
-            source[1].setdefault((clip, answer), one | {"all": []})["all"] += one["all"]
-            where.setdefault(clip, data_of(i or 0, str(result.get("data"))))
-    sources = []
-    for source, groups in sets.values():
-        thinned = Thinned(1, ANSWER_BYTES // len(sets))
-        for group in groups.values():
-            thinned.add(group)
-        sources.append(thinned.into(source))
-    return results, sources, where
+            one = packed([row], source, {"prompt": view.get("prompt"), "data": result.get("data")})
+            groups.setdefault((clip, answer), one | {"all": [], "of": i})["all"] += one["all"]
+    return results, [thinned(groups.values(), source, 1, ANSWER_BYTES // len(sets)) for source, groups in sets.values()]
 
-
-# ---- clips ---------------------------------------------------------------------------------------
 
 class Clips:
     """The clips that the page shows, each once: what was there to see and hear, and its media while there is room."""
@@ -291,14 +246,12 @@ def strip_of(frames: np.ndarray) -> str:
     if not F:
         return ""
     encoder = av.CodecContext.create("mjpeg", "w")
-    encoder.width, encoder.height, encoder.pix_fmt = F * max(2, round(THUMB * min(W / H, 3)) // 2 * 2), THUMB, "yuvj420p"
-    encoder.time_base = 1
+    encoder.width, encoder.height = F * max(2, round(THUMB * min(W / H, 3)) // 2 * 2), THUMB
+    encoder.pix_fmt, encoder.time_base = "yuvj420p", 1
     picture = av.VideoFrame.from_ndarray(np.concatenate(frames, axis=1), format="rgb24")     # (H, F * W, 3)
     small = picture.reformat(width=encoder.width, height=THUMB, format="yuvj420p")
     return base64.b64encode(b"".join(map(bytes, [*encoder.encode(small), *encoder.encode()]))).decode()
 
-
-# ---- the page ------------------------------------------------------------------------------------
 
 def about(run: doctor.Run, name: str) -> dict:
     """All of a run but its rollouts."""
@@ -308,7 +261,7 @@ def about(run: doctor.Run, name: str) -> dict:
     config = {k: shortened(v if isinstance(v, str) else json.dumps(v), 500) for k, v in run.config.items()}
     return curves(run) | {"name": name, "path": str(run.path), "rl": run.is_rl, "planned": run.planned_steps,
                           "findings": found, "spans": [*map(doctor.span, (run.early, run.late))] if run.rows else [],
-                          "events": events(run), "stages": stages(run), "config": config}
+                          "stages": stages(run), "config": config}
 
 
 def write_report(runs: list[Path], out: Path, evals: list[Path] | None = None) -> Path:
@@ -323,25 +276,22 @@ def write_report(runs: list[Path], out: Path, evals: list[Path] | None = None) -
     check_writable(out)
     ends = (["/".join(folder.parts[-n:]) for folder in folders] for n in itertools.count(1))
     names = next(end for end in ends if len(set(end)) == len(end))           # r1; or old/r1 and new/r1
-
-    def data_of(i: int, data) -> tuple[Path, Path | None]:
-        root = read[i].config.get("media_root")
-        return moved(data, read[i]), moved(root, read[i]) if root else None
-
     files = [(Path(file), Path(file).stem, None) for file in evals or ()] or [
         (file, names[i], i) for i, run in enumerate(folders) for file in sorted([*run.glob("*.json"), *(
             f for f in (run.parent / "eval").glob("*.json") if f.name.startswith(f"{run.name}."))])]
-    results, answers, where = evaluated([(name, i, *found) for file, name, i in files
-                                         for found in results_in(file, bool(evals))], data_of)
-    sources = [rollouts(run, new_source(name, i), ROLLOUT_BYTES // len(read))
-               for i, (run, name) in enumerate(zip(read, names))] + answers
-    for source in sources:
+    results, answers = evaluated([(name, i, *found) for file, name, i in files for found in results_in(file, bool(evals))])
+    sources = []
+    for i, (run, name) in enumerate(zip(read, names)):
+        source = new_source(name, i, run.config.get("rewards"))
+        groups = (packed(group, source, run.config) for group in grouped(read_rows(run.path / "rollouts.jsonl"), source))
+        sources.append(thinned(groups, source, run.rows[-1]["step"] if run.rows else 1, ROLLOUT_BYTES // len(read)))
+    for source in [*sources, *answers]:
         for group in source["groups"]:
-            i = source["run"]
-            place = where[group["clip"]] if i is None else data_of(i, read[i].config.get("data"))
-            group["clip"] = clips.place(group["clip"], *place)
-    content = {"runs": [about(run, name) for run, name in zip(read, names)], "sources": sources, "results": results,
-               "clips": clips.fill(out.resolve().parent), "longest": LONGEST,
+            run = read[source["run"] or group.pop("of", None) or 0]
+            root = run.config.get("media_root")
+            group["clip"] = clips.place(group["clip"], moved(group.pop("data"), run), moved(root, run) if root else None)
+    content = {"runs": [about(run, name) for run, name in zip(read, names)], "sources": sources + answers,
+               "results": results, "clips": clips.fill(out.resolve().parent), "longest": LONGEST,
                "emotions": sorted({*ALIASES, *" ".join(ALIASES.values()).split()})}
     # As ASCII and without "<": no text can end the script, and half a character (a lone surrogate) can be written.
     filled = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
