@@ -1,1 +1,21 @@
 """The checks of the exercises in docs/course: one file each, run by tools/check_exercise.py."""
+import dataclasses
+import json
+from pathlib import Path
+
+
+def config(folder: Path) -> dict:
+    """The flags of a run."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def metrics(folder: Path, name: str) -> list[float]:
+    """That number of every step of a run, where it has one."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def unlike(a: Path, b: Path, args: type) -> set[str]:
+    """The flags, of a script's `Args`, that two runs do not share; where they write to does not count."""
+    one, two = config(a), config(b)
+    return {f.name for f in dataclasses.fields(args) if one.get(f.name) != two.get(f.name)} - {"out", "overwrite"}

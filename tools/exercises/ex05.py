@@ -1,5 +1,4 @@
 """Exercise 5: every sibling draws its own random numbers."""
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +6,7 @@ import torch
 
 import grpo
 import sampler
+from tools.exercises import config, metrics, unlike
 
 
 def numbers(seed: int = 3, prompts=(4, 5, 6), G: int = 8, T: int = 20) -> torch.Tensor:
@@ -90,14 +90,14 @@ def check_counts():
 def runs(folders: list[Path]) -> None:
     """The first run shows copies in every group, the second does not; nothing but the code differs."""
     assert len(folders) == 2, "give two run folders: the one with the bug, then the mended one."
-    configs = [json.loads((f / "config.json").read_text()) for f in folders]
-    unlike = [k for k in configs[0] if k not in ("out", "overwrite") and configs[0][k] != configs[1].get(k)]
-    assert not unlike, f"the two runs differ in {', '.join(unlike)}: only the code is to differ."
-    G = configs[0]["num_generations"]
-    broken, mended = ([json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders)
-    assert len(broken) >= 10 and len(mended) >= 10, "give both runs 10 steps or more."
-    unique = [sum(row["unique_completions"] for row in rows) / len(rows) for rows in (broken, mended)]
+    differ = unlike(*folders, grpo.Args)
+    assert not differ, f"the two runs differ in {', '.join(differ)}: only the code is to differ."
+    G = config(folders[0])["num_generations"]
+    (broken, dead), (mended, fewer) = ([metrics(f, name) for name in ("unique_completions", "frac_reward_zero_std")]
+                                       for f in folders)
+    assert min(len(broken), len(mended)) >= 10, "give both runs 10 steps or more."
+    unique = [sum(values) / len(values) for values in (broken, mended)]
     assert abs(unique[0] - 1 / G) < 1e-6, f"unique_completions of the first run is {unique[0]:.3f}; is it the one with the bug?"
-    assert all(row["frac_reward_zero_std"] == 1 for row in broken), "in the first run not all groups are dead; which run is it?"
+    assert min(dead) == 1, "in the first run not all groups are dead; which run is it?"
     assert unique[1] > 2 / G, f"unique_completions of the second run is {unique[1]:.3f}: still copies."
-    assert any(row["frac_reward_zero_std"] < 1 for row in mended), "in the second run all groups are dead still."
+    assert min(fewer) < 1, "in the second run all groups are dead still."
