@@ -3,6 +3,10 @@ import dataclasses
 import json
 from pathlib import Path
 
+from model import HumanOmni
+
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def config(folder: Path) -> dict:
     """The flags of a run."""
@@ -19,3 +23,8 @@ def unlike(a: Path, b: Path, args: type) -> set[str]:
     """The flags, of a script's `Args`, that two runs do not share; where they write to does not count."""
     one, two = config(a), config(b)
     return {f.name for f in dataclasses.fields(args) if one.get(f.name) != two.get(f.name)} - {"out", "overwrite"}
+
+
+def start_model() -> HumanOmni:
+    """The miniature's cold start, which is shipped."""
+    return HumanOmni.from_pretrained(ROOT / "toy" / "start" / "humanomni", say=lambda line: None)
