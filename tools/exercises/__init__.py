@@ -1,8 +1,10 @@
 """The checks of the exercises in docs/course: one file each, run by tools/check_exercise.py."""
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
 
+from lib.common import UserError
 from model import HumanOmni
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,3 +30,14 @@ def unlike(a: Path, b: Path, args: type) -> set[str]:
 def start_model() -> HumanOmni:
     """The miniature's cold start, which is shipped."""
     return HumanOmni.from_pretrained(ROOT / "toy" / "start" / "humanomni", say=lambda line: None)
+
+
+def written(name: str):
+    """The student's own file runs/course/NAME, as a module."""
+    file = ROOT / "runs" / "course" / name
+    if not file.exists():
+        raise UserError(f"runs/course/{name} is not there: it comes with --begin.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
