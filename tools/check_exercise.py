@@ -1,7 +1,7 @@
 """The exercises of docs/course: begin one, check it, see its solution, go back.
 
     python -m tools.check_exercise 5 --begin         put the exercise's gap or bug into the scripts
-    python -m tools.check_exercise 5                 is it solved?  A line for each thing that must hold; exit status 1 if not
+    python -m tools.check_exercise 5                 is it solved?  A line for each thing that must hold; else exit status 1
     python -m tools.check_exercise 5 --runs runs/course/05    and do these run folders show it?
     python -m tools.check_exercise 5 --solution      put the solution in (after --begin)
     python -m tools.check_exercise 5 --back          put the files back; what was there is kept in runs/course
@@ -70,8 +70,8 @@ def apply(file: Path) -> None:
     alone = {"env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}}
     done = git("apply", file, **alone)
     if done.returncode:
-        raise UserError(f"{file.relative_to(ROOT)} does not fit the files as they are now: {done.stderr.decode().strip()}. Put "
-                        "them back with --back, then --begin anew.")
+        raise UserError(f"{file.relative_to(ROOT)} does not fit the files as they are now: put them back with --back and --begin "
+                        f"anew ({done.stderr.decode().strip()}).")
 
 
 def original(n: int, file: str) -> bytes | None:
@@ -81,8 +81,8 @@ def original(n: int, file: str) -> bytes | None:
         return done.stdout if done.returncode == 0 else None
     kept = KEPT / f"{n:02}-original"
     if not kept.exists():
-        raise UserError(f"this folder is no git repository, and exercise {n} was not begun here with --begin: nobody knows what "
-                        f"{file} was like. Take it from where the project came from.")
+        raise UserError(f"this folder is no git repository, and exercise {n} was not begun here with --begin: take {file} from "
+                        "where the project came from.")
     return (kept / file).read_bytes() if (kept / file).exists() else None
 
 
