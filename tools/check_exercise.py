@@ -70,8 +70,8 @@ def apply(file: Path) -> None:
     alone = {"env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}}
     done = git("apply", file, **alone)
     if done.returncode:
-        raise UserError(f"{file.relative_to(ROOT)} does not fit the files as they are now: put them back with --back and --begin "
-                        f"anew ({done.stderr.decode().strip()}).")
+        raise UserError(f"{file.relative_to(ROOT)} does not fit the files as they are now: put them back with --back and "
+                        f"--begin anew ({done.stderr.decode().strip()}).")
 
 
 def original(n: int, file: str) -> bytes | None:
@@ -81,8 +81,8 @@ def original(n: int, file: str) -> bytes | None:
         return done.stdout if done.returncode == 0 else None
     kept = KEPT / f"{n:02}-original"
     if not kept.exists():
-        raise UserError(f"this folder is no git repository, and exercise {n} was not begun here with --begin: take {file} from "
-                        "where the project came from.")
+        raise UserError(f"this folder is no git repository, and exercise {n} was not begun here with --begin: take {file} "
+                        "from where the project came from.")
     return (kept / file).read_bytes() if (kept / file).exists() else None
 
 

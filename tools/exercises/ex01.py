@@ -48,15 +48,15 @@ def check_others():
     r = torch.tensor([[2., 1, 0, 1], [0.1, 0.1, 0.1, 0.1]])
     for baseline, factor in (("mean", 1), ("loo", 4 / 3)):
         A = grpo.advantages(r, baseline, "none")
-        assert torch.allclose(A[0], (r[0] - 1) * factor) and not A[1].any(), f"--baseline {baseline} is no longer what it was."
+        assert torch.allclose(A[0], (r[0] - 1) * factor) and not A[1].any(), f"--baseline {baseline} has changed."
 
 
 def check_mean():
-    """The estimate's mean is the true gradient without a baseline and with loo, and (G - 1) / G of it with the group's mean."""
+    """The estimate's mean is the true gradient with none and with loo, and (G - 1) / G of it with the group's mean."""
     for baseline, factor in (("none", 1), ("loo", 1), ("mean", (GROUP - 1) / GROUP)):
         off = float((spread(baseline)[0] - factor * TRUE).norm() / TRUE.norm())
-        assert off < 1e-5, (f"baseline {baseline}: the mean is {100 * off:.0f} % off. How probable is a group, and what is the "
-                            "gradient of the log of a softmax?")
+        assert off < 1e-5, (f"baseline {baseline}: the mean is {100 * off:.0f} % off. How probable is a group, and what is "
+                            "the gradient of the log of a softmax?")
 
 
 def check_variance():
@@ -73,7 +73,7 @@ def check_constant():
         (a, v), (b, w) = spread(baseline), spread(baseline, R + 10)
         assert torch.allclose(a, b, atol=1e-5) and abs(v - w) < 1e-4, f"baseline {baseline}: what all get alike has a say."
     (a, v), (b, w) = spread("none"), spread("none", R + 10)
-    assert torch.allclose(a, b, atol=1e-4) and w > 10 * v, "without a baseline the mean is to stay, and the variance to grow."
+    assert torch.allclose(a, b, atol=1e-4) and w > 10 * v, "without a baseline the mean stays, and the variance grows."
 
 
 def runs(folders: list[Path]) -> None:
@@ -82,7 +82,8 @@ def runs(folders: list[Path]) -> None:
     differ = unlike(*folders, grpo.Args)
     assert differ == {"baseline"}, f"the runs are to differ in --baseline; these differ in {', '.join(differ) or 'nothing'}."
     one = config(folders[0])
-    assert (one["baseline"], one["scale"], one["beta"]) == ("none", "none", 0), "first --baseline none; both with --scale none --beta 0."
+    assert (one["baseline"], one["scale"], one["beta"]) == ("none", "none", 0), (
+        "the first run is to be the one with --baseline none, and both with --scale none --beta 0.")
     assert one["lr"] <= 1e-9, "the policy is to stand still: --lr 1e-12."
     norms = [metrics(folder, "grad_norm") for folder in folders]
     assert min(map(len, norms)) >= 20, "give both runs 20 steps or more."

@@ -57,7 +57,7 @@ def check_mask():
     logps[0, 0, 2] = 0.0                         # a token that the policy was certain of
     rollout = grpo.Rollout(5, completions, LENGTHS, LENGTHS > 0, logps, None, [], {}, torch.zeros(2, 3))
     mask = rollout.mask
-    assert mask.shape == completions.shape and mask.dtype == torch.bool, "the mask is a bool of the completions' shape (B, G, T)."
+    assert mask.shape == completions.shape and mask.dtype == torch.bool, "the mask is a bool of shape (B, G, T)."
     ends = mask.gather(2, LENGTHS[..., None] - 1)
     assert ends.all(), "the end token is left out: nothing would teach the policy where to stop."
     assert not (mask & ~inside()).any(), "what stands past the end counts: it was never sampled."
@@ -69,7 +69,7 @@ def check_first():
     """The first token is scored by the prompt's last position."""
     with torch.no_grad():
         off = (ours() - one_by_one(world()[1], 1.0)[0])[..., 0].abs().max()
-    assert off < 1e-4, f"the first token's log-probability is off by {float(off):.2f}: which state has read the prompt and no more?"
+    assert off < 1e-4, f"the first token's is off by {float(off):.2f}: which state has read the prompt and no more?"
 
 
 def check_shift():
@@ -105,4 +105,4 @@ def check_gradient():
         x = world()[1].clone().requires_grad_()
         slopes.append(torch.autograd.grad((f(x) * torch.arange(1, 7) * inside()).sum(), x)[0])
     off = float((slopes[0] - slopes[1]).norm() / slopes[1].norm())
-    assert off < 1e-3, f"the gradient with respect to the prompt is {100 * off:.0f} % off: is something detached or counted twice?"
+    assert off < 1e-3, f"the prompt's gradient is {100 * off:.0f} % off: is something detached or counted twice?"

@@ -26,14 +26,14 @@ def check_right_or_wrong():
     for k, row in zip((1, 4, 7), A):
         p = k / 8
         assert abs(float(row[0]) - (1 - p) / (p + EPS)) < 1e-4 and abs(float(row[-1]) + p / (p + EPS)) < 1e-4, (
-            f"{k} of 8 right: the right ones got {float(row[0]):.3f}, the wrong ones {float(row[-1]):.3f}. Whose mean is it?")
+            f"{k} of 8 right: the right got {float(row[0]):.3f}, the wrong {float(row[-1]):.3f}. Whose mean is it?")
 
 
 def check_leave_one_out():
     """The baseline is chosen apart: with loo only the difference is another one."""
     r = torch.tensor([[2., 1, 0, 1], [0, 0, 3, 1]])
     expected = (r - r.mean(1, keepdim=True)) * 4 / 3 / (1.0 + EPS)
-    assert torch.allclose(grpo.advantages(r, "loo", "mean"), expected, atol=1e-5), "loo: divide by the mean of all G, as with mean."
+    assert torch.allclose(grpo.advantages(r, "loo", "mean"), expected, atol=1e-5), "divide by the mean of all G, as there."
 
 
 def check_dead():
@@ -56,7 +56,7 @@ def check_others():
     """group, batch and none are as they were."""
     r = torch.tensor([[2., 1, 0, 1], [1, 1, 0, 2]])
     for scale, by in (("group", r.std(1, keepdim=True) + EPS), ("batch", r.std() + EPS), ("none", 1.0)):
-        assert torch.allclose(grpo.advantages(r, "mean", scale), (r - 1) / by, atol=1e-6), f"--scale {scale} is no longer what it was."
+        assert torch.allclose(grpo.advantages(r, "mean", scale), (r - 1) / by, atol=1e-6), f"--scale {scale} has changed."
 
 
 def check_dead_share():
@@ -66,14 +66,15 @@ def check_dead_share():
     for g in (2, 3, 5, 6):
         ways = [sum(chosen) in (0, g) for k in right for chosen in itertools.combinations([1] * k + [0] * (G - k), g)]
         got, expected = share(right, G, g), sum(ways) / len(ways)
-        assert abs(got - expected) < 1e-9, f"of groups of {G} with {right} right, {100 * expected:.1f} % are dead with {g}; you say {100 * got:.1f} %."
+        assert abs(got - expected) < 1e-9, (f"of groups of {G} with {right} right, {100 * expected:.1f} % are dead with {g}; "
+                                            f"you say {100 * got:.1f} %.")
 
 
 def runs(folders: list[Path]) -> None:
     """Every run's advantages are the rewards' differences divided by their group's mean."""
     for folder in folders:
         flags = config(folder)
-        assert (flags["scale"], flags["baseline"]) == ("mean", "mean"), f"{folder.name}: give it --scale mean, and no --baseline."
+        assert (flags["scale"], flags["baseline"]) == ("mean", "mean"), f"{folder.name}: --scale mean, and no --baseline."
         assert len(metrics(folder, "reward")) >= 30, f"{folder.name}: give it 30 steps or more."
         assert flags["rewards"] == ["accuracy", "format"], f"{folder.name}: leave --rewards as they are."
         groups = defaultdict(list)
@@ -83,4 +84,5 @@ def runs(folders: list[Path]) -> None:
         for (step, clip), group in groups.items():
             mean = sum(r for r, _ in group) / len(group)
             for r, A in group:
-                assert abs(A - (r - mean) / (mean + EPS)) < 1e-4, f"{folder.name}, step {step}, {clip}: reward {r} of mean {mean} got {A}."
+                assert abs(A - (r - mean) / (mean + EPS)) < 1e-4, (
+                    f"{folder.name}, step {step}, {clip}: reward {r} in a group of mean {mean} got {A}.")

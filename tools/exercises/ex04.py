@@ -75,7 +75,7 @@ def holds(agg: str) -> None:
     world = World()
     expected = world.expected(agg)
     for flags, cut in ((dict(micro_batch=4), "one micro-batch"), (dict(micro_batch=2), "micro-batches of two questions"),
-                       (dict(micro_batch=1), "a question in each"), (dict(tokens_per_micro_batch=30), "groups that are cut too")):
+                       (dict(micro_batch=1), "a question in each"), (dict(tokens_per_micro_batch=30), "cut groups")):
         error = off(world.gradient(agg=agg, **flags), expected)
         assert error < 1e-3, f"{cut}: the gradient is {100 * error:.0f} % away from that of the whole step divided once."
 
@@ -108,7 +108,7 @@ def runs(folders: list[Path]) -> None:
     """The same step in one micro-batch and in eight has one gradient norm."""
     assert len(folders) == 2, "give two run folders: one micro-batch a step, and one question each."
     differ = unlike(*folders, grpo.Args)
-    assert differ == {"micro_batch"}, f"the runs are to differ in --micro_batch; these differ in {', '.join(differ) or 'nothing'}."
+    assert differ == {"micro_batch"}, f"the runs are to differ in --micro_batch, not in {', '.join(differ) or 'nothing'}."
     assert config(folders[0])["agg"] == "token", "run both with --agg token."
     a, b = (metrics(folder, "grad_norm")[0] for folder in folders)
     assert abs(a - b) < 1e-3 * a, f"grad_norm of step 1 is {a:.5f} in one and {b:.5f} in the other."

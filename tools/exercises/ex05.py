@@ -18,8 +18,8 @@ def check_siblings():
     """No two completions, of one prompt or of two, share their random numbers."""
     rows = numbers(prompts=range(40), G=16).flatten(0, 1).tolist()
     alike = len(rows) - len(set(map(tuple, rows)))
-    assert not alike, (f"of {len(rows)} completions {alike} have the numbers of another one. What names a completion, and do two "
-                       "ever have the same name?")
+    assert not alike, (f"of {len(rows)} completions {alike} have the numbers of another one. What names a completion, and "
+                       "do two ever have the same name?")
 
 
 def check_again():
@@ -32,8 +32,8 @@ def check_batch():
     """What a prompt draws does not depend on the prompts beside it."""
     whole, alone, turned = numbers(), numbers(prompts=[5]), numbers(prompts=[6, 5, 4])
     assert torch.equal(whole[1], alone[0]) and torch.equal(whole, turned.flip(0)), (
-        "prompt 5 drew other numbers alone, or in another order, than between 4 and 6: with another number of ranks the same run "
-        "would sample other answers.")
+        "prompt 5 drew other numbers alone, or in another order, than between 4 and 6: with another number of ranks the "
+        "same run would sample other answers.")
 
 
 class Captured(Exception):
@@ -66,8 +66,8 @@ def drawn(indices: list[int], seed: int) -> torch.Tensor:
 def check_steps():
     """A later step of the run draws other numbers than the first, and another --seed others again."""
     first, later, other = drawn([0, 1], 0), drawn([2, 3], 0), drawn([0, 1], 1)
-    assert not (first == later).any(), ("steps 1 and 2 draw the same numbers: `roll_out` does not tell `generate` which of the "
-                                        "run's prompts these are.")
+    assert not (first == later).any(), ("steps 1 and 2 draw the same numbers: `roll_out` does not tell `generate` which of "
+                                        "the run's prompts these are.")
     assert not (first == other).any(), "runs with --seed 0 and --seed 1 draw the same numbers."
 
 
@@ -84,8 +84,8 @@ def check_counts():
     same = (groups[:, :, None] == groups[:, None]).float()
     pairs = float((same.sum() - B * G) / (B * G * (G - 1)))              # share of sibling pairs that agree
     expected = float(p.square().sum())
-    assert abs(pairs - expected) < 0.02, (f"two siblings choose the same token in {100 * pairs:.1f} % of the pairs, independent "
-                                          f"ones in {100 * expected:.1f} %.")
+    assert abs(pairs - expected) < 0.02, (f"two siblings choose the same token in {100 * pairs:.1f} % of the pairs, "
+                                          f"independent ones in {100 * expected:.1f} %.")
 
 
 def runs(folders: list[Path]) -> None:
@@ -98,7 +98,7 @@ def runs(folders: list[Path]) -> None:
                                        for f in folders)
     assert min(len(broken), len(mended)) >= 10, "give both runs 10 steps or more."
     unique = [sum(values) / len(values) for values in (broken, mended)]
-    assert abs(unique[0] - 1 / G) < 1e-6, f"unique_completions of the first run is {unique[0]:.3f}: it is not the one with the bug."
+    assert abs(unique[0] - 1 / G) < 1e-6, f"unique_completions is {unique[0]:.3f} in the first run: not the one with the bug."
     assert min(dead) == 1, "in the first run not all groups are dead; which run is it?"
     assert unique[1] > 2 / G, f"unique_completions of the second run is {unique[1]:.3f}: still copies."
     assert min(fewer) < 1, "in the second run all groups are dead still."
