@@ -9,6 +9,11 @@ from pathlib import Path
 import forkserver
 import pytest
 
+import eval as eval_script
+import grpo
+import sft
+from tools import check_exercise, rescore
+
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = ROOT / "docs" / "course"
 EXERCISES = sorted(int(f.stem[2:]) for f in (ROOT / "tools" / "exercises").glob("ex[0-9][0-9].py"))
@@ -140,7 +145,7 @@ FAULTY = {"loop": ("while True:\n        pass", "did not end within 1 seconds"),
 
 @pytest.mark.parametrize("fault", FAULTY)
 def test_what_goes_wrong_in_a_check_is_told(fault, sources, tmp_path):
-    """Stops an endless loop that hangs the terminal, a crash that looks solved, exit(0) in a student's code that is a pass."""
+    """Stops an endless loop that hangs the terminal, a crash that looks solved, a student's exit(0) that is a pass."""
     place = copy_of(sources, tmp_path / "ours")
     body, told = FAULTY[fault]
     (place / "tools" / "exercises" / "ex90.py").write_text(
@@ -163,8 +168,9 @@ def test_scripts_that_cannot_be_imported(sources, tmp_path):
     assert "sampler.py, line 1: SyntaxError" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("words, told", [((0,), "there is no exercise 0; there are 1, 2"), ((2, "--begin", "--back"), "give one of"),
-                                         ((5, "--runs", "docs"), "no run folder"), ((2, "--runs", "."), "leave --runs out")])
+@pytest.mark.parametrize("words, told", [
+    ((0,), "there is no exercise 0; there are 1, 2"), ((2, "--begin", "--back"), "give one of"),
+    ((5, "--runs", "docs"), "no run folder"), ((2, "--runs", "."), "leave --runs out")])
 def test_wrong_flags_are_told(words, told, sources, tmp_path):
     """Stops a traceback, or a grade, for what was not asked rightly."""
     place = copy_of(sources, tmp_path / "ours")
@@ -178,33 +184,23 @@ def test_wrong_flags_are_told(words, told, sources, tmp_path):
 PAGES = sorted(COURSE.glob("[0-9]*.md"))
 
 
-def flags_of() -> set[str]:
-    """Every flag of the scripts and programs that a page may call."""
-    import eval
-    import grpo
-    import sft
-    from lib.common import parse_args
-    from toy.world import main  # noqa: F401
-    from tools import check_exercise, rescore
-    assert parse_args
-    return {f"--{f.name}" for m in (eval, grpo, sft, check_exercise, rescore) for f in dataclasses.fields(m.Args)} | {"--out"}
-
-
 def test_every_exercise_has_a_page_and_every_page_is_listed():
     """Stops an exercise that nobody can find, and a patch of no exercise."""
     listed = (COURSE / "README.md").read_text()
     assert [int(p.name[:2]) for p in PAGES] == EXERCISES
-    for page in PAGES:
-        assert f"({page.name})" in listed, page.name
+    for page in PAGES:                       # and its minutes are the page's: "40 minutes, 4 of them machine"
+        assert re.search(rf"\({page.name}\) \| (\d+) \| (\d+) \|", listed).groups() == \
+            re.search(r"^(\d+) minutes, (\d+) of them machine", page.read_text(), re.MULTILINE).groups(), page.name
     assert {int(p.name[:2]) for p in PATCHES} <= set(EXERCISES)
 
 
 @pytest.mark.parametrize("page", [*PAGES, COURSE / "README.md", COURSE / "lecturer.md"], ids=lambda p: p.stem)
 def test_pages_name_what_exists(page):
     """Stops a command of a page that fails on a flag or a file that was renamed."""
-    text, known = page.read_text(), flags_of()
+    text = page.read_text()
+    known = {f"--{f.name}" for m in (eval_script, grpo, sft, check_exercise, rescore) for f in dataclasses.fields(m.Args)}
     assert set(re.findall(r"(?<![\w-])--[a-z_]+", text)) <= known
-    for name in re.findall(r"\b(?:docs|tools|lib|tests|toy|results)/[\w/.-]+\w", text):
+    for name in re.findall(r"(?<![\w/])(?:docs|tools|lib|tests|toy|results)/[\w/.-]+\w", text):
         assert (ROOT / name).exists(), name
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (COURSE / target).exists(), target

@@ -66,8 +66,8 @@ def check_dead_share():
     for g in (2, 3, 5, 6):
         ways = [sum(chosen) in (0, g) for k in right for chosen in itertools.combinations([1] * k + [0] * (G - k), g)]
         got, expected = share(right, G, g), sum(ways) / len(ways)
-        assert abs(got - expected) < 1e-9, (f"of groups of {G} with {right} right, {100 * expected:.1f} % are dead with {g}; "
-                                            f"you say {100 * got:.1f} %.")
+        assert abs(got - expected) < 1e-9, (
+            f"of groups of {G} with {right} right {100 * expected:.1f} % are dead with {g}, not {100 * got:.1f} %.")
 
 
 def runs(folders: list[Path]) -> None:

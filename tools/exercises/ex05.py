@@ -98,7 +98,7 @@ def runs(folders: list[Path]) -> None:
                                        for f in folders)
     assert min(len(broken), len(mended)) >= 10, "give both runs 10 steps or more."
     unique = [sum(values) / len(values) for values in (broken, mended)]
-    assert abs(unique[0] - 1 / G) < 1e-6, f"unique_completions is {unique[0]:.3f} in the first run: not the one with the bug."
+    assert abs(unique[0] - 1 / G) < 1e-6, f"unique_completions is {unique[0]:.3f} in the first run: it has no bug."
     assert min(dead) == 1, "in the first run not all groups are dead; which run is it?"
     assert unique[1] > 2 / G, f"unique_completions of the second run is {unique[1]:.3f}: still copies."
     assert min(fewer) < 1, "in the second run all groups are dead still."
