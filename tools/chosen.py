@@ -15,7 +15,7 @@ from lib.words import normalise
 # name of a run -> its title and its colour; others get their name, and grey
 GREY = "#6b7280"
 MODELS = {"base": ("Base", GREY), "emer_sft": ("Cold start", GREY), "label_sft": ("Labels alone", GREY),
-          "r1": ("R1, the paper's reward", "#b45309"), "r1_agreement": ("R1 + agreement", "#1d4ed8")}
+          "r1": ("R1, the paper's reward", "#b45309"), "r1_conclusion": ("R1 + conclusion", "#1d4ed8")}
 PAPER_MODELS = {"HumanOmni-0.5B": "base", "EMER-SFT": "emer_sft", "MAFW-DFEW-SFT": "label_sft", "R1-Omni": "r1"}
 MAKE_TOY = "make it with python -m toy --out {}."
 # eval.py's notes of clips that were given without sound: "ID: no audio track: silence"
@@ -97,7 +97,7 @@ def mended(results: Results) -> tuple[str, str]:
     agreement is right, and for the stated reason.
     """
     wishes = {"emer_sft": (lambda p: not right(p), agrees), "r1": (right, lambda p: p["concluded"] and not agrees(p)),
-              "r1_agreement": (right, agrees)}
+              "r1_conclusion": (right, agrees)}
     score = Counter()
     for name, test_sets in results.items():
         for test_set, result in test_sets.items():

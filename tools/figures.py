@@ -127,7 +127,7 @@ def draw_texts(rows: list[tuple[str, dict]], x: float, y: float, w: float) -> li
 def picture(args: Args) -> str:
     """The README's picture as svg.  Raises UserError."""
     results, toy = chosen.read_results(args), Path(args.toy)
-    runs = [name for name in ("r1", "r1_agreement") if (toy / name / "metrics.jsonl").exists()]
+    runs = [name for name in ("r1", "r1_conclusion") if (toy / name / "metrics.jsonl").exists()]
     if "r1" not in runs or not {"emer_sft", "r1"} <= results.keys():
         raise UserError(f"{toy} has no run r1, or no results of emer_sft and r1; " + chosen.MAKE_TOY.format(toy))
     parts = [text(40, 46, "Twelve emotions, drawn and voiced: neither face nor voice alone tells them apart", 20, more=BOLD)]
@@ -141,7 +141,7 @@ def picture(args: Args) -> str:
         parts += chart(40 + 620 * i, 390, 385, 140, title, series, low)
     test_set, clip = chosen.mended(results)
     rows = chosen.said_of(results, test_set, clip)
-    rows = [(name, rows[name]) for name in ("emer_sft", "r1", "r1_agreement") if name in rows]
+    rows = [(name, rows[name]) for name in ("emer_sft", "r1", "r1_conclusion") if name in rows]
     sample = chosen.sample_of(results, test_set, clip, args)
     (frames, audio, _), label = chosen.look(sample), sample.answer
     parts.append(marked(40, 610, f"One clip before and after reinforcement learning; its label is {label}", label, 20,
@@ -247,7 +247,7 @@ def ablations(args: Args) -> str:
         parts += [text(40, y + 20, name, 15, more=BOLD if i == 0 else ""),
                   text(left - 18, y + 20, f"{len(runs)} seed{'s' * (len(runs) > 1)}", 13, SOFT, END)]
     for j, (column, title) in enumerate(PANELS.items()):
-        x, colour = left + pitch * j, colour_of("r1_agreement" if column.startswith("epc") else "r1")
+        x, colour = left + pitch * j, colour_of("r1_conclusion" if column.startswith("epc") else "r1")
         at = lambda value, x=x: x + (pitch - 34) * value / 100
         parts.append(text(x, top - 22, title, 15, colour, BOLD))
         parts += [f'<path d="M{at(v):.1f} {top}V{end}" stroke="{LINE}"/>' +

@@ -1,6 +1,6 @@
 """One page to look at runs: curves, results, and every completion beside its clip.  Self-contained: no network, no server.
 
-    python -m tools.report runs/r1 runs/r1_agreement --out report.html
+    python -m tools.report runs/r1 runs/r1_conclusion --out report.html
 
 The page is report.html beside this file, with numbers, texts and small clips filled in.  What would make it too large is
 thinned by rule, and the page says so.  rollouts.jsonl may be larger than the memory: it is read row by row.
