@@ -279,7 +279,8 @@ def test_bars_are_as_long_as_the_rates(toy):
     rects = [(float(r.get("x")), float(r.get("y")), float(r.get("width"))) for r in root.iter(f"{SVG}rect")
              if r.get("width") != "100%"]
     full = 700 / 3 - 76                              # one data set here, three of the paper's, one scale
-    assert [w for *_, w in rects[:6]] == pytest.approx([full * v / 100 for war in (40, 80, 70) for v in (war, war / 2)], abs=0.006)
+    ours = [rate for war in (40, 80, 70) for rate in (war, war / 2)]
+    assert [w for *_, w in rects[:6]] == pytest.approx([full * rate / 100 for rate in ours], abs=0.006)
     paper = [rate for row in protocol.PAPER.values() for s in protocol.PAPER_SETS for rate in row[s]]
     assert [w for *_, w in rects[6:]] == pytest.approx([full * rate / 100 for rate in paper], abs=0.006)
     spans = [tuple(map(float, m)) for m in re.findall(r"M([\d.]+) [\d.]+H([\d.]+)\" stroke=\"#1c1f24\"",
