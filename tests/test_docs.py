@@ -182,13 +182,13 @@ def eq_format():
     return torch.tensor([rewards.format(text) for text in texts]), torch.tensor([1.0, 0, 0])
 
 
+UNEVEN = torch.tensor([[2., 1, 0, 1], [3, 1, 0, 0.5]])
 X = Q / P                                        # pi_ref / pi_theta
 EQUATIONS = {                                    # row of the table -> (what the function says, what the equation says)
     ("R1-Omni", "1"): lambda: (torch.tensor([rewards.bare_accuracy(o, "angry") for o in ("angry", "sad")]), torch.eye(2)[0]),
     ("R1-Omni", "2"): lambda: (slope(beta=0.0), of_mean(R)),
     ("R1-Omni", "3"): lambda: (slope(beta=0.5), of_mean(R + 0.5 * X.log())),
-    ("R1-Omni", "4"): lambda: (grpo.advantages(REWARDS), (REWARDS - REWARDS.mean(1, keepdim=True)) /
-                               (REWARDS.std(1, keepdim=True) + 1e-4)),
+    ("R1-Omni", "4"): lambda: (grpo.advantages(UNEVEN), torch.stack([(r - r.mean()) / (r.std() + 1e-4) for r in UNEVEN])),
     ("R1-Omni", "5"): eq_sum,
     ("R1-Omni", "6"): lambda: (torch.tensor([rewards.accuracy(f"<answer>{w}</answer>", "sad") for w in ("sad", "angry")]),
                                torch.eye(2)[0]),
