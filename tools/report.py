@@ -183,9 +183,9 @@ def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
         view = result["view"] if isinstance(result.get("view"), dict) else {}
         parts = [str(view.get("modal"))] * (view.get("modal", "video_audio") != "video_audio")
         setting = setting or " ".join(parts + [word for word in ("mute", "blank") if view.get(word)]) or "full"
+        name = name if i is not None else name.removesuffix("." + Path(str(result.get("data"))).stem)    # MODEL.SET.json
         by, of = name + f" ({setting})" * (setting != "full"), set_of(result).removesuffix(".json")
-        pair = lambda x: x if isinstance(x, list) and len(x) == 2 else (None, None)
-        rates = {k: [number(x) for x in (result.get(k), *pair(result.get(f"{k}_ci")))]
+        rates = {k: [*map(number, [result.get(k), *(ci if isinstance(ci := result.get(f"{k}_ci"), list) else [])])]
                  for k in ("war", "uar", "epc", "eea", "fcr", "format_rate")}
         table = result["confusion"] if isinstance(result.get("confusion"), dict) else {}
         table = {t: {said: number(k) for said, k in row.items()} for t, row in table.items() if isinstance(row, dict)}
