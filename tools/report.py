@@ -62,8 +62,10 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 def moved(path, run: doctor.Run) -> Path:
     """A path of a run's config.json, as of now: what lay beside the run when it was made still lies there."""
-    beside = Path(os.path.abspath(run.path / os.path.relpath(str(path), str(run.config.get("out") or "."))))
-    return beside if beside.exists() or not Path(str(path)).exists() else Path(str(path)).absolute()
+    path = Path(str(path))
+    beside = Path(os.path.abspath(run.path / os.path.relpath(path, str(run.config.get("out") or "."))))
+    order = (path, beside) if path.is_absolute() else (beside, path.absolute())
+    return next((p for p in order if p.exists()), beside)
 
 
 def curves(run: doctor.Run) -> dict:
@@ -84,9 +86,9 @@ def stages(run: doctor.Run | None) -> list[dict]:
     while run and len(chain) < 9:
         rows = run.rows or [row for row in read_rows(run.path / "metrics.jsonl") if type(row.get("step")) is int]
         last = [f"{name} {rows[-1][name]:.3g}" for name in ("reward", "loss") if doctor.values(rows[-1:], name)]
-        chain.append({"name": run.path.name, "script": "grpo.py" if run.is_rl else "sft.py", "last": " ".join(last[:1]),
-                      "data": Path(str(run.config.get("data"))).name, "steps": rows[-1]["step"] if rows else 0,
-                      "model": str(run.config.get("model")), "seconds": number(sum(map(doctor.seconds, rows)))})
+        chain.append({"name": run.path.name, "path": str(run.path.resolve()), "script": "grpo.py" if run.is_rl else "sft.py",
+                      "model": str(run.config.get("model")), "data": str(run.config.get("data")), "last": last[:1],
+                      "steps": len(rows) and rows[-1]["step"], "seconds": number(sum(map(doctor.seconds, rows)))})
         start, run = moved(chain[-1]["model"], run), None
         for folder in (start.parent, start.parent.parent):       # RUN/latest, RUN/checkpoints/step_N
             with contextlib.suppress(OSError, ValueError, RecursionError):
@@ -113,7 +115,8 @@ def grouped(rows: Iterator[dict], source: dict) -> Iterator[list[dict]]:
 def packed(group: list[dict], source: dict, config: dict) -> dict:
     """A group as the page has it.  The source's names of rewards and its prompts grow as new ones come."""
     names, prompts, asked = source["rewards"], source["prompts"], shortened(str(group[0].get("prompt", "")))
-    names += [n for n in dict.fromkeys(itertools.chain(*(row["rewards"] for row in group))) if n not in names][:MOST]
+    new = [name for name in dict.fromkeys(itertools.chain(*(row["rewards"] for row in group))) if name not in names]
+    names += new[:MOST - len(names)]
     prompts += [asked] if asked and asked not in prompts and len(prompts) < MOST else []
     all_, bare = [], config.get("prompt") == "label"
     for row in group:
@@ -180,11 +183,14 @@ def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
         view = result["view"] if isinstance(result.get("view"), dict) else {}
         parts = [str(view.get("modal"))] * (view.get("modal", "video_audio") != "video_audio")
         setting = setting or " ".join(parts + [word for word in ("mute", "blank") if view.get(word)]) or "full"
+        name = name if i is not None else name.removesuffix("." + Path(str(result.get("data"))).stem)    # MODEL.SET.json
         by, of = name + f" ({setting})" * (setting != "full"), set_of(result).removesuffix(".json")
-        rates = {k: [number(x) for x in (result.get(k), *(result.get(f"{k}_ci") or (None, None)))]
+        rates = {k: [*map(number, [result.get(k), *(ci if isinstance(ci := result.get(f"{k}_ci"), list) else [])])]
                  for k in ("war", "uar", "epc", "eea", "fcr", "format_rate")}
-        results.append({"name": name, "by": by, "run": i, "set": of, "setting": setting, "n": result["n"], "rates": rates,
-                        "confusion": result.get("confusion") if isinstance(result.get("confusion"), dict) else {}})
+        table = result["confusion"] if isinstance(result.get("confusion"), dict) else {}
+        table = {t: {said: number(k) for said, k in row.items()} for t, row in table.items() if isinstance(row, dict)}
+        results.append({"name": name, "by": by, "run": i, "set": of, "setting": setting, "n": number(result["n"]),
+                        "rates": rates, "confusion": table})
         source, groups = sets.setdefault(of, (new_source(f"Answers: {of}", None, ["format=0"]), {}))
         for p in result["predictions"]:
             clip, answer, said = (str(p[key]) for key in ("id", "answer", "predicted"))
@@ -255,9 +261,9 @@ def strip_of(frames: np.ndarray) -> str:
 
 def about(run: doctor.Run, name: str) -> dict:
     """All of a run but its rollouts."""
-    shown = lambda v: v if isinstance(v, str) else " → ".join(f"{x:.4g}" for x in v)
-    found = [{"name": f.name, "sentence": f.sentence, "remedy": doctor.REMEDIES[f.name],
-              "numbers": [f"{k} {shown(v)}" for k, v in f.numbers.items()]} for f in doctor.examine(run)]
+    found = [{"name": f.name, "sentence": f.sentence, "remedy": doctor.REMEDIES[f.name], "numbers": [
+        f"{k} {v if isinstance(v, str) else ' → '.join(f'{x:.4g}' for x in v)}" for k, v in f.numbers.items()]}
+             for f in doctor.examine(run)]
     config = {k: shortened(v if isinstance(v, str) else json.dumps(v), 500) for k, v in run.config.items()}
     return curves(run) | {"name": name, "path": str(run.path), "rl": run.is_rl, "planned": run.planned_steps,
                           "findings": found, "spans": [*map(doctor.span, (run.early, run.late))] if run.rows else [],
