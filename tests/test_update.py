@@ -313,7 +313,8 @@ def test_logged_tokens_are_what_was_sampled_then_and_now(world):
         torch.testing.assert_close(torch.tensor(kl, dtype=torch.float64), x.exp() - x - 1, atol=6e-5, rtol=1e-5)
         torch.testing.assert_close(torch.tensor(ratios), ratio[b, g, :n], atol=2e-4, rtol=1e-4)
     alone = dataclasses.replace(rollout, ref_logps=None)
-    assert [t[2] for row in grpo.rollout_rows(said, alone, 7, piece=str) for t in row["tokens"]] == [None] * int(LENGTHS.sum())
+    kls = [t[2] for row in grpo.rollout_rows(said, alone, 7, piece=str) for t in row["tokens"]]
+    assert kls == [None] * int(LENGTHS.sum())
     assert "tokens" not in grpo.rollout_rows(said, rollout, 7)[0]
 
 
@@ -321,7 +322,8 @@ def test_a_good_and_a_bad_text_of_one_clip():
     """Stops a text shown under another's reward, two clips mixed, and a text that steers the terminal."""
     row = lambda clip, text, accuracy, advantage: {"clip": clip, "answer": "sad", "text": text, "advantage": advantage,
                                                    "rewards": {"accuracy": accuracy, "format": 1.0}}
-    rows = [row("a", "t1", 1.0, 0.5), row("a", "t2", 0.0, -0.5), row("b", "bad\x1b[2J", 0.0, -1.5), row("b", "good", 1.0, 0.9)]
+    rows = [row("a", "t1", 1.0, 0.5), row("a", "t2", 0.0, -0.5),
+            row("b", "bad\x1b[2J", 0.0, -1.5), row("b", "good", 1.0, 0.9)]
     assert grpo.good_and_bad(rows, 50).split("\n") == [
         "step 50, b, label sad", "  + accuracy 1, format 1, advantage +0.90: good",
         "  - accuracy 0, format 1, advantage -1.50: bad\\x1b[2J"]

@@ -35,8 +35,8 @@ def fake(monkeypatch, kind: str, broken_at: int | None = None) -> list:
 def folder(path, kind: str, monkeypatch, rank: int = 0) -> RunFolder:
     data = path / "data.json"
     data.write_text("[]")
-    config = {"out": str(path / "my run"), "log": kind, "model": "m", "data": str(data), "feature_cache": None, "resume": False,
-              "overwrite": True, "keep": 0, "on_save_error": "stop", "rewards": []}
+    config = {"out": str(path / "my run"), "log": kind, "model": "m", "data": str(data), "feature_cache": None,
+              "resume": False, "overwrite": True, "keep": 0, "on_save_error": "stop", "rewards": []}
     monkeypatch.setattr("lib.run_folder.dataclasses.asdict", dict)
     args = type("A", (dict,), {"__getattr__": dict.__getitem__})(config)
     ranks = Ranks(rank, 1, torch.device("cpu"))

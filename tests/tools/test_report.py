@@ -269,8 +269,9 @@ class Browser:
     def choose(self, **values: str) -> str:
         """Set controls, one after the other.  -> how many groups are left, as the page says it"""
         for name, value in values.items():
-            self.js("((e, value) => { e.value = value; for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind));"
-                    " })(document.getElementById(arguments[0]), arguments[1])", name, value)
+            self.js("((e, value) => { e.value = value; for (const kind of ['input', 'change'])"
+                    " e.dispatchEvent(new Event(kind)); })(document.getElementById(arguments[0]), arguments[1])",
+                    name, value)
         return self.texts("#count")[0]
 
 
