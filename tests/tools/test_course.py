@@ -70,11 +70,13 @@ def begin_of(n: int) -> list[Path]:
 
 @pytest.mark.parametrize("n", EXERCISES)
 def test_a_check_passes_only_when_solved(n, sources, tmp_path):
-    """Stops a check that a typical mistake passes, or the solution does not; a patch that no longer fits the scripts."""
+    """Stops a check that a typical mistake passes, or the solution does not; one that nothing fails; a patch that no longer
+    fits the scripts."""
     begin, solution = begin_of(n), COURSE / "solutions" / f"{n:02}.patch"
     mutants = sorted((COURSE / "mutants").glob(f"{n:02}_*.patch"))
     assert len(mutants) >= 3
     states = [("begin", begin), ("solution", [*begin, solution]), *((m.stem, [*begin, m]) for m in mutants)]
+    sentences, failed = set(), set()
     for pair in (states[i:i + 2] for i in range(0, len(states), 2)):     # two at a time
         jobs = []
         for state, patches in pair:
@@ -84,10 +86,13 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
         for state, job in jobs:
             done = forkserver.shared().wait(job)
             said = done.stdout + done.stderr
-            verdicts = re.findall(r"^(ok|not yet) ", said, re.MULTILINE)
+            verdicts = [verdict for verdict, _ in (found := re.findall(r"^(ok|not yet) +(.+)", said, re.MULTILINE))]
+            sentences |= {sentence for _, sentence in found}
+            failed |= {sentence for verdict, sentence in found if verdict != "ok"}
             assert verdicts and "Traceback" not in said, f"{state}: {said}"
             assert (done.returncode, set(verdicts) == {"ok"}) == ((0, True) if state == "solution" else (1, False)), \
                 f"{state}: {said}"
+    assert sentences == failed, f"no mistake fails: {sentences - failed}"
 
 
 # ---- the tool ----------------------------------------------------------------------------------------
