@@ -54,10 +54,14 @@ sys.path[:] = [{place!r}, *(p for p in sys.path if p != {here!r})]
 """
 
 
-def start(place: Path, n: int, *words) -> forkserver.Job:
-    """The check of exercise n in the copy at `place`, in a fork: nothing is imported twice but the project itself."""
-    hook = THERE.format(here=str(ROOT), place=str(place))
-    return forkserver.shared().start("tools.check_exercise", n, "--here", *words, hook=hook, cwd=place)
+def start(place: Path, *words) -> forkserver.Job:
+    """`python -m tools.check_exercise ...` in the copy at `place`, in a fork: nothing is imported twice but the project."""
+    return forkserver.shared().start("tools.check_exercise", *words, hook=THERE.format(here=str(ROOT), place=str(place)),
+                                     cwd=place)
+
+
+def tool(place: Path, *words) -> subprocess.CompletedProcess:
+    return forkserver.shared().wait(start(place, *words))
 
 
 def begin_of(n: int) -> list[Path]:
@@ -76,7 +80,7 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
         for state, patches in pair:
             place = copy_of(sources, tmp_path / state)
             apply(place, *patches)
-            jobs.append((state, start(place, n)))
+            jobs.append((state, start(place, n, "--here")))
         for state, job in jobs:
             done = forkserver.shared().wait(job)
             said = done.stdout + done.stderr
@@ -87,12 +91,6 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
 
 
 # ---- the tool ----------------------------------------------------------------------------------------
-
-def tool(place: Path, *words) -> subprocess.CompletedProcess:
-    """`python -m tools.check_exercise ...` in the copy at `place`."""
-    hook = THERE.format(here=str(ROOT), place=str(place))
-    return forkserver.shared().run("tools.check_exercise", *words, hook=hook, cwd=place)
-
 
 @pytest.mark.parametrize("git", ["repository", "part of one", "none"])
 def test_there_and_back(git, sources, tmp_path):
@@ -139,7 +137,7 @@ def test_without_git_nothing_is_guessed(sources, tmp_path):
 FAULTY = {"loop": ("while True:\n        pass", "did not end within 1 seconds"),
           "crash": ("import os\n    os.kill(os.getpid(), 11)", "ended Python itself (SIGSEGV)"),
           "leaves": ("raise SystemExit(0)", "SystemExit"),
-          "error": ("import sampler\n    sampler.uniforms(0, [1], 1, 1, 'nowhere')", "sampler.py, line "),
+          "error": ("import mine\n    mine.f()", "mine.py, line 2: ZeroDivisionError"),
           "silent": ("pass", "")}
 
 
@@ -150,6 +148,7 @@ def test_what_goes_wrong_in_a_check_is_told(fault, sources, tmp_path):
     body, told = FAULTY[fault]
     (place / "tools" / "exercises" / "ex90.py").write_text(
         f'def check_first():\n    """First."""\n\n\ndef check_second():\n    """Second."""\n    {body}\n')
+    (place / "mine.py").write_text("def f():\n    return 1 / 0\n")
     file = place / "tools" / "check_exercise.py"
     file.write_text(file.read_text().replace("LIMIT = 120 ", "LIMIT = 1 " if fault == "loop" else "LIMIT = 60 "))
     (place / "tools" / "exercises" / "__init__.py").write_text("")       # imports nothing: the limit is for the loop alone
@@ -163,14 +162,14 @@ def test_scripts_that_cannot_be_imported(sources, tmp_path):
     """Stops a traceback where a student's typing error is to be told with its line."""
     place = copy_of(sources, tmp_path / "ours")
     (place / "sampler.py").write_text("def broken(:\n" + (place / "sampler.py").read_text())
-    done = tool(place, 5)
+    done = tool(place, 5, "--here")
     assert done.returncode == 1 and "not yet  the scripts cannot be imported" in done.stdout
     assert "sampler.py, line 1: SyntaxError" in done.stdout and "Traceback" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("words, told", [
     ((0,), "there is no exercise 0; there are 1, 2"), ((2, "--begin", "--back"), "give one of"),
-    ((5, "--runs", "docs"), "no run folder"), ((2, "--runs", "."), "leave --runs out")])
+    ((5, "--runs", "docs"), "no run folder"), ((2, "--here", "--runs", "."), "leave --runs out")])
 def test_wrong_flags_are_told(words, told, sources, tmp_path):
     """Stops a traceback, or a grade, for what was not asked rightly."""
     place = copy_of(sources, tmp_path / "ours")

@@ -38,7 +38,7 @@ def check_leave_one_out():
 
 def check_dead():
     """A group of equal rewards gets exactly 0, also one in which all are wrong."""
-    A = grpo.advantages(torch.tensor([[0., 0, 0, 0], [0.7, 0.7, 0.7, 0.7]]), "mean", "mean")
+    A = grpo.advantages(torch.tensor([[0.0] * 7, [0.7] * 7]), "mean", "mean")        # their fp32 mean is not 0.7
     assert not A.any(), f"equal rewards got {A.tolist()}: division by a mean of 0, or rounding, has become an advantage."
 
 
