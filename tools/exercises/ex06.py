@@ -17,7 +17,7 @@ GROUP = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)              # advan
 
 @functools.cache
 def world(temperature: float):
-    """-> four questions, the cold start, its arguments, and what `grpo.roll_out` makes of them; the reference is the policy."""
+    """-> four questions and the cold start, the flags, what `grpo.roll_out` makes of them; the reference is the policy."""
     w = ex04.World()
     w.batch.samples = [SimpleNamespace(answer="happy", id="a", row={})] * 4
     args = grpo.Args(model="", data="", out="", num_generations=4, prompts_per_step=4, max_new_tokens=12, micro_batch=4,
@@ -54,7 +54,7 @@ def check_sampler():
         assert (drawn - torch.softmax(logits[0] / t, -1)).abs().max() < 2e-3, f"temperature {t}: other tokens are drawn."
         with torch.no_grad():
             error = off(world(t)[2].logps, exact(t), world(t)[2].mask)
-        assert error < 1e-3, (f"temperature {t}: the sampler's log-probabilities are {error:.2f} off. It was right before: a "
+        assert error < 1e-3, (f"temperature {t}: the sampler's log-probs are {error:.2f} off. It was right before: a "
                               "difference is not mended by making both sides wrong.")
 
 
@@ -71,7 +71,7 @@ def check_trainer():
         grads = torch.autograd.grad(-(GROUP * mean).mean(), w.trained)
         expected = torch.cat([g.flatten() for g in grads])
         error = float((optimizer.seen - expected).norm() / expected.norm())
-        assert error < 1e-2, f"temperature {t}: the gradient is {100 * error:.0f} % off, though the log-probabilities are right."
+        assert error < 1e-2, f"temperature {t}: the gradient is {100 * error:.0f} % off that of these answers."
 
 
 def check_reference():
@@ -79,7 +79,7 @@ def check_reference():
     for t in TEMPERATURES:
         with torch.no_grad():
             error = off(world(t)[2].ref_logps, exact(t), world(t)[2].mask)
-        assert error < 1e-3, (f"temperature {t}: the reference's log-probabilities are {error:.2f} off. The KL would pull the "
+        assert error < 1e-3, (f"temperature {t}: the reference's log-probs are {error:.2f} off. The KL would pull the "
                               "policy away from where it started.")
 
 
@@ -91,6 +91,6 @@ def runs(folders: list[Path]) -> None:
     assert config(folders[0])["temperature"] != 1, "at --temperature 1 nothing can be seen; give 1.3 or 0.7."
     gaps, kl = [metrics(folder, "sampler_logp_diff/mean") for folder in folders], metrics(folders[1], "kl")
     assert min(map(len, gaps)) >= 10, "give both runs 10 steps or more."
-    assert min(gaps[0]) > 1e-2, f"sampler_logp_diff/mean of the first run falls to {min(gaps[0]):.5f}: it has no bug."
-    assert max(gaps[1]) < 1e-3, f"sampler_logp_diff/mean of the second run rises to {max(gaps[1]):.3f}: the bug is in it still."
+    assert min(gaps[0]) > 1e-2, f"sampler_logp_diff/mean of the first run falls to {min(gaps[0]):.5f}: no bug."
+    assert max(gaps[1]) < 1e-3, f"sampler_logp_diff/mean of the second run rises to {max(gaps[1]):.3f}: the bug is still there."
     assert kl[0] < 1e-5, f"kl is {kl[0]:.5f} in step 1 of the second run, where the policy still is the reference."

@@ -32,15 +32,16 @@ def check_kl():
     """`kl` is the reverse KL, the mean of log p / reference under p."""
     for p, ref, _, true in cases():
         got = float(written("ex07.py").kl(p, ref))
-        assert near(got, true), f"p {p.tolist()}, reference {ref.tolist()}: {true:.4f}, not {got:.4f}. Who is it that samples?"
+        assert near(got, true), f"p {p.tolist()}, reference {ref.tolist()}: {true:.4f}, not {got:.4f}. Who samples?"
 
 
 def check_kl_gradient():
     """`kl_gradient` is its gradient in the logits of p."""
     for p, ref, log_ratio, true in cases():
         got = written("ex07.py").kl_gradient(p.log() + 0.3, ref)
-        assert near(got, p * (log_ratio - true)), (f"p {p.tolist()}: {[round(float(g), 4) for g in got]} does not pass a test by "
-                                                   "small differences. Add 1 to all logits: nothing changes, so what is its sum?")
+        assert near(got, p * (log_ratio - true)), (
+            f"p {p.tolist()}: {[round(float(g), 4) for g in got]} does not pass a test by small differences. Add 1 to all logits: "
+            "nothing changes, so what is its sum?")
 
 
 def check_means():
@@ -50,8 +51,8 @@ def check_means():
         assert set(got) == {"k1", "k2", "k3"}, "give the means of k1, k2 and k3."
         right = {"k1": true, "k2": float((p * log_ratio ** 2).sum() / 2), "k3": true}
         assert all(near(float(got[k]), right[k]) for k in right), (
-            f"p {p.tolist()}, KL {true:.4f}: the means are {', '.join(f'{k} {float(v):.4f}' for k, v in got.items())}. Two of "
-            "them must be the KL.")
+            f"p {p.tolist()}, KL {true:.4f}: the means are {', '.join(f'{k} {float(v):.4f}' for k, v in got.items())}. "
+            "Two of them must be the KL.")
 
 
 def check_terms():
@@ -64,15 +65,15 @@ def check_terms():
 
 
 def check_loss_gradients():
-    """`loss_gradients`: k1 does nothing, k2 and k3_ratio have the reverse KL's gradient, k3 the forward KL's, p - reference."""
+    """`loss_gradients`: k1 does nothing, k2 and k3_ratio have the reverse KL's gradient, k3 the forward KL's."""
     for p, ref, log_ratio, true in cases():
         got = written("ex07.py").loss_gradients(p.log() - 0.2, ref)
         reverse = p * (log_ratio - true)
         right = {"k1": 0 * p, "k2": reverse, "k3": p - ref, "k3_ratio": reverse}
         assert set(got) == set(right), f"give the gradients of {', '.join(right)}."
         wrong = [k for k in right if not near(got[k], right[k])]
-        assert not wrong, (f"p {p.tolist()}: {', '.join(wrong)} is off. p(o) is how often o is sampled: autograd does not see "
-                           "it. And is kl_loss done?")
+        assert not wrong, (f"p {p.tolist()}: {', '.join(wrong)} is off. p(o) is how often o is sampled: autograd does not "
+                           "see it. And is kl_loss done?")
 
 
 def check_values():
@@ -94,5 +95,5 @@ def check_slopes():
 def check_far():
     """--kl k3_ratio still has its gradient where the policy has nearly lost a word, x = 18, in fp32."""
     got = float(slope("k3_ratio", torch.tensor([18.0]), torch.ones(1))[1])
-    assert abs(got + 18) < 0.1, (f"it is {got:.1f}, not -18: two numbers of size e^18 were to cancel. Value and gradient need not "
-                                 "come from one expression.")
+    assert abs(got + 18) < 0.1, (f"it is {got:.1f}, not -18: two numbers of size e^18 were to cancel. Value and gradient need "
+                                 "not come from one expression.")
