@@ -1,0 +1,114 @@
+"""Exercise 4: one denominator for the whole step, however it is cut."""
+from pathlib import Path
+
+import torch
+
+import grpo
+from data import PromptBatch
+from lib.common import Ranks
+from model import embed
+from tools.exercises import config, metrics, start_model, unlike
+from training import MasterAdamW
+
+LENGTHS = torch.tensor([[9, 2, 4, 1], [1, 2, 1, 1], [12, 12, 7, 9], [3, 1, 2, 2]])
+REWARDS = torch.tensor([[2., 1, 1, 2], [1, 1, 2, 1], [2, 1, 0, 2], [1, 1, 1, 1]])      # the last group is dead
+LIMIT = 16                                       # --max_new_tokens, longer than any completion here
+RANK = Ranks(0, 1, torch.device("cpu"))
+
+
+class Alike(Ranks):
+    """One of two ranks that hold the same: sums over ranks are twice what is here."""
+
+    def sum_(self, tensor):
+        return tensor.mul_(2)
+
+
+class Recorder(MasterAdamW):
+    """Keeps the gradient and moves nothing."""
+
+    def step(self, ranks, lr, max_grad_norm):
+        self.seen = self.flat.clone()
+        self.flat.zero_()
+        return float(self.seen.norm()), True
+
+
+class World:
+    """Four questions without a clip, four completions each of ragged length, the cold start."""
+
+    def __init__(self):
+        gen = torch.Generator().manual_seed(0)
+        self.model = start_model()
+        self.trained = self.model.set_trained(("decoder",))
+        ids = [torch.randint(3, 300, (n,), generator=gen).tolist() for n in (5, 9, 7, 6)]
+        self.batch = PromptBatch(
+            indices=[0, 1, 2, 3], samples=[None] * 4, asked=[""] * 4, input_ids=ids, targets=[[]] * 4, frames=None, mel=None,
+            vision=None, audio=None, question_ids=torch.zeros(4, 1).long(), question_mask=torch.ones(4, 1).bool(),
+            keys=[{}] * 4, bad=[], notes=[])
+        completions = torch.randint(3, 300, (4, 4, int(LENGTHS.max())), generator=gen)
+        self.rollout = grpo.Rollout(
+            9, completions, LENGTHS, LENGTHS > 0, logps=torch.full(completions.shape, -5.0), ref_logps=None,
+            texts=[[""] * 4] * 4, rewards={"accuracy": REWARDS}, advantages=grpo.advantages(REWARDS))
+
+    def gradient(self, ranks: Ranks = RANK, **flags) -> torch.Tensor:
+        """What the optimiser would get from one step of `grpo.update`."""
+        args = grpo.Args(model="", data="", out="", num_generations=4, prompts_per_step=4, max_new_tokens=LIMIT, beta=0.0,
+                         max_logp_diff=1e9, **flags)
+        optimizer = Recorder(self.trained, 0.0)
+        grpo.update(self.model, optimizer, self.batch, self.rollout, args, ranks, 0.0, grpo.Meter())
+        return optimizer.seen
+
+    def expected(self, agg: str) -> torch.Tensor:
+        """The same from the definition: every completion at once, one sum, one division."""
+        logps = self.model.completion_logps(*embed(self.model, self.batch), self.rollout.completions, LENGTHS)
+        inside = torch.arange(logps.shape[2]) < LENGTHS[..., None]
+        per_token = {"seq": 1 / LENGTHS / LENGTHS.numel(), "token": 1 / LENGTHS.sum().expand_as(LENGTHS),
+                     "const": torch.full(LENGTHS.shape, 1 / (LENGTHS.numel() * LIMIT))}[agg]
+        loss = -(self.rollout.advantages[..., None] * per_token[..., None] * logps * inside).sum()
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.trained)])
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def holds(agg: str) -> None:
+    world = World()
+    expected = world.expected(agg)
+    for flags, cut in ((dict(micro_batch=4), "one micro-batch"), (dict(micro_batch=2), "micro-batches of two questions"),
+                       (dict(micro_batch=1), "a question in each"), (dict(tokens_per_micro_batch=30), "groups that are cut too")):
+        error = off(world.gradient(agg=agg, **flags), expected)
+        assert error < 1e-3, f"{cut}: the gradient is {100 * error:.0f} % away from that of the whole step divided once."
+
+
+def check_seq():
+    """--agg seq: every completion of the step counts the same, in whatever micro-batch it is."""
+    holds("seq")
+
+
+def check_token():
+    """--agg token: every token of the step counts the same."""
+    holds("token")
+
+
+def check_const():
+    """--agg const: the sum is divided by what was allowed, not by what was sampled."""
+    holds("const")
+
+
+def check_ranks():
+    """With two ranks the denominator is that of both, so that their gradients can be added."""
+    world = World()
+    for agg in ("seq", "token", "const"):
+        error = off(2 * world.gradient(Alike(0, 2, RANK.device), agg=agg, micro_batch=2), world.expected(agg))
+        assert error < 1e-3, (f"--agg {agg}: two ranks with the same completions do not add up to the gradient of one: "
+                              f"{100 * error:.0f} % away. What is counted here is not all that there is.")
+
+
+def runs(folders: list[Path]) -> None:
+    """The same step in one micro-batch and in eight has one gradient norm."""
+    assert len(folders) == 2, "give two run folders: one micro-batch a step, and one question each."
+    differ = unlike(*folders, grpo.Args)
+    assert differ == {"micro_batch"}, f"the runs are to differ in --micro_batch; these differ in {', '.join(differ) or 'nothing'}."
+    assert config(folders[0])["agg"] == "token", "run both with --agg token."
+    a, b = (metrics(folder, "grad_norm")[0] for folder in folders)
+    assert abs(a - b) < 1e-3 * a, f"grad_norm of step 1 is {a:.5f} in one and {b:.5f} in the other."
