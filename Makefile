@@ -15,7 +15,12 @@ toy: $(VENV)/installed
 	$(RUN) -m toy
 	$(HOW)
 
-# The same, and two more trainings: on video alone and on audio alone.
+# A first look in minutes: the shipped start model, two short runs of GRPO, one page to look at.
+look: $(VENV)/installed
+	$(RUN) -m toy.look
+	$(HOW)
+
+# The same as toy, and two more trainings: on video alone and on audio alone.
 toy-modalities: $(VENV)/installed
 	$(RUN) -m toy --modalities
 	$(HOW)
@@ -30,4 +35,4 @@ test: $(VENV)/installed
 clean:
 	rm -rf runs $(VENV) .pytest_cache
 
-.PHONY: toy toy-modalities lesson test clean
+.PHONY: toy look toy-modalities lesson test clean

@@ -33,7 +33,7 @@ from data import PromptBatch, read_samples
 from eval import evaluate
 from lib.checks import check_objective, idle_flags, refuse_sampling_filters
 from lib.common import Ranks, UserError, block, run_main, start_ranks
-from lib.metrics import Clock, Meter, measure, rollout_rows, step_row
+from lib.metrics import Clock, Meter, good_and_bad, measure, rollout_rows, step_row
 from model import HumanOmni, embed, encode_once, frozen_reference
 from rewards import Completion, Reward, agreement, load_rewards, try_rewards
 from sampler import generate
@@ -82,6 +82,9 @@ class Args(TrainArgs):
     eval_data: list[str] = dataclasses.field(default_factory=list)  # sample files to evaluate on
     eval_every: int = 0                     # steps between evaluations; 0: only at step 0 and at the end
     eval_limit: int = 0                     # samples per evaluation; 0: all
+    # -- looking on
+    show_every: int = 50                    # steps between two texts that are shown, a good one and a bad one; 0: never
+    log_tokens: bool = False                # rollouts.jsonl: also log-prob, KL and ratio of every token
 
 
 # ------------------------------------------------------------------------------------------------
@@ -209,6 +212,7 @@ class Rollout:
     texts: list[list[str]]                 # B x G
     rewards: dict[str, torch.Tensor]       # name -> (B, G)
     advantages: torch.Tensor               # (B, G) zeros until `compare`
+    ratio: torch.Tensor | None = None      # (B, G, T) of the last pass over them, for --log_tokens
 
     @property
     def mask(self) -> torch.Tensor:
@@ -270,7 +274,7 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
                 *embed(reference, batch.select(rows)), completions[rows][:, members, :longest], own, args.temperature)
     clock.lap("train")
     return Rollout(embeds.shape[1], completions, lengths, finished, logps, ref_logps, texts, parts,
-                   torch.zeros_like(lengths, dtype=torch.float32))
+                   torch.zeros_like(lengths, dtype=torch.float32), torch.ones_like(logps) if args.log_tokens else None)
 
 
 def compare(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
@@ -376,6 +380,8 @@ def update(model, optimizer: MasterAdamW, batch: PromptBatch, rollout: Rollout |
                 denominator=mini.denominator, weights=weights)
             loss.backward()
             optimizer.collect()
+            if rollout.ratio is not None:
+                rollout.ratio[np.ix_(rows, members, range(part.completions.shape[2]))] = (logps.detach() - old).exp()
             n = mask.sum()
             meter.total("loss", loss.detach() / steps)                   # the mean over the optimiser steps
             meter.mean("entropy", entropy.sum() / n, n)                  # zero past the end
@@ -461,15 +467,19 @@ def train(args: Args) -> None:
             measure(meter, rollout, r)
             if args.prompt == "think":
                 meter.mean("agreement", float(np.mean([agreement(t) for group in rollout.texts for t in group])), len(batch))
-        told = ranks.gather([{"meter": meter.entries, "rollouts": rollout_rows(batch, rollout, step + 1),
+        piece = run.processor.tokenizer.decode if args.log_tokens else None
+        told = ranks.gather([{"meter": meter.entries, "rollouts": rollout_rows(batch, rollout, step + 1, piece),
                               "usable": len(batch), "bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}])
         counts = run.count(told, moved, args)
         clock.seconds["save"], run.saving = run.saving, 0.0              # of the checkpoint before this step
         row = step_row(step + 1, run.epoch, lr, [rank["meter"] for rank in told], clock, counts)
-        run.folder.append("rollouts.jsonl", [line for rank in told for line in rank["rollouts"]])
+        rollouts = [line for rank in told for line in rank["rollouts"]]
+        run.folder.append("rollouts.jsonl", rollouts)
         bar.set_postfix({name.split("/")[-2 if "/" in name else 0]: f"{row[name]:.3f}" for name in
                          ("reward", "rewards/accuracy/mean", "agreement", "kl") if row.get(name) is not None}, refresh=False)
         bar.update()
+        if ranks.first and args.show_every and (step + 1) % args.show_every == 0:
+            bar.write(good_and_bad(rollouts, step + 1))
 
         # 5. Look at the result, and keep it.  The row first: what a checkpoint has seen is logged.
         if eval_sets and (run.complete or (args.eval_every and (step + 1) % args.eval_every == 0)):

@@ -81,6 +81,7 @@ class TrainArgs:
     resume: bool = False                    # continue the run in --out
     allow_changes: bool = False             # resume although flags or the sample file are not what the run started with
     overwrite: bool = False                 # replace the run in --out
+    log: Literal["none", "tensorboard", "wandb", "trackio"] = "none"   # who else gets the rows of metrics.jsonl
 
 
 # ------------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ class Run:
             say(f"{self.state['skipped_samples']} times a clip was skipped; see {out}/skipped.jsonl")
         if self.complete:
             say(f"\ndone: {self.max_steps} steps. The model is {out}/latest, its numbers are in {out}/metrics.jsonl.")
-            say(f"Is all well with it?  python -m tools.doctor {out}")
+            say(f"Is all well with it?  python -m tools.doctor {out}    Look at it:  python -m tools.report {out}")
         else:
             say(f"\nstopped and saved after step {self.state['step']} of {self.max_steps}. Continue with:")
             say(resume_command())

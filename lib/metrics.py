@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from lib.common import printable
+
 
 class Clock:
     """Seconds per named part.  On a GPU, work is queued: a lap waits for it, or it would be booked on the next."""
@@ -97,17 +99,46 @@ def measure(meter: Meter, rollout, r: torch.Tensor) -> None:
     meter.total("num_tokens", rollout.lengths.sum())
 
 
-def rollout_rows(batch, rollout, step: int) -> list[dict]:
-    """Every completion of this rank as a row of rollouts.jsonl."""
+def rollout_rows(batch, rollout, step: int, piece=None) -> list[dict]:
+    """Every completion of this rank as a row of rollouts.jsonl.
+
+    With `piece` (id -> its text) a row has "tokens": [piece, log-prob when it was sampled, k3 to the reference or None,
+    ratio of the last pass] for each sampled token, the end token included.
+    """
     if rollout is None:
         return []
     # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
     A, lengths, finished = rollout.advantages.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()
     parts = {name: r.tolist() for name, r in rollout.rewards.items()}
-    return [{"step": step, "clip": sample.id, "prompt": batch.asked[b], "answer": sample.answer, "completion": g,
+    rows = [{"step": step, "clip": sample.id, "prompt": batch.asked[b], "answer": sample.answer, "completion": g,
              "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
              "length": lengths[b][g], "finished": finished[b][g]}
             for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
+    if piece:
+        x = None if rollout.ref_logps is None else rollout.ref_logps - rollout.logps         # (B, G, T)
+        columns = [rollout.completions, rollout.logps, *([] if x is None else [x.expm1() - x]), rollout.ratio]
+        for row, *tokens in zip(rows, *(c.flatten(0, 1).tolist() for c in columns)):         # each (B G, T)
+            tokens = [(*t[:2], t[2] if x is not None else None, t[-1]) for t in zip(*tokens)][:row["length"]]
+            row["tokens"] = [[piece([i]), *(v if v is None else round(v, 4) for v in values)] for i, *values in tokens]
+    return rows
+
+
+def good_and_bad(rows: list[dict], step: int) -> str:
+    """Two completions of one clip for the terminal: the best and the worst of the group that differs most."""
+    if not rows:
+        return f"step {step}: no completion"
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["clip"], []).append(row)
+    spread = lambda group: max(r["advantage"] for r in group) - min(r["advantage"] for r in group)
+    group = sorted(max(groups.values(), key=spread), key=lambda r: -r["advantage"])
+    told = [f"step {step}, {printable(group[0]['clip'])}, label {printable(group[0]['answer'])}"]
+    if not spread(group):
+        told[0] += ": in every group of this step all rewards are equal"
+    for sign, row in [("+", group[0])] + [("-", group[-1])] * bool(spread(group)):
+        rewards = ", ".join(f"{name} {value:g}" for name, value in row["rewards"].items())
+        told.append(f"  {sign} {rewards}, advantage {row['advantage']:+.2f}: {printable(row['text'])}")
+    return "\n".join(told)
 
 
 def step_row(step: int, epoch: float, lr: float, meters: list[dict], clock: Clock, counts: dict) -> dict:

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 
 from lib.common import Ranks, UserError, check_writable, printable, sync, write_json
+from lib.trackers import Mirror, check_tracker
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
 MANIFEST = "manifest.json"
@@ -37,7 +38,7 @@ STATE = "trainer.pt"
 # what is learned.
 FREE = {"out", "resume", "overwrite", "device", "workers", "save_every", "keep", "on_save_error", "max_bad_steps",
         "micro_batch", "tokens_per_micro_batch", "compile", "checkpoint_layers", "feature_cache", "eval_data",
-        "eval_every", "eval_limit", "allow_changes", "strict_paths", "media_root"}
+        "eval_every", "eval_limit", "allow_changes", "strict_paths", "media_root", "log", "show_every", "log_tokens"}
 IN_PASSING = {"argv", "torch", "world_size", "model_resolved"}      # recorded, never compared
 LENGTH = {"max_steps", "epochs"}     # may grow; but they shape the schedule
 
@@ -90,6 +91,7 @@ def check_outputs(args, ranks: Ranks) -> None:
         check_writable(args.feature_cache, "--feature_cache")
     if not ranks.first:
         return
+    check_tracker(getattr(args, "log", "none"))
     check_writable(out, "--out")
     config, found = None, sorted(out.iterdir()) if out.is_dir() else []
     with contextlib.suppress(OSError, ValueError):
@@ -117,8 +119,10 @@ class RunFolder:
         self.keep, self.on_save_error = args.keep, args.on_save_error
         self.checkpoints = self.path / "checkpoints"
         self.unwritten: dict[str, str] = {}          # log -> rows that could not be written yet
+        self.mirror = Mirror("none", self.path, {})
         if ranks.first:
             self._prepare(args, start_model)
+            self.mirror = Mirror(getattr(args, "log", "none"), self.path, dataclasses.asdict(args), ranks.say)
         ranks.barrier()
 
     # ---- starting and resuming --------------------------------------------------------------------
@@ -201,6 +205,8 @@ class RunFolder:
             lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
             self.unwritten[name] = self.unwritten.get(name, "") + lines
             self._write_logs()
+            if name == "metrics.jsonl":
+                self.mirror.add(rows)
 
     def _write_logs(self) -> None:
         for name in list(self.unwritten):

@@ -8,7 +8,7 @@ from conftest import load_golden_model
 
 import grpo
 import sft
-from data import PromptBatch
+from data import PromptBatch, Sample
 from lib.common import AUDIO, VIDEO, start_ranks
 from model import embed, encode_once
 from training import MasterAdamW, micro_batches
@@ -267,3 +267,67 @@ def test_the_samplers_rounding_is_undone_up_to_a_cap(world):
         torch.testing.assert_close(gradient(off, is_cap=2.0), weight * plain, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(gradient(off), plain, rtol=1e-3, atol=1e-5)          # and by default it is off
 
+
+
+# ---- what is kept of it to look at ------------------------------------------------------------------
+
+def test_logged_tokens_are_what_was_sampled_then_and_now(world):
+    """Stops a ratio of another token, prompt or pass, a KL with its sign reversed, and padding that is logged."""
+    model, trained, batch, rollout = world
+    before = [p.detach().clone() for p in trained]
+
+    class Nudge(Recorder):
+        """Moves the policy once, after the first pass."""
+        def step(self, *args):
+            if not self.steps:
+                with torch.no_grad():
+                    for p, grad in zip(self.parameters, self.grads):
+                        p.sub_(3e-3 * grad.sign())
+            return super().step(*args)
+
+    def scored():
+        with torch.no_grad():
+            return model.completion_logps(*embed(model, batch), rollout.completions, LENGTHS, 1.0)
+
+    rollout = dataclasses.replace(rollout, ratio=torch.ones_like(rollout.logps))
+    args = grpo.Args(model="", data="", out="", max_new_tokens=12, max_logp_diff=1e9, inner_epochs=2, log_tokens=True,
+                     tokens_per_micro_batch=rollout.prompt_length + 20)              # groups cut, too
+    then = scored()
+    try:
+        grpo.update(model, Nudge(trained, 0.0), batch, rollout, args, start_ranks("cpu"), 0.0, grpo.Meter())
+        now = scored()
+    finally:
+        with torch.no_grad():
+            for p, old in zip(trained, before):
+                p.copy_(old)
+    ratio = (now - then).exp()
+    assert float((ratio - 1).abs().max()) > 0.02
+    said = dataclasses.replace(batch, samples=[Sample(f"clip{b}", None, "", "sad", "sad", "video_audio") for b in range(3)])
+    rows = grpo.rollout_rows(said, rollout, 7, piece=lambda ids: f"<{ids[0]}>")
+    for row, (b, g) in zip(rows, [(b, g) for b in range(3) for g in range(4)], strict=True):
+        n = int(LENGTHS[b, g])
+        pieces, logps, kl, ratios = zip(*row["tokens"], strict=True)
+        assert pieces == tuple(f"<{i}>" for i in rollout.completions[b, g, :n].tolist())
+        x = (rollout.ref_logps - rollout.logps)[b, g, :n].double()
+        torch.testing.assert_close(torch.tensor(logps), rollout.logps[b, g, :n], atol=6e-5, rtol=0)
+        torch.testing.assert_close(torch.tensor(kl, dtype=torch.float64), x.exp() - x - 1, atol=6e-5, rtol=1e-5)
+        torch.testing.assert_close(torch.tensor(ratios), ratio[b, g, :n], atol=2e-4, rtol=1e-4)
+    alone = dataclasses.replace(rollout, ref_logps=None)
+    kls = [t[2] for row in grpo.rollout_rows(said, alone, 7, piece=str) for t in row["tokens"]]
+    assert kls == [None] * int(LENGTHS.sum())
+    assert "tokens" not in grpo.rollout_rows(said, rollout, 7)[0]
+
+
+def test_a_good_and_a_bad_text_of_one_clip():
+    """Stops a text shown under another's reward, two clips mixed, and a text that steers the terminal."""
+    row = lambda clip, text, accuracy, advantage: {"clip": clip, "answer": "sad", "text": text, "advantage": advantage,
+                                                   "rewards": {"accuracy": accuracy, "format": 1.0}}
+    rows = [row("a", "t1", 1.0, 0.5), row("a", "t2", 0.0, -0.5),
+            row("b", "bad\x1b[2J", 0.0, -1.5), row("b", "good", 1.0, 0.9)]
+    assert grpo.good_and_bad(rows, 50).split("\n") == [
+        "step 50, b, label sad", "  + accuracy 1, format 1, advantage +0.90: good",
+        "  - accuracy 0, format 1, advantage -1.50: bad\\x1b[2J"]
+    dead = grpo.good_and_bad([row("a", "t1", 1.0, 0.0), row("a", "t2", 1.0, 0.0)], 50).split("\n")
+    assert dead == ["step 50, a, label sad: in every group of this step all rewards are equal",
+                    "  + accuracy 1, format 1, advantage +0.00: t1"]
+    assert grpo.good_and_bad([], 3) == "step 3: no completion"

@@ -10,7 +10,7 @@
     emer_sft    sft.py on a few reasoned samples, long-tailed over the emotions    = EMER-SFT
     label_sft   sft.py on the labels that RL sees, bare words                      = MAFW-DFEW-SFT
     r1          grpo.py from emer_sft, labels only, the paper's reward             = R1-Omni
-    r1_agreement  the same, and half a point more where the reasoning concludes what is answered
+    r1_conclusion  the same, and a point where the reasoning concludes the label, .2 where it concludes the answer
 
 Each stage is a call of the project's own scripts, printed as a user would type it.  OUT/made_from.json keeps what each
 was made from: its flags and the SHA-256 of the files.  A stage whose result is there and was made from the same is not
@@ -40,6 +40,7 @@ from toy.humanomni import make_humanomni
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("toy_dfew_test", "toy_mafw_test", "toy_ravdess_test")
 MAX_NEW_TOKENS = 80        # the reasoning has about 62
+REASONED = ["accuracy", "format", "conclusion", "agreement=0.2"]      # the reasoning is paid too; why so: docs/ablations.md
 UNKNOWN = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
 
 
@@ -60,6 +61,7 @@ class Args:
 
 class Pipeline:
     """Runs the scripts and keeps the time."""
+    sets: tuple[str, ...] = SETS                     # that `evaluate` looks at
 
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.out)
@@ -117,10 +119,12 @@ class Pipeline:
         words = [script]
         for flag, value in flags.items():
             words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [] if value is True else [str(value)])]
-        print("   python " + shlex.join(words), flush=True)
+        print("   python " + shlex.join(words).replace("tools/report.py", "-m tools.report"), flush=True)
         environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
-        result = subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], env=environment, text=True, **shown)
+        command = ["-m", script[:-3].replace("/", "."), *words[1:]] if "/" in script else [str(ROOT / script), *words[1:]]
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        result = subprocess.run([sys.executable, *command], env=environment, text=True, **shown)
         if result.returncode:
             raise UserError(f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}")
 
@@ -154,13 +158,23 @@ class Pipeline:
 
         def work():
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(one, SETS))
+                list(pool.map(one, self.sets))
 
-        inputs = {"model": weights(model)} | {s: self.data / f"{s}.json" for s in SETS}
-        self.stage(f"eval {name}", [self.result(name, s) for s in SETS], inputs, flags, work)
+        inputs = {"model": weights(model)} | {s: self.data / f"{s}.json" for s in self.sets}
+        self.stage(f"eval {name}", [self.result(name, s) for s in self.sets], inputs, flags, work)
 
     def result(self, name: str, test_set: str) -> Path:
         return self.out / "eval" / f"{name}.{test_set}.json"
+
+    def report(self, *names: str) -> None:
+        """OUT/report.html: the runs beside one another.  Should it fail, what was measured is still there."""
+        page, runs = self.out / "report.html", [self.out / name for name in names]
+        files = [self.result(name, s) for name in names for s in self.sets] + [run / "metrics.jsonl" for run in runs]
+        try:
+            self.stage("report", [page], {str(f.relative_to(self.out)): f for f in files}, {},
+                       lambda: self.run("tools/report.py", quiet=True, runs=runs, out=page))
+        except UserError as error:
+            print(f"   {error}")
 
     def steps(self, n: int) -> int:
         return max(2, round(n * self.args.scale))
@@ -191,7 +205,7 @@ def build(p: Pipeline) -> None:
     rl = {"model": p.out / "emer_sft" / "latest", "data": data / "rl_train.json", "max_steps": p.steps(240),
           "prompts_per_step": 8, "num_generations": 8, "micro_batch": 8, "max_new_tokens": MAX_NEW_TOKENS, "lr": 6e-4,
           "lr_floor": 0.1, "beta": 0.04}
-    p.both(("r1", "grpo.py", rl), ("r1_agreement", "grpo.py", rl | {"rewards": ["accuracy", "format", "agreement=0.5"]}))
+    p.both(("r1", "grpo.py", rl), ("r1_conclusion", "grpo.py", rl | {"rewards": REASONED}))
     if args.modalities:
         p.both(*((f"label_{modal}", "sft.py", labels | {"modal": modal}) for modal in ("video", "audio")))
     for name, (_, flags) in ROWS.items():
@@ -202,7 +216,7 @@ def build(p: Pipeline) -> None:
 # name of the stage -> its title in the table, flags of eval.py
 ROWS = {"base": ("base (described clips)", {}), "emer_sft": ("EMER-SFT (cold start)", {}),
         "label_sft": ("MAFW-DFEW-SFT (labels)", {"prompt": "label"}), "r1": ("R1-Omni (the paper's reward)", {}),
-        "r1_agreement": ("R1-Omni + agreement", {}),
+        "r1_conclusion": ("R1-Omni + conclusion", {}),
         "label_video": ("labels, video alone", {"prompt": "label", "modal": "video"}),
         "label_audio": ("labels, audio alone", {"prompt": "label", "modal": "audio"})}
 COLUMNS = {"epc": "EPC %", "eea": "EEA %", "fcr": "FCR %", "format_rate": "format %", "cue_recall": "cue recall %",
@@ -246,8 +260,9 @@ def main(args: Args) -> None:
         export(pipeline)
     text = table(pipeline)
     write_text(pipeline.out / "table.md", text)
-    print("\n" + text + f"\nwritten to {pipeline.out / 'table.md'}; curves in {pipeline.out}/r1/metrics.jsonl, "
-          f"every completion in {pipeline.out}/r1/rollouts.jsonl")
+    pipeline.report("r1", "r1_conclusion")
+    print("\n" + text + f"\nwritten to {pipeline.out / 'table.md'}. Curves, and every text beside its clip: open "
+          f"{pipeline.out / 'report.html'} in a browser.")
 
 
 if __name__ == "__main__":

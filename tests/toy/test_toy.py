@@ -58,7 +58,7 @@ def test_table_has_the_papers_rows_from_the_result_files(run):
     lines = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in (out / "table.md").read_text().splitlines() if "|" in line]
     assert lines[0][:4] == ["WAR/UAR", "toy-dfew", "toy-mafw", "toy-ravdess"]
-    names = ["base", "emer_sft", "label_sft", "r1", "r1_agreement"]
+    names = ["base", "emer_sft", "label_sft", "r1", "r1_conclusion"]
     assert [row[0] for row in lines[2:]] == [toy.ROWS[name][0] for name in names]
     for row, name in zip(lines[2:], names):
         for cell, test_set in zip(row[1:4], SETS):
@@ -73,13 +73,13 @@ def test_table_has_the_papers_rows_from_the_result_files(run):
 def test_stages_start_from_the_papers_checkpoints_and_data(run):
     """Stops: RL from the wrong model, labels leaking into the base, or the out-of-distribution style in training."""
     out, _ = run
-    names = ("base", "emer_sft", "label_sft", "r1", "r1_agreement")
+    names = ("base", "emer_sft", "label_sft", "r1", "r1_conclusion")
     used = {name: json.loads((out / name / "config.json").read_text()) for name in names}
     start = {name: (Path(c["model"]).relative_to(out).parts[0], Path(c["data"]).stem) for name, c in used.items()}
     assert start == {"base": ("humanomni", "toy_base_train"), "emer_sft": ("base", "toy_emer_train"),
                      "label_sft": ("base", "rl_train"), "r1": ("emer_sft", "rl_train"),
-                     "r1_agreement": ("emer_sft", "rl_train")}
-    assert used["r1"]["rewards"] == ["accuracy", "format"] == used["r1_agreement"]["rewards"][:2]
+                     "r1_conclusion": ("emer_sft", "rl_train")}
+    assert used["r1"]["rewards"] == ["accuracy", "format"] == used["r1_conclusion"]["rewards"][:2]
     for name in ("toy_base_train", "toy_emer_train", "rl_train"):
         assert "toy_ravdess" not in (out / "data" / f"{name}.json").read_text()
 
@@ -102,14 +102,14 @@ def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
     assert " is there" not in first
     before = {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     second = run_toy(out)
-    assert second.count(" is there") == 2 + 5 + 5 and "   python " not in second
+    assert second.count(" is there") == 2 + 5 + 5 + 1 and "   python " not in second
     assert before == {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     weights = load_file(out / "emer_sft" / "latest" / "model.safetensors")
     weights["model.norm.weight"] += 0.01
     save_file(weights, out / "emer_sft" / "latest" / "model.safetensors", {"format": "pt"})
     redone = sorted(line[3:] for line in build(out).splitlines() if line.startswith("== ") and " is there" not in line)
     assert redone == [f"{stage}: made anew, because model changed" for stage in
-                      ("eval emer_sft", "eval r1", "eval r1_agreement", "r1", "r1_agreement")]
+                      ("eval emer_sft", "eval r1", "eval r1_conclusion", "r1", "r1_conclusion")]
 
 
 def test_a_copied_folder_is_left_alone(run, tmp_path):
@@ -194,4 +194,4 @@ def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
     theirs = HumanOmni.from_pretrained(out / "emer_sft" / "latest", say=str).state_dict()
     assert all(torch.equal(x, theirs[k].bfloat16().float()) for k, x in ours.items() if x.is_floating_point())
     assert Processor.from_pretrained(away / "humanomni").tokenizer.eos_token == "<|im_end|>"
-    assert "emer_sft and label_sft" in said and "r1 and r1_agreement" in said       # side by side: one time for both
+    assert "emer_sft and label_sft" in said and "r1 and r1_conclusion" in said       # side by side: one time for both
