@@ -40,8 +40,8 @@ def check_kl_gradient():
     for p, ref, log_ratio, true in cases():
         got = written("ex07.py").kl_gradient(p.log() + 0.3, ref)
         assert near(got, p * (log_ratio - true)), (
-            f"p {p.tolist()}: {[round(float(g), 4) for g in got]} does not pass a test by small differences. Add 1 to all logits: "
-            "nothing changes, so what is its sum?")
+            f"p {p.tolist()}: {[round(float(g), 4) for g in got]} does not pass a test by small differences. Add 1 to all "
+            "logits: nothing changes, so what is its sum?")
 
 
 def check_means():
@@ -95,5 +95,5 @@ def check_slopes():
 def check_far():
     """--kl k3_ratio still has its gradient where the policy has nearly lost a word, x = 18, in fp32."""
     got = float(slope("k3_ratio", torch.tensor([18.0]), torch.ones(1))[1])
-    assert abs(got + 18) < 0.1, (f"it is {got:.1f}, not -18: two numbers of size e^18 were to cancel. Value and gradient need "
-                                 "not come from one expression.")
+    assert abs(got + 18) < 0.1, (f"it is {got:.1f}, not -18: two numbers of size e^18 were to cancel. Value and gradient "
+                                 "need not come from one expression.")
