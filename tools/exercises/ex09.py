@@ -25,15 +25,15 @@ def expect(expected: float, text: str, hint: str, there: dict = CUES) -> None:
 
 def check_all_and_none():
     """A reasoning that states every cue gets 1, one that states none 0."""
-    expect(1, "<think>The brows are lowered, the forehead knit, the eyes narrowed, the mouth corners up and the lips pressed. The "
-           "pitch is low, the melody flat, the rate slow, the volume soft and the tone clear. He is sad." + END,
+    expect(1, "<think>The brows are lowered, the forehead knit, the eyes narrowed, the mouth corners up, the lips pressed. "
+           "The pitch is low, the melody flat, the rate slow, the volume soft and the tone clear. He is sad." + END,
            "all ten of the row's words are there, of both senses.")
     expect(0, "<think>The brows raised, the eyes wide, the voice loud: happy." + END, "those words are not this clip's.")
 
 
 def check_share():
     """Half of the cues is 0.5, also for a clip that has another number of them."""
-    expect(0.5, "<think>Brows lowered, forehead knit, lips pressed. A flat, soft voice. She is sad." + END, "5 of 10 are stated.")
+    expect(0.5, "<think>Brows lowered, forehead knit, lips pressed. A flat, soft voice." + END, "5 of 10 are stated.")
     expect(0.3, "<think>Lips pressed, a soft voice, the rate slow, brows raised." + END,
            "3 of the clip's 10 are stated; a false cue takes nothing away, and is none of the 10.")
     expect(2 / 3, "<think>Lips pressed, a soft voice." + END, "2 of 3 are stated.",
@@ -42,8 +42,8 @@ def check_share():
 
 def check_words():
     """Whole words count, whatever their case and what stands beside them."""
-    expect(0.1, "<think>A slowish, yellow, upset and unclear face: slow." + END, "low is not in slowish, nor up in upset.")
-    expect(0.4, "<think>LOWERED brows, eyes:narrowed, (soft) and \"flat\"." + END, "lower case, and without what stands beside.")
+    expect(0.1, "<think>A slowish, yellow, upset, unclear face: slow." + END, "low is not in slowish, nor up in upset.")
+    expect(0.4, "<think>LOWERED brows, eyes:narrowed, (soft) and \"flat\"." + END, "lower case, without what stands beside.")
 
 
 def check_once():
@@ -60,6 +60,10 @@ def check_inside():
     expect(0.2, "<think>\nLips pressed.\nVoice soft.\n" + END, "a reasoning may have several lines.")
 
 
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def runs(folders: list[Path]) -> None:
     """With and without the KL the accuracy rises; without it the cues go, which nobody paid for in either."""
     assert len(folders) == 2, "give two run folders: --beta 0.04, then --beta 0."
@@ -70,18 +74,13 @@ def runs(folders: list[Path]) -> None:
     paid = [word for word in flags["rewards"] if not word.endswith(":cues=0")]
     assert paid == ["accuracy", "format"] and len(flags["rewards"]) == 3, (
         "--rewards accuracy format mine.py:cues=0: what is paid for is the paper's; the cues are only logged.")
-    late = {}
+    late = []
     for folder in folders:
         accuracy, stated = metrics(folder, "rewards/accuracy/mean"), metrics(folder, "rewards/cues/mean")
         assert len(accuracy) >= 100, f"{folder.name}: give it 100 steps or more; it has {len(accuracy)}."
-        late[folder] = mean(accuracy[-20:]), mean(stated[-20:])
-        rise = late[folder][0] - mean(accuracy[:20])
-        assert rise > 0.05, f"{folder.name}: the accuracy of the last 20 steps is only {rise:.3f} above that of the first 20."
-    (right, stated), (also, fewer) = late.values()
-    assert stated > 0.8 and stated - fewer > MARGIN, (f"cues in the last 20 steps: {stated:.3f} with the KL, {fewer:.3f} without; "
-                                                      "is the second one long enough?")
-    assert also > right - 0.1, f"accuracy in the last 20 steps: {right:.3f} with the KL, {also:.3f} without: it did not stay."
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+        late.append((mean(accuracy[-20:]), mean(stated[-20:])))
+        rise = late[-1][0] - mean(accuracy[:20])
+        assert rise > 0.05, f"{folder.name}: in the last 20 steps the accuracy is {rise:.3f} above that of the first 20."
+    (right, stated), (also, fewer) = late
+    assert stated - fewer > MARGIN, f"cues, last 20 steps: {stated:.3f} with the KL, {fewer:.3f} without: they did not go."
+    assert also > right - 0.1, f"accuracy, last 20 steps: {right:.3f} with the KL, {also:.3f} without: it did not stay."

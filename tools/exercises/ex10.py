@@ -30,15 +30,16 @@ def check_own():
     """mine.py reads the reasoning itself, without the functions of ours that do."""
     for node in ast.walk(ast.parse((ROOT / "mine.py").read_text())):
         taken = {alias.name for alias in getattr(node, "names", []) if not isinstance(alias, str)}
-        taken = {name for name in taken if not name.isupper()} if getattr(node, "module", "") in OURS else taken & OURS
-        assert not taken, f"from {' and '.join(sorted(OURS))} take the lists of words alone, not {', '.join(sorted(taken))}."
+        ours = getattr(node, "module", "") in OURS
+        taken = {name for name in taken if not name.isupper()} if ours else taken & OURS
+        assert not taken, f"take lists of words alone from {', '.join(sorted(OURS))}, not {', '.join(sorted(taken))}."
 
 
 def check_label():
     """The label's word in the reasoning pays, in any case of letters, whatever is answered."""
-    expect("sad", "The brows are raised. Taken together, the person seems sad.", "The reasoning is right, the answer is another matter.")
+    expect("sad", "Taken together, the person seems sad.", "The reasoning is right; the answer is another matter.")
     expect("sad", "Taken together, the person seems SAD!", "Lower case on both sides.", "sad")
-    assert concludes("<think>He is happy.</think>\n<answer>happy</answer>", " Happy ") == 1, "a label may be ' Happy ' in a file."
+    assert concludes("<think>He is happy.</think>\n<answer>sad</answer>", " Happy ") == 1, "a file's label may be ' Happy '."
 
 
 def check_answer():
@@ -71,16 +72,16 @@ def check_last():
 
 def check_words():
     """Whole words count."""
-    expect("sad", "He is sad in a fearless, unhappy and sadder way.", "fear is not in fearless, nor happy in unhappy.")
+    expect("sad", "He is sad, in a fearless and unhappy way.", "fear is not in fearless, nor happy in unhappy.")
 
 
 def check_denied():
     """What a clause denies is not concluded; the denial ends with its clause."""
     hint = "not, no, never, without and rather than deny what comes after them, up to the end of the clause."
-    for reasoning in ("She is sad, not happy.", "She is sad. She is not really very happy.", "She is sad: there is no sign of fear.",
-                      "She is sad, without any anger or fear.", "She is sad. She was never happy", "She is sad rather than angry."):
+    for reasoning in ("She is sad, not happy.", "She is sad. She is not really very happy.", "She is sad: no sign of fear.",
+                      "She is sad, without any anger or fear.", "Sad. She was never happy", "She is sad rather than angry."):
         expect("sad", reasoning, hint)
-    for reasoning in ("She is not happy, she is sad.", "She is not happy but sad.", "No smile. Sad.", "She does not speak; sad."):
+    for reasoning in ("She is not happy, she is sad.", "She is not happy but sad.", "No smile. Sad.", "She is not; sad."):
         expect("sad", reasoning, hint + " A comma and `but` end it.")
     expect("none", "She is not sad.", hint)
 
@@ -88,7 +89,7 @@ def check_denied():
 def check_quoted():
     """What somebody in the clip says is not what the reasoning concludes."""
     for reasoning in ('He is sad and says "I am happy".', "He says \u201cI am happy, not sad\u201d in a sad voice.",
-                      'He is sad: "No fear", he says, "and happy."', 'He says "I am not". He is sad.'):
+                      'He is sad: "No fear", he says, "and happy."', 'He says "I am not". He is sad. He says "no".'):
         expect("sad", reasoning, "Leave out what stands between two \" or between \u201c and \u201d.")
 
 
@@ -102,27 +103,33 @@ def paired(differences: list[float]) -> tuple[float, float]:
     return m, math.sqrt(sum((d - m) ** 2 for d in differences) / (n - 1) / n)
 
 
+def own(folder: Path) -> list[str]:
+    """The words of --rewards that name the student's function."""
+    return [word for word in config(folder)["rewards"] if word.partition("=")[0].endswith(":concludes")]
+
+
 def runs(folders: list[Path]) -> None:
-    """With the reward the reasoning agrees with the answer more often, in each of four pairs of runs, and the accuracy holds."""
-    own = {f: [w for w in config(f)["rewards"] if w.partition("=")[0].endswith(":concludes")] for f in folders}
-    seeds = [{config(f)["seed"]: f for f in folders if bool(own[f]) == is_own} for is_own in (False, True)]
-    assert len(folders) == 8 and len(seeds[0]) == 4 and seeds[0].keys() == seeds[1].keys(), (
-        f"give eight run folders, the same four seeds with the reward and without; these are seeds {sorted(seeds[0])} without and "
-        f"{sorted(seeds[1])} with.")
-    gained = {"agreement": [], "rewards/accuracy/mean": []}
-    for seed, plain in seeds[0].items():
-        mended = seeds[1][seed]
-        assert config(plain)["rewards"] == ["accuracy", "format"], f"{plain.name}: the paper's reward is --rewards accuracy format."
-        assert [w for w in config(mended)["rewards"] if w not in own[mended]] == ["accuracy", "format"], (
-            f"{mended.name}: its rewards are to be accuracy, format and yours.")
-        assert (differ := unlike(plain, mended, grpo.Args)) == {"rewards"}, f"seed {seed}: the two runs differ in {', '.join(differ)}."
-        assert len(metrics(plain, "reward")) == len(metrics(mended, "reward")) >= 60, f"seed {seed}: give both runs 60 steps."
-        for name, differences in gained.items():
-            differences.append(mean(metrics(mended, name)[-20:]) - mean(metrics(plain, name)[-20:]))
-        rows = read_rows(mended / "rollouts.jsonl")
-        alike = mean([r["rewards"]["concludes"] == conclusion(Completion(r["text"], r["answer"], 0, True, 0)) for r in rows])
-        assert alike > 0.97, f"{mended.name}: in {100 * (1 - alike):.1f} % of the texts your reward and ours are of two minds."
-    told = "; ".join(f"{name} {m:+.3f}, standard error {se:.3f}" for name, d in gained.items() for m, se in [paired(d)])
-    print(f"         last 20 steps, with the reward less without: {told}")
-    assert min(gained["agreement"]) > MARGIN, f"agreement: the four differences are {gained['agreement']}; all are to be above {MARGIN}."
-    assert mean(gained["rewards/accuracy/mean"]) > -0.1, "the accuracy has been paid for it; what is your reward's weight?"
+    """With the reward the reasoning concludes the answer more often, in each of four pairs, and the accuracy holds."""
+    plain, mended = ({config(f)["seed"]: f for f in folders if bool(own(f)) == with_it} for with_it in (False, True))
+    assert len(folders) == 8 and len(plain) == 4 and plain.keys() == mended.keys(), (
+        f"give eight run folders, four seeds with the reward and the same without; these are {sorted(mended)} with it and "
+        f"{sorted(plain)} without.")
+    gains = {"agreement": [], "rewards/accuracy/mean": []}
+    for seed, (a, b) in {seed: (plain[seed], mended[seed]) for seed in sorted(plain)}.items():
+        for folder in (a, b):
+            paid = [word for word in config(folder)["rewards"] if word not in own(folder)]
+            assert paid == ["accuracy", "format"], f"{folder.name}: besides yours the rewards are to be accuracy and format."
+        differ = unlike(a, b, grpo.Args)
+        assert differ == {"rewards"}, f"seed {seed}: the two runs are to differ in --rewards, not in {', '.join(differ)}."
+        steps = [len(metrics(folder, "reward")) for folder in (a, b)]
+        assert min(steps) >= 60, f"seed {seed}: give both runs 60 steps or more; they have {steps}."
+        for name, gained in gains.items():
+            gained.append(mean(metrics(b, name)[-20:]) - mean(metrics(a, name)[-20:]))
+        alike = mean([row["rewards"]["concludes"] == conclusion(Completion(row["text"], row["answer"], 0, True, 0))
+                      for row in read_rows(b / "rollouts.jsonl")])
+        assert alike > 0.97, f"{b.name}: of {100 * (1 - alike):.1f} % of the texts your reward thinks otherwise than ours."
+    for name, gained in gains.items():
+        print(f"         {name}, last 20 steps, with it less without: {', '.join(f'{d:+.3f}' for d in gained)}; "
+              "mean {:+.3f}, standard error {:.3f}".format(*paired(gained)))
+    assert min(gains["agreement"]) > MARGIN, f"agreement: not every pair gains {MARGIN}; which reward was it?"
+    assert mean(gains["rewards/accuracy/mean"]) > -0.1, "the accuracy has paid for it; what is your reward's weight?"
