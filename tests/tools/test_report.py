@@ -111,8 +111,8 @@ def test_what_was_logged_is_what_stands_in_the_page(runs, tmp_path):
     content = filled(write_report([runs / "r1"], tmp_path / "p.html"))
     run, source = content["runs"][0], content["sources"][0]
     assert run["steps"] == [*STEPS] and run["every"] == 1
-    assert run["metrics"]["reward"] == [(s * 7 % 5) / 4 for s in STEPS]
-    assert run["metrics"]["kl"] == [None if s == 3 else s / 100 for s in STEPS]
+    assert run["metrics"] == {"reward": [(s * 7 % 5) / 4 for s in STEPS], "time/train": [2.0] * 12, "time/load": [0.5] * 12,
+                              "kl": [None if s == 3 else s / 100 for s in STEPS]}
     assert run["evals"] == {"eval/val/war": [[0, 20.0], [12, 60.0]]}
     assert [(s["name"], s["steps"], s["seconds"]) for s in run["stages"]] == [("sft", 2, 6.0), ("r1", 12, 30.0)]
     assert source["seen"] == len(source["groups"]) == 36 and source["bad"] == 0
@@ -131,10 +131,11 @@ def test_long_curves_are_means_of_neighbours(tmp_path, monkeypatch):
     assert (got["steps"], got["every"], got["metrics"]["reward"]) == ([3, 6, 9, 10], 3, [2, 5, 8, 10])
 
 
-def test_clips_are_embedded_linked_or_gone(runs, tmp_path):
+def test_clips_are_embedded_linked_or_gone(runs, tmp_path, monkeypatch):
     """Stops a large clip in the page, a link that leads nowhere, a run that was moved and loses its clips."""
     moved = tmp_path / "elsewhere/runs"
     shutil.copytree(runs, moved)
+    monkeypatch.chdir(runs.parent)           # where runs/data is another run's
     clips = {clip["id"]: clip for clip in filled(write_report([moved / "r1"], tmp_path / "out/p.html"))["clips"]}
     assert base64.b64decode(clips["c1.mp4"]["file"]) == (runs / "data/c1.mp4").read_bytes()
     assert "file" not in clips["large.mp4"]
@@ -269,9 +270,8 @@ class Browser:
     def choose(self, **values: str) -> str:
         """Set controls, one after the other.  -> how many groups are left, as the page says it"""
         for name, value in values.items():
-            self.js("((e, value) => { e.value = value; for (const kind of ['input', 'change'])"
-                    " e.dispatchEvent(new Event(kind)); })(document.getElementById(arguments[0]), arguments[1])",
-                    name, value)
+            self.js("(([id, value]) => { const e = document.getElementById(id); e.value = value; "
+                    "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind)); })(arguments)", name, value)
         return self.texts("#count")[0]
 
 

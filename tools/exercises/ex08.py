@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import grpo
-from tools.exercises import config, metrics
+from tools.exercises import config
 
 LOW, HIGH = 0.2, 0.28
 LENGTHS = torch.tensor([[4, 1], [2, 3]])
