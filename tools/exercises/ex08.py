@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 import grpo
-from tools.exercises import config
+from tools.exercises import config, metrics
 
 LOW, HIGH = 0.2, 0.28
 LENGTHS = torch.tensor([[4, 1], [2, 3]])
@@ -108,10 +108,16 @@ def check_what_is_logged():
 
 
 def runs(folders: list[Path]) -> None:
-    """Three runs from one start: without bound the policy is lost, with either clip it is not."""
+    """Three runs from one start: without bound it ends further from the start than with either clip."""
     assert len(folders) == 3, "give three run folders: --gate none, --gate clip, and --ratio sequence with its own clips."
     flags = [config(folder) for folder in folders]
     assert [(f["gate"], f["ratio"]) for f in flags] == [("none", "token"), ("clip", "token"), ("clip", "sequence")], (
         "the first is --gate none, the second --gate clip, the third --ratio sequence.")
     assert (flags[2]["clip_low"], flags[2]["clip_high"]) == (3e-4, 4e-4), "the third: --clip_low 3e-4 --clip_high 4e-4."
     assert all(f["mini_batches"] == 4 for f in flags), "give all three --mini_batches 4."
+    assert len({f["seed"] for f in flags}) == 1, "give all three the same --seed."
+    kls = [metrics(folder, "kl") for folder in folders]
+    assert min(map(len, kls)) >= 60, "let all three run 60 steps."
+    naive, clipped, whole = (sum(kl[-20:]) / 20 for kl in kls)
+    assert naive > 1.5 * max(clipped, whole), (
+        f"kl over the last 20 steps: {naive:.3f} without bound, {clipped:.3f} and {whole:.3f} with; 1.5 times is expected.")
