@@ -218,16 +218,15 @@ class Clips:
         path, cues = self.files[data, root].get(name, (None, None))
         at = self.known.setdefault(str(path or name), len(self.all))
         if at == len(self.all):
-            self.all.append({"id": name, "path": path, "uses": 0})
+            self.all.append({"id": name, "path": path})
             if isinstance(cues, dict) and all(isinstance(cues.get(sense), dict) for sense in ("seen", "heard")):
                 self.all[at] |= {sense: sorted({str(word) for word in cues[sense].values()}) for sense in ("seen", "heard")}
-        self.all[at]["uses"] += 1
         return at
 
     def fill(self, folder: Path) -> list[dict]:
-        """All, with their media, of those first that are shown most.  `folder`: of the page, where links start."""
+        """All, with their media, by the draw of `thinned`.  `folder`: of the page, where links start."""
         room, strips = CLIP_BYTES, STRIP_BYTES
-        for clip in sorted(self.all, key=lambda clip: -clip["uses"]):
+        for clip in sorted(self.all, key=lambda clip: -zlib.crc32(clip["id"].encode("utf-8", "replace"))):
             path = clip.pop("path")
             try:
                 if path and path.is_file():
@@ -264,7 +263,8 @@ def about(run: doctor.Run, name: str) -> dict:
     found = [{"name": f.name, "sentence": f.sentence, "remedy": doctor.REMEDIES[f.name], "numbers": [
         f"{k} {v if isinstance(v, str) else ' → '.join(f'{x:.4g}' for x in v)}" for k, v in f.numbers.items()]}
              for f in doctor.examine(run)]
-    config = {k: shortened(v if isinstance(v, str) else json.dumps(v), 500) for k, v in run.config.items()}
+    word = lambda v: v if isinstance(v, str) else " ".join(map(word, v)) if isinstance(v, list) else json.dumps(v)
+    config = {k: shortened(word(v), 500) for k, v in run.config.items()}
     return curves(run) | {"name": name, "path": str(run.path), "rl": run.is_rl, "planned": run.planned_steps,
                           "findings": found, "spans": [*map(doctor.span, (run.early, run.late))] if run.rows else [],
                           "stages": stages(run), "config": config}

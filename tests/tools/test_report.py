@@ -203,17 +203,16 @@ def test_hostile_texts_cannot_leave_the_data(tmp_path):
 
 
 def test_errors_are_a_sentence(runs, tmp_path):
-    """Stops a traceback for a wrong folder or file."""
-    run = lambda *words: subprocess.run([sys.executable, "-m", "tools.report", *map(str, words)], text=True,
-                                        capture_output=True, cwd=Path(report.__file__).parents[1])
-    told = run(runs / "data")
-    assert told.returncode == 1 and "it holds no config.json" in told.stderr and told.stderr.count("\n") == 1
+    """Stops a traceback for a wrong folder or file, and a command that does not say where its page is."""
+    with pytest.raises(UserError, match="it holds no config"):
+        write_report([runs / "data"], tmp_path / "p.html")
     with pytest.raises(UserError, match="no result file"):
         write_report([runs / "r1"], tmp_path / "p.html", [runs / "data/rl.json"])
     with pytest.raises(UserError, match="cannot write"):
         write_report([runs / "r1"], runs / "r1/config.json/p.html")
-    good = run(runs / "sft", "--out", tmp_path / "sft.html")
-    assert good.stdout.startswith(f"{tmp_path / 'sft.html'}: 0.0 MB") and not good.stderr and filled(tmp_path / "sft.html")
+    told = subprocess.run([sys.executable, "-m", "tools.report", runs / "sft", "--out", tmp_path / "sft.html"], text=True,
+                          capture_output=True, cwd=Path(report.__file__).parents[1])
+    assert told.stdout.startswith(f"{tmp_path / 'sft.html'}: 0.0 MB") and not told.stderr and filled(tmp_path / "sft.html")
 
 
 # ---- the page, in a browser ----------------------------------------------------------------------
