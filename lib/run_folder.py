@@ -112,6 +112,7 @@ def check_outputs(args, ranks: Ranks) -> None:
 
 class RunFolder:
     """The folder of one run.  Rank 0 writes; every rank calls, because some calls wait for all."""
+    mirror: Mirror | None = None                     # of metrics.jsonl (--log), on rank 0
 
     def __init__(self, args, ranks: Ranks, start_model: str = ""):
         """`start_model`: fingerprint of the weights that the run starts from, the KL's reference."""
@@ -119,7 +120,6 @@ class RunFolder:
         self.keep, self.on_save_error = args.keep, args.on_save_error
         self.checkpoints = self.path / "checkpoints"
         self.unwritten: dict[str, str] = {}          # log -> rows that could not be written yet
-        self.mirror = Mirror("none", self.path, {})
         if ranks.first:
             self._prepare(args, start_model)
             self.mirror = Mirror(getattr(args, "log", "none"), self.path, dataclasses.asdict(args), ranks.say)
@@ -205,7 +205,7 @@ class RunFolder:
             lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
             self.unwritten[name] = self.unwritten.get(name, "") + lines
             self._write_logs()
-            if name == "metrics.jsonl":
+            if name == "metrics.jsonl" and self.mirror:
                 self.mirror.add(rows)
 
     def _write_logs(self) -> None:

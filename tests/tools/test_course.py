@@ -48,7 +48,8 @@ def apply(place: Path, *patches: Path) -> None:
 # In a fork that has imported torch, and this project's modules from here: forget these, take the copy's.
 THERE = """import sys
 for name, module in list(sys.modules.items()):
-    if str(getattr(module, "__file__", "")).startswith({here!r} + "/"):
+    file = str(getattr(module, "__file__", ""))
+    if file.startswith({here!r} + "/") and "site-packages" not in file:      # the environment may lie in the project
         del sys.modules[name]
 sys.path[:] = [{place!r}, *(p for p in sys.path if p != {here!r})]
 """

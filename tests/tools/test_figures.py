@@ -55,13 +55,13 @@ def toy(tmp_path_factory) -> Path:
     (root / "data" / "toy_dfew_test.json").write_text(json.dumps(rows))
     said = {"emer_sft": [("sad", "sad"), ("sad", "sad"), ("fear", "fear")],
             "r1": [("sad", "happy"), ("sad", "angry"), ("fear", "fear")],
-            "r1_agreement": [("sad", "sad"), ("angry", "angry"), ("fear", "fear")]}
+            "r1_conclusion": [("sad", "sad"), ("angry", "angry"), ("fear", "fear")]}
     for war, (name, texts) in zip((40.0, 80.0, 70.0), said.items()):
         predictions = [prediction(i, label, think(*words)) for i, (label, words) in enumerate(zip(labels, texts))]
         predictions[1]["text"] = HOSTILE + predictions[1]["text"]
         (root / "eval" / f"{name}.toy_dfew_test.json").write_text(
             json.dumps(result(predictions, Path("gone/toy_dfew_test.json"), war)))
-    for name in ("r1", "r1_agreement"):
+    for name in ("r1", "r1_conclusion"):
         (root / name).mkdir()
         rows = [{"step": i + 1, "rewards/accuracy/mean": float(a), "agreement": float(b)}
                 for i, (a, b) in enumerate(rng.uniform(0.4, 1, (60, 2)))]
@@ -165,7 +165,7 @@ def test_the_clip_that_tells_most_is_the_one_of_a_search():
         labels = [rng.choice(emotions) for _ in range(4)]
         results = {name: {s: result([prediction(f"{s}{i}", label, think(rng.choice(emotions), rng.choice(emotions)))
                                      for i, label in enumerate(labels)], Path("x")) for s in "ab"}
-                   for name in ("emer_sft", "r1", "r1_agreement")}
+                   for name in ("emer_sft", "r1", "r1_conclusion")}
         best, found = -1, None
         for s, i in itertools.product("ab", range(4)):
             cold, r1, agreeing = (results[name][s]["predictions"][i] for name in results)
@@ -227,7 +227,7 @@ def test_curves_are_where_the_metrics_say(toy):
     lines = [[tuple(map(float, xy.split(","))) for xy in line.get("points").split()] for line in root.iter(f"{SVG}polyline")]
     texts = [t.text for t in root.iter(f"{SVG}text")]
     found = {}
-    for run, name in itertools.product(("r1", "r1_agreement"), ("rewards/accuracy/mean", "agreement")):
+    for run, name in itertools.product(("r1", "r1_conclusion"), ("rewards/accuracy/mean", "agreement")):
         rows = [json.loads(line) for line in (toy / run / "metrics.jsonl").read_text().splitlines()]
         values = [row[name] for row in rows if name in row]
         found[name, run] = [np.mean([v for j, v in enumerate(values) if abs(j - i) <= 10]) for i in range(len(values))]
@@ -268,7 +268,7 @@ def test_pages_keep_hostile_text_as_text(toy):
 def test_figure_1_has_a_column_for_each_model(toy):
     """Stops a model that is left out, and --clip that is not obeyed."""
     page = figures.figure_1(args("1", toy, clip="clips/2.mp4"))
-    assert re.findall("<h3>(.*?)</h3>", page) == ["Cold start", "R1, the paper&#x27;s reward", "R1 + agreement"]
+    assert re.findall("<h3>(.*?)</h3>", page) == ["Cold start", "R1, the paper&#x27;s reward", "R1 + conclusion"]
     assert "clips/2.mp4" in page and "Heard: pitch high" in page and page.count("<img") == 8
     assert "clips/1.mp4" in figures.figure_1(args("1", toy))         # by rule
 
@@ -315,7 +315,7 @@ def test_ablations_have_a_point_for_each_seed(tmp_path):
     ("2", {"results": ["gone.json"]}, "--results gone.json is missing"),
     ("ablations", {"csv": "none.csv"}, "none.csv holds no run that ended well"),
     ("1", {"toy": True, "clip": "x"}, "--clip x: no result has a clip of this id; ids look like clips/1.mp4."),
-    ("3", {"toy": True, "model": "x"}, "--model x: there are results of emer_sft, r1, r1_agreement."),
+    ("3", {"toy": True, "model": "x"}, "--model x: there are results of emer_sft, r1, r1_conclusion."),
 ])
 def test_what_is_missing_is_told(figure, more, told, toy, tmp_path, monkeypatch):
     """Stops a traceback, and a file that is written all the same."""

@@ -38,7 +38,8 @@ def build(out: Path) -> str:
 
     def start(words, env, **how):
         with one_at_a_time:
-            return forkserver.shared().run(Path(words[1]).name, *words[2:])
+            script, *flags = words[2:] if words[1] == "-m" else [Path(words[1]).name, *words[2:]]
+            return forkserver.shared().run(script, *flags)
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(toy.subprocess, "run", start)
@@ -108,7 +109,8 @@ def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
     weights["model.norm.weight"] += 0.01
     save_file(weights, out / "emer_sft" / "latest" / "model.safetensors", {"format": "pt"})
     redone = sorted(line[3:] for line in build(out).splitlines() if line.startswith("== ") and " is there" not in line)
-    assert redone == [f"{stage}: made anew, because model changed" for stage in
+    assert redone[-1].startswith("report: made anew, because ") and "r1/metrics.jsonl" in redone[-1]
+    assert redone[:-1] == [f"{stage}: made anew, because model changed" for stage in
                       ("eval emer_sft", "eval r1", "eval r1_conclusion", "r1", "r1_conclusion")]
 
 
@@ -119,7 +121,7 @@ def test_a_copied_folder_is_left_alone(run, tmp_path):
         if file.is_file():
             os.utime(file, (10 ** 9 - age, 10 ** 9 - age))
     before = {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
-    assert build(copy).count(" is there\n") == 2 + 5 + 5
+    assert build(copy).count(" is there\n") == 2 + 5 + 5 + 1
     assert before == {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
 
 
