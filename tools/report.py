@@ -36,7 +36,7 @@ from lib.words import ALIASES, normalise
 from tools import doctor
 
 ROLLOUT_BYTES, ANSWER_BYTES = 6_000_000, 2_000_000   # texts of all runs, of all evaluations
-CLIP_BYTES, STRIP_BYTES = 10_000_000, 3_000_000      # clips as base64; thumbnails and waveforms
+CLIP_BYTES, STRIP_BYTES = 8_500_000, 3_500_000      # clips as base64; thumbnails and waveforms
 SMALL = 1_000_000              # bytes: a larger clip is linked, never embedded
 STRETCHES, POINTS = 50, 2_000  # equal parts of the steps that share the bytes; points of a curve
 LONGEST, MOST = 6_000, 200     # characters of a text; completions of a group, metrics, events, prompts, reward names
