@@ -36,7 +36,7 @@ from lib.words import ALIASES, normalise
 from tools import doctor
 
 ROLLOUT_BYTES, ANSWER_BYTES = 6_000_000, 2_000_000   # texts of all runs, of all evaluations
-CLIP_BYTES, STRIP_BYTES = 10_000_000, 2_000_000      # clips as base64; thumbnails and waveforms
+CLIP_BYTES, STRIP_BYTES = 8_500_000, 3_500_000      # clips as base64; thumbnails and waveforms
 SMALL = 1_000_000              # bytes: a larger clip is linked, never embedded
 STRETCHES, POINTS = 50, 2_000  # equal parts of the steps that share the bytes; points of a curve
 LONGEST, MOST = 6_000, 200     # characters of a text; completions of a group, metrics, events, prompts, reward names
@@ -252,7 +252,7 @@ def strip_of(frames: np.ndarray) -> str:
         return ""
     encoder = av.CodecContext.create("mjpeg", "w")
     encoder.width, encoder.height = F * max(2, round(THUMB * min(W / H, 3)) // 2 * 2), THUMB
-    encoder.pix_fmt, encoder.time_base = "yuvj420p", 1
+    encoder.pix_fmt, encoder.time_base, encoder.options = "yuvj420p", 1, {"qmin": "6", "qmax": "6"}
     picture = av.VideoFrame.from_ndarray(np.concatenate(frames, axis=1), format="rgb24")     # (H, F * W, 3)
     small = picture.reformat(width=encoder.width, height=THUMB, format="yuvj420p")
     return base64.b64encode(b"".join(map(bytes, [*encoder.encode(small), *encoder.encode()]))).decode()
