@@ -110,7 +110,7 @@ def own(folder: Path) -> list[str]:
 
 def late(folder: Path) -> dict[str, float]:
     """Of the last 20 steps: how often the answer is right, the reasoning is right, and the two agree."""
-    rows = read_rows(folder / "rollouts.jsonl")
+    rows = list(read_rows(folder / "rollouts.jsonl"))
     rows = [row for row in rows if row["step"] > rows[-1]["step"] - 20]
     return {"accuracy": mean([row["rewards"]["accuracy"] for row in rows]),
             "concludes": mean([conclusion(Completion(row["text"], row["answer"], 0, True, 0)) for row in rows]),
