@@ -119,8 +119,13 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def run_main(main, args_cls, prog: str | None = None) -> None:
-    """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback."""
+def run_main(main, args_cls, prog: str | None = None, first: str | None = None) -> None:
+    """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback.
+
+    `first`: the flag that words in front of all flags belong to, `python -m tools.rescore RUN --last 20`.
+    """
+    if first and sys.argv[1:] and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, f"--{first}")
     try:
         main(parse_args(args_cls, prog=prog))
         sys.stdout.flush()
@@ -276,11 +281,16 @@ def check_writable(path, folder_flag: str = "") -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step; its folders are made."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step; its folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(beside, "wb") as file:
+            file.write(content)
             sync(file)
         os.replace(beside, path)
     except OSError:

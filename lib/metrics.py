@@ -116,10 +116,12 @@ def rollout_rows(batch, rollout, step: int, piece=None) -> list[dict]:
             for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
     if piece:
         x = None if rollout.ref_logps is None else rollout.ref_logps - rollout.logps         # (B, G, T)
-        columns = [rollout.completions, rollout.logps, *([] if x is None else [x.expm1() - x]), rollout.ratio]
-        for row, *tokens in zip(rows, *(c.flatten(0, 1).tolist() for c in columns)):         # each (B G, T)
-            tokens = [(*t[:2], t[2] if x is not None else None, t[-1]) for t in zip(*tokens)][:row["length"]]
-            row["tokens"] = [[piece([i]), *(v if v is None else round(v, 4) for v in values)] for i, *values in tokens]
+        listed = lambda tensor: tensor.flatten(0, 1).tolist()                                # B G lists of T
+        kls = [None] * len(rows) if x is None else listed(x.expm1() - x)
+        columns = listed(rollout.completions), listed(rollout.logps), kls, listed(rollout.ratio)
+        for row, ids, logps, kl, ratio in zip(rows, *columns):
+            row["tokens"] = [[piece([ids[t]]), round(logps[t], 4), kl and round(kl[t], 4), round(ratio[t], 4)]
+                             for t in range(row["length"])]
     return rows
 
 

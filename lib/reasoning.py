@@ -46,19 +46,31 @@ def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int 
     return out | ({"quote_error": 100.0 * float(np.mean(told)), "quoted_clips": len(told)} if told else {})
 
 
+def reasoning_of(text: str) -> str:
+    """The inside of <think>; of a text that has no such block, all of it."""
+    inside = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    return inside[1] if inside else text
+
+
+def agrees(answer: str | None, concluded: str | None) -> bool:
+    """Is the answer (lower case) what the reasoning concludes?  Also by its meaning: "anger" agrees with "angry".
+
+    A reasoning that concludes nothing agrees with nothing.
+    """
+    return concluded is not None and answer is not None and concluded in (answer, normalise(answer))
+
+
 def faithfulness(truth: list[str], said: list[str | None], concluded: list[str | None], seed: int = 0) -> dict:
     """Labels, answers and conclusions (n each, lower case) -> epc, eea, fcr, their 95 % intervals, and what else is told.
-
-    An answer agrees with a conclusion also by its meaning: "anger" with a reasoning that concludes "angry".
     """
     n = len(truth)
     if n == 0:
         return {}
     rows = list(zip(truth, said, concluded))
-    agrees = np.array([e is not None and p is not None and e in (p, normalise(p)) for _, p, e in rows])
+    agreed = np.array([agrees(p, e) for _, p, e in rows])
     right, reason = np.array([p == g for g, p, _ in rows]), np.array([e == g for g, _, e in rows])
     out = {}
-    for name, hits in (("epc", agrees), ("eea", reason), ("fcr", right & reason)):
+    for name, hits in (("epc", agreed), ("eea", reason), ("fcr", right & reason)):
         out[name] = 100.0 * float(hits.mean())
         # The mean over clips drawn with replacement is binomial: no need to draw them.
         draws = np.random.default_rng([seed, n]).binomial(n, hits.mean(), RESAMPLES) / n
@@ -78,8 +90,7 @@ def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
     right = stated = true = 0
     claimed, possible = dict.fromkeys(every, 0), dict.fromkeys(every, 0)
     for text, c in zip(texts, cues):
-        inside = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-        words = set(re.findall(r"[a-z]+", (inside[1] if inside else text).lower()))
+        words = set(re.findall(r"[a-z]+", reasoning_of(text).lower()))
         for sense, known in every.items():
             there, said = set(c[sense].values()), words & known
             right, stated, true = right + len(said & there), stated + len(said), true + len(there)

@@ -91,7 +91,7 @@ def check_outputs(args, ranks: Ranks) -> None:
         check_writable(args.feature_cache, "--feature_cache")
     if not ranks.first:
         return
-    check_tracker(getattr(args, "log", "none"))
+    check_tracker(args.log)
     check_writable(out, "--out")
     config, found = None, sorted(out.iterdir()) if out.is_dir() else []
     with contextlib.suppress(OSError, ValueError):
@@ -112,7 +112,7 @@ def check_outputs(args, ranks: Ranks) -> None:
 
 class RunFolder:
     """The folder of one run.  Rank 0 writes; every rank calls, because some calls wait for all."""
-    mirror: Mirror | None = None                     # of metrics.jsonl (--log), on rank 0
+    mirror: Mirror | None = None                     # --log, on rank 0
 
     def __init__(self, args, ranks: Ranks, start_model: str = ""):
         """`start_model`: fingerprint of the weights that the run starts from, the KL's reference."""
@@ -122,7 +122,8 @@ class RunFolder:
         self.unwritten: dict[str, str] = {}          # log -> rows that could not be written yet
         if ranks.first:
             self._prepare(args, start_model)
-            self.mirror = Mirror(getattr(args, "log", "none"), self.path, dataclasses.asdict(args), ranks.say)
+            if args.log != "none":
+                self.mirror = Mirror(args.log, self.path, dataclasses.asdict(args), ranks.say)
         ranks.barrier()
 
     # ---- starting and resuming --------------------------------------------------------------------

@@ -27,8 +27,7 @@ class Mirror:
 
     def __init__(self, kind: str, folder: Path, config: dict, say=print):
         self.kind, self.say, self.send = kind, say, None
-        if kind != "none":
-            self._try(lambda: setattr(self, "send", self._open(folder, config)))
+        self._try(lambda: setattr(self, "send", self._open(folder, config)))
 
     def _open(self, folder: Path, config: dict):
         """-> function of (row, step)"""

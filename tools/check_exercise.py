@@ -220,6 +220,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):            # python -m tools.check_exercise N ...
-        sys.argv[1:2] = ["--exercise", sys.argv[1]]
-    run_main(main, Args)
+    run_main(main, Args, first="exercise")

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from data import Sample, read_samples
-from lib import media, protocol
+from lib import media, protocol, reasoning
 from lib.common import UserError
-from lib.reasoning import HEARD, claims, quote_error
-from lib.words import normalise
 
 # name of a run -> its title and its colour; others get their name, and grey
 GREY = "#6b7280"
@@ -86,8 +84,8 @@ def sign(good: bool) -> str:
 
 
 def agrees(p: dict) -> bool:
-    """As lib/reasoning.py counts it: also by meaning, "anger" with a reasoning that concludes "angry"."""
-    return bool(p["concluded"]) and p["concluded"] in (said(p), normalise(said(p)))
+    """As EPC counts it."""
+    return reasoning.agrees(said(p), p["concluded"])
 
 
 def mended(results: Results) -> tuple[str, str]:
@@ -147,16 +145,15 @@ def faults(p: dict, sample: Sample, test_set: str, silent: bool, known: set[str]
     if p["concluded"] and not agrees(p):
         bad = (not right(p)) + (p["concluded"] != p["answer"].strip().lower())
         found.append(Failure("disagree", bad, "", p, sample, test_set))
-    inside = re.search(r"<think>(.*?)</think>", p["text"], re.DOTALL)
-    words = set(re.findall("[a-z]+", (inside[1] if inside else p["text"]).lower()))
+    words = set(re.findall("[a-z]+", reasoning.reasoning_of(p["text"]).lower()))
     there = set() if silent else set(cues_of(sample).get("heard", {}).values())
     invented = sorted((words & known) - there) if cues_of(sample) else \
-        sorted(words & HEARD) if silent and claims(p["text"])["heard"] else []
+        sorted(words & reasoning.HEARD) if silent and reasoning.claims(p["text"])["heard"] else []
     if invented:
         why = f"{'Heard in silence' if silent else 'Not in the sound'}: {', '.join(invented)}."
         found.append(Failure("sound", len(invented), why, p, sample, test_set, frozenset(invented)))
     said_there = str(sample.row.get("transcript", ""))
-    error = quote_error(p["text"], said_there)
+    error = reasoning.quote_error(p["text"], said_there)
     if error:
         why = f"Word error rate {100 * error:.0f} %; said was: {said_there}"
         found.append(Failure("quote", error, why, p, sample, test_set))

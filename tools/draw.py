@@ -2,7 +2,6 @@
 import base64
 import contextlib
 import html
-import os
 import re
 import shutil
 import struct
@@ -61,13 +60,6 @@ def data_uri(frame: np.ndarray, side: int = 160) -> str:
 def escape(words: str) -> str:
     """For svg and html: markup stays text, and so does what XML cannot hold."""
     return html.escape("\n".join(printable(line) for line in str(words).split("\n")))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Beside and renamed."""
-    beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def mark(words: str, label: str, invented: set[str] = frozenset()) -> list[tuple[str, str]]:

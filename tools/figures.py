@@ -13,14 +13,14 @@ import dataclasses
 import math
 import re
 import statistics
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Literal
 
 from data import Sample
 from lib import protocol
-from lib.common import UserError, check_writable, run_main, write_text
+from lib.common import UserError, check_writable, run_main, write_bytes, write_text
+from lib.reasoning import reasoning_of
 from lib.run_folder import read_rows
 from tools import chosen, draw
 from tools.ablate import read_lines
@@ -109,8 +109,7 @@ def draw_texts(rows: list[tuple[str, dict]], x: float, y: float, w: float) -> li
     parts, pitch = [], (w + 28) / len(rows)
     for i, (name, p) in enumerate(rows):
         left, (title, colour) = x + pitch * i, chosen.MODELS[name]
-        inside = re.search(r"<think>(.*?)</think>", p["text"], re.DOTALL)
-        *before, last = re.split(r"(?<=\.)\s+", (inside[1] if inside else p["text"]).strip())
+        *before, last = re.split(r"(?<=\.)\s+", reasoning_of(p["text"]).strip())
         parts += [f'<rect x="{left:.1f}" y="{y:.1f}" width="{pitch - 28:.1f}" height="5" fill="{colour}"/>',
                   text(left, y + 35, title, 20, colour, BOLD)]
         at = y + 42
@@ -344,11 +343,9 @@ def main(args: Args) -> None:
     check_writable(out)
     write_text(out, make(args))
     if args.figure == "picture":
-        draw.write_bytes(out.with_suffix(".png"), draw.png(*draw.reduce_colours(draw.shoot(out, PICTURE))))
+        write_bytes(out.with_suffix(".png"), draw.png(*draw.reduce_colours(draw.shoot(out, PICTURE))))
     print(f"written to {out.with_suffix('.png') if args.figure == 'picture' else out}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and not sys.argv[1].startswith("-"):
-        sys.argv[1:2] = ["--figure", sys.argv[1]]
-    run_main(main, Args)
+    run_main(main, Args, first="figure")

@@ -117,8 +117,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(USAGE, file=sys.stderr)
         sys.exit(2)
-    sys.argv[1:2] = ["--model", sys.argv[1]]
-    run_main(inspect, Args)
+    run_main(inspect, Args, first="model")
 
 
 if __name__ == "__main__":

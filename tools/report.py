@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import sys
 import urllib.parse
 import zlib
 from collections import Counter
@@ -31,8 +30,9 @@ from data import read_samples
 from lib.common import UserError, check_writable, run_main, write_text
 from lib.media import ClipError, read_clip
 from lib.protocol import is_result, read_result, set_of
+from lib.reasoning import agrees
 from lib.run_folder import read_rows
-from lib.words import ALIASES, normalise
+from lib.words import ALIASES
 from tools import doctor
 
 ROLLOUT_BYTES, ANSWER_BYTES = 6_000_000, 2_000_000   # texts of all runs, of all evaluations
@@ -122,8 +122,7 @@ def packed(group: list[dict], source: dict, config: dict) -> dict:
     for row in group:
         said, concluded = (f(row["text"]) for f in ((rewards.bare_word, lambda text: None) if bare else
                                                     (rewards.parse_answer, rewards.conclusion_of)))
-        # As EPC of lib/reasoning.py, but where both are there.
-        torn = concluded is not None and said is not None and concluded not in (said.lower(), normalise(said))
+        torn = None not in (said, concluded) and not agrees(said.lower(), concluded)
         all_.append({"text": shortened(row["text"]), "rewards": [number(row["rewards"].get(n)) for n in names], "torn": torn,
                      "cut": row.get("finished") is False, "by": row.get("by"), "advantage": number(row.get("advantage")),
                      "length": number(row.get("length"))})
@@ -312,6 +311,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):            # python -m tools.report RUN ...
-        sys.argv.insert(1, "--runs")
-    run_main(main, Args)
+    run_main(main, Args, first="runs")

@@ -8,7 +8,6 @@ the new total would have preferred another completion of its group than the old 
 """
 import dataclasses
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -74,6 +73,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):            # python -m tools.rescore RUN ...
-        sys.argv[1:2] = ["--run", sys.argv[1]]
-    run_main(main, Args)
+    run_main(main, Args, first="run")

@@ -40,6 +40,8 @@ from toy.humanomni import make_humanomni
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("toy_dfew_test", "toy_mafw_test", "toy_ravdess_test")
 MAX_NEW_TOKENS = 80        # the reasoning has about 62
+RL = {"prompts_per_step": 8, "num_generations": 8, "micro_batch": 8, "max_new_tokens": MAX_NEW_TOKENS, "lr": 6e-4,
+      "lr_floor": 0.1, "beta": 0.04}
 REASONED = ["accuracy", "format", "conclusion", "agreement=0.2"]      # the reasoning is paid too; why so: docs/ablations.md
 UNKNOWN = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
 
@@ -116,17 +118,28 @@ class Pipeline:
 
     def run(self, script: str, threads: int | None = None, quiet: bool = False, **flags) -> None:
         """`python SCRIPT --flag value ...`; True is a switch."""
-        words = [script]
+        words = script.split()                       # a script of ours, or "-m" and a program of ours
         for flag, value in flags.items():
             words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [] if value is True else [str(value)])]
-        print("   python " + shlex.join(words).replace("tools/report.py", "-m tools.report"), flush=True)
-        environment = dict(os.environ) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        print("   python " + shlex.join(words), flush=True)
+        found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])      # from any folder
+        environment = dict(os.environ) | {"PYTHONPATH": found} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
-        command = ["-m", script[:-3].replace("/", "."), *words[1:]] if "/" in script else [str(ROOT / script), *words[1:]]
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        result = subprocess.run([sys.executable, *command], env=environment, text=True, **shown)
+        if words[0] != "-m":
+            words[0] = str(ROOT / words[0])
+        result = subprocess.run([sys.executable, *words], env=environment, text=True, **shown)
         if result.returncode:
             raise UserError(f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}")
+
+    def clips(self) -> None:
+        """They are never made anew: those of another world are refused."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        world.claim(self.data, seed=0, scale=self.args.scale)
+        cues = self.data / "cues.json"
+        if cues.exists():
+            print(f"== clips: {cues} is there")
+        else:
+            self.stage("clips", [cues], {}, {}, lambda: world.build(self.data, seed=0, scale=self.args.scale))
 
     def train(self, name: str, script: str, model: Path, data: Path, how: dict = {}, **flags) -> None:   # noqa: B006
         """One trained stage: OUT/name/latest.  `how`: threads and quiet, see `run`."""
@@ -172,7 +185,7 @@ class Pipeline:
         files = [self.result(name, s) for name in names for s in self.sets] + [run / "metrics.jsonl" for run in runs]
         try:
             self.stage("report", [page], {str(f.relative_to(self.out)): f for f in files}, {},
-                       lambda: self.run("tools/report.py", quiet=True, runs=runs, out=page))
+                       lambda: self.run("-m tools.report", quiet=True, runs=runs, out=page))
         except UserError as error:
             print(f"   {error}")
 
@@ -187,12 +200,7 @@ def weights(model: Path) -> Path:
 def build(p: Pipeline) -> None:
     """All stages, in the paper's order."""
     args, data = p.args, p.data
-    p.out.mkdir(parents=True, exist_ok=True)
-    world.claim(data, seed=0, scale=args.scale)      # clips are never made anew: those of another world are refused
-    if (data / "cues.json").exists():
-        print(f"== clips: {data / 'cues.json'} is there")
-    else:
-        p.stage("clips", [data / "cues.json"], {}, {}, lambda: world.build(data, seed=0, scale=args.scale))
+    p.clips()
     p.stage("humanomni", [weights(p.out / "humanomni")], {"data": data / "cues.json"},
             {"seed": args.seed, "scale": args.scale}, lambda: make_humanomni(p.out, data, args.seed, args.scale))
     p.train("base", "sft.py", model=p.out / "humanomni", data=data / "toy_base_train.json", prompt="row", allow_labels=True,
@@ -202,9 +210,7 @@ def build(p: Pipeline) -> None:
     p.both(("emer_sft", "sft.py", {"model": p.out / "base" / "latest", "data": data / "toy_emer_train.json",
                                    "max_steps": p.steps(400), "batch_size": 8, "micro_batch": 8, "lr": 2e-3}),
            ("label_sft", "sft.py", labels))
-    rl = {"model": p.out / "emer_sft" / "latest", "data": data / "rl_train.json", "max_steps": p.steps(240),
-          "prompts_per_step": 8, "num_generations": 8, "micro_batch": 8, "max_new_tokens": MAX_NEW_TOKENS, "lr": 6e-4,
-          "lr_floor": 0.1, "beta": 0.04}
+    rl = {"model": p.out / "emer_sft" / "latest", "data": data / "rl_train.json", "max_steps": p.steps(240)} | RL
     p.both(("r1", "grpo.py", rl), ("r1_conclusion", "grpo.py", rl | {"rewards": REASONED}))
     if args.modalities:
         p.both(*((f"label_{modal}", "sft.py", labels | {"modal": modal}) for modal in ("video", "audio")))

@@ -15,8 +15,7 @@ import json
 import os
 
 from lib.common import run_main
-from toy import world
-from toy.__main__ import MAX_NEW_TOKENS, REASONED, ROOT, Pipeline
+from toy.__main__ import REASONED, RL, ROOT, Pipeline
 
 START = ROOT / "toy" / "start" / "humanomni"
 
@@ -55,12 +54,9 @@ def story(look: Look) -> str:
 
 def main(args: Args) -> None:
     look = Look(args)
-    look.out.mkdir(parents=True, exist_ok=True)
-    world.claim(look.data, seed=0, scale=args.scale)
-    look.stage("clips", [look.data / "cues.json"], {}, {}, lambda: world.build(look.data, seed=0, scale=args.scale))
+    look.clips()
     look.evaluate("start", START)
-    rl = {"model": START, "data": look.data / "rl_train.json", "max_steps": args.steps, "prompts_per_step": 8,
-          "num_generations": 8, "micro_batch": 8, "max_new_tokens": MAX_NEW_TOKENS, "lr": 6e-4, "lr_floor": 0.1}
+    rl = {"model": START, "data": look.data / "rl_train.json", "max_steps": args.steps} | RL
     look.both(("r1", "grpo.py", rl), ("r1_conclusion", "grpo.py", rl | {"rewards": REASONED}))
     for name in ("r1", "r1_conclusion"):
         look.evaluate(name, look.out / name / "latest")

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from lib.common import UserError, write_json
 from lib.media import SAMPLE_RATE, write_clip
+from lib.reasoning import reasoning_of
 
 VERSION = 2             # raise it when a change alters clips or texts: old folders are then refused
 SIZE, FPS, SECONDS = 64, 10, 2.0
@@ -250,8 +251,7 @@ def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
 
     Only the inside of <think>...</think> counts where there is one. Stating two levels of a cue costs precision.
     """
-    think = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    stated = set(re.findall(r"[a-z]+", (think[1] if think else text).lower())) & LEVEL_WORDS
+    stated = set(re.findall(r"[a-z]+", reasoning_of(text).lower())) & LEVEL_WORDS
     true = {cues[cue] for cue in CUES}  # ignores further keys, as the rows of cues.json have
     return len(stated & true), len(stated), len(true)
 

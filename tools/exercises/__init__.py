@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from lib.common import UserError
+from lib.run_folder import read_rows
 from model import HumanOmni
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,8 +18,7 @@ def config(folder: Path) -> dict:
 
 def metrics(folder: Path, name: str) -> list[float]:
     """That number of every step of a run, where it has one."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row[name] for row in rows if row.get(name) is not None]
+    return [row[name] for row in read_rows(folder / "metrics.jsonl") if row.get(name) is not None]
 
 
 def unlike(a: Path, b: Path, args: type) -> set[str]:

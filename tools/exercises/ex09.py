@@ -1,5 +1,6 @@
 """Exercise 9: without the KL the accuracy stays and the cues go."""
 from pathlib import Path
+from statistics import fmean
 
 import grpo
 from lib.reward_files import load_reward
@@ -60,10 +61,6 @@ def check_inside():
     expect(0.2, "<think>\nLips pressed.\nVoice soft.\n" + END, "a reasoning may have several lines.")
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def runs(folders: list[Path]) -> None:
     """With and without the KL the accuracy rises; without it the cues go, which nobody paid for in either."""
     assert len(folders) == 2, "give two run folders: --beta 0.04, then --beta 0."
@@ -78,8 +75,8 @@ def runs(folders: list[Path]) -> None:
     for folder in folders:
         accuracy, stated = metrics(folder, "rewards/accuracy/mean"), metrics(folder, "rewards/cues/mean")
         assert len(accuracy) >= 100, f"{folder.name}: give it 100 steps or more; it has {len(accuracy)}."
-        late.append((mean(accuracy[-20:]), mean(stated[-20:])))
-        rise = late[-1][0] - mean(accuracy[:20])
+        late.append((fmean(accuracy[-20:]), fmean(stated[-20:])))
+        rise = late[-1][0] - fmean(accuracy[:20])
         assert rise > 0.05, f"{folder.name}: in the last 20 steps the accuracy is {rise:.3f} above that of the first 20."
     (right, stated), (also, fewer) = late
     assert stated - fewer > MARGIN, f"cues, last 20 steps: {stated:.3f} with the KL, {fewer:.3f} without: they did not go."

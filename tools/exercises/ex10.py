@@ -2,6 +2,7 @@
 import ast
 import math
 from pathlib import Path
+from statistics import fmean, stdev
 
 import grpo
 from lib.reward_files import load_reward
@@ -93,14 +94,9 @@ def check_quoted():
         expect("sad", reasoning, "Leave out what stands between two \" or between \u201c and \u201d.")
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def paired(differences: list[float]) -> tuple[float, float]:
     """Mean and its standard error."""
-    m, n = mean(differences), len(differences)
-    return m, math.sqrt(sum((d - m) ** 2 for d in differences) / (n - 1) / n)
+    return fmean(differences), stdev(differences) / math.sqrt(len(differences))
 
 
 def own(folder: Path) -> list[str]:
@@ -112,9 +108,9 @@ def late(folder: Path) -> dict[str, float]:
     """Of the last 20 steps: how often the answer is right, the reasoning is right, and the two agree."""
     rows = list(read_rows(folder / "rollouts.jsonl"))
     rows = [row for row in rows if row["step"] > rows[-1]["step"] - 20]
-    return {"accuracy": mean([row["rewards"]["accuracy"] for row in rows]),
-            "concludes": mean([conclusion(Completion(row["text"], row["answer"], 0, True, 0)) for row in rows]),
-            "agreement": mean([agreement(row["text"]) for row in rows])}
+    return {"accuracy": fmean([row["rewards"]["accuracy"] for row in rows]),
+            "concludes": fmean([conclusion(Completion(row["text"], row["answer"], 0, True, 0)) for row in rows]),
+            "agreement": fmean([agreement(row["text"]) for row in rows])}
 
 
 def runs(folders: list[Path]) -> None:
@@ -133,7 +129,7 @@ def runs(folders: list[Path]) -> None:
             assert steps >= 60, f"{folder.name}: give it 60 steps or more; it has {steps}."
         differ = unlike(a, b, grpo.Args) - {"rewards"}
         assert not differ, f"seed {seed}: the two runs are to differ in --rewards alone, not in {', '.join(differ)}."
-        alike = mean([row["rewards"]["concludes"] == conclusion(Completion(row["text"], row["answer"], 0, True, 0))
+        alike = fmean([row["rewards"]["concludes"] == conclusion(Completion(row["text"], row["answer"], 0, True, 0))
                       for row in read_rows(b / "rollouts.jsonl")])
         assert alike > 0.97, f"{b.name}: of {100 * (1 - alike):.1f} % of the texts your reward thinks otherwise than ours."
         with_it, without = late(b), late(a)
@@ -142,5 +138,5 @@ def runs(folders: list[Path]) -> None:
     for name, gained in gains.items():
         print(f"         {name}, last 20 steps, with it less without: {', '.join(f'{d:+.3f}' for d in gained)}; "
               "mean {:+.3f}, standard error {:.3f}".format(*paired(gained)))
-    assert min(gains["concludes"]) > 0 and mean(gains["concludes"]) > MARGIN, "the reasoning is not righter with it."
-    assert mean(gains["accuracy"]) > -0.1, "the accuracy has paid for it; what is your reward's weight?"
+    assert min(gains["concludes"]) > 0 and fmean(gains["concludes"]) > MARGIN, "the reasoning is not righter with it."
+    assert fmean(gains["accuracy"]) > -0.1, "the accuracy has paid for it; what is your reward's weight?"
