@@ -71,6 +71,32 @@ def test_another_size_of_step_goes_on_where_the_run_was(labels, tmp_path):
     assert sorted(clip for step in clips for clip in step) == sorted([*LABELS, *LABELS])     # two epochs
 
 
+def test_looking_on_changes_nothing_but_what_is_told(labels, tmp_path):
+    """Stops --show_every that shows nothing or another step's texts, tokens that are not those of the text or that depend
+    on the ranks, and a run that samples otherwise because it is looked at."""
+    flags = ("--max_steps", 2, "--inner_epochs", 2)
+    quiet = run("grpo.py", tmp_path / "quiet", labels, *flags, "--show_every", 0)
+    told = run("grpo.py", tmp_path / "told", labels, *flags, "--show_every", 2, "--log_tokens")
+    run("grpo.py", tmp_path / "two", labels, *flags, "--log_tokens", ranks=2)
+    read = lambda name: [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+    rows, two = read("told"), read("two")
+    assert [{k: v for k, v in row.items() if k != "tokens"} for row in rows] == read("quiet")
+    assert "\n  + " not in quiet.stdout and told.stdout.count("\n  + ") == 1
+    assert told.stdout.count("step 2, ") == 1 and "step 1, " not in told.stdout
+    key = lambda row: (row["step"], row["clip"], row["completion"])
+    for row, other in zip(sorted(rows, key=key), sorted(two, key=key), strict=True):
+        assert len(row["tokens"]) == row["length"]
+        pieces, logps, kls, _ = zip(*row["tokens"])
+        if all(piece.isascii() for piece in pieces):         # half a character has no text of its own
+            assert "".join(pieces).startswith(row["text"])
+        if row["step"] == 1:                                 # before the first update: the reference is the policy
+            assert max(logps) <= 0 and max(map(abs, kls)) < 1e-3
+            assert [t[:1] for t in row["tokens"]] == [t[:1] for t in other["tokens"]]
+            for mine, theirs in zip(row["tokens"], other["tokens"]):
+                assert mine[1:] == pytest.approx(theirs[1:], abs=2e-4)
+    assert any(t[3] != 1 for row in rows for t in row["tokens"])         # the second pass is after a step
+
+
 def test_the_first_step_of_a_wrong_path_ends_the_run(labels, tmp_path):
     """Stops: a wrong --media_root that trains on nothing, exit 0, with the advice to lower --lr."""
     for script in ("grpo.py", "sft.py"):

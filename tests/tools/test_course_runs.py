@@ -1,4 +1,4 @@
-"""What the exercises 1, 3, 4 and 5 ask of run folders: such folders pass, and the usual wrong ones do not."""
+"""What the exercises ask of run folders: such folders pass, and the usual wrong ones do not."""
 import dataclasses
 import importlib
 import json
@@ -32,6 +32,23 @@ def siblings(unique: float, dead: float, n: int = 20) -> list[dict]:
     return [{"unique_completions": unique, "frac_reward_zero_std": dead}] * n
 
 
+def kls(value: float, n: int = 60) -> list[dict]:
+    return [{"kl": value}] * n
+
+
+def gaps(value: float, kl: float = 0.0, n: int = 20) -> list[dict]:
+    return [{"sampler_logp_diff/mean": value, "kl": kl}] * n
+
+
+def cues(late: float, accuracy: float = 0.8, n: int = 120) -> list[dict]:
+    early = {"rewards/accuracy/mean": 0.6, "rewards/cues/mean": 0.8}
+    return [early] * (n - 20) + [{"rewards/accuracy/mean": accuracy, "rewards/cues/mean": late}] * 20
+
+
+HOT = {"temperature": 1.3}
+GATES = [{"gate": "none"}, {"gate": "clip"}, {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}]
+REUSED = [flags | {"mini_batches": 4} for flags in GATES]
+SEEN = [{"beta": beta, "rewards": ["accuracy", "format", "mine.py:cues=0"]} for beta in (0.04, 0.0)]
 STILL = {"scale": "none", "beta": 0, "lr": 1e-12}
 ALONE = STILL | {"baseline": "none"}
 CUT = [{"agg": "token", "micro_batch": m} for m in (8, 1)]
@@ -58,6 +75,26 @@ CASES = {                                        # exercise: what passes, then w
          ("turned", [({}, siblings(0.99, 0.2)), ({}, siblings(1 / 8, 1.0))], "it has no bug"),
          ("another seed", [({}, siblings(1 / 8, 1.0)), ({"seed": 1}, siblings(0.99, 0.2))], "seed"),
          ("short", [({}, siblings(1 / 8, 1.0, n=5)), ({}, siblings(0.99, 0.2))], "10 steps")]),
+    6: ([(HOT, gaps(0.1)), (HOT, gaps(2e-7))],
+        [("still the bug", [(HOT, gaps(0.1))] * 2, "still the bug"),
+         ("never the bug", [(HOT, gaps(2e-7))] * 2, "no bug"),
+         ("at 1", [({}, gaps(0.1)), ({}, gaps(2e-7))], "nothing can be seen"),
+         ("reference", [(HOT, gaps(0.1)), (HOT, gaps(2e-7, kl=0.2))], "kl is 0.2"),
+         ("another seed", [(HOT, gaps(0.1)), (HOT | {"seed": 1}, gaps(2e-7))], "seed"),
+         ("short", [(HOT, gaps(0.1, n=5)), (HOT, gaps(2e-7))], "10 steps")]),
+    8: ([(REUSED[0], kls(0.5)), (REUSED[1], kls(0.1)), (REUSED[2], kls(0.06))],
+        [("alike", [(flags, kls(0.1)) for flags in REUSED], "1.5 times"),
+         ("turned", [(flags, kls(0.1)) for flags in reversed(REUSED)], "the first is --gate none"),
+         ("one batch", [(flags, kls(0.1)) for flags in GATES], "--mini_batches 4"),
+         ("wide", [*((flags, kls(0.5)) for flags in REUSED[:2]), (REUSED[2] | {"clip_low": 0.2}, kls(0.06))], "3e-4"),
+         ("seeds", [(flags | {"seed": i}, kls(0.5)) for i, flags in enumerate(REUSED)], "same --seed"),
+         ("short", [(flags, kls(0.5, n=59)) for flags in REUSED], "60 steps")]),
+    9: ([(SEEN[0], cues(0.9)), (SEEN[1], cues(0.25))],
+        [("turned", [(SEEN[1], cues(0.25)), (SEEN[0], cues(0.9))], "first --beta 0.04"),
+         ("they stay", [(SEEN[0], cues(0.9)), (SEEN[1], cues(0.85))], "they did not go"),
+         ("accuracy goes too", [(SEEN[0], cues(0.9, accuracy=0.9)), (SEEN[1], cues(0.25, accuracy=0.7))], "it did not stay"),
+         ("paid", [(flags | {"rewards": ["accuracy", "mine.py:cues=0"]}, cues(0.9)) for flags in SEEN], "only logged"),
+         ("short", [(flags, cues(0.25, n=80)) for flags in SEEN], "100 steps")]),
 }
 
 
