@@ -92,7 +92,7 @@ def mended(results: Results) -> tuple[str, str]:
     """-> (data set, id) of the clip that tells most: the first, set by set, of those for which most of these hold.
 
     The cold start is wrong, and concludes what it answers; R1 is right; its reasoning concludes another emotion; R1 with
-    agreement is right, and for the stated reason.
+    the reasoning paid is right, and for the stated reason.
     """
     wishes = {"emer_sft": (lambda p: not right(p), agrees), "r1": (right, lambda p: p["concluded"] and not agrees(p)),
               "r1_conclusion": (right, agrees)}
