@@ -100,8 +100,12 @@ def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
 
 
 def claims(text: str) -> dict[str, bool]:
-    """Does a text claim to have seen something, to have heard something?  A clause that denies claims nothing."""
-    clauses = [set(re.findall(r"[a-z']+", clause)) for clause in _CLAUSE.split(text.lower().replace("\u2019", "'"))]
+    """Does a text claim to have seen something, to have heard something?  A clause that denies claims nothing.
+
+    What is quoted is somebody else's: in 'says "I never look"' it denies nothing and claims nothing.
+    """
+    plain = _QUOTES.sub(" ", text).lower().replace("\u2019", "'")
+    clauses = [set(re.findall(r"[a-z']+", clause)) for clause in _CLAUSE.split(plain)]
     claiming = [words for words in clauses if not words & _DENIED]
     return {"seen": any(words & SEEN for words in claiming), "heard": any(words & HEARD for words in claiming)}
 
