@@ -43,7 +43,8 @@ def test_cues_are_counted_by_sense():
     ("His eyes are wide and his voice trembles.", True, True), ("The video shows a frowning man.", True, False),
     ("There is no sound, so I go by the face.", True, False), ("Her tone is flat; no face is to be seen.", False, True),
     ("He is sad.", False, False), ("The audio is silent, but she looks up.", True, False), ("", False, False),
-    ('In a low voice he says "I never look back"', False, True), ("The subtitle reads \u201cLook at me.\u201d", False, False)])
+    ('In a low voice he says "I never look back"', False, True),
+    ("The subtitle reads \u201cLook at me.\u201d", False, False)])
 def test_claims_about_what_was_there(text, seen, heard):
     """Stops a denial counted as a claim, a claim behind a denial lost, quoted words taken for the writer's own."""
     assert claims(text) == {"seen": seen, "heard": heard}
