@@ -2,7 +2,7 @@
 
     python -m tools.ablate                              all of ROWS on the miniature of runs/toy, seeds 0 to 3, two at a time
     python -m tools.ablate --only paper agreement --seeds 0 1
-    python -m tools.ablate --table                      only tell what is there: mean, spread, paired differences
+    python -m tools.ablate --table                      only the tables of what is there: mean, spread, paired differences
 
 To add one, add a line to ROWS.  What is done is skipped, what crashed is recorded and tried again with --again; every row
 of the csv keeps commit, machine and seconds.  A run is one thread: two at a time on two cores.  docs/ablations.md says what
@@ -182,29 +182,41 @@ def write_lines(file: Path, lines: list[dict]) -> None:
     write_text(file, text.getvalue())
 
 
-def spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+on_sets = lambda rate: [f"{rate}/{s}" for s in SETS]
+# Columns of the printed tables -> those of the csv that share a cell.
+MAIN = {"WAR": on_sets("war"), "EPC": on_sets("epc"), "EEA": on_sets("eea"), "cue precision": on_sets("cue_precision")}
+MORE = {"UAR": on_sets("uar"), "FCR": on_sets("fcr"), "cue recall": on_sets("cue_recall"),
+        "WAR muted / blanked": ["war/mute", "war/blank"],
+        "heard when muted / seen when blanked": ["heard_when_mute", "seen_when_blank"], "length": ["length"]}
 
 
-def table(lines: list[dict], columns=("war", "epc", "eea", "cue_precision")) -> str:
-    """Mean and standard deviation over seeds; below each its paired difference to the first row, seed by seed.  Markdown."""
-    done = {}
+def spread(values: list[float], error: bool = False) -> str:
+    """Mean ± standard deviation; with `error` signed, and ± the standard error of the mean."""
+    if not values:
+        return "-"
+    mean = f"{statistics.fmean(values):{'+' if error else ''}.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / (len(values) ** 0.5 if error else 1):.1f}"
+
+
+def table(lines: list[dict]) -> str:
+    """The csv as three tables in markdown: means over seeds, twice; differences to the first row, seed by seed; crashes."""
+    done, crashed = {}, [f"{line['name']} seed {line['seed']}: {line['status']}" for line in lines if line["status"] != "ok"]
     for line in lines:
         if line["status"] == "ok":
-            done.setdefault(line["name"], {})[line["seed"]] = line
-    shown = [c for c in COLUMNS if c.split("/")[0] in columns or "/" not in c]
-    out = ["| " + " | ".join(["", "seeds", *shown]) + " |", "|---" * (len(shown) + 2) + "|"]
-    first = done.get(ROWS[0].name, {})
-    for name, seeds in done.items():
-        cells = []
-        for c in shown:
-            pairs = [(float(line[c]), s) for s, line in seeds.items() if line[c] not in ("", None)]
-            both = [v - float(first[s][c]) for v, s in pairs if s in first and first[s][c] not in ("", None)]
-            text = spread([v for v, _ in pairs]) if pairs else "-"
-            cells.append(text + (f" ({statistics.mean(both):+.1f})" if both and name != ROWS[0].name else ""))
-        out.append("| " + " | ".join([name, str(len(seeds)), *cells]) + " |")
-    crashed = [f"{line['name']} seed {line['seed']}: {line['status']}" for line in lines if line["status"] != "ok"]
-    return "\n".join([*out, "", *crashed] if crashed else out)
+            known = {c: float(line[c]) for c in COLUMNS if line[c] not in ("", None)}
+            done.setdefault(line["name"], {})[line["seed"]] = known
+    paper = done.get(ROWS[0].name, {})
+    less = {name: {seed: {c: run[c] - paper[seed][c] for c in run if c in paper[seed]} for seed, run in seeds.items()
+                   if seed in paper} for name, seeds in done.items() if name != ROWS[0].name}
+    out = []
+    for head, shown, rows in (("", MAIN, done), ("", MORE, done), ("less the first row ", MAIN, less)):
+        out += [f"| {head}| seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
+        for name, seeds in rows.items():
+            cells = [" / ".join(spread([run[c] for run in seeds.values() if c in run], rows is less) for c in columns)
+                     for columns in shown.values()]
+            out.append("| " + " | ".join([name, str(len(seeds)), *cells]) + " |")
+        out.append("")
+    return "\n".join(out + crashed)
 
 
 def main(args: Args) -> None:

@@ -45,17 +45,33 @@ def test_what_is_done_is_skipped_and_what_crashed_is_kept(place, capsys, tmp_pat
     assert [x["name"] for x in ablate.read_lines(tmp_path / "a.csv")] == ["paper"] * 2 + ["agreement"] * 2 + ["beta0"] * 2
 
 
-def test_the_table_has_means_spreads_and_paired_differences(tmp_path):
-    """Stops: a difference of means over other seeds, a spread of the population, a crash that counts."""
+def test_the_tables_have_means_spreads_and_paired_differences():
+    """Stops: a difference of means over other seeds, a spread of the population, a crash that counts, another set's cell."""
     values = {"paper": {0: 80.0, 1: 84.0, 2: 90.0}, "agreement": {0: 81.0, 1: 87.0}}
-    lines = [{"name": n, "seed": str(s), "status": "ok", "war/toy_dfew": str(v)} for n, seeds in values.items()
-             for s, v in seeds.items()] + [{"name": "agreement", "seed": "2", "status": "crashed: x", "war/toy_dfew": "0"}]
-    lines = [dict.fromkeys(ablate.HEAD, "") | line for line in lines]
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in ablate.table(lines).splitlines() if line.startswith("|")]
-    assert rows[0][:3] == ["", "seeds", "war/toy_dfew"]
+    lines = [{"name": n, "seed": str(s), "status": "ok", "war/toy_dfew": str(v), "war/toy_mafw": "50.25"}
+             for n, seeds in values.items() for s, v in seeds.items()]
+    lines += [{"name": "agreement", "seed": "2", "status": "crashed: x", "war/toy_dfew": "0"}]
+    text = ablate.table([dict.fromkeys(ablate.HEAD, "") | line for line in lines])
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert rows[0][:4] == ["", "seeds", "WAR", "EPC"]
     mean, sd = (80 + 84 + 90) / 3, math.sqrt(sum((v - 254 / 3) ** 2 for v in (80, 84, 90)) / 2)
-    assert rows[2][:3] == ["paper", "3", f"{mean:.1f} ± {sd:.1f}"]
-    assert rows[3][:3] == ["agreement", "2", "84.0 ± 4.2 (+2.0)"]                   # to seeds 0 and 1 of the first row
+    assert rows[2][:4] == ["paper", "3", f"{mean:.1f} ± {sd:.1f} / 50.2 ± 0.0 / -", "- / - / -"]
+    assert rows[3][:3] == ["agreement", "2", "84.0 ± 4.2 / 50.2 ± 0.0 / -"]
+    assert rows[-1][:3] == ["agreement", "2", "+2.0 ± 1.0 / +0.0 ± 0.0 / -"]       # (1, 3): sd sqrt 2, standard error 1
+    assert [row[0] for row in rows[8:]] == ["less the first row", "---", "agreement"]
+    assert "agreement seed 2: crashed: x" in text
+
+
+def test_the_page_shows_what_the_csv_holds():
+    """Stops a table of docs/ablations.md that was not made again when runs came, or was mended by hand."""
+    lines = ablate.read_lines(ablate.ROOT / "results" / "ablations.csv")
+    page = (ablate.ROOT / "docs" / "ablations.md").read_text()
+    made = set(ablate.table(lines).splitlines())
+    rows = [row for row in page.splitlines() if row.startswith("| ")]
+    assert [row for row in rows if row not in made] == []
+    every = {line["name"] for line in lines}
+    assert {row.split(" | ")[0][2:] for row in rows} >= every, "a row of the csv is not on the page"
+    assert f"{sum(line['status'] == 'ok' for line in lines)} of {4 * len(ablate.ROWS)} runs" in page.replace("\n", " ")
 
 
 def test_numbers_are_those_of_the_result_files(tmp_path):
