@@ -288,6 +288,8 @@ class Run:
                             f"The last had {self.stuck}.")
         if self.state["skipped_samples"]:
             say(f"{self.state['skipped_samples']} times a clip was skipped; see {out}/skipped.jsonl")
+        if self.state["skipped_steps"]:
+            say(f"{self.state['skipped_steps']} of {self.state['step']} steps changed nothing; the doctor says why.")
         if self.complete:
             say(f"\ndone: {self.max_steps} steps. The model is {out}/latest, its numbers are in {out}/metrics.jsonl.")
             say(f"Is all well with it?  python -m tools.doctor {out}    Look at it:  python -m tools.report {out}")

@@ -90,7 +90,23 @@ def now(file: str) -> bytes | None:
     return (ROOT / file).read_bytes() if (ROOT / file).exists() else None
 
 
+def opened() -> int | None:
+    """The exercise that was begun and not put back."""
+    file = KEPT / "open"
+    n = int(file.read_text()) if file.exists() else None
+    return n if n is not None and any(now(name) != original(n, name) for name in touched(n)) else None
+
+
+def refuse_other(n: int) -> None:
+    """Two exercises change the same scripts.  Raises UserError while another one is open."""
+    other = opened()
+    if other not in (None, n):
+        raise UserError(f"exercise {other} is open: first put it back with python -m tools.check_exercise {other} --back "
+                        f"(what you wrote is kept in {KEPT.relative_to(ROOT)}).")
+
+
 def begin(n: int) -> None:
+    refuse_other(n)
     files, kept = touched(n), KEPT / f"{n:02}-original"
     if not kept.exists():
         for file in files:                   # for a project that is no repository
@@ -103,9 +119,12 @@ def begin(n: int) -> None:
                         f"python -m tools.check_exercise {n} --back.")
     if patch("begin", n).exists():
         apply(patch("begin", n))
-        print(f"Changed for exercise {n}: {', '.join(re.findall(r'^[+]{3} b/(.+)', patch('begin', n).read_text(), re.M))}.")
+        done = re.findall(r"^[+]{3} b/(.+)", patch("begin", n).read_text(), re.MULTILINE)
+        yours = [name for name in files if name not in done]
+        print(f"Changed for exercise {n}: {', '.join(done)}." + f" Yours to change too: {', '.join(yours)}." * bool(yours))
     else:
-        print(f"Exercise {n} begins with the scripts as they are.")
+        print(f"Exercise {n} begins with the scripts as they are; yours to write: {', '.join(files)}.")
+    write_text(KEPT / "open", str(n))
     print(f"What to do: {page(n).relative_to(ROOT)}. To go back: python -m tools.check_exercise {n} --back")
 
 
@@ -125,6 +144,7 @@ def difference(file: str, was: bytes | None, ours: bytes | None) -> str:
 
 
 def back(n: int) -> None:
+    refuse_other(n)
     changed = [(file, was, now(file)) for file in touched(n) if (was := original(n, file)) != now(file)]
     if not changed:
         print(f"Nothing to put back: {', '.join(touched(n))} as before.")
@@ -138,7 +158,8 @@ def back(n: int) -> None:
             (ROOT / file).unlink()
         else:
             (ROOT / file).write_bytes(was)
-    print(f"Put back: {', '.join(file for file, *_ in changed)}. What was there: git apply {before.relative_to(ROOT)}")
+    print(f"Put back: {', '.join(file for file, *_ in changed)}. "
+          f"To have it again, without --begin: git apply {before.relative_to(ROOT)}")
 
 
 def page(n: int) -> Path:

@@ -48,7 +48,7 @@ REMEDIES = {
     "no usable clip": "Look at skipped.jsonl, and run `python -m tools.convert check` over the sample file.",
     "ratio off": "Look at the old log-probs in grpo.update: the trainer's own before the first update, without dropout.",
     "sampler and trainer disagree": "Below 1e-4 with --dtype float32 it is rounding (--is_cap 2 weighs it away); if not, "
-        "positions, masks or the cache differ between sampler.generate and model.completion_logps.",
+        "the temperature, positions, masks or the cache differ between sampler.generate and model.completion_logps.",
     "advantages turned": "The policy unlearns what is right: look at the sign in grpo.advantages (reward minus mean).",
     "advantages not centred": "Look at grpo.advantages: every reward is compared with the mean of its own group.",
     "loss off": "Look at the mean in grpo.advantages, and at what grpo_loss divides by.",

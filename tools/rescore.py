@@ -64,12 +64,12 @@ def rescore(args: Args) -> dict:
 
 def main(args: Args) -> None:
     got = rescore(args)
-    print(f"{got['completions']} completions of {got['steps']} steps")
+    print(f"{args.run}: {got['completions']} completions of {got['steps']} steps")
     for name, mean in got["means"].items():
         print(f"  {name:<16} mean {mean:.3f}")
     print(f"  groups with something to compare: {100 * got['alive']:.1f} % (with the run's own rewards "
           f"{100 * got['alive_before']:.1f} %)")
-    print(f"  groups in which none of the best would have been among the best: {100 * got['other_best']:.1f} %")
+    print(f"  groups whose best would all be others than with the run's own rewards: {100 * got['other_best']:.1f} %")
 
 
 if __name__ == "__main__":

@@ -432,7 +432,8 @@ def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
             "    completions, lengths, logps = make(*args, **kwargs)\n"
             "    return completions, lengths, logps - 0.7\n"
             "sampler.generate = other\n")
-    run("grpo.py", tmp_path / "off", labels, "--max_steps", 2, hook=hook)
+    done = run("grpo.py", tmp_path / "off", labels, "--max_steps", 2, hook=hook)
+    assert "2 of 2 steps changed nothing" in done.stdout                  # or it looks trained
     rows = metrics(tmp_path / "off")
     assert [r["skipped_steps"] for r in rows] == [1, 2] and rows[0]["sampler_logp_diff/mean"] > 0.5
     run("grpo.py", tmp_path / "told", labels, "--max_steps", 2, "--max_logp_diff", 2, hook=hook)

@@ -124,7 +124,10 @@ def test_there_and_back(git, sources, tmp_path):
     assert "Nothing to put back" in tool(place, 5, "--back").stdout
 
     own = place / "runs" / "course" / "ex03.py"                          # an exercise that adds a file
-    tool(place, 3, "--begin")
+    assert "Yours to change too: grpo.py." in tool(place, 3, "--begin").stdout
+    for flag in ("--begin", "--back"):                                   # half of 3 would go, or stay
+        done = tool(place, 4, flag)
+        assert done.returncode == 1 and "exercise 3 is open: first put it back with" in done.stderr
     own.write_text(own.read_text() + "\nmine = 1\n")
     mine = own.read_text()
     assert tool(place, 3, "--back").returncode == 0 and not own.exists()

@@ -14,6 +14,7 @@ TRUE = (P * (R - (P * R).sum())).double()                                # gradi
 
 
 def spread(baseline: str, r: torch.Tensor = R) -> tuple[torch.Tensor, float]:
+    check_no_baseline()                      # or what follows would blame `spread`
     mean, variance = written("ex01.py").spread(P, r, GROUP, baseline)
     return torch.as_tensor(mean).double(), float(variance)
 
@@ -77,7 +78,7 @@ def check_constant():
 
 
 def runs(folders: list[Path]) -> None:
-    """The gradient norm without a baseline is several times that with the group's mean, on the same answers."""
+    """Without a baseline the mean square of the gradient's norm is more than twice that with the group's mean."""
     assert len(folders) == 2, "give two run folders: --baseline none, then --baseline mean."
     differ = unlike(*folders, grpo.Args)
     assert differ == {"baseline"}, f"the runs are to differ in --baseline; these differ in {', '.join(differ) or 'nothing'}."

@@ -24,16 +24,18 @@ def check_right_or_wrong():
     r = torch.tensor([[1., 0, 0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
     A = grpo.advantages(r, "mean", "mean")
     for k, row in zip((1, 4, 7), A):
-        p = k / 8
-        assert abs(float(row[0]) - (1 - p) / (p + EPS)) < 1e-4 and abs(float(row[-1]) + p / (p + EPS)) < 1e-4, (
-            f"{k} of 8 right: the right got {float(row[0]):.3f}, the wrong {float(row[-1]):.3f}. Whose mean is it?")
+        p, right, wrong = k / 8, float(row[0]), float(row[-1])
+        hint = "1e-4 is added to the mean before it divides." if abs(right - (1 - p) / p) < 0.01 else "Whose mean is it?"
+        assert abs(right - (1 - p) / (p + EPS)) < 1e-4 and abs(wrong + p / (p + EPS)) < 1e-4, (
+            f"{k} of 8 right: the right got {right:.4f}, the wrong {wrong:.4f}. {hint}")
 
 
 def check_leave_one_out():
     """The baseline is chosen apart: with loo only the difference is another one."""
     r = torch.tensor([[2., 1, 0, 1], [0, 0, 3, 1]])
     expected = (r - r.mean(1, keepdim=True)) * 4 / 3 / (1.0 + EPS)
-    assert torch.allclose(grpo.advantages(r, "loo", "mean"), expected, atol=1e-5), "divide by the mean of all G, as there."
+    assert torch.allclose(grpo.advantages(r, "loo", "mean"), expected, atol=1e-5), (
+        "what divides is the mean of all G rewards, + 1e-4, as with --baseline mean.")
 
 
 def check_dead():
@@ -49,7 +51,8 @@ def check_penalties():
     assert torch.isfinite(A).all() and torch.equal(A.argmax(1), r.argmax(1)) and torch.equal(A.argmin(1), r.argmin(1)), (
         f"rewards {r[0].tolist()} became {[round(x, 2) for x in A[0].tolist()]}: what is divided by must not be negative.")
     expected = (r - r.mean(1, keepdim=True)) / (r.abs().mean(1, keepdim=True) + EPS)
-    assert torch.allclose(A, expected, rtol=1e-3), "the page says which mean to take where rewards may be negative."
+    assert torch.allclose(A, expected, rtol=1e-3), (
+        "what divides is the mean of the absolute values of the group's G rewards, + 1e-4.")
 
 
 def check_others():

@@ -71,13 +71,28 @@ def off(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def times(a: torch.Tensor, b: torch.Tensor) -> str:
+    """How a relates to b, in words."""
+    return f"{float(a @ b / (b @ b)):.2f} times what it should be"
+
+
+def check_whole():
+    """A step in one piece is divided by all its completions, their tokens, or what was allowed; dead groups count too."""
+    world = World()
+    for agg in ("seq", "token", "const"):
+        got, expected = world.gradient(agg=agg, micro_batch=4), world.expected(agg)
+        assert off(got, expected) < 1e-3, (
+            f"--agg {agg}: the gradient of four groups, one of them dead, is {times(got, expected)}. Which completions are "
+            "counted, and for const which length?")
+
+
 def holds(agg: str) -> None:
     world = World()
-    expected = world.expected(agg)
-    for flags, cut in ((dict(micro_batch=4), "one micro-batch"), (dict(micro_batch=2), "micro-batches of two questions"),
-                       (dict(micro_batch=1), "a question in each"), (dict(tokens_per_micro_batch=30), "cut groups")):
-        error = off(world.gradient(agg=agg, **flags), expected)
-        assert error < 1e-3, f"{cut}: the gradient is {100 * error:.0f} % away from that of the whole step divided once."
+    whole = world.gradient(agg=agg, micro_batch=4)
+    for flags, cut in ((dict(micro_batch=2), "micro-batches of two questions"), (dict(micro_batch=1), "a question in each"),
+                       (dict(tokens_per_micro_batch=30), "cut groups")):
+        error = off(world.gradient(agg=agg, **flags), whole)
+        assert error < 1e-3, f"{cut}: the gradient is {100 * error:.0f} % away from that of the same step in one piece."
 
 
 def check_seq():
@@ -86,12 +101,12 @@ def check_seq():
 
 
 def check_token():
-    """--agg token: every token of the step counts the same."""
+    """--agg token: every token of the step counts the same, in whatever micro-batch it is."""
     holds("token")
 
 
 def check_const():
-    """--agg const: the sum is divided by what was allowed, not by what was sampled."""
+    """--agg const: so it does when the sum is divided by what was allowed."""
     holds("const")
 
 
@@ -99,9 +114,11 @@ def check_ranks():
     """With two ranks the denominator is that of both, so that their gradients can be added."""
     world = World()
     for agg in ("seq", "token", "const"):
-        error = off(2 * world.gradient(Alike(0, 2, RANK.device), agg=agg, micro_batch=2), world.expected(agg))
-        assert error < 1e-3, (f"--agg {agg}: two ranks with the same completions do not add up to the gradient of one: "
-                              f"{100 * error:.0f} % away. What is counted here is not all that there is.")
+        whole = world.gradient(agg=agg, micro_batch=2)
+        both = 2 * world.gradient(Alike(0, 2, RANK.device), agg=agg, micro_batch=2)
+        assert off(both, whole) < 1e-3, (
+            f"--agg {agg}: on two ranks with the same completions the gradients add up to {times(both, whole)}. Is every "
+            "count that of all ranks, and divided by once?")
 
 
 def runs(folders: list[Path]) -> None:

@@ -16,24 +16,31 @@ def numbers(seed: int = 3, prompts=(4, 5, 6), G: int = 8, T: int = 20) -> torch.
 
 def check_siblings():
     """No two completions, of one prompt or of two, share their random numbers."""
-    rows = numbers(prompts=range(40), G=16).flatten(0, 1).tolist()
+    u = numbers(prompts=range(40), G=16)
+    rows = u.flatten(0, 1).tolist()
     alike = len(rows) - len(set(map(tuple, rows)))
     assert not alike, (f"of {len(rows)} completions {alike} have the numbers of another one. What names a completion, and "
                        "do two ever have the same name?")
+    distinct = len(u.unique())
+    assert distinct == u.numel(), (f"of {u.numel()} numbers {distinct} are different: some have another one's, shifted. "
+                                   "How far does a counter go while one text is sampled?")
 
 
 def check_again():
     """The same seed gives the same numbers, another seed others."""
     assert torch.equal(numbers(), numbers()), "the same call twice gave two results: a run could not be repeated."
-    assert not (numbers() == numbers(seed=4)).any(), "seeds 3 and 4 share numbers: two runs would not be independent."
+    shared = torch.isin(numbers(seed=4), numbers()).double().mean()
+    assert not shared, f"seed 4 has {100 * shared:.0f} % of seed 3's numbers: two runs would not be independent."
 
 
 def check_batch():
-    """What a prompt draws does not depend on the prompts beside it."""
+    """What a completion draws depends on no other prompt, and not on how many or how long ones are asked for."""
     whole, alone, turned = numbers(), numbers(prompts=[5]), numbers(prompts=[6, 5, 4])
     assert torch.equal(whole[1], alone[0]) and torch.equal(whole, turned.flip(0)), (
         "prompt 5 drew other numbers alone, or in another order, than between 4 and 6: with another number of ranks the "
         "same run would sample other answers.")
+    assert torch.equal(numbers(G=4), whole[:, :4]) and torch.equal(numbers(T=9), whole[..., :9]), (
+        "with other --num_generations or --max_new_tokens the same completion drew other numbers.")
 
 
 class Captured(Exception):
@@ -66,9 +73,9 @@ def drawn(indices: list[int], seed: int) -> torch.Tensor:
 def check_steps():
     """A later step of the run draws other numbers than the first, and another --seed others again."""
     first, later, other = drawn([0, 1], 0), drawn([2, 3], 0), drawn([0, 1], 1)
-    assert not (first == later).any(), ("steps 1 and 2 draw the same numbers: `roll_out` does not tell `generate` which of "
-                                        "the run's prompts these are.")
-    assert not (first == other).any(), "runs with --seed 0 and --seed 1 draw the same numbers."
+    assert not torch.isin(first, later).any(), ("steps 1 and 2 share numbers. A prompt's id is its place in the run, which "
+                                                "`roll_out` gives to `generate`: another one in each step.")
+    assert not torch.isin(first, other).any(), "runs with --seed 0 and --seed 1 draw the same numbers."
 
 
 def check_counts():

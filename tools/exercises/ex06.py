@@ -1,4 +1,5 @@
 """Exercise 6: one temperature, in the sampler, the trainer and the reference."""
+import dataclasses
 import functools
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,22 +59,6 @@ def check_sampler():
                               "difference is not mended by making both sides wrong.")
 
 
-def check_trainer():
-    """The first gradient is that of the log-probabilities under softmax(logits / temperature)."""
-    for t in TEMPERATURES:
-        w, args, rollout = world(t)
-        optimizer, meter = ex04.Recorder(w.trained, 0.0), Meter()
-        grpo.update(w.model, optimizer, w.batch, rollout, args, ex04.RANK, 0.0, meter)
-        gap = meter.entries["sampler_logp_diff/max"][1]
-        assert gap < 1e-3, (f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. Of which policy is this "
-                            "the loss?")
-        mean = exact(t).sum(-1) / rollout.lengths                        # --agg seq; the KL has no gradient yet
-        grads = torch.autograd.grad(-(GROUP * mean).mean(), w.trained)
-        expected = torch.cat([g.flatten() for g in grads])
-        error = float((optimizer.seen - expected).norm() / expected.norm())
-        assert error < 1e-2, f"temperature {t}: the gradient is {100 * error:.0f} % off that of these answers."
-
-
 def check_reference():
     """The reference scores at the same temperature: where it is the policy, the KL is 0."""
     for t in TEMPERATURES:
@@ -81,6 +66,37 @@ def check_reference():
             error = off(world(t)[2].ref_logps, exact(t), world(t)[2].mask)
         assert error < 1e-3, (f"temperature {t}: the reference's log-probs are {error:.2f} off. The KL would pull the "
                               "policy away from where it started.")
+
+
+def updated(temperature: float, **flags) -> tuple[torch.Tensor, Meter]:
+    """One `grpo.update` that moves nothing.  -> the last gradient, what was measured"""
+    w, args, rollout = world(temperature)
+    optimizer, meter = ex04.Recorder(w.trained, 0.0), Meter()
+    grpo.update(w.model, optimizer, w.batch, rollout, dataclasses.replace(args, **flags), ex04.RANK, 0.0, meter)
+    return optimizer.seen, meter
+
+
+def check_trainer():
+    """The first gradient is that of the log-probabilities under softmax(logits / temperature)."""
+    for t in TEMPERATURES:
+        w, rollout = world(t)[0], world(t)[2]
+        gradient, meter = updated(t, beta=0.0)
+        gap = meter.entries["sampler_logp_diff/max"][1]
+        assert gap < 1e-3, (f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. Of which policy is this "
+                            "the loss?")
+        mean = exact(t).sum(-1) / rollout.lengths                        # --agg seq
+        grads = torch.autograd.grad(-(GROUP * mean).mean(), w.trained)
+        expected = torch.cat([g.flatten() for g in grads])
+        error = float((gradient - expected).norm() / expected.norm())
+        assert error < 1e-2, f"temperature {t}: the gradient is {100 * error:.0f} % off that of these answers."
+
+
+def check_old():
+    """With several mini-batches the ratio too is between two scores of the same policy: 1 where nothing has moved."""
+    for t in TEMPERATURES:
+        ratio = updated(t, beta=0.0, mini_batches=2)[1].entries["ratio/max"][1]
+        assert abs(ratio - 1) < 1e-3, (f"temperature {t}, --mini_batches 2: a ratio is {ratio:.2f}, and the policy has not "
+                                       "moved. Where do the old log-probabilities come from?")
 
 
 def runs(folders: list[Path]) -> None:

@@ -53,11 +53,14 @@ def check_once():
 
 
 def check_inside():
-    """Only what stands inside of <think> counts; where there is no such block nothing does."""
+    """Only what stands inside of the one <think> block counts; without exactly one nothing does."""
     expect(0.1, "soft, flat <think>The lips pressed." + "</think> slow, low\n<answer>clear up narrowed</answer>",
            "what stands around the reasoning, or in the answer, is no reasoning.")
     expect(0, "The lips are pressed, the voice soft. <answer>sad</answer>", "there is no reasoning.")
     expect(0, "", "an empty text.")
+    for text in ("<think>Lips pressed.</think><think>A soft voice." + END, "<think><think>Lips pressed." + END,
+                 "<think>Lips pressed.</think>\n<answer </think>sad"):
+        expect(0, text, "there is one block where each of the two tags occurs once.")
     expect(0.2, "<think>\nLips pressed.\nVoice soft.\n" + END, "a reasoning may have several lines.")
 
 

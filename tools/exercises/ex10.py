@@ -59,8 +59,10 @@ def check_place():
     """Without exactly one <think> block there is no reasoning."""
     for text in ("sad <answer>sad</answer>", "", "<think>She is sad.", "She is sad.</think>\n<answer>sad</answer>",
                  "sad <think>The lips are pressed.</think> sad\n<answer>sad</answer>",
-                 "<think>happy</think><think>sad</think>\n<answer>sad</answer>"):
-        assert concludes(text, "sad") == 0, f"label sad, {text!r}: what is outside of the one block is no reasoning."
+                 "<think>happy</think><think>sad</think>\n<answer>sad</answer>", "<think>sad</think>\n<think>happy</think>",
+                 "<think>sad</think><answer a.</think><answer>sad</answer>", "<think><think>sad</think>\n<answer>sad"):
+        assert concludes(text, "sad") == 0, (
+            f"label sad, {text!r}: a block is one <think> and one </think>, and what is around it is no reasoning.")
     expect("sad", "\nThe lips are pressed.\nHe is sad.\n", "A reasoning may have several lines.")
 
 
@@ -82,8 +84,9 @@ def check_denied():
     for reasoning in ("She is sad, not happy.", "She is sad. She is not really very happy.", "She is sad: no sign of fear.",
                       "She is sad, without any anger or fear.", "Sad. She was never happy", "She is sad rather than angry."):
         expect("sad", reasoning, hint)
-    for reasoning in ("She is not happy, she is sad.", "She is not happy but sad.", "No smile. Sad.", "She is not; sad."):
-        expect("sad", reasoning, hint + " A comma and `but` end it.")
+    for reasoning in ("She is not happy, she is sad.", "She is not happy but sad.", "No smile. Sad.", "She is not; sad.",
+                      "There is no smile\nShe is sad"):
+        expect("sad", reasoning, hint + " A comma, a new line and `but` end it.")
     expect("none", "She is not sad.", hint)
 
 
