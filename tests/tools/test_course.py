@@ -12,7 +12,7 @@ import pytest
 import eval as eval_script
 import grpo
 import sft
-from tools import check_exercise, rescore
+from tools import check_exercise, means, rescore
 
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = ROOT / "docs" / "course"
@@ -205,7 +205,7 @@ def test_every_exercise_has_a_page_and_every_page_is_listed():
 def test_pages_name_what_exists(page):
     """Stops a command of a page that fails on a flag or a file that was renamed."""
     text = page.read_text()
-    known = {f"--{f.name}" for m in (eval_script, grpo, sft, check_exercise, rescore) for f in dataclasses.fields(m.Args)}
+    known = {f"--{f.name}" for m in (eval_script, grpo, sft, check_exercise, means, rescore) for f in dataclasses.fields(m.Args)}
     assert set(re.findall(r"(?<![\w-])--[a-z_]+", text)) <= known
     for name in re.findall(r"(?<![\w/])(?:docs|tools|lib|tests|toy|results)/[\w/.-]+\w", text):
         assert (ROOT / name).exists(), name

@@ -89,4 +89,6 @@ def runs(folders: list[Path]) -> None:
     norms = [metrics(folder, "grad_norm") for folder in folders]
     assert min(map(len, norms)) >= 20, "give both runs 20 steps or more."
     squares = [sum(x * x for x in values) / len(values) for values in norms]
+    print("         root of the mean square of grad_norm: "
+          f"{squares[0] ** 0.5:.3f} without a baseline, {squares[1] ** 0.5:.3f} with the mean")
     assert squares[0] > 2 * squares[1], f"the mean squares of grad_norm are {squares[0]:.3f} and {squares[1]:.3f}."

@@ -23,6 +23,10 @@ def slope(kl: str, x: torch.Tensor, rho: torch.Tensor) -> tuple[torch.Tensor, to
     return value.detach(), torch.autograd.grad(value.sum(), logps)[0]
 
 
+def rounded(x: torch.Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in x.tolist()]
+
+
 def near(a, b, tolerance: float = 1e-4) -> bool:
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return bool(((a - b).abs() <= tolerance * (1 + b.abs())).all())
@@ -80,7 +84,8 @@ def check_values():
     """--kl k3_ratio has the value rho k3."""
     for rho in (1.0, 1.5, 0.6):
         value, _ = slope("k3_ratio", X, torch.full_like(X, rho))
-        assert near(value, rho * (X.exp() - X - 1)), f"at rho = {rho} its value is another one."
+        right = rho * (X.exp() - X - 1)
+        assert near(value, right), f"at rho = {rho}, x = {X.tolist()} it is {rounded(value)}, not {rounded(right)}."
 
 
 def check_slopes():
@@ -89,7 +94,8 @@ def check_slopes():
         r = torch.full_like(X, rho)
         for kl, right in (("k3_ratio", -rho * X), ("k2", -X), ("k3", 1 - X.exp())):
             got = slope(kl, X, r)[1]
-            assert near(got, right, 1e-3), f"--kl {kl} at rho = {rho}: {got.tolist()} at x = {X.tolist()}."
+            assert near(got, right, 1e-3), (
+                f"--kl {kl} at rho = {rho}, x = {X.tolist()}: the gradient is {rounded(got)}, not {rounded(right)}.")
 
 
 def check_far():
