@@ -73,7 +73,8 @@ REMEDIES = {
         "--clip_high 0.28 with --inner_epochs 2.",
     "eval falls": "Read in rollouts.jsonl what earns the reward; take the best step; fewer epochs, more clips, more --beta.",
     "no progress": "If it was as good as it can be from the start, stop; else --lr times three, or more --prompts_per_step.",
-    "reasoning left behind": "The reward reads the answer alone: try --rewards accuracy format conclusion agreement=0.2.",
+    "reasoning left behind": "The reward reads the answer alone: try --rewards accuracy format conclusion agreement=0.2. "
+        "With --beta 0 nothing holds the text besides: --beta 0.04.",
     "rambling": "With --agg seq a token of a long wrong text costs less than one of a short: try --agg token.",
     "reasoning shrinks": "The reward does not read the reasoning, an empty one earns as much: raise --beta or stop earlier.",
     "labels never said": "RL cannot find what is never sampled: a few samples of each such label in the cold start's data.",
