@@ -205,7 +205,8 @@ def test_every_exercise_has_a_page_and_every_page_is_listed():
 def test_pages_name_what_exists(page):
     """Stops a command of a page that fails on a flag or a file that was renamed."""
     text = page.read_text()
-    known = {f"--{f.name}" for m in (eval_script, grpo, sft, check_exercise, means, rescore) for f in dataclasses.fields(m.Args)}
+    scripts = (eval_script, grpo, sft, check_exercise, means, rescore)
+    known = {f"--{f.name}" for m in scripts for f in dataclasses.fields(m.Args)}
     assert set(re.findall(r"(?<![\w-])--[a-z_]+", text)) <= known
     for name in re.findall(r"(?<![\w/])(?:docs|tools|lib|tests|toy|results)/[\w/.-]+\w", text):
         assert (ROOT / name).exists(), name
