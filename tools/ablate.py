@@ -3,6 +3,7 @@
     python -m tools.ablate                              all of ROWS on the miniature of runs/toy, seeds 0 to 3, two at a time
     python -m tools.ablate --only paper agreement --seeds 0 1
     python -m tools.ablate --table                      only the tables of what is there: mean, spread, paired differences
+    python -m tools.ablate --page docs/ablations.md     put them into the page
 
 To add one, add a line to ROWS.  What is done is skipped, what crashed is recorded and tried again with --again; every row
 of the csv keeps commit, machine and seconds.  A run is one thread: two at a time on two cores.  docs/ablations.md says what
@@ -43,7 +44,8 @@ class Args:
     scale: float = 1.0                      # of the number of steps, for a quick look
     again: bool = False                     # try again what crashed
     keep: bool = False                      # keep the run folders
-    table: bool = False                     # only print the table of what is there
+    table: bool = False                     # only print the tables of what is there
+    page: str = ""                          # only make the tables of this page anew: docs/ablations.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,9 +200,10 @@ def spread(values: list[float], error: bool = False) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values) / (len(values) ** 0.5 if error else 1):.1f}"
 
 
-def table(lines: list[dict]) -> str:
-    """The csv as three tables in markdown: means over seeds, twice; differences to the first row, seed by seed; crashes."""
-    done, crashed = {}, [f"{line['name']} seed {line['seed']}: {line['status']}" for line in lines if line["status"] != "ok"]
+def tables(lines: list[dict]) -> dict[str, tuple[str, dict[str, str]]]:
+    """The csv's tables in markdown: "main" and "more" are means over seeds, "less" the differences to the first row, seed by
+    seed.  -> name: (its head, {row: its line})"""
+    done = {}
     for line in lines:
         if line["status"] == "ok":
             known = {c: float(line[c]) for c in COLUMNS if line[c] not in ("", None)}
@@ -208,22 +211,39 @@ def table(lines: list[dict]) -> str:
     paper = done.get(ROWS[0].name, {})
     less = {name: {seed: {c: run[c] - paper[seed][c] for c in run if c in paper[seed]} for seed, run in seeds.items()
                    if seed in paper} for name, seeds in done.items() if name != ROWS[0].name}
-    out = []
-    for head, shown, rows in (("", MAIN, done), ("", MORE, done), ("less the first row ", MAIN, less)):
-        out += [f"| {head}| seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
-        for name, seeds in rows.items():
-            cells = [" / ".join(spread([run[c] for run in seeds.values() if c in run], rows is less) for c in columns)
-                     for columns in shown.values()]
-            out.append("| " + " | ".join([name, str(len(seeds)), *cells]) + " |")
-        out.append("")
-    return "\n".join(out + crashed)
+    out = {}
+    for kind, shown, rows in (("main", MAIN, done), ("more", MORE, done), ("less", MAIN, less)):
+        head = f"| {'less the first row ' * (rows is less)}| seeds | {' | '.join(shown)} |\n{'|---' * (len(shown) + 2)}|"
+        cells = {name: [" / ".join(spread([run[c] for run in seeds.values() if c in run], rows is less) for c in columns)
+                        for columns in shown.values()] for name, seeds in rows.items()}
+        out[kind] = head, {name: f"| {name} | {len(rows[name])} | {' | '.join(c)} |" for name, c in cells.items()}
+    return out
+
+
+def table(lines: list[dict]) -> str:
+    """All of it, and what crashed."""
+    crashed = [f"{line['name']} seed {line['seed']}: {line['status']}" for line in lines if line["status"] != "ok"]
+    return "\n\n".join(["\n".join([head, *rows.values()]) for head, rows in tables(lines).values()] + crashed)
+
+
+def fill(page: str, lines: list[dict]) -> str:
+    """A page with its tables made anew, each below a mark that says which rows: <!-- main: paper; beta0 -->, or all: *."""
+    made = tables(lines)
+
+    def anew(mark: re.Match) -> str:
+        head, rows = made[mark[1]]
+        names = list(rows) if mark[2] == "*" else [name for name in mark[2].split("; ") if name in rows]
+        return "\n".join([f"<!-- {mark[1]}: {mark[2]} -->", head, *(rows[name] for name in names), ""])
+
+    page = re.sub(r"<!-- (main|more|less): (.*?) -->\n(?:\|.*\n)*", anew, page)
+    return re.sub(r"\d+ of \d+ runs", f"{sum(line['status'] == 'ok' for line in lines)} of {4 * len(ROWS)} runs", page)
 
 
 def main(args: Args) -> None:
     file = Path(args.csv)
     lines, lock = read_lines(file), threading.Lock()
-    if args.table:
-        print(table(lines))
+    if args.table or args.page:
+        print(table(lines)) if args.table else write_text(Path(args.page), fill(Path(args.page).read_text(), lines))
         return
     unknown = set(args.only) - {row.name for row in ROWS}
     if unknown:

@@ -66,12 +66,20 @@ def test_the_page_shows_what_the_csv_holds():
     """Stops a table of docs/ablations.md that was not made again when runs came, or was mended by hand."""
     lines = ablate.read_lines(ablate.ROOT / "results" / "ablations.csv")
     page = (ablate.ROOT / "docs" / "ablations.md").read_text()
-    made = set(ablate.table(lines).splitlines())
-    rows = [row for row in page.splitlines() if row.startswith("| ")]
-    assert [row for row in rows if row not in made] == []
-    every = {line["name"] for line in lines}
-    assert {row.split(" | ")[0][2:] for row in rows} >= every, "a row of the csv is not on the page"
-    assert f"{sum(line['status'] == 'ok' for line in lines)} of {4 * len(ablate.ROWS)} runs" in page.replace("\n", " ")
+    assert ablate.fill(page, lines) == page
+    made = ablate.tables(lines)["main"][1].values()
+    assert [row for row in made if row not in page.splitlines()] == [], "a row of the csv is not on the page"
+
+
+def test_a_page_is_filled_below_its_marks():
+    """Stops text that is lost beside a table, a row that was not asked for, an old row that stays."""
+    lines = [dict.fromkeys(ablate.HEAD, "") | {"name": name, "seed": "0", "status": "ok", "war/mute": "50"}
+             for name in ("paper", "beta0")]
+    page = "before\n\n<!-- more: beta0; none yet -->\n| old |\n|---|\n\n3 of 9 runs\n"
+    head, rows = ablate.tables(lines)["more"]
+    assert ablate.fill(page, lines) == (f"before\n\n<!-- more: beta0; none yet -->\n{head}\n{rows['beta0']}\n\n"
+                                        f"2 of {4 * len(ablate.ROWS)} runs\n")
+    assert "50.0 / -" in rows["beta0"] and rows["paper"] in ablate.fill("<!-- more: * -->\n", lines)
 
 
 def test_numbers_are_those_of_the_result_files(tmp_path):
