@@ -233,7 +233,8 @@ def measured(file: Path) -> dict[str, list[dict]]:
 def ablations(args: Args) -> str:
     """A line for each row of the csv that has a run: a point for each seed, a bar at their mean."""
     done = measured(Path(args.csv))
-    top, step, left, pitch = 150, 30, 330, 194
+    top, step, pitch = 150, 30, 194
+    left = max(330, 120 + 9 * max(map(len, done)))           # a letter is at most about 9 wide, "4 seeds" 60
     end = top + step * len(done)
     parts = [text(40, 48, "Ablations on the miniature, every seed", 22, more=BOLD),
              text(40, 76, "WAR: the answer is right. EPC: the reasoning concludes the answer. In percent.", 15, SOFT),

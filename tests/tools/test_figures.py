@@ -310,6 +310,15 @@ def test_ablations_have_a_point_for_each_seed(tmp_path):
     assert (f"{330 + 160 * 0.915:.1f}", "185.0") in means            # evidence: 90 and 93; row 1 is at 195
 
 
+def test_the_longest_name_ends_before_its_seeds(tmp_path):
+    """Stops "agreement=0.2" printed over "4 seeds"."""
+    name = max((row.name for row in ablate.ROWS), key=len)
+    ablate.write_lines(tmp_path / "a.csv", [{"name": name, "seed": 0, "status": "ok", "war/toy_dfew": 90.0}])
+    root = tree(figures.ablations(args("ablations", csv=str(tmp_path / "a.csv"))))
+    words = {t.text: float(t.get("x")) for t in root.iter(f"{SVG}text")}
+    assert words[name] + 8.6 * len(name) < words["1 seed"] - 45      # which ends there; 13 pixels high
+
+
 @pytest.mark.parametrize("figure, more, told", [
     ("picture", {}, "none/eval holds no results; make it with python -m toy --out none."),
     ("2", {"results": ["gone.json"]}, "--results gone.json is missing"),
