@@ -13,9 +13,9 @@ class FeatureCache:
 
     One small safetensors file per clip and modality, to the bit as the tower gave it when it first met the clip; in another
     batch its last bits may be others, as without a cache (for the full-size towers 2.4 MB of vision and 1.3 MB of audio in
-    bf16, twice that in fp32).  The name is a hash of
-    the file's path, size and time, the preprocessing, the working dtype and the tower's weights: whatever changes, the
-    old entry is simply not found.  Written beside and renamed, so several processes may share a folder.
+    bf16, twice that in fp32).  The name is a hash of the file's path, size and time, the preprocessing, the working dtype
+    and the tower's weights: whatever changes, the old entry is simply not found.  Written beside and renamed, so several
+    processes may share a folder.
     """
 
     def __init__(self, folder: str, towers: dict[str, str], max_gb: float = 200.0):

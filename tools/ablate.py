@@ -242,8 +242,11 @@ def fill(page: str, lines: list[dict]) -> str:
 def main(args: Args) -> None:
     file = Path(args.csv)
     lines, lock = read_lines(file), threading.Lock()
-    if args.table or args.page:
-        print(table(lines)) if args.table else write_text(Path(args.page), fill(Path(args.page).read_text(), lines))
+    if args.table:
+        print(table(lines))
+        return
+    if args.page:
+        write_text(Path(args.page), fill(Path(args.page).read_text(), lines))
         return
     unknown = set(args.only) - {row.name for row in ROWS}
     if unknown:

@@ -71,7 +71,7 @@ def test_the_page_shows_what_the_csv_holds():
     assert [row for row in made if row not in page.splitlines()] == [], "a row of the csv is not on the page"
 
 
-def test_a_page_is_filled_below_its_marks():
+def test_a_page_is_filled_below_its_marks(tmp_path):
     """Stops text that is lost beside a table, a row that was not asked for, an old row that stays."""
     lines = [dict.fromkeys(ablate.HEAD, "") | {"name": name, "seed": "0", "status": "ok", "war/mute": "50"}
              for name in ("paper", "beta0")]
@@ -80,6 +80,10 @@ def test_a_page_is_filled_below_its_marks():
     assert ablate.fill(page, lines) == (f"before\n\n<!-- more: beta0; none yet -->\n{head}\n{rows['beta0']}\n\n"
                                         f"2 of {4 * len(ablate.ROWS)} runs\n")
     assert "50.0 / -" in rows["beta0"] and rows["paper"] in ablate.fill("<!-- more: * -->\n", lines)
+    ablate.write_lines(tmp_path / "a.csv", lines)                        # and the flag does it, runs nothing
+    (tmp_path / "page.md").write_text(page)
+    ablate.main(ablate.Args(csv=str(tmp_path / "a.csv"), page=str(tmp_path / "page.md")))
+    assert (tmp_path / "page.md").read_text() == ablate.fill(page, lines)
 
 
 def test_numbers_are_those_of_the_result_files(tmp_path):
