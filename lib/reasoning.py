@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from lib.words import normalise
+from lib.words import clauses, normalise, quotations
 
 RESAMPLES = 1000
 
@@ -21,8 +21,6 @@ SEEN = frozenset("see sees seen looks looking look face facial eyes eyebrows bro
 HEARD = frozenset("hear hears heard voice voices tone pitch volume loud loudly quietly says said saying speaks speaking "
                   "speech shouts yells whispers sighs sobs laughs laughter intonation melody sound sounds audio".split())
 _DENIED = frozenset("no not without never nothing silent silence cannot can't isn't aren't doesn't don't absent".split())
-_CLAUSE = re.compile(r"[.,;:!?\n]|\bbut\b")
-_QUOTES = re.compile(r"\"([^\"]+)\"|\u201c([^\u201d]+)\u201d")
 
 
 def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int = 0) -> dict:
@@ -104,16 +102,14 @@ def claims(text: str) -> dict[str, bool]:
 
     What is quoted is somebody else's: in 'says "I never look"' it denies nothing and claims nothing.
     """
-    plain = _QUOTES.sub(" ", text).lower().replace("\u2019", "'")
-    clauses = [set(re.findall(r"[a-z']+", clause)) for clause in _CLAUSE.split(plain)]
-    claiming = [words for words in clauses if not words & _DENIED]
+    claiming = [words for clause in clauses(text) if not (words := set(re.findall(r"[a-z']+", clause))) & _DENIED]
     return {"seen": any(words & SEEN for words in claiming), "heard": any(words & HEARD for words in claiming)}
 
 
 def quote_error(text: str, transcript: str) -> float | None:
     """Word error rate of what a text quotes: edits / words said.  None where nothing is quoted or nothing was said."""
     plain = lambda s: re.findall(r"[a-z0-9']+", s.lower().replace("\u2019", "'"))
-    quoted, said = plain(" ".join(a or b for a, b in _QUOTES.findall(text))), plain(transcript)
+    quoted, said = plain(" ".join(quotations(text))), plain(transcript)
     if not quoted or not said:
         return None
     row = np.arange(len(said) + 1)                           # edits from nothing to each beginning of what was said

@@ -149,7 +149,8 @@ def test_normalise(text, word):
     ("neither happy nor sad", None), ("The corners of the mouth rise.", None), ("", None),
     # what somebody in the clip says is no conclusion
     ('Sadness speaks from "I was never so happy in my life".', "sad"), ("The subtitle reads \u201cno fear\u201d.", None),
-    ("\u2018I am afraid he isn\u2019t here\u2019, she says, and it is a joke: joy.", "happy"),
+    ("Joy, and \u2018I am afraid he isn\u2019t here\u2019 is a joke", "happy"),
+    ("He isn\u2019t angry \u2014 he is sad", "sad"), ("not angry -- sad", "sad"),
     # the manner of the paper's two examples: seen, heard, quoted, joined
     ("In the opening scene he frowns, his eyes wide with what could be fear or surprise. His tone is agitated and fast, the "
      "subtitle says \"You scared me!\". He does not seem afraid any more. Joining these, he is furious.", "angry"),
@@ -169,8 +170,9 @@ def test_agreement_needs_one_reasoning_and_one_answer():
                  "<think>sad</think><think>sad</think><answer>sad</answer>", "<think>sad</think><answer>sadness</answer>"):
         assert agreement(text) == 0.0, text
     started = time.process_time()
-    agreement("<think>" + "not \"sad " * 200_000 + "</think><answer>sad</answer>")
-    assert time.process_time() - started < 5                 # linear; a quadratic one takes minutes
+    for mark in "\"\u201c\u2018\u2019":
+        agreement("<think>" + f"not {mark}sad " * 200_000 + "</think><answer>sad</answer>")
+    assert time.process_time() - started < 10                # linear; a quadratic one takes minutes
 
 
 # ---- rewards by name ---------------------------------------------------------------------------------

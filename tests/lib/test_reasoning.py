@@ -44,7 +44,9 @@ def test_cues_are_counted_by_sense():
     ("There is no sound, so I go by the face.", True, False), ("Her tone is flat; no face is to be seen.", False, True),
     ("He is sad.", False, False), ("The audio is silent, but she looks up.", True, False), ("", False, False),
     ('In a low voice he says "I never look back"', False, True),
-    ("The subtitle reads \u201cLook at me.\u201d", False, False)])
+    ("The subtitle reads \u201cLook at me.\u201d", False, False),
+    ("\u2018Don\u2019t look!\u2019 is on the screen", False, False),
+    ("No sound \u2014 she smiles", True, False), ("Nothing can be heard (she smiles)", True, False)])
 def test_claims_about_what_was_there(text, seen, heard):
     """Stops a denial counted as a claim, a claim behind a denial lost, quoted words taken for the writer's own."""
     assert claims(text) == {"seen": seen, "heard": heard}
@@ -54,6 +56,7 @@ def test_quotes_against_what_was_said():
     """Stops an error rate over the wrong length, quotes of any kind overlooked, case and punctuation counted."""
     assert quote_error('The subtitle says "It was interesting."', "But it was interesting") == 0.25
     assert quote_error("it reads \u201cLower your voice!\u201d and \u201cplease\u201d", "lower your voice please") == 0.0
+    assert quote_error("\u2018I can\u2019t,\u2019 he says", "I can't") == 0.0
     assert quote_error("no quote", "said") is None and quote_error('"a"', "") is None
     assert quote_error('"one two three four"', "five") == 4.0
 
