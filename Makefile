@@ -29,8 +29,9 @@ toy-modalities: $(VENV)/installed
 lesson: $(VENV)/installed
 	$(RUN) -m pytest -q tests/test_*.py
 
+# Two processes, a file of tests to each in turn: many tests start programs of two ranks themselves.
 test: $(VENV)/installed
-	$(RUN) -m pytest -q tests
+	$(RUN) -m pytest -q -n 2 --dist loadfile tests
 
 clean:
 	rm -rf runs $(VENV) .pytest_cache
