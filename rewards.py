@@ -3,7 +3,7 @@
     R = R_acc + R_format                                   (R1-Omni, eq. 5)
     R_acc     1 if the word in <answer> is the label       (eq. 6)          -> accuracy
     R_format  1 if the text is exactly one <think> block
-              and then one <answer> block                  (eq. 7)          -> format
+              and then one <answer> block                  (after eq. 6)    -> format
 
 Training rewards only the exact word.  What a free answer means ("she is furious" -> "angry") is for
 evaluation alone: `normalise` in lib/words.py.  A policy finds every hole in an alias table.

@@ -115,8 +115,8 @@ def begin(n: int) -> None:
                 shutil.copy(ROOT / file, kept / file)
     changed = [file for file in files if now(file) != original(n, file)]
     if changed:
-        raise UserError(f"{', '.join(changed)}: changed already. Keep what you need (git commit), or put it back with "
-                        f"python -m tools.check_exercise {n} --back.")
+        raise UserError(f"{', '.join(changed)}: changed already. Put it back with python -m tools.check_exercise {n} --back "
+                        f"(what is there is kept in {KEPT.relative_to(ROOT)}).")
     if patch("begin", n).exists():
         apply(patch("begin", n))
         done = re.findall(r"^[+]{3} b/(.+)", patch("begin", n).read_text(), re.MULTILINE)

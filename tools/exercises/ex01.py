@@ -78,8 +78,8 @@ def check_constant():
 
 
 def runs(folders: list[Path]) -> None:
-    """Without a baseline the mean square of the gradient's norm is more than twice that with the group's mean."""
-    assert len(folders) == 2, "give two run folders: --baseline none, then --baseline mean."
+    """Without a baseline the mean square of the gradient's norm is more than twice that with one."""
+    assert len(folders) == 2, "give two run folders: --baseline none, then --baseline mean or loo."
     differ = unlike(*folders, grpo.Args)
     assert differ == {"baseline"}, f"the runs are to differ in --baseline; these differ in {', '.join(differ) or 'nothing'}."
     one = config(folders[0])
@@ -90,5 +90,5 @@ def runs(folders: list[Path]) -> None:
     assert min(map(len, norms)) >= 20, "give both runs 20 steps or more."
     squares = [sum(x * x for x in values) / len(values) for values in norms]
     print("         root of the mean square of grad_norm: "
-          f"{squares[0] ** 0.5:.3f} without a baseline, {squares[1] ** 0.5:.3f} with the mean")
+          f"{squares[0] ** 0.5:.3f} without a baseline, {squares[1] ** 0.5:.3f} with {config(folders[1])['baseline']}")
     assert squares[0] > 2 * squares[1], f"the mean squares of grad_norm are {squares[0]:.3f} and {squares[1]:.3f}."
