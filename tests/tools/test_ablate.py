@@ -1,4 +1,5 @@
 """The runner of ablations: what is done once, what is recorded, what the table says.  No run is made."""
+import csv
 import json
 import math
 
@@ -69,6 +70,23 @@ def test_the_page_shows_what_the_csv_holds():
     assert ablate.fill(page, lines) == page
     made = ablate.tables(lines)["main"][1].values()
     assert [row for row in made if row not in page.splitlines()] == [], "a row of the csv is not on the page"
+
+
+def test_runs_stop_where_a_word_is_lost():
+    """Stops the page's stairs (none, one, two or three of seven words lost) outliving runs that stand between them."""
+    rows = [r for r in csv.DictReader((ablate.ROOT / "results" / "ablations.csv").open()) if r["status"] == "ok"]
+    rows = [r for r in rows if r["name"] not in ("bare words", "no cold start")]
+    stairs = {(92, 96): (91, 97), (82, 85): (78, 82), (66, 69): (65, 68), (58, 62): (53, 57)}          # WAR: UAR
+    found = dict.fromkeys(stairs, 0)
+    for row in rows:
+        war, uar = round(float(row["war/toy_dfew"])), round(float(row["uar/toy_dfew"]))
+        [stair] = [(low, high) for low, high in stairs if low <= war <= high]
+        assert stairs[stair][0] <= uar <= stairs[stair][1], (row["name"], row["seed"])
+        found[stair] += 1
+    text = " ".join((ablate.ROOT / "docs" / "ablations.md").read_text().split())
+    n = list(found.values())
+    assert f"Of {len(rows)} runs" in text
+    assert f"{n[0]} end on toy-dfew with WAR 92 to 96, {n[1]} with 82 to 85, {n[2]} with 66 to 69, {n[3]} with 58 to 62" in text
 
 
 def test_a_page_is_filled_below_its_marks(tmp_path):
