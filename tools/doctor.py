@@ -77,7 +77,8 @@ REMEDIES = {
         "With --beta 0 nothing holds the text besides: --beta 0.04.",
     "rambling": "With --agg seq a token of a long wrong text costs less than one of a short: try --agg token.",
     "reasoning shrinks": "The reward does not read the reasoning, an empty one earns as much: raise --beta or stop earlier.",
-    "labels never said": "RL cannot find what is never sampled: a few samples of each such label in the cold start's data.",
+    "labels never said": "RL cannot find what is hardly sampled: a few samples of each such label in the cold start's data, or "
+        "a higher --temperature. A reward that pays wrong answers too keeps it so.",
     "gradient spikes": "Lower --lr or --max_grad_norm, and take more --prompts_per_step.",
     "inner passes do nothing": "Raise --lr, or save the time: --inner_epochs 1 without --mini_batches.",
     "waiting for data": "More --workers (as many as there are cores), --feature_cache, clips on a local disk.",
@@ -389,10 +390,13 @@ def compared_with_the_start(run: Run, told: set[str]) -> Iterator[tuple[str, str
     # A policy that rambled into the limit, and no longer does, has not lost its reasoning.
     if now(LENGTH) < then(LENGTH) / 2 and think and not then(CUT) > CUT_OFF and not told & BROKEN:
         yield "reasoning shrinks", drift, f"{LENGTH} {ACCURACY}"
-    missing = sorted(label for label, asked in whole.asked.items() if asked >= 100 and whole.said[label] < asked / 100)
+    # A policy that has nearly lost a word still says it now and then, and has no group to learn it from.
+    missing = sorted({label for answers, least in ((whole, 0.01), (a, 0.05)) for label, asked in answers.asked.items()
+                      if asked >= 100 and answers.said[label] < least * asked})
     share = sum(whole.asked[label] for label in missing) / max(1, whole.completions)
     if missing and judged and whole.said.total() >= whole.completions / 2 and "one word for everything" not in told:
-        yield "labels never said", f"{', '.join(map(repr, missing[:9]))}: the labels of {share:.0%} of the clips.", ACCURACY
+        yield ("labels never said", f"{', '.join(map(repr, missing[:9]))}: the labels of {share:.0%} of the clips, and "
+               f"{sum(a.said[label] for label in missing) / max(1, a.completions):.1%} of the latest answers.", ACCURACY)
     norms = [norm for norm in values(run.rows, "grad_norm") if norm > 0]
     high = sum(norm > 10 * statistics.median(norms) for norm in norms)
     if len(norms) >= CHANGE and high > 0.05 * len(norms) and not told & RUIN:

@@ -294,6 +294,16 @@ def test_answers(edit, expected, tmp_path):
         assert "'fear'" in found[0].sentence and "'sad'" not in found[0].sentence
 
 
+@pytest.mark.parametrize("kept, expected", [(0.02, ["labels never said"]), (0.1, [])])
+def test_a_word_that_gets_lost_on_the_way(kept, expected, tmp_path):
+    """Stops a word that was said at first and is all but lost by now from counting as known."""
+    def lose(row, rng):
+        if row["step"] > 40 and rng.random() > kept:
+            row["text"] = row["text"].replace("Fear", "Sad")
+
+    assert names(write_run(tmp_path, 160, edit_rollout=lose)) == expected
+
+
 def test_kappa_is_measured_against_shuffled_answers():
     """Stops a formula that forgets completions without an answer, against shuffling itself."""
     rng = random.Random(0)
