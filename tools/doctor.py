@@ -77,8 +77,8 @@ REMEDIES = {
         "With --beta 0 nothing holds the text besides: --beta 0.04.",
     "rambling": "With --agg seq a token of a long wrong text costs less than one of a short: try --agg token.",
     "reasoning shrinks": "The reward does not read the reasoning, an empty one earns as much: raise --beta or stop earlier.",
-    "labels never said": "RL cannot find what is hardly sampled: a few samples of each such label in the cold start's data, or "
-        "a higher --temperature. A reward that pays wrong answers too keeps it so.",
+    "labels never said": "RL cannot find what is hardly sampled: a few samples of each such label in the cold start's data, "
+        "or a higher --temperature. A reward that pays wrong answers too keeps it so.",
     "gradient spikes": "Lower --lr or --max_grad_norm, and take more --prompts_per_step.",
     "inner passes do nothing": "Raise --lr, or save the time: --inner_epochs 1 without --mini_batches.",
     "waiting for data": "More --workers (as many as there are cores), --feature_cache, clips on a local disk.",
