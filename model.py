@@ -533,8 +533,14 @@ def _features(model, batch, modality: str, rows, media, tower, cache) -> torch.T
     """rows: a feature tensor per placeholder, or None where `media` holds the clip.  -> all of them, stacked."""
     if not isinstance(rows, list):
         return rows                                  # encoded before, or the batch lacks the modality
-    fresh = iter(tower(media) if media is not None else ())
     keys = [k[modality] for k in batch.keys if modality in k]
+    unknown = [i for i, known in enumerate(rows) if known is None]               # these have a row in `media`
+    if cache is not None:
+        # The loader reads ahead.  What an earlier step has encoded since is taken from the cache: or the batch that a clip
+        # is encoded in, and with it the last bits, would depend on how far ahead the loader was.
+        rows = [cache.get(key) if known is None else known for key, known in zip(keys, rows)]
+    left = [j for j, i in enumerate(unknown) if rows[i] is None]
+    fresh = iter(tower(media if len(left) == len(unknown) else media[left]) if left else ())
     done = []
     for key, known in zip(keys, rows):
         row = next(fresh) if known is None else known.to(model.device)

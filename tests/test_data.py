@@ -337,6 +337,24 @@ def test_features_on_disk(rows, processor, model, tmp_path, dtype):
         assert embed(model, mixed)[0].isfinite().all()
 
 
+def test_a_clip_is_encoded_once_however_far_ahead_the_loader_reads(rows, processor, fresh_model, tmp_path, monkeypatch):
+    """Stops a second encoding, in another batch and with other last bits, of a clip that the loader read before an earlier
+    step had encoded it: which clips those are depends on timing, and the same command would end in another run."""
+    cache = data.FeatureCache(tmp_path, {"video": "a", "audio": "b"})
+    dataset = ClipDataset(rows, processor, cache=cache)
+    first, second, third = (collate([dataset[i, n] for i, n in enumerate(order)]) for order in ([4, 0], [0, 6, 4], [4, 0]))
+    assert len(second.frames) == 2 and len(second.mel) == 3                  # read before anything was encoded
+    seen = {"encode_frames": [], "encode_audio": []}
+    for name, calls in seen.items():
+        tower = getattr(fresh_model, name)
+        monkeypatch.setattr(fresh_model, name, lambda x, tower=tower, calls=calls: calls.append(len(x)) or tower(x))
+    with torch.no_grad():
+        one, two, three = (encode_once(fresh_model, batch, cache) for batch in (first, second, third))
+    assert seen == {"encode_frames": [1, 1], "encode_audio": [2, 1]}      # of the second its new clip, of the third none
+    assert torch.equal(three.audio, one.audio) and torch.equal(three.vision, one.vision)
+    assert torch.equal(two.audio[[2, 0]], one.audio) and torch.equal(two.vision[:1], one.vision)
+
+
 def test_a_key_holds_all_that_features_depend_on(processor, fresh_model, tmp_path):
     """Stops features of other pixels, another normalisation, another layer or another precision being found."""
     for i in range(3):
