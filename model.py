@@ -535,9 +535,7 @@ def _features(model, batch, modality: str, rows, media, tower, cache) -> torch.T
         return rows                                  # encoded before, or the batch lacks the modality
     keys = [k[modality] for k in batch.keys if modality in k]
     unknown = [i for i, known in enumerate(rows) if known is None]               # these have a row in `media`
-    if cache is not None:
-        # The loader reads ahead.  What an earlier step has encoded since is taken from the cache: or the batch that a clip
-        # is encoded in, and with it the last bits, would depend on how far ahead the loader was.
+    if cache is not None:  # encoded since the loader read ahead?  Once more, in another batch, it would get other last bits
         rows = [cache.get(key) if known is None else known for key, known in zip(keys, rows)]
     left = [j for j, i in enumerate(unknown) if rows[i] is None]
     fresh = iter(tower(media if len(left) == len(unknown) else media[left]) if left else ())

@@ -132,8 +132,8 @@ def solve(n: int) -> None:
     if not patch("solutions", n).exists():
         raise UserError(f"exercise {n} has no solution to put in: it is on its page.")
     apply(patch("solutions", n))
-    print(f"The solution of exercise {n} is in {', '.join(touched(n))}; read it with git diff. To go back: "
-          f"python -m tools.check_exercise {n} --back")
+    print(f"The solution of exercise {n} is in {', '.join(touched(n))}; read it in "
+          f"{patch('solutions', n).relative_to(ROOT)}. To go back: python -m tools.check_exercise {n} --back")
 
 
 def difference(file: str, was: bytes | None, ours: bytes | None) -> str:
@@ -146,6 +146,7 @@ def difference(file: str, was: bytes | None, ours: bytes | None) -> str:
 def back(n: int) -> None:
     refuse_other(n)
     changed = [(file, was, now(file)) for file in touched(n) if (was := original(n, file)) != now(file)]
+    (KEPT / "open").unlink(missing_ok=True)      # or a mine.py of exercise 10 would count as one of 9's
     if not changed:
         print(f"Nothing to put back: {', '.join(touched(n))} as before.")
         return

@@ -133,6 +133,16 @@ def test_there_and_back(git, sources, tmp_path):
     assert tool(place, 3, "--back").returncode == 0 and not own.exists()
     apply(place, place / "runs" / "course" / "03-before-back.patch")
     assert own.read_text() == mine and (place / "grpo.py").read_text() == before["grpo.py"]
+    own.unlink()
+
+    mine = place / "mine.py"                                             # 9 and 10 both ask for one
+    for n in (9, 10):
+        assert tool(place, n, "--begin").returncode == 0
+        mine.write_text("# mine\n")
+        assert tool(place, n, "--back").returncode == 0 and not mine.exists()
+        if git != "none":
+            mine.write_text("# of the other one, without --begin\n")
+            assert tool(place, 19 - n, "--back").returncode == 0 and not mine.exists()
 
 
 def test_without_git_nothing_is_guessed(sources, tmp_path):
