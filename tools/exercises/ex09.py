@@ -59,8 +59,8 @@ def check_inside():
     expect(0, "The lips are pressed, the voice soft. <answer>sad</answer>", "there is no reasoning.")
     expect(0, "", "an empty text.")
     for text in ("<think>Lips pressed.</think><think>A soft voice." + END, "<think><think>Lips pressed." + END,
-                 "<think>Lips pressed.</think>\n<answer </think>sad"):
-        expect(0, text, "there is one block where each of the two tags occurs once.")
+                 "<think>Lips pressed.</think>\n<answer </think>sad", "Soft.</think> slow <think>Lips pressed, clear."):
+        expect(0, text, "there is one block where each of the two tags occurs once, in this order.")
     expect(0.2, "<think>\nLips pressed.\nVoice soft.\n" + END, "a reasoning may have several lines.")
 
 

@@ -60,7 +60,8 @@ def check_place():
     for text in ("sad <answer>sad</answer>", "", "<think>She is sad.", "She is sad.</think>\n<answer>sad</answer>",
                  "sad <think>The lips are pressed.</think> sad\n<answer>sad</answer>",
                  "<think>happy</think><think>sad</think>\n<answer>sad</answer>", "<think>sad</think>\n<think>happy</think>",
-                 "<think>sad</think><answer a.</think><answer>sad</answer>", "<think><think>sad</think>\n<answer>sad"):
+                 "<think>sad</think><answer a.</think><answer>sad</answer>", "<think><think>sad</think>\n<answer>sad",
+                 "sad</think> sad <think>She is sad."):
         assert concludes(text, "sad") == 0, (
             f"label sad, {text!r}: a block is one <think> and one </think>, and what is around it is no reasoning.")
     expect("sad", "\nThe lips are pressed.\nHe is sad.\n", "A reasoning may have several lines.")
