@@ -53,7 +53,7 @@ def normalise(word: str) -> str | None:
 
 # A quotation ends at its mark and holds no second opening one, so a text of nothing but marks is read in linear time.
 # In single marks an apostrophe within a word ends nothing.
-_QUOTED = re.compile(r"\"([^\"]*)\"|\u201c([^\u201c\u201d]*)\u201d|\u2018((?:[^\u2018\u2019]|\u2019(?=\w))*)\u2019")
+_QUOTED = re.compile(r"\"([^\"]*)\"|\u201c([^\u201c\u201d]*)\u201d|\u2018((?:[^\u2018\u2019]|\u2019(?=\w))*)\u2019(?!\w)")
 _CLAUSE_END = re.compile(r"[.,;:!?()\n\u2013\u2014]|--|\bbut\b|\byet\b|\bhowever\b")
 
 

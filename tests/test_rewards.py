@@ -150,6 +150,7 @@ def test_normalise(text, word):
     # what somebody in the clip says is no conclusion
     ('Sadness speaks from "I was never so happy in my life".', "sad"), ("The subtitle reads \u201cno fear\u201d.", None),
     ("Joy, and \u2018I am afraid he isn\u2019t here\u2019 is a joke", "happy"),
+    ("\u2018Cause he isn\u2019t happy", None), ("The subtitle \u2018I can\u2019t is cut; he doesn\u2019t look sad", None),
     ("He isn\u2019t angry \u2014 he is sad", "sad"), ("not angry -- sad", "sad"),
     # the manner of the paper's two examples: seen, heard, quoted, joined
     ("In the opening scene he frowns, his eyes wide with what could be fear or surprise. His tone is agitated and fast, the "
