@@ -149,6 +149,7 @@ def test_normalise(text, word):
     ("neither happy nor sad", None), ("The corners of the mouth rise.", None), ("", None),
     # what somebody in the clip says is no conclusion
     ('Sadness speaks from "I was never so happy in my life".', "sad"), ("The subtitle reads \u201cno fear\u201d.", None),
+    ("\u2018I am afraid he isn\u2019t here\u2019, she says, and it is a joke: joy.", "happy"),
     ("Joy, and \u2018I am afraid he isn\u2019t here\u2019 is a joke", "happy"),
     ("\u2018Cause he isn\u2019t happy", None), ("The subtitle \u2018I can\u2019t is cut; he doesn\u2019t look sad", None),
     ("He isn\u2019t angry \u2014 he is sad", "sad"), ("not angry -- sad", "sad"),
@@ -170,10 +171,10 @@ def test_agreement_needs_one_reasoning_and_one_answer():
     for text in ("", "sad", "<answer>sad</answer>", "<think>sad</think>", "sad<think>a</think><answer>sad</answer>",
                  "<think>sad</think><think>sad</think><answer>sad</answer>", "<think>sad</think><answer>sadness</answer>"):
         assert agreement(text) == 0.0, text
-    started = time.process_time()
     for mark in "\"\u201c\u2018\u2019":
+        started = time.process_time()
         agreement("<think>" + f"not {mark}sad " * 200_000 + "</think><answer>sad</answer>")
-    assert time.process_time() - started < 10                # linear; a quadratic one takes minutes
+        assert time.process_time() - started < 5             # linear; a quadratic one takes minutes
 
 
 # ---- rewards by name ---------------------------------------------------------------------------------

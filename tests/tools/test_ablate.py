@@ -1,5 +1,4 @@
 """The runner of ablations: what is done once, what is recorded, what the table says.  No run is made."""
-import csv
 import json
 import math
 import re
@@ -75,8 +74,8 @@ def test_the_page_shows_what_the_csv_holds():
 
 def test_runs_stop_where_a_word_is_lost():
     """Stops the page's stairs (none, one, two or three of seven words lost) outliving runs that stand between them."""
-    rows = [r for r in csv.DictReader((ablate.ROOT / "results" / "ablations.csv").open()) if r["status"] == "ok"]
-    rows = [r for r in rows if r["name"] not in ("bare words", "no cold start")]
+    rows = [row for row in ablate.read_lines(ablate.ROOT / "results" / "ablations.csv")
+            if row["status"] == "ok" and row["name"] not in ("bare words", "no cold start")]
     stairs = {(92, 96): (91, 97), (82, 85): (78, 82), (66, 69): (65, 68), (58, 62): (53, 57)}          # WAR: UAR
     found = dict.fromkeys(stairs, 0)
     for row in rows:
