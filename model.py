@@ -19,7 +19,6 @@ Legend   B prompts   G completions per prompt   P prompt length (in embeddings) 
 """
 import copy
 import dataclasses
-import functools
 import os
 import shutil
 from pathlib import Path
@@ -34,6 +33,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lib.checkpoint import digest_of, find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
 from lib.common import AUDIO, PAD, VIDEO, UserError, block
+from lib.compiler import compiled
 from lib.head import HeadLogps, fp32_product
 from lib.projector import VideoProjector, two_layers
 
@@ -170,16 +170,6 @@ class DecoderLayer(nn.Module):
         """x (B, L, D), attended (B, L, H*d) -> (B, L, D)"""
         x = x + self.self_attn.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
-
-
-@functools.cache
-def compiled(function):
-    """`function`, compiled once per process.
-
-    Functions are compiled, never a model's own methods: a bound method that sits in a module is not copied with the
-    module, and a copy of the model would go on computing with the weights of the original.
-    """
-    return torch.compile(function)
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:

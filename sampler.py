@@ -16,6 +16,7 @@ Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length
          S how much of T a step looks at   L layers   D width   H query heads   K key/value heads   R = H/K   d head size
 """
 import dataclasses
+import os
 import weakref
 
 import numpy as np
@@ -24,8 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from lib import decode_attention
-from model import HumanOmni, compiled, rope_table, rotate, sdpa
+from kernels.decode_attention import attend, can_build_kernels, load_kernels
+from lib.common import UserError, out_of_memory
+from lib.compiler import compiled
+from model import HumanOmni, rope_table, rotate, sdpa
 
 # Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
 PREFIX_STEP = {"cpu": 1, "cuda": 64}         # P is rounded up to a multiple of this
@@ -149,6 +152,7 @@ class PackedLayer:
     mlp_norm: nn.Module
     gate_up: Product
     down: Product
+    head_dim: int
 
     @classmethod
     def of(cls, layer) -> "PackedLayer":
@@ -156,24 +160,39 @@ class PackedLayer:
         qkv = a.q_proj, a.k_proj, a.v_proj
         return cls(layer.input_layernorm, Product([x.weight for x in qkv], [x.bias for x in qkv]),
                    Product([a.o_proj.weight]), layer.post_attention_layernorm,
-                   Product([mlp.gate_proj.weight, mlp.up_proj.weight]), Product([mlp.down_proj.weight]))
+                   Product([mlp.gate_proj.weight, mlp.up_proj.weight]), Product([mlp.down_proj.weight]), a.d)
 
-    # In two halves, around an attention that is a kernel of its own; x (B, G, D), the group where a sequence would be.
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., D) -> queries, keys and values before rotation (..., H + 2K, d)"""
+        return self.qkv(self.input_norm(x)).unflatten(-1, (-1, self.head_dim))
 
     def before_attention(self, x, rope, suffix, t):
-        """-> q (B, G, H, d).  The new keys and values go to slot t of suffix (2, B, K, G, T, d)."""
-        K, d = suffix.shape[2], suffix.shape[-1]
-        qkv = self.qkv(self.input_norm(x)).unflatten(-1, (-1, d))                          # (B, G, H + 2K, d)
-        q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
-        suffix[0].index_copy_(3, t, k.transpose(1, 2)[:, :, :, None])                      # (B, K, G, 1, d)
-        suffix[1].index_copy_(3, t, qkv[:, :, -K:].transpose(1, 2)[:, :, :, None])
-        return q
+        """x (B, G, D) -> q (B, G, H, d).  New keys and values go to slot t of suffix (2, B, K, G, T, d)."""
+        return rotate_and_write(self.project(x), rope, suffix, t)
 
     def after_attention(self, x, attended):
-        """attended (B, G, H*d) -> (B, G, D)"""
+        """x (..., D), attended (..., H*d) -> (..., D)"""
         x = x + self.out(attended)
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
+
+    def join(self, following: "PackedLayer", x, attended):
+        """The end of this layer and the start of the next one: -> x (..., D), qkv (..., H + 2K, d)
+
+        As one compiled function, the addition to the residual and the next norm are one kernel.
+        """
+        x = self.after_attention(x, attended)
+        return x, following.project(x)
+
+
+def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
+    """qkv (B, G, H + 2K, d) -> q (B, G, H, d), rotated; the new keys and values go to slot t of suffix."""
+    K = suffix.shape[2]
+    q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
+    new = torch.stack((k, qkv[:, :, -K:])).transpose(2, 3)                                 # (2, B, K, G, d)
+    # One write to one tensor.  Of two writes, to two views of it, the compiler makes copies of the whole cache.
+    suffix.index_copy_(4, t, new[:, :, :, :, None])
+    return q
 
 
 # ------------------------------------------------------------------------------------------------
@@ -259,30 +278,76 @@ def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> N
     r.done |= (token[:, None] == r.ends).any(-1)
 
 
-def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool) -> None:
-    """Read token t of every row, write token t + 1.  No shape and no address depends on t, and nothing waits for the
-    device: what a graph needs to be captured once and replayed for every t below S."""
+def run_layers(decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor, S: int) -> torch.Tensor:
+    """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers; slots below S of the suffix are read."""
     before, after = PackedLayer.before_attention, PackedLayer.after_attention
     if decoder.compile:
         before, after = compiled(before), compiled(after)
-    r.bias.index_fill_(-1, r.t + r.P, 0.0)
-    x = model.model.embed_tokens(r.tokens.index_select(0, r.t).view(r.B, r.G))                     # (B, G, D)
-    rope = r.rope.index_select(2, r.t).unbind(0)                         # cos, sin (B, 1, 1, d)
-    for w, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
-        q = before(w, x, rope, suffix, r.t)
-        x = after(w, x, decoder.attend(q, prefix, suffix, r.bias, S))
-    x = model.model.norm(x).flatten(0, 1)                                # (N, D)
+    r.bias.index_fill_(-1, r.t + r.P, 0.0)                               # the new token may be seen
+    x = x.view(r.B, r.G, -1)                                             # (B, G, D)
+    for layer, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
+        q = before(layer, x, rope.unbind(0), suffix, r.t)                # (B, G, H, d)
+        x = after(layer, x, attend(q, prefix, suffix, r.bias, S))
+    return x.view(1, r.B * r.G, -1)
+
+
+def run_layers_fused(decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """The same with rotation, write and attention in kernels of their own, and what is between them joined."""
+    project, join, after = PackedLayer.project, PackedLayer.join, PackedLayer.after_attention
+    if decoder.compile:
+        project, join, after = compiled(project), compiled(join), compiled(after)
+    qkv = project(decoder.layers[0], x)                                  # (1, N, H + 2K, d)
+    for layer, following, prefix, suffix in zip(decoder.layers, [*decoder.layers[1:], None], r.prefix, r.suffix):
+        attended = decoder.kernels.attend(qkv, rope, prefix, suffix, r.bias, r.t)           # (1, N, H*d)
+        if following is None:
+            return after(layer, x, attended)
+        x, qkv = join(layer, following, x, attended)
+
+
+def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool) -> None:
+    """Read token t of every row, write token t + 1.  No shape and no address depends on t, and nothing waits for the
+    device: what a graph needs to be captured once and replayed for every t below S."""
+    # Of plain matrices (N, D) the compiler would make "product plus residual" one call, which copies the residual first.
+    x = model.model.embed_tokens(r.tokens.index_select(0, r.t))          # (1, N, D)
+    rope = r.rope.index_select(2, r.t)                                   # cos, sin (2, B, 1, 1, d)
+    x = run_layers_fused(decoder, r, x, rope) if decoder.kernels else run_layers(decoder, r, x, rope, S)
+    x = model.model.norm(x)[0]                                           # (N, D)
     logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)          # (N, V) fp32
     r.t += 1
-    record(r, logits, temperature, greedy)
+    decoder.record(r, logits, temperature, greedy)
 
 
 # ------------------------------------------------------------------------------------------------
 # What lives longer than one call: graphs
 # ------------------------------------------------------------------------------------------------
 
+# How a step is run.  Each way adds to the one before it; `graph` is what a GPU takes by itself, and this environment
+# variable overrules it: for a machine on which one of them fails, and to find out which.
+#     eager       PyTorch's own operations
+#     kernels     attention and the choice of the token as hand-written kernels
+#     compiled    and what is between them through torch.compile
+#     graph       and the whole step captured as one CUDA graph
+DECODE_PATHS = ("eager", "kernels", "compiled", "graph")
+PATH_VARIABLE = "R1_DECODE_PATH"
+
+
+def decode_path(model: HumanOmni) -> tuple[bool, bool, bool]:
+    """-> whether a step of this model runs (hand-written kernels, compiled functions, as a graph)"""
+    asked, on_gpu = os.environ.get(PATH_VARIABLE, ""), model.device.type == "cuda"
+    if asked and asked not in DECODE_PATHS:
+        raise UserError(f"{PATH_VARIABLE}={asked}: must be one of {', '.join(DECODE_PATHS)}.")
+    if not asked:
+        kernels = on_gpu and can_build_kernels()
+        return kernels, kernels or model.is_compiled, on_gpu
+    if asked == "graph" and not on_gpu:
+        raise UserError(f"{PATH_VARIABLE}=graph: a CPU has no graphs; unset it, or set it to eager.")
+    if asked != "eager" and not can_build_kernels():
+        raise UserError(f"{PATH_VARIABLE}={asked}: no kernels can be built here; set it to eager.")
+    return asked != "eager", asked in ("compiled", "graph"), asked == "graph"
+
+
 def uses_graphs(model: HumanOmni) -> bool:
-    return model.device.type == "cuda"
+    return decode_path(model)[2]
 
 
 def graph_memory():
@@ -325,12 +390,12 @@ class Decoder:
         self.signature = self.signature_of(model)
         self.layers = [PackedLayer.of(layer) for layer in model.model.layers]
         self.head = Product([model.head_weight])
-        # On a GPU a step for a few rows takes as long as its kernels are many: half as many, wherever they can be built.
-        fused = model.device.type == "cuda" and decode_attention.can_build_kernels()
-        self.attend = decode_attention.fused() if fused else decode_attention.attend
+        # On a GPU a step for a few rows takes as long as its kernels are many: a third as many, where they can be built.
+        use_kernels, use_compiler, _ = decode_path(model)
+        self.kernels = load_kernels() if use_kernels else None
         # torch.compile does not know oneDNN's layout, and what has it gains little from being compiled.
         products = [p for w in self.layers for p in (w.qkv, w.out, w.gate_up, w.down)]
-        self.compile = (model.is_compiled or fused) and all(p.blocked is None for p in products)
+        self.compile = use_compiler and all(p.blocked is None for p in products)
         self.rows: dict[tuple, Rows] = {}
         self.graphs: dict[tuple, StepGraph] = {}
         self.memory = graph_memory() if uses_graphs(model) else None
@@ -339,7 +404,7 @@ class Decoder:
     def signature_of(model: HumanOmni) -> tuple:
         parts = model.model.embed_tokens, model.model.layers, model.model.norm
         addresses = [p.data_ptr() for part in parts for p in part.parameters()]
-        return *addresses, model.head_weight.data_ptr(), model.is_compiled, *model.eos_ids
+        return *addresses, model.head_weight.data_ptr(), decode_path(model), *model.eos_ids
 
     @classmethod
     @torch.no_grad()
@@ -369,20 +434,35 @@ class Decoder:
             oldest = next(iter(self.rows))
             del self.rows[oldest]
             self.graphs = {key: graph for key, graph in self.graphs.items() if key[:4] != oldest}
+            if not self.graphs:                                          # a memory whose last graph is gone takes no other
+                self.memory = graph_memory()
         self.rows[shape] = rows or Rows(model, *shape)
         return self.rows[shape]
 
+    def record(self, r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
+        """As the function of that name, which is its twin."""
+        if self.kernels is None:
+            return record(r, logits, temperature, greedy)
+        self.kernels.record(logits, r.u, r.tokens, r.logps, r.lengths, r.done, r.ends, r.t, temperature, greedy)
+
     def advance(self, model: HumanOmni, r: Rows, t: int, temperature: float, greedy: bool) -> None:
         """Make step t: as a graph where there are graphs."""
-        S = round_up(t + 1, SUFFIX_STEP[model.device.type], r.T)
+        # The kernels read the position from the device, and no further than to it.
+        S = r.T if self.kernels else round_up(t + 1, SUFFIX_STEP[model.device.type], r.T)
         run = lambda: step(model, self, r, S, temperature, greedy)
         key = r.B, r.G, r.P, r.T, S, temperature, greedy
-        if not uses_graphs(model):
-            run()
-        elif key in self.graphs:
-            self.graphs[key].replay()
-        else:
-            self.graphs[key] = StepGraph(run, self.memory)
+        try:
+            if not uses_graphs(model):
+                run()
+            elif key in self.graphs:
+                self.graphs[key].replay()
+            else:
+                self.graphs[key] = StepGraph(run, self.memory)
+        except Exception as error:
+            if model.device.type == "cuda" and not out_of_memory(error):
+                error.add_note(f"The sampler failed at a decode step. The environment variable {PATH_VARIABLE} chooses how "
+                               f"it runs: try compiled, kernels or eager, in this order.")
+            raise
 
 
 _decoders: "weakref.WeakKeyDictionary[HumanOmni, Decoder]" = weakref.WeakKeyDictionary()
@@ -448,7 +528,7 @@ def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_gen
     decoder = Decoder.of(model)
     r = decoder.rows_for(model, B, G, round_up(P, PREFIX_STEP[kind]), T)
     r.start(model, mask, prefix, uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device))
-    record(r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy)     # all of a group start alike
+    decoder.record(r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy)     # all of a group start alike
 
     completions = torch.empty(T, B * G, dtype=torch.long, device=model.device)
     logps, lengths = torch.empty(T, B * G, device=model.device), torch.empty(B * G, dtype=torch.long, device=model.device)

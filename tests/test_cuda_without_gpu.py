@@ -23,7 +23,7 @@ import grpo
 import sampler
 import sft
 from data import PromptBatch, Sample
-from lib import common, decode_attention
+from lib import common
 from lib.common import AUDIO, Ranks
 from model import HumanOmni, encode_once, frozen_reference
 from training import MasterAdamW
@@ -189,7 +189,7 @@ class Captured:
 def gpu(monkeypatch):
     monkeypatch.setattr(sampler, "StepGraph", Captured)
     monkeypatch.setattr(sampler, "graph_memory", lambda: None)
-    monkeypatch.setattr(decode_attention, "can_build_kernels", lambda: False)
+    monkeypatch.setattr(sampler, "can_build_kernels", lambda: False)
     monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 ** 30)
     monkeypatch.setattr(sampler, "_decoders", weakref.WeakKeyDictionary())
     monkeypatch.setattr(sampler.Rows, "alive", alive)
@@ -423,12 +423,48 @@ def test_out_of_memory_in_a_capture_is_told_in_one_sentence(monkeypatch, capsys)
         common.run_main(wrong, None)
 
 
-def test_a_gpu_samples_with_fused_and_compiled_pieces(gpu, monkeypatch):
+@pytest.fixture
+def paths(gpu, monkeypatch):
+    """-> how a step is run on a device: (kernels, compiled, graph), as the sampler decides it"""
+    monkeypatch.setattr(sampler, "load_kernels", lambda: "kernels")
+
+    def paths(device, can_build=True, asked=None):
+        monkeypatch.setattr(sampler, "can_build_kernels", lambda: can_build)
+        monkeypatch.setenv(sampler.PATH_VARIABLE, asked or "")
+        model = on(device)
+        decoder = sampler.Decoder(model)
+        return decoder.kernels == "kernels", decoder.compile, sampler.uses_graphs(model)
+
+    return paths
+
+
+def test_a_gpu_samples_with_kernels_compiled_and_captured(paths):
     """Stops the fast path being built and never taken, or taken where it cannot be built."""
-    monkeypatch.setattr(decode_attention, "fused", lambda: "kernels")
-    chosen = []
-    for can in (True, False):
-        monkeypatch.setattr(decode_attention, "can_build_kernels", lambda can=can: can)
-        chosen += [(d.compile, d.attend) for d in (sampler.Decoder(on(device)) for device in ("cuda", "cpu"))]
-    eager = (False, decode_attention.attend)
-    assert chosen == [(True, "kernels"), eager, eager, eager]
+    assert paths("cuda") == (True, True, True)
+    assert paths("cuda", can_build=False) == (False, False, True)
+    assert paths("cpu") == (False, False, False)
+
+
+def test_the_variable_chooses_how_a_step_is_run(paths):
+    """Stops a run that cannot go on where the kernels, the compiler or the capture fail; and a switch that is ignored."""
+    ways = {name: paths("cuda", asked=name) for name in sampler.DECODE_PATHS}
+    assert ways == {"eager": (False, False, False), "kernels": (True, False, False), "compiled": (True, True, False),
+                    "graph": (True, True, True)}
+    for asked, can_build, device, words in (("graphs", True, "cuda", "must be one of"), ("kernels", False, "cuda", "eager"),
+                                            ("graph", True, "cpu", "eager")):
+        with pytest.raises(common.UserError, match=words) as told:
+            paths(device, can_build, asked)
+        assert f"{sampler.PATH_VARIABLE}={asked}" in str(told.value)
+
+
+def test_a_step_that_fails_names_the_variable(gpu, monkeypatch):
+    """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how to go on."""
+    def broken(*args):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(sampler, "step", broken)
+    model = on("cuda")
+    decoder = sampler.Decoder(model)
+    with pytest.raises(RuntimeError) as failed:
+        decoder.advance(model, decoder.rows_for(model, 2, 3, 8, 6), 0, 1.0, False)
+    assert sampler.PATH_VARIABLE in failed.value.__notes__[0]

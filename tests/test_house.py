@@ -1,4 +1,4 @@
-"""The house: eight scripts on top, what they need below, programs beside them; arrows point one way."""
+"""The house: eight scripts on top, kernels and lib below, programs beside them; arrows point one way."""
 import ast
 import subprocess
 from pathlib import Path
@@ -7,17 +7,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = {"grpo", "sft", "eval", "training", "model", "sampler", "data", "rewards"}
-FLOORS = {"lib": {"lib"}, "lesson": {"lib", "lesson"}, "tools": {"lib", "lesson", "tools"}, "toy": {"lib", "lesson", "toy"}}
+BELOW = {"lib", "kernels"}
+FLOORS = {"lib": {"lib"}, "kernels": BELOW, "lesson": BELOW | {"lesson"}, "tools": BELOW | {"lesson", "tools"},
+          "toy": BELOW | {"lesson", "toy"}}
 # What git knows: a user's own file, as mine.py with a reward in it, is not of the house.
 TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-FILES = [f for pattern in ("*.py", "lib/**/*.py", "tools/**/*.py", "toy/**/*.py") for f in sorted(ROOT.glob(pattern))
+PATTERNS = ("*.py", "lib/**/*.py", "kernels/**/*.py", "tools/**/*.py", "toy/**/*.py")
+FILES = [f for pattern in PATTERNS for f in sorted(ROOT.glob(pattern))
          if not TRACKED or str(f.relative_to(ROOT)) in TRACKED]
 
 
 def floor_of(module: str) -> str | None:
     """The floor that a module of ours is on; None for other people's."""
     first = module.split(".")[0]
-    return "lesson" if first in LESSON else first if first in ("lib", "tools", "toy", "tests") else None
+    return "lesson" if first in LESSON else first if first in ("lib", "kernels", "tools", "toy", "tests") else None
 
 
 def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
@@ -26,10 +29,8 @@ def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
 
 
 def test_the_top_floor_is_the_lesson():
-    """Stops a ninth script on top, and a lesson that cannot be read in a few sittings."""
-    lines = {f.stem: len(f.read_text().splitlines()) for f in FILES if f.parent == ROOT}
-    assert set(lines) == LESSON
-    assert max(lines.values()) <= 600 and sum(lines.values()) <= 3000, lines
+    """Stops a ninth script on top.  (Their length has no limit here: a limit makes code dense and not short.)"""
+    assert {f.stem for f in FILES if f.parent == ROOT} == LESSON
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))

@@ -379,6 +379,20 @@ def test_the_shape_that_was_not_used_for_longest_is_let_go(sampled_model, tapes,
     assert made == [1, 2, 3, 3, 3, 3, 4, 5, 6]
 
 
+def test_the_last_graph_takes_its_memory_along(sampled_model, tapes, monkeypatch):
+    """Stops "use_count > 0 INTERNAL ASSERT FAILED": a pool whose last graph is gone cannot be captured into again."""
+    pools, used = iter(range(100)), []
+    monkeypatch.setattr(sampler, "graph_memory", lambda: next(pools))
+    monkeypatch.setattr(sampler, "StepGraph", lambda run, memory: used.append(memory) or Tape(run, memory))
+    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 1)          # every new shape replaces the one before
+    for G in (1, 2, 1):
+        assert_same(*both(sampled_model, G=G))
+    assert used == [0] * 3 + [1] * 3 + [2] * 3
+    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 ** 30)
+    assert_same(*both(sampled_model, G=3))
+    assert used[9:] == [2] * 3                                           # other graphs are in it still
+
+
 def test_a_decoder_dies_with_its_model(tapes):
     """Stops a cache that keeps a model, and its gigabytes, alive."""
     model = load_golden_model()

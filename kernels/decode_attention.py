@@ -1,7 +1,7 @@
 """Attention of one new token a row, over [the prompt's keys, shared by its group | the row's own keys].
 
 `attend` says what is computed.  On a GPU it is eight kernels, most of them bound by the scores that they write and read:
-there lib/decode_kernel.py, its twin in two kernels, takes its place where it can be built.
+there kernels/decode_kernel.py, its twin in two kernels, takes its place where it can be built.
 
 Legend   B prompts   G completions per prompt   P prompt length   T longest completion   S how much of T is looked at
          H query heads   K key/value heads   R = H/K   d head size
@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import types
 import warnings
 from pathlib import Path
 
@@ -50,14 +51,17 @@ def can_build_kernels() -> bool:
     """Is there what Triton needs beside a GPU: itself, a C compiler, Python's headers, and products in bf16?"""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = (Path(sysconfig.get_path("include")) / "Python.h").exists()
-    if importlib.util.find_spec("triton") and compiler and header and torch.cuda.get_device_capability() >= (8, 0):
+    triton = importlib.util.find_spec("triton")
+    if triton and os.environ.get("TRITON_INTERPRET") == "1":             # runs anywhere, slowly: for tests
+        return True
+    if triton and compiler and header and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return True
     warnings.warn("no kernels can be built here (needed: triton, gcc, Python.h, an Ampere GPU or newer): sampling takes "
                   "about twice as long", stacklevel=2)
     return False
 
 
-def fused():
-    """`attend`, where kernels can be built."""
-    from lib import decode_kernel
-    return decode_kernel.attend
+def load_kernels() -> types.SimpleNamespace:
+    """`attend` and `record` as kernels.  Triton is imported only here, where it is needed."""
+    from kernels import decode_kernel, sample_kernel
+    return types.SimpleNamespace(attend=decode_kernel.attend, record=sample_kernel.record)
