@@ -25,10 +25,9 @@ import torch.nn.functional as F
 import transformers
 
 from lib.checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
+from lib.clip import SAMPLE_RATE, SILENCE, ClipError, Modal
 from lib.common import AUDIO, VIDEO, UserError, block
 from lib.features import FeatureCache
-from lib.media import SAMPLE_RATE, SILENCE, ClipError, Modal, read_clip
-from lib.media import Clip as Clip  # what read_clip gives, for whoever looks for it here
 from rewards import DFEW_WORDS, VOCABULARY, parse_answer
 
 Prompt = Literal["think", "label", "row", "auto"]
@@ -423,6 +422,9 @@ class ClipDataset(torch.utils.data.Dataset):
                  cache: FeatureCache | None = None):
         self.samples, self.processor, self.view = samples, processor, view
         self.num_frames, self.cache = num_frames, cache
+        # Here and not at the top: only reading clips needs FFmpeg, and what runs on a model alone does without it.
+        from lib.media import read_clip
+        self.read_clip = read_clip
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -450,7 +452,7 @@ class ClipDataset(torch.utils.data.Dataset):
         frames = mel = None
         notes: list[str] = []
         if wanted:
-            clip = read_clip(sample.clip, self.num_frames, modal=wanted)
+            clip = self.read_clip(sample.clip, self.num_frames, modal=wanted)
             notes = clip.notes
             if "video" in wanted and not len(clip.frames):
                 return None

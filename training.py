@@ -166,10 +166,11 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         """After the model's weights: a run in fp32 saved no masters (None), its weights were their own."""
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.adam.param_groups]
-        self.adam.load_state_dict(state["adam"])
-        for group, own in zip(self.adam.param_groups, settings):     # what was asked for now, not what was saved
-            group.update(own)
+        # What was asked for now, not what was saved.  Before loading and not after it: `fused` decides on which device
+        # Adam's step counters belong, and a run on a GPU may go on from one on a CPU.
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.adam.param_groups]
+        groups = [saved | mine for saved, mine in zip(state["adam"]["param_groups"], own, strict=True)]
+        self.adam.load_state_dict(state["adam"] | {"param_groups": groups})
         with torch.no_grad():
             for p, master, saved in zip(self.parameters, self.masters, state["masters"]):
                 master.copy_(p if saved is None else saved)
@@ -374,7 +375,7 @@ def set_up(args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, 
     newest = folder.newest() if args.resume else None
     if newest:
         model.load_weights(newest)
-        # To the CPU first: Adam takes its moments to the device itself, and its step counters belong on the CPU.
+        # To the CPU first: Adam takes its moments and step counters to the device where it wants them.
         state = torch.load(newest / STATE, map_location="cpu", weights_only=True, mmap=ranks.device.type == "cuda")
         optimizer.load_state_dict(state.pop("optimizer"))
         state.setdefault("position", state["step"] * per_step)       # before it was kept

@@ -196,15 +196,27 @@ def start_ranks(device: str = "auto") -> Ranks:
         raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu.")
     where = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(where)
-        # From torch 2.11 on cuDNN is asked first on Hopper.  With a mask its gradients can be NaN (pytorch issue 196678),
-        # and it plans half a second for every new shape, of which we have one a micro-batch.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False        # partial sums stay in fp32
+        set_up_cuda(where)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(), rank=rank, world_size=world,
                                 device_id=where if cuda else None, timeout=PATIENCE)
     return Ranks(rank, world, where)
+
+
+def set_up_cuda(device: torch.device) -> None:
+    """This process's GPU, and the settings under which it computes what a CPU computes."""
+    # Segments that grow: micro-batches differ in length, and fixed segments leave holes that none of them fits.  The
+    # allocator reads the variable at the first allocation, and a user's own setting wins.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    torch.cuda.set_device(device)
+    # From torch 2.11 on cuDNN is asked first on Hopper.  With a mask its gradients can be NaN (pytorch issue 196678),
+    # and it plans half a second for every new shape, of which we have one a micro-batch.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False            # partial sums stay in fp32
+    # fp32 is fp32 in convolutions too: by default their factors are rounded to 10 bits, which moves a gradient's norm by
+    # 3e-3.  Products of matrices are exact already, torch's default.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def fresh_store() -> dist.Store:

@@ -12,15 +12,14 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import Literal
 
 import av
 import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
-SAMPLE_RATE = 16_000
-SILENCE = np.zeros(10 * SAMPLE_RATE, np.float32)        # what the reference hears where there is no sound
+from lib.clip import SAMPLE_RATE, SILENCE, Clip, ClipError, Modal
+
 NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 SEEK_ABOVE = 2_000             # frames: from here on seeking is cheaper than decoding everything
 
@@ -33,23 +32,9 @@ MAX_DECODED = 2 ** 34          # pixels decoded for one clip: 2,000 frames of 4K
 MAX_BLOCK = 2 ** 27            # bytes that libav takes at once, for a picture or for the index of a file
 SOUND_RATES = range(1_000, 768_001)      # Hz
 
-Modal = Literal["video_audio", "video", "audio"]     # what of a clip is wanted
-
 # By these names pictures and sound files are found in a folder.  What a file is, its streams say and not its name.
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".au", ".aif", ".aiff"}
-
-
-class ClipError(Exception):
-    """A clip that cannot be used; the message names the file and the reason."""
-
-
-@dataclasses.dataclass
-class Clip:
-    frames: np.ndarray         # uint8 (F, H, W, 3); (0, 0, 0, 3) if there is no video or none was asked for
-    audio: np.ndarray          # float32 (n,) at 16 kHz mono; 10 s of zeros if there is none
-    has_audio: bool
-    notes: list[str]           # what was wrong with it, if anything: silent, degraded, another stream taken
 
 
 def frame_indices(d: int, num_frames: int) -> np.ndarray:

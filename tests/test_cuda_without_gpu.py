@@ -8,6 +8,7 @@ Not shown here: which kernels a GPU picks, their rounding and speed, streams, gr
 """
 import contextlib
 import datetime
+import os
 import weakref
 
 import pytest
@@ -379,15 +380,21 @@ def test_faults_are_noticed(gpu, monkeypatch, fault):
 def settings(monkeypatch):
     """What a process chooses for its GPU, put back afterwards."""
     before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    tf32 = torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "set, so that what is set by the code is put back")
+        monkeypatch.delenv(name)
     yield
     torch.backends.cuda.enable_cudnn_sdp(before[0])
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before[1]
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch):
-    """Stops NaN gradients of cuDNN's masked attention, bf16 partial sums, and a run killed by one slow save."""
+    """Stops NaN gradients of cuDNN's masked attention, bf16 partial sums, fp32 convolutions in TF32 (a gradient's norm off
+    by 3e-3), memory in fixed segments, and a run killed by one slow save."""
     asked = {}
     monkeypatch.setattr(common.dist, "init_process_group", lambda *a, **k: asked.update(k))
     monkeypatch.setattr(common, "fresh_store", lambda: None)
@@ -395,7 +402,16 @@ def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch)
     assert common.start_ranks("cuda").device == torch.device("cuda", 0)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
+    assert torch.backends.cudnn.allow_tf32 is False and torch.backends.cuda.matmul.allow_tf32 is False
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert asked["timeout"] == datetime.timedelta(minutes=30)
+
+
+def test_the_allocator_of_the_user_stays(settings, monkeypatch):
+    """Stops a user's setting of the allocator being replaced by ours."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    common.start_ranks("cuda")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 def test_a_gpu_works_in_bf16():

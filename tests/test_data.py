@@ -20,12 +20,12 @@ from data import (
     collate,
     loader,
     read_choices,
-    read_clip,
     read_question,
     read_samples,
     training_batches,
 )
 from lib.common import AUDIO, VIDEO, UserError
+from lib.media import read_clip
 from model import embed, encode_once
 
 CLIPS = sorted(p.name for p in (GOLDEN / "media").iterdir())

@@ -130,6 +130,24 @@ def test_a_run_goes_on_on_another_kind_of_device():
     assert torch.equal(one_more(theirs), one_more(ours))
 
 
+def test_a_run_from_a_cpu_goes_on_on_a_gpu():
+    """Stops "params, grads, exp_avgs, exp_avg_sqs and state_steps must be on the same device" in the first step after
+    --resume: fused AdamW wants its step counters where the parameters are.  `meta` stands for the GPU."""
+    weights = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(3))]
+    saved = MasterAdamW(weights, 0.1)
+    for p in weights:
+        p.grad = torch.ones_like(p)
+    saved.collect()
+    saved.step(start_ranks("cpu"), 0.1, 0.0)
+    there = MasterAdamW([torch.nn.Parameter(p.detach().to("meta")) for p in weights], 0.1)
+    for group in there.adam.param_groups:
+        group["fused"] = True                                # as on a GPU
+    there.load_state_dict(copy.deepcopy(saved.state_dict()))
+    states = list(there.adam.state.values())
+    assert len(states) == 2 and all(x.device.type == "meta" for state in states for x in state.values())
+    assert all(group["fused"] is True for group in there.adam.param_groups)
+
+
 def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
     """Stops: rows lost on resume because a policy sampled U+2028, NaN that no JSON reader takes, duplicated steps."""
     folder = object.__new__(RunFolder)

@@ -10,8 +10,9 @@ import fake_datasets as fake
 import pytest
 
 import rewards
-from data import QUESTION, THINK, read_clip, read_samples
+from data import QUESTION, THINK, read_samples
 from lib.common import UserError
+from lib.media import read_clip
 from tools import convert
 
 # MAFW's words and ours, typed apart from convert.py.
