@@ -18,6 +18,7 @@ from data import PromptBatch
 from lib.metrics import Clock
 from model import PARTS, Config, HumanOmni, encode_once
 
+RATES_SECONDS = 3.0            # after which no further try measures the machine
 SEED = 0                       # of weights, clips, lengths and sampled tokens
 
 # ------------------------------------------------------------------------------------------------
@@ -170,10 +171,11 @@ class Laps(Clock):
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per second of a copy (read and written), FLOP per second of a matrix product: the best of some tries."""
-    n, megabytes = (8192, 1024) if device.type == "cuda" else (2048, 256)
+    n, megabytes = (8192, 1024) if device.type == "cuda" else (1024, 256)
     a, source = torch.randn(n, n, device=device).to(dtype), torch.ones(megabytes << 18, device=device)
-    target, tries = torch.empty_like(source), []
-    for _ in range(6):
+    target, tries, start = torch.empty_like(source), [], time.perf_counter()
+    # Not for ever: a processor without bf16 takes a thousand times as long for its products.
+    while len(tries) < 6 and (not tries or time.perf_counter() - start < RATES_SECONDS):
         tries.append(Laps(device))
         target.copy_(source)
         tries[-1].lap("copy")

@@ -267,7 +267,8 @@ def test_feature_cache_changes_nothing_but_the_work(labels, tmp_path):
     a, b = weights(tmp_path / "first"), weights(tmp_path / "second")
     assert all(torch.equal(a[k], b[k]) for k in a)
     # Every clip is known: whoever opens one now, or runs a tower, ends the run.  All three scripts use the folder.
-    forbid = "import lib.media, model\nlib.media.read_clip = model.HumanOmni.encode_frames = model.HumanOmni.encode_audio = None\n"
+    forbid = ("import lib.media, model\n"
+              "lib.media.read_clip = model.HumanOmni.encode_frames = model.HumanOmni.encode_audio = None\n")
     place = ("--model", MODEL, "--data", labels, "--media_root", MEDIA, "--workers", 0)
     cached = ("--feature_cache", tmp_path / "features")
     short = ("--max_steps", 2, "--max_new_tokens", 3, "--num_generations", 2)

@@ -1,43 +1,219 @@
-"""The acceptance on a GPU, as far as a CPU can run it."""
+"""The acceptance on a GPU, as far as a CPU can run it: the supervisor with stages that go wrong, and every check."""
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import sampler
-from tools import gpu_check
+from lib.common import Ranks, UserError
+from tools import gpu_check, gpu_stages
+
+ROOT = Path(__file__).parents[2]
+CPU = Ranks(0, 1, torch.device("cpu"))
+
+
+# ---- the supervisor -----------------------------------------------------------------------------
+
+def program(body: str) -> str:
+    """A stage that finds one thing and then does `body`."""
+    return f"""
+import os, signal, sys, time
+from tools import gpu_stages
+def stage(s):
+    s.check("first", lambda: ("something", "measured"))
+    {body}
+gpu_stages.STAGES["smoke"] = stage
+gpu_stages.main(gpu_stages.Args(stage="smoke", findings=sys.argv[1], device="cpu", until=float(sys.argv[2])))
+"""
+
+
+BODIES = {"hangs": "time.sleep(600)", "dies": "os.kill(os.getpid(), signal.SIGSEGV)", "raises": "1 / 0",
+          "ends": "s.check('second', lambda: ('more', True))",
+          "has a check that raises": "s.check('bad', lambda: 1 / 0); s.check('second', lambda: ('more', True))"}
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """-> exit status, check -> verdict"""
-    def run(*checks):
-        monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-        monkeypatch.setattr(gpu_check, "CHECKS", list(checks))
+def supervise(tmp_path, monkeypatch):
+    """-> the findings of a run whose stages do what BODIES say, its exit status, its table, its log"""
+    def supervise(*kinds, seconds=100.0, limit=90.0):
+        bodies = dict(zip(gpu_check.LIMITS, kinds))
+
+        def command(stage, args, path, left):
+            return [sys.executable, "-c", program(BODIES[bodies[stage]]), str(path), str(time.time() + left)]
+
+        monkeypatch.setattr(gpu_check, "stage_command", command)
+        monkeypatch.setattr(gpu_check, "LIMITS", dict.fromkeys(bodies, limit))
+        args = gpu_check.Args(device="cpu", out=str(tmp_path), seconds=seconds, stages=list(bodies))
         with pytest.raises(SystemExit) as ended:
-            gpu_check.main(gpu_check.Args(size="toy", device="cpu"))
-        (file,) = (tmp_path / "runs").glob("gpu_*.json")
-        rows = json.loads(file.read_text())["checks"]
-        assert file.with_suffix(".md").read_text().count("\n| ") == 2 + len(rows)
-        return ended.value.code, [row["verdict"] for row in rows]
+            gpu_check.main(args)
+        rows = [json.loads(line) for line in (tmp_path / "gpu_cpu.jsonl").read_text().splitlines()]
+        table, log = (tmp_path / "gpu_cpu.md").read_text(), tmp_path / "gpu_cpu.log"
+        log = log.read_text() if log.exists() else ""
+        assert table.count("\n| ") == 2 + len(rows)
+        return [(row["check"], row["verdict"], row["found"]) for row in rows], ended.value.code, table, log
 
-    (tmp_path / "runs").mkdir()
-    return run
-
-
-def test_what_runs_without_a_gpu_is_right(run):
-    """Stops a first hour on a GPU that is spent on mending the check."""
-    g = gpu_check
-    assert run(g.reference_parity, g.twins, g.whole_step, g.decode) == (0, ["right", "right", "right", "measured"])
+    before = signal.getsignal(signal.SIGTERM)
+    yield supervise
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_what_is_wrong_is_told(run, monkeypatch):
-    """Stops a check that cannot fail, and one that ends all others."""
-    choose = sampler.choose
+def test_what_goes_wrong_in_a_stage_does_not_touch_the_others(supervise):
+    """Stops an illegal address, a crash or an exception that takes the findings of all other stages along."""
+    rows, status, *_ = supervise("dies", "raises", "has a check that raises", "ends")
+    first = ("first", "measured", "something")
+    assert [rows[i] for i in (0, 2, 4, 7)] == [first] * 4 and status == 1
+    assert rows[1] == ("the stage itself", "WRONG", rows[1][2]) and rows[1][2].startswith("died by SIGSEGV")
+    assert rows[3][:2] == ("the stage itself", "WRONG")
+    assert "exit status 1" in rows[3][2] and "ZeroDivisionError: division by zero" in rows[3][2]
+    assert rows[5] == ("bad", "WRONG", "ZeroDivisionError: division by zero") and rows[6] == ("second", "right", "more")
+    assert rows[8] == ("second", "right", "more") and len(rows) == 9
+
+
+def test_a_stage_that_hangs_is_killed_and_its_stack_kept(supervise):
+    """Stops a hanging kernel that eats the whole time, and one that nobody can find afterwards."""
+    start = time.monotonic()
+    rows, status, _, log = supervise("hangs", "ends", limit=25.0)
+    assert time.monotonic() - start < 60
+    assert rows[0] == ("first", "measured", "something")
+    assert rows[1][:2] == ("the stage itself", "WRONG") and "killed at its limit of 25 s" in rows[1][2]
+    assert rows[3] == ("second", "right", "more") and status == 1
+    assert "Timeout (0:00:" in log and 'in stage' in log             # the stack of the thread that slept
+
+
+def test_what_does_not_fit_is_left_out_and_said(supervise):
+    """Stops a run over its time, whose findings are lost with the machine; and a silent gap in the table."""
+    rows, status, table, _ = supervise("ends", "ends", seconds=gpu_check.LEAST - 1)
+    assert [row[:2] for row in rows] == [("the stage itself", "left out")] * 2 and "left out" in table
+    assert status == 0
+    with pytest.raises(UserError, match="--stages nccl"):
+        gpu_check.main(gpu_check.Args(stages=["nccl"]))
+
+
+def processes_that_name(path: Path) -> list[int]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(path).encode() in file.read_bytes():
+                found.append(int(file.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_half_way_the_findings_so_far_are_there(tmp_path, kind):
+    """Stops findings that are only written at the end.  A polite signal also ends the running stage."""
+    command = [sys.executable, "-m", "tools.gpu_check", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    findings = tmp_path / "gpu_cpu.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (findings.exists() and findings.read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    process.send_signal(kind)
+    assert process.wait(30) == (143 if kind == signal.SIGTERM else -signal.SIGKILL)
+    rows = findings.read_text().splitlines()
+    assert len(rows) >= 2 and json.loads(rows[0])["check"] == "versions"
+    if kind == signal.SIGTERM:
+        assert findings.with_suffix(".md").read_text().count("\n| smoke") >= 2
+        assert not processes_that_name(findings)
+    for pid in processes_that_name(findings):                        # these end by an alarm of their own, later
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_half_written_line_is_left_out_of_the_table(tmp_path):
+    """Stops a table that cannot be made because a process died while it wrote."""
+    findings = gpu_check.Findings(tmp_path / "gpu_cpu.jsonl", "about")
+    findings.add("smoke", "a", "right", "x | y", 1.0)
+    with open(findings.path, "a") as file:
+        file.write('{"stage": "smoke", "che')
+    findings.write_table()
+    assert [row["check"] for row in findings.read()] == ["a"]
+    assert "| smoke | a | right | x / y | 1.0 |" in findings.path.with_suffix(".md").read_text()
+
+
+# ---- the checks ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def findings(tmp_path):
+    """-> check -> verdict, of a stage that runs in this process"""
+    def findings(stage: str) -> dict:
+        path = tmp_path / "findings.jsonl"
+        path.unlink(missing_ok=True)
+        args = gpu_stages.Args(stage=stage, findings=str(path), size="toy", device="cpu")
+        gpu_stages.STAGES[stage](gpu_stages.Stage(args, CPU))
+        return {row["check"]: row["verdict"] for row in map(json.loads, path.read_text().splitlines())}
+
+    return findings
+
+
+EXPECTED = {  # stage -> (checks that are right, checks that are measured)
+    "smoke": (4, 2), "full": (2, 5), "golden": (2, 0), "bench": (2, 0), "ranks": (1, 0)}
+
+
+@pytest.mark.parametrize("stage", gpu_check.LIMITS)
+def test_every_stage_runs_without_a_gpu(findings, stage):
+    """Stops a first hour on a GPU that is spent on repairing the check."""
+    verdicts = list(findings(stage).values())
+    assert (verdicts.count("right"), verdicts.count("measured")) == EXPECTED[stage] and len(verdicts) == sum(EXPECTED[stage])
+
+
+def test_what_is_wrong_is_found(findings, monkeypatch):
+    """Stops checks that cannot fail: each meets the fault that it is there for."""
+    device, choose = CPU.device, sampler.choose
+
+    def blind(qkv, rope, prefix, suffix, bias, t):                   # does not see what the bias hides
+        return gpu_stages.attention_twin(qkv, rope, prefix, suffix, torch.where(bias < 0, 0.0, bias), t)
+
+    def unwritten(qkv, rope, prefix, suffix, bias, t):               # attends, and forgets to write the cache
+        return gpu_stages.attention_twin(qkv, rope, prefix, suffix.clone(), bias, t)
+
+    def shifted(logits, u, *rest):                                   # another random number
+        return gpu_stages.record_twin(logits, (u + 0.5) % 1, *rest)
+
+    def rounded(x, w, real=torch.conv1d):                            # as TF32 does, a little more
+        return real(x.bfloat16().to(x) if x.dtype == torch.float32 else x, w)
+
+    assert gpu_stages.attention(device)[1] and gpu_stages.choosing(device)[1]
+    assert not gpu_stages.attention(device, blind)[1] and not gpu_stages.attention(device, unwritten)[1]
+    assert not gpu_stages.choosing(device, shifted)[1]
     with monkeypatch.context() as wrong:
-        wrong.setattr(gpu_check.sampler, "generate_naive", lambda *a, **k: [torch.zeros(2, gpu_check.G, 48)])
-        wrong.setattr(gpu_check, "build_model", lambda *a: 1 / 0)
-        assert run(gpu_check.twins, gpu_check.whole_step, gpu_check.reference_parity) == (1, ["WRONG", "WRONG", "right"])
-    # A sampler that is not the trainer's policy: its ratio is not 1.
-    monkeypatch.setattr(sampler, "choose", lambda logits, *a: choose(logits * 3, *a))
-    assert run(gpu_check.whole_step) == (1, ["WRONG"])
+        wrong.setattr(gpu_stages.F, "conv1d", rounded)
+        assert not gpu_stages.products(device)[1]
+    with monkeypatch.context() as wrong:
+        wrong.setattr(gpu_stages, "causal_lower_right", lambda S, L: torch.ones(S, L, dtype=torch.bool).tril())
+        assert not gpu_stages.flash(device)[1]
+    with monkeypatch.context() as wrong:
+        wrong.setattr(sampler, "generate_naive", lambda *a, **k: [torch.zeros(2, gpu_stages.G, 48)])
+        assert not gpu_stages.path_equals_naive(device, "eager")[1]
+    with monkeypatch.context() as wrong:
+        loss = gpu_stages.grpo.grpo_loss
+        wrong.setattr(gpu_stages.grpo, "grpo_loss", lambda *a, **k: loss(*a, **k | {"beta": 9.0}))
+        assert not gpu_stages.reference_parity(device)[1]
+    with monkeypatch.context() as wrong:                             # a sampler that is not the trainer's policy
+        wrong.setattr(sampler, "choose", lambda logits, *a: choose(logits * 3, *a))
+        assert findings("full")["one GRPO step"] == "WRONG"
+    monkeypatch.setitem(torch._dynamo.utils.counters["unimplemented"], "Dynamo recompile limit exceeded", 1)
+    assert not gpu_stages.compiler_counters()[1]
+
+
+def test_one_process_really_calls_the_collectives(monkeypatch, tmp_path):
+    """Stops a check of NCCL that never calls it: with one rank our own `Ranks` leaves the collectives out."""
+    called = []
+    for name in ("all_reduce", "all_gather_object", "barrier"):
+        real = getattr(torch.distributed, name)
+        monkeypatch.setattr(torch.distributed, name, lambda *a, real=real, name=name: called.append(name) or real(*a))
+    gpu_stages.one_rank(0, 1, "gloo", "cpu", str(tmp_path / "store"))
+    assert called == ["all_reduce", "all_gather_object", "barrier"]
+
+
+def test_nothing_but_reading_clips_needs_av():
+    """Stops checks and benchmarks that cannot run on a GPU machine because it has no FFmpeg."""
+    code = "import sys; sys.modules['av'] = None\nimport grpo, sft, eval, tools.bench, tools.gpu_check, tools.gpu_stages"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-2000:]
