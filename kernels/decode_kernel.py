@@ -172,8 +172,9 @@ def attend(
     _, B, K, P, _ = prefix.shape
     G, T = suffix.shape[3:5]
     R = heads // K - 2
-    for x in (qkv, rope, prefix, suffix, bias):  # the kernels know no strides but these
-        assert x.is_contiguous() and N == B * G, "the decode kernels need contiguous tensors"
+    assert N == B * G and max(prefix[0].numel(), suffix[0].numel()) < 2 ** 31  # offsets are int32
+    for x in (qkv, rope, prefix, suffix, bias):
+        assert x.is_contiguous(), "the decode kernels know no strides but those of contiguous tensors"
 
     BLOCK = 64
     sizes = {"R": R, "d": d, "BLOCK": BLOCK, "WIDTH": max(16, triton.next_power_of_2(d))}
