@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from kernels.decode_attention import attend, can_build_kernels, load_kernels
 from lib.common import UserError, out_of_memory
 from lib.compiler import compiled
 from model import HumanOmni, rope_table, rotate, sdpa
+from ops.decode_attention import attend, can_build_kernels, load_kernels
 
 # Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
 PREFIX_STEP = {"cpu": 1, "cuda": 64}         # P is rounded up to a multiple of this

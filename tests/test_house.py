@@ -1,18 +1,20 @@
-"""The house: eight scripts on top, kernels and lib below, programs beside them; arrows point one way."""
+"""The house: eight scripts on top, ops and lib below, programs beside them; arrows point one way."""
 import ast
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = {"grpo", "sft", "eval", "training", "model", "sampler", "data", "rewards"}
-BELOW = {"lib", "kernels"}
-FLOORS = {"lib": {"lib"}, "kernels": BELOW, "lesson": BELOW | {"lesson"}, "tools": BELOW | {"lesson", "tools"},
+BELOW = {"lib", "ops"}
+FLOORS = {"lib": {"lib"}, "ops": BELOW, "lesson": BELOW | {"lesson"}, "tools": BELOW | {"lesson", "tools"},
           "toy": BELOW | {"lesson", "toy"}}
 # What git knows: a user's own file, as mine.py with a reward in it, is not of the house.
 TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-PATTERNS = ("*.py", "lib/**/*.py", "kernels/**/*.py", "tools/**/*.py", "toy/**/*.py")
+PATTERNS = ("*.py", "lib/**/*.py", "ops/**/*.py", "tools/**/*.py", "toy/**/*.py")
 FILES = [f for pattern in PATTERNS for f in sorted(ROOT.glob(pattern))
          if not TRACKED or str(f.relative_to(ROOT)) in TRACKED]
 
@@ -20,7 +22,7 @@ FILES = [f for pattern in PATTERNS for f in sorted(ROOT.glob(pattern))
 def floor_of(module: str) -> str | None:
     """The floor that a module of ours is on; None for other people's."""
     first = module.split(".")[0]
-    return "lesson" if first in LESSON else first if first in ("lib", "kernels", "tools", "toy", "tests") else None
+    return "lesson" if first in LESSON else first if first in ("lib", "ops", "tools", "toy", "tests") else None
 
 
 def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
@@ -31,6 +33,16 @@ def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
 def test_the_top_floor_is_the_lesson():
     """Stops a ninth script on top.  (Their length has no limit here: a limit makes code dense and not short.)"""
     assert {f.stem for f in FILES if f.parent == ROOT} == LESSON
+
+
+def test_no_package_of_ours_has_a_name_that_transformers_imports():
+    """Stops a folder that stands in for somebody else's package.  `kernels` beside the scripts made every script end in an
+    ImportError where the package of that name is installed: transformers found ours."""
+    ours = {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in FILES}
+    wanted = re.compile(rf"^\s*(?:from|import) ({'|'.join(ours)})\b", re.MULTILINE)
+    theirs = [file for file in Path(transformers.__file__).parent.rglob("*.py")
+              if wanted.search(file.read_text(encoding="utf-8", errors="replace"))]
+    assert not theirs
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))

@@ -156,7 +156,7 @@ def test_kernels_of_a_decode_step(model, monkeypatch):
     towers = model.model.vision_tower.config, model.model.audio_tower.config, model.model.bert_model.config
     grouped = HumanOmni(dataclasses.replace(model.config, num_key_value_heads=2), *towers)
     grouped.eos_ids = model.eos_ids
-    # Each of the two is two kernels, see tests/kernels.
+    # Each of the two is two kernels, see tests/ops.
     own = types.SimpleNamespace(attend=lambda qkv, *_: qkv[:, :, :-4].flatten(2) * 1 * 1,
                                 record=lambda logits, *_: logits[:1] * 1 * 1)
     counts = []

@@ -27,10 +27,10 @@ from torch.nn.attention.bias import causal_lower_right
 import grpo
 import sampler
 from data import PromptBatch, Sample
-from kernels import decode_attention
 from lib.common import AUDIO, VIDEO, Ranks, dtype_of, run_main, start_ranks, write_text
 from lib.head import add_product_, fp32_product
 from model import HumanOmni, embed, encode_once, frozen_reference, sdpa
+from ops import decode_attention
 from tools import bench
 from tools.gpu_check import LIMITS, append
 from tools.memory import GIB, peak
@@ -120,7 +120,7 @@ def products(device) -> tuple[str, bool]:
 
 
 def attention_twin(qkv, rope, prefix, suffix, bias, t) -> torch.Tensor:
-    """kernels.decode_kernel.attend in PyTorch, called as it is called.  Writes to suffix."""
+    """ops.decode_kernel.attend in PyTorch, called as it is called.  Writes to suffix."""
     _, B, _, P, _ = prefix.shape
     q = sampler.rotate_and_write(qkv[0].unflatten(0, (B, -1)), rope.unbind(0), suffix, t)
     visible = bias.clone()
@@ -129,7 +129,7 @@ def attention_twin(qkv, rope, prefix, suffix, bias, t) -> torch.Tensor:
 
 
 def record_twin(logits, u, tokens, logps, lengths, done, ends, t, temperature, greedy) -> None:
-    """kernels.sample_kernel.record in PyTorch, called as it is called."""
+    """ops.sample_kernel.record in PyTorch, called as it is called."""
     rows = types.SimpleNamespace(u=u, tokens=tokens, logps=logps, lengths=lengths, done=done, ends=ends, t=t)
     sampler.record(rows, logits, temperature, greedy)
 

@@ -11,10 +11,10 @@ from conftest import load_golden_model
 from torch._inductor.utils import run_and_get_code
 
 import sampler
-from kernels.decode_attention import attend
 from lib import compiler
 from lib.compiler import compiled
 from model import DecoderLayer
+from tools.gpu_stages import attention_twin, record_twin
 
 G, T = 3, 5
 MEDIA = ("input_ids", "frames", "mel", "question_ids", "question_mask")
@@ -40,21 +40,6 @@ def test_compiled_layers_are_the_layers(forward):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert float((plain[3] - fast[3]).norm() / plain[3].norm()) < 1e-4
     compiled.cache_clear()
-
-
-def attend_like_the_kernel(qkv, rope, prefix, suffix, bias, t):
-    """kernels.decode_kernel.attend in PyTorch: its twin, called as it is called."""
-    B, G, P = suffix.shape[1], suffix.shape[3], prefix.shape[3]
-    q = sampler.rotate_and_write(qkv[0].unflatten(0, (B, G)), rope.unbind(0), suffix, t)
-    visible = bias.clone()
-    visible[..., P:P + int(t) + 1] = 0.0
-    return attend(q, prefix, suffix, visible, suffix.shape[4]).view(1, B * G, -1).clone()       # no view, as the kernel's
-
-
-def record_like_the_kernel(logits, u, tokens, logps, lengths, done, ends, t, temperature, greedy):
-    """kernels.sample_kernel.record in PyTorch."""
-    rows = types.SimpleNamespace(u=u, tokens=tokens, logps=logps, lengths=lengths, done=done, ends=ends, t=t)
-    sampler.record(rows, logits, temperature, greedy)
 
 
 SHAPES = [  # B, P, G, T: prompts and completions vary, a prompt alone, a completion alone, one row
@@ -86,7 +71,8 @@ def test_layers_and_shapes_share_what_is_compiled(model, built, monkeypatch, ker
     and after torch's limit of 8 graphs a function runs uncompiled for the rest of the run."""
     kept = sampler.Decoder(model)                            # as on a GPU
     if kernels:
-        kept.kernels = types.SimpleNamespace(attend=attend_like_the_kernel, record=record_like_the_kernel)
+        # No view, as the kernel's: of a view the compiler would look at the sizes of its base, too.
+        kept.kernels = types.SimpleNamespace(attend=lambda *given: attention_twin(*given).clone(), record=record_twin)
     monkeypatch.setattr(sampler.Decoder, "of", lambda model: kept)
     for i, (B, P, g, t) in enumerate(SHAPES):
         embeds, mask = torch.randn(B, P, model.config.hidden_size), torch.ones(B, P, dtype=torch.bool)

@@ -35,7 +35,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import row
 
-import data
 import rewards
 from data import read_samples
 from lib import media, protocol
@@ -501,9 +500,9 @@ def read_all(folder: str, seconds: int) -> None:
         signal.alarm(seconds)                            # kills: a decoder that hangs would not let Python act
         start, told = time.monotonic(), None
         try:
-            clip = data.read_clip(name)
+            clip = media.read_clip(name)
             kind = "Clip"
-            assert len(clip.frames) in (0, 8) and clip.audio.size <= 30 * data.SAMPLE_RATE and np.isfinite(clip.audio).all()
+            assert len(clip.frames) in (0, 8) and clip.audio.size <= 30 * media.SAMPLE_RATE and np.isfinite(clip.audio).all()
             told = [round(float(f.mean())) for f in clip.frames] if name in BOMBS else None
         except Exception as error:
             kind, told = type(error).__name__, str(error)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COURSE = ROOT / "docs" / "course"
 EXERCISES = sorted(int(f.stem[2:]) for f in (ROOT / "tools" / "exercises").glob("ex[0-9][0-9].py"))
 PATCHES = sorted(COURSE.glob("*/*.patch"))
-CODE = ("*.py", "lib", "tools", "toy", "docs")           # all that a check or a patch reads
+CODE = ("*.py", "ops", "lib", "tools", "toy", "docs")           # all that a check or a patch reads
 
 
 @pytest.fixture(scope="session")

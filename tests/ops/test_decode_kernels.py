@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import decode_attention
+from ops import decode_attention
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [  # B, G, K, R, d, P, T, S, newest token
@@ -86,7 +86,7 @@ def make(shape, dtype):
 def attention() -> None:
     """fp16 stands for bf16, which the interpreter's products do not know."""
     import sampler
-    from kernels import decode_kernel
+    from ops import decode_kernel
 
     interpret()
     for dtype, tolerance in ((torch.float32, 2e-6), (torch.float16, 4e-3)):
@@ -127,7 +127,7 @@ def sampling() -> None:
     import types
 
     import sampler
-    from kernels import sample_kernel
+    from ops import sample_kernel
 
     interpret()
     gen = torch.Generator().manual_seed(0)
@@ -243,7 +243,7 @@ def compile() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels import decode_kernel, sample_kernel
+    from ops import decode_kernel, sample_kernel
 
     fixed = dict.fromkeys(
         ("bias", "partial_stats", "partial_sums", "logits", "maxima", "rests", "logps"), "*fp32"
@@ -298,7 +298,7 @@ def launches() -> None:
     """Two launches for attention, two for the token, and no other operation on the device."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from kernels import decode_kernel, sample_kernel
+    from ops import decode_kernel, sample_kernel
 
     seen = []
 

@@ -1,7 +1,7 @@
 """Attention of one new token a row, over [the prompt's keys, shared by its group | the row's own keys].
 
 `attend` says what is computed.  On a GPU it is eight kernels, most of them bound by the scores that they write and read:
-there kernels/decode_kernel.py, its twin in two kernels, takes its place where it can be built.
+there ops/decode_kernel.py, its twin in two kernels, takes its place where it can be built.
 
 Legend   B prompts   G completions per prompt   P prompt length   T longest completion   S how much of T is looked at
          H query heads   K key/value heads   R = H/K   d head size
@@ -63,5 +63,5 @@ def can_build_kernels() -> bool:
 
 def load_kernels() -> types.SimpleNamespace:
     """`attend` and `record` as kernels.  Triton is imported only here, where it is needed."""
-    from kernels import decode_kernel, sample_kernel
+    from ops import decode_kernel, sample_kernel
     return types.SimpleNamespace(attend=decode_kernel.attend, record=sample_kernel.record)
