@@ -190,7 +190,7 @@ def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
     K = suffix.shape[2]
     q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
     new = torch.stack((k, qkv[:, :, -K:])).transpose(2, 3)                                 # (2, B, K, G, d)
-    # One write to one tensor.  Of two writes, to two views of it, the compiler makes copies of the whole cache.
+    # One index_copy_ for keys and values.  With two, through two views, Inductor copies the whole cache in every layer.
     suffix.index_copy_(4, t, new[:, :, :, :, None])
     return q
 
@@ -292,22 +292,24 @@ def run_layers(decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor,
 
 
 def run_layers_fused(decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """The same with rotation, write and attention in kernels of their own, and what is between them joined."""
+    """Like `run_layers`, but `kernels.rotate_write_attend` rotates, writes and attends, and the end of each layer is one
+    function with the start of the next.  x (1, N, D) -> (1, N, D)"""
     project, join, after = PackedLayer.project, PackedLayer.join, PackedLayer.after_attention
     if decoder.compile:
         project, join, after = compiled(project), compiled(join), compiled(after)
     qkv = project(decoder.layers[0], x)                                  # (1, N, H + 2K, d)
     for layer, following, prefix, suffix in zip(decoder.layers, [*decoder.layers[1:], None], r.prefix, r.suffix):
-        attended = decoder.kernels.attend(qkv, rope, prefix, suffix, r.bias, r.t)           # (1, N, H*d)
+        attended = decoder.kernels.rotate_write_attend(qkv, rope, prefix, suffix, r.bias, r.t)           # (1, N, H*d)
         if following is None:
             return after(layer, x, attended)
         x, qkv = join(layer, following, x, attended)
 
 
 def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool) -> None:
-    """Read token t of every row, write token t + 1.  No shape and no address depends on t, and nothing waits for the
-    device: what a graph needs to be captured once and replayed for every t below S."""
-    # Of plain matrices (N, D) the compiler would make "product plus residual" one call, which copies the residual first.
+    """Read token t of every row, write token t + 1.  Shapes and addresses do not depend on t, and no operation waits for
+    the device, so one captured graph serves every t below S."""
+    # x keeps a leading dimension of 1.  For (N, D) the compiler merges product and residual into one addmm, which first
+    # copies the residual.
     x = model.model.embed_tokens(r.tokens.index_select(0, r.t))          # (1, N, D)
     rope = r.rope.index_select(2, r.t)                                   # cos, sin (2, B, 1, 1, d)
     x = run_layers_fused(decoder, r, x, rope) if decoder.kernels else run_layers(decoder, r, x, rope, S)
@@ -321,8 +323,9 @@ def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: flo
 # What lives longer than one call: graphs
 # ------------------------------------------------------------------------------------------------
 
-# How a step is run.  Each way adds to the one before it; `graph` is what a GPU takes by itself, and this environment
-# variable overrules it: for a machine on which one of them fails, and to find out which.
+# How a step is run; each way adds to the one before it.  The default is `graph` on a GPU and `eager` on a CPU.  On a GPU
+# where the kernels cannot be built, the default is `eager` inside a graph.  This environment variable overrules the
+# default: for a machine on which one of the ways fails, and to find out which.
 #     eager       PyTorch's own operations
 #     kernels     attention and the choice of the token as hand-written kernels
 #     compiled    and what is between them through torch.compile
@@ -332,7 +335,10 @@ PATH_VARIABLE = "R1_DECODE_PATH"
 
 
 def decode_path(model: HumanOmni) -> tuple[bool, bool, bool]:
-    """-> whether a step of this model runs (hand-written kernels, compiled functions, as a graph)"""
+    """-> whether a step of this model runs with (hand-written kernels, compiled functions, a graph)
+
+    Raises UserError if the environment variable asks for what cannot be had here.
+    """
     asked, on_gpu = os.environ.get(PATH_VARIABLE, ""), model.device.type == "cuda"
     if asked and asked not in DECODE_PATHS:
         raise UserError(f"{PATH_VARIABLE}={asked}: must be one of {', '.join(DECODE_PATHS)}.")
@@ -356,7 +362,7 @@ def graph_memory():
 
 
 class StepGraph:
-    """A step as one captured CUDA graph: some 700 kernels for the price of one launch."""
+    """A step as one captured CUDA graph.  The host launches the graph, not each of its 225 kernels."""
 
     def __init__(self, run, memory):
         """`run()` is called twice: to warm up (libraries set themselves up at the first call, which cannot be
@@ -382,15 +388,16 @@ def kept_bytes(model: HumanOmni) -> int:
 class Decoder:
     """A model's packed weights; on a GPU also memory and graphs, kept from call to call.
 
-    Graphs know addresses, not tensors.  Weights that an optimiser writes in place stay where they are; `signature`
-    tells when they do not, and the whole Decoder is then thrown away.
+    A CUDA graph stores memory addresses.  Weights that an optimiser writes in place stay where they are; `signature`
+    changes when they do not, and the whole Decoder is then replaced.
     """
 
     def __init__(self, model: HumanOmni):
         self.signature = self.signature_of(model)
         self.layers = [PackedLayer.of(layer) for layer in model.model.layers]
         self.head = Product([model.head_weight])
-        # On a GPU a step for a few rows takes as long as its kernels are many: a third as many, where they can be built.
+        # For a few rows, the number of kernels decides how long a step takes on a GPU: 225 with ours and the compiler, 761
+        # without (24 layers, bf16).
         use_kernels, use_compiler, _ = decode_path(model)
         self.kernels = load_kernels() if use_kernels else None
         # torch.compile does not know oneDNN's layout, and what has it gains little from being compiled.
@@ -421,9 +428,10 @@ class Decoder:
         return known
 
     def rows_for(self, model: HumanOmni, B: int, G: int, P: int, T: int) -> Rows:
-        """Memory for such a batch.  For graphs the same as last time, or they would be of no use.
+        """Memory for such a batch.  With graphs, that of the last call with this shape, because graphs hold its addresses.
 
-        Rows that are left behind pass through several shapes in each call, so what goes is what was not used for longest.
+        One call uses several shapes, since finished rows are dropped.  Above the limit of `kept_bytes`, the shape that was
+        not used for longest is freed.
         """
         if not uses_graphs(model):
             return Rows(model, B, G, P, T)
@@ -440,14 +448,14 @@ class Decoder:
         return self.rows[shape]
 
     def record(self, r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
-        """As the function of that name, which is its twin."""
+        """Choose and write down the next token: by kernels where there are any, else by the function `record`."""
         if self.kernels is None:
             return record(r, logits, temperature, greedy)
         self.kernels.record(logits, r.u, r.tokens, r.logps, r.lengths, r.done, r.ends, r.t, temperature, greedy)
 
     def advance(self, model: HumanOmni, r: Rows, t: int, temperature: float, greedy: bool) -> None:
         """Make step t: as a graph where there are graphs."""
-        # The kernels read the position from the device, and no further than to it.
+        # The kernels load the position from the device and read no slot of the cache after it.
         S = r.T if self.kernels else round_up(t + 1, SUFFIX_STEP[model.device.type], r.T)
         run = lambda: step(model, self, r, S, temperature, greedy)
         key = r.B, r.G, r.P, r.T, S, temperature, greedy
@@ -460,8 +468,8 @@ class Decoder:
                 self.graphs[key] = StepGraph(run, self.memory)
         except Exception as error:
             if model.device.type == "cuda" and not out_of_memory(error):
-                error.add_note(f"The sampler failed at a decode step. The environment variable {PATH_VARIABLE} chooses how "
-                               f"it runs: try compiled, kernels or eager, in this order.")
+                error.add_note(f"A decode step failed. The environment variable {PATH_VARIABLE} chooses how it is run: set "
+                               "it to compiled; if that fails, to kernels; then to eager.")
             raise
 
 

@@ -1,28 +1,28 @@
-"""torch.compile as this repository uses it: one compiled form a function, and a word when it gives up."""
+"""torch.compile as this repository uses it.
 
+`compiled` wraps a function once per process, and prints a warning when the function reaches its limit
+of graphs.
+"""
 import functools
 import logging
 import sys
 
 import torch
 
-# Graphs per function.  torch's own limit of 8 is reached by an ordinary run, in which the numbers
-# of prompts, completions and tokens vary and rows are left out on the way.
+# Graphs per function.  torch's own limit is 8.  Where the numbers of prompts, completions and tokens
+# vary, a decode step without kernels of its own needs up to 12 (tests/commands/test_compiled.py).
 RECOMPILE_LIMIT = 64
 
 
 class RecompileLimitNotice(logging.Handler):
-    """Follows torch's own log record about the limit by a sentence on what it costs and what to do."""
+    """Follows torch's log record about the limit by a sentence on what it means and what to do."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "recompile_limit" in record.getMessage():
+        if "config.recompile_limit" in record.getMessage():
             print(
-                f"warning: torch.compile has met {RECOMPILE_LIMIT} kinds of shapes in one function and compiles no "
-                "more: other shapes run uncompiled, at about half the speed. Keep --prompts_per_step, "
-                "--num_generations and --max_new_tokens fixed, or raise RECOMPILE_LIMIT in lib/compiler.py.",
-                file=sys.stderr,
-                flush=True,
-            )
+                f"warning: torch.compile has compiled one function {RECOMPILE_LIMIT} times and will not compile it again: "
+                "new shapes run uncompiled and slower. Set TORCH_LOGS=recompiles to see why, or raise RECOMPILE_LIMIT "
+                "in lib/compiler.py.", file=sys.stderr, flush=True)
 
 
 @functools.cache

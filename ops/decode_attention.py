@@ -1,7 +1,8 @@
 """Attention of one new token a row, over [the prompt's keys, shared by its group | the row's own keys].
 
-`attend` says what is computed.  On a GPU it is eight kernels, most of them bound by the scores that they write and read:
-there ops/decode_kernel.py, its twin in two kernels, takes its place where it can be built.
+`attend` says what is computed.  It launches 12 kernels in bf16, most of whose time goes into writing and reading scores.
+Where a GPU can build them, the two kernels of ops/decode_kernel.py replace it, together with the rotation of queries and
+keys and the write to the cache.
 
 Legend   B prompts   G completions per prompt   P prompt length   T longest completion   S how much of T is looked at
          H query heads   K key/value heads   R = H/K   d head size
@@ -19,8 +20,8 @@ import torch
 
 
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(N, m, d), (N, n, d) -> q @ k.T (N, m, n) in fp32: rounded to bf16, a score of 300 is off by up to 1 before the
-    softmax, and the sampler no longer samples from the policy that the trainer scores."""
+    """(N, m, d), (N, n, d) -> q @ k.T (N, m, n) in fp32.  Rounded to bf16, a score near 300 is off by up to 1, which
+    is 0.125 after scaling: the sampler would sample from another policy than the trainer scores."""
     if q.is_cuda and q.dtype != torch.float32:
         return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)  # only here: it has no kernel elsewhere
     return q.float() @ k.float().transpose(1, 2)
@@ -48,20 +49,21 @@ def attend(q: torch.Tensor, prefix: torch.Tensor, suffix: torch.Tensor, bias: to
 
 @functools.cache
 def can_build_kernels() -> bool:
-    """Is there what Triton needs beside a GPU: itself, a C compiler, Python's headers, and products in bf16?"""
+    """True if Triton can build the kernels here: it needs a C compiler, Python's headers and a GPU of capability 8.0 or
+    higher.  Under TRITON_INTERPRET=1 it needs nothing."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     header = (Path(sysconfig.get_path("include")) / "Python.h").exists()
     triton = importlib.util.find_spec("triton")
-    if triton and os.environ.get("TRITON_INTERPRET") == "1":             # runs anywhere, slowly: for tests
+    if triton and os.environ.get("TRITON_INTERPRET") == "1":             # runs anywhere, slowly, for tests
         return True
     if triton and compiler and header and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return True
-    warnings.warn("no kernels can be built here (needed: triton, gcc, Python.h, an Ampere GPU or newer): sampling takes "
-                  "about twice as long", stacklevel=2)
+    warnings.warn("the kernels of decoding cannot be built here (needed: triton, a C compiler, Python.h, an Ampere GPU or "
+                  "newer), so sampling is slower: a decode step runs three times as many kernels", stacklevel=2)
     return False
 
 
 def load_kernels() -> types.SimpleNamespace:
-    """`attend` and `record` as kernels.  Triton is imported only here, where it is needed."""
+    """`rotate_write_attend` and `record` as kernels.  Triton is imported only here, where it is needed."""
     from ops import decode_kernel, sample_kernel
-    return types.SimpleNamespace(attend=decode_kernel.attend, record=sample_kernel.record)
+    return types.SimpleNamespace(rotate_write_attend=decode_kernel.rotate_write_attend, record=sample_kernel.record)

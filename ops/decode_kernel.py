@@ -6,9 +6,9 @@
                   keys, and merges the partial results of its prompt
 
 Slow obvious twin: `rotate_and_write` of sampler.py followed by `attend` of decode_attention.py.
-Scores, maxima and sums are fp32.  Partial softmaxes are merged by their maxima and sums, which is
-exact; the output has no gradient and needs none.  The position t of the new token is read from the
-device, so one launch, captured once, serves every position.
+Scores, maxima and sums are fp32.  Partial softmaxes are merged by their maxima and sums: the result
+equals one softmax up to fp32 rounding.  It has no gradient and needs none.  The kernels read the
+position t of the new token from the device, so one captured launch serves every position.
 
 This file is imported only where a GPU can build the kernels, or under Triton's interpreter.
 
@@ -28,7 +28,7 @@ def load_rotated(pointer, offsets, column, mask, rope, sine_offset, d: tl.conste
     """Load rows of d entries and rotate them by the angles of their position, in fp32.
 
     offsets (rows, 1), column (1, WIDTH).  `rope` points at the cosines of the prompt's new
-    position; the sines are `sine_offset` entries behind them.
+    position; the sines are `sine_offset` entries after them.
     """
     half: tl.constexpr = d // 2
     partner = tl.where(column < half, column + half, column - half)
@@ -47,7 +47,7 @@ def attend_to_span(
 ):
     """Continue a softmax over keys start .. end of (n, d), block by block.
 
-    q (ROWS, WIDTH); maximum, total (ROWS,) and weighted (ROWS, WIDTH) are the largest score, the
+    q (QUERIES, WIDTH); maximum, total (QUERIES,) and weighted (QUERIES, WIDTH) are the largest score, the
     sum of exponentials and the weighted sum of values so far.  `bias` is None or added to scores.
     """
     column = tl.arange(0, WIDTH)[None, :]
@@ -56,7 +56,7 @@ def attend_to_span(
         mask = (n < end)[:, None] & (column < d)
         k = tl.load(keys + n[:, None] * d + column, mask=mask, other=0.0)
         v = tl.load(values + n[:, None] * d + column, mask=mask, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (ROWS, BLOCK) fp32
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # (QUERIES, BLOCK) fp32
         if bias is None:
             score = tl.where(n[None, :] < end, score, float("-inf"))
         else:
@@ -72,46 +72,46 @@ def attend_to_span(
 
 @triton.jit
 def over_prefix(
-    qkv, rope, keys, values, bias, partial_stats, partial_sums,
-    K, G, P, bias_stride, qkv_stride, sine_offset, span, rows_in_all, scale,
-    R: tl.constexpr, d: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    qkv, rope, keys, values, bias, partial_max_total, partial_values,
+    K, G, P, bias_stride, qkv_stride, sine_offset, span_length, num_queries, scale,
+    R: tl.constexpr, d: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):
-    """Program (b * K + k, span, tile): ROWS of the group's G * R queries, one span of the prompt."""
+    """Program (b * K + k, part, tile): a tile of the group's G * R queries, one span of the prompt."""
     bk, part = tl.program_id(0), tl.program_id(1)
     b, k = bk // K, bk % K
-    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)  # query r of completion g is g * R + r
+    m = tl.program_id(2) * QUERIES + tl.arange(0, QUERIES)  # query r of completion g is g * R + r
     column = tl.arange(0, WIDTH)[None, :]
     mask = (m < G * R)[:, None] & (column < d)
     offsets = ((b * G + m // R) * qkv_stride + (k * R + m % R) * d)[:, None]
     q = load_rotated(qkv, offsets, column, mask, rope + b * d, sine_offset, d)
     q = q.to(keys.dtype.element_ty)
 
-    maximum = tl.full([ROWS], NO_MAXIMUM, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    weighted = tl.zeros([ROWS, WIDTH], tl.float32)
-    start = part * span
+    maximum = tl.full([QUERIES], NO_MAXIMUM, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    weighted = tl.zeros([QUERIES, WIDTH], tl.float32)
+    start = part * span_length
     maximum, total, weighted = attend_to_span(
         q, keys + bk * P * d, values + bk * P * d, bias + b * bias_stride,
-        start, tl.minimum(start + span, P), maximum, total, weighted, scale, d, BLOCK, WIDTH)
+        start, tl.minimum(start + span_length, P), maximum, total, weighted, scale, d, BLOCK, WIDTH)
 
-    n = part * rows_in_all + bk * G * R + m
-    tl.store(partial_stats + 2 * n, maximum, mask=m < G * R)
-    tl.store(partial_stats + 2 * n + 1, total, mask=m < G * R)
-    tl.store(partial_sums + n[:, None] * d + column, weighted, mask=mask)
+    n = part * num_queries + bk * G * R + m
+    tl.store(partial_max_total + 2 * n, maximum, mask=m < G * R)
+    tl.store(partial_max_total + 2 * n + 1, total, mask=m < G * R)
+    tl.store(partial_values + n[:, None] * d + column, weighted, mask=mask)
 
 
 @triton.jit
 def over_suffix(
-    qkv, rope, keys, values, partial_stats, partial_sums, position, out,
-    K, G, T, qkv_stride, sine_offset, parts, rows_in_all, scale,
-    R: tl.constexpr, d: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    qkv, rope, keys, values, partial_max_total, partial_values, position, out,
+    K, G, T, qkv_stride, sine_offset, parts, num_queries, scale,
+    R: tl.constexpr, d: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Program (b * K + k) * G + g: R queries of one completion, its own keys, then its prompt's."""
     row = tl.program_id(0)
     b, k, g = row // (K * G), row // G % K, row % G
     t = tl.load(position).to(tl.int32)
-    m = tl.arange(0, ROWS)
+    m = tl.arange(0, QUERIES)
     column = tl.arange(0, WIDTH)[None, :]
     mask = (m < R)[:, None] & (column < d)
     n = b * G + g
@@ -132,20 +132,20 @@ def over_suffix(
 
     # The softmax starts with the new token: its weight is exp(0) = 1.
     maximum = tl.sum(q.to(tl.float32) * new_k.to(tl.float32), 1) * scale
-    total = tl.full([ROWS], 1.0, tl.float32)
-    weighted = tl.zeros([ROWS, WIDTH], tl.float32) + new_v.to(tl.float32)
+    total = tl.full([QUERIES], 1.0, tl.float32)
+    weighted = tl.zeros([QUERIES, WIDTH], tl.float32) + new_v.to(tl.float32)
     maximum, total, weighted = attend_to_span(
         q, keys + cache, values + cache, None, 0, t, maximum, total, weighted, scale, d, BLOCK, WIDTH)
 
-    # Merge all parts of the prompt at once: their loads wait for each other's latency only once.
+    # Merge the partial results of the prompt.  All are loaded as one tensor: their latencies overlap.
     part = tl.arange(0, PARTS)[:, None]
-    at = part * rows_in_all + row * R + m[None, :]  # (PARTS, ROWS)
+    at = part * num_queries + row * R + m[None, :]  # (PARTS, QUERIES)
     there = (part < parts) & (m[None, :] < R)
-    prompt_maximum = tl.load(partial_stats + 2 * at, mask=there, other=NO_MAXIMUM)
-    prompt_total = tl.load(partial_stats + 2 * at + 1, mask=there, other=0.0)
+    prompt_maximum = tl.load(partial_max_total + 2 * at, mask=there, other=NO_MAXIMUM)
+    prompt_total = tl.load(partial_max_total + 2 * at + 1, mask=there, other=0.0)
     sums = tl.load(
-        partial_sums + at[:, :, None] * d + column[None, :, :],
-        mask=there[:, :, None] & (column < d)[None, :, :], other=0.0)  # (PARTS, ROWS, WIDTH)
+        partial_values + at[:, :, None] * d + column[None, :, :],
+        mask=there[:, :, None] & (column < d)[None, :, :], other=0.0)  # (PARTS, QUERIES, WIDTH)
     larger = tl.maximum(maximum, tl.max(prompt_maximum, 0))
     own_weight = tl.exp(maximum - larger)
     prompt_weight = tl.exp(prompt_maximum - larger[None, :])
@@ -158,7 +158,7 @@ def over_suffix(
         mask=mask)
 
 
-def attend(
+def rotate_write_attend(
     qkv: torch.Tensor, rope: torch.Tensor, prefix: torch.Tensor, suffix: torch.Tensor,
     bias: torch.Tensor, t: torch.Tensor,
 ) -> torch.Tensor:
@@ -174,30 +174,30 @@ def attend(
     R = heads // K - 2
     assert N == B * G and max(prefix[0].numel(), suffix[0].numel()) < 2 ** 31  # offsets are int32
     for x in (qkv, rope, prefix, suffix, bias):
-        assert x.is_contiguous(), "the decode kernels know no strides but those of contiguous tensors"
+        assert x.is_contiguous(), "rotate_write_attend needs contiguous tensors"
 
-    BLOCK = 64
+    BLOCK = 64 if d * qkv.element_size() <= 256 else 32  # keys at a time: shared memory is limited
     sizes = {"R": R, "d": d, "BLOCK": BLOCK, "WIDTH": max(16, triton.next_power_of_2(d))}
-    # More than 16 rows of fp32 queries do not fit into registers.
-    most_rows = 16 if qkv.dtype == torch.float32 else 64
-    rows = min(most_rows, max(16, triton.next_power_of_2(G * R)))
-    tiles = triton.cdiv(G * R, rows)
-    # A few prompts must still fill all multiprocessors.  Many prompts need no spans, and should
-    # not write more partial results than they read keys.
+    # A tile of queries reads the prompt's keys once.  fp32 has registers for 16 queries only.
+    most = 16 if qkv.dtype == torch.float32 else 64
+    tile = min(most, max(16, triton.next_power_of_2(G * R)))
+    tiles = triton.cdiv(G * R, tile)
+    # With few prompts, the prefix is split into up to 16 spans, so that the grid has about 256
+    # programs: two for each multiprocessor.  With many prompts there is one span.
     parts = max(1, min(triton.cdiv(P, BLOCK), triton.cdiv(256, B * K * tiles), 16))
-    span = triton.cdiv(triton.cdiv(P, parts), BLOCK) * BLOCK
-    parts = triton.cdiv(P, span)
+    span_length = triton.cdiv(triton.cdiv(P, parts), BLOCK) * BLOCK
+    parts = triton.cdiv(P, span_length)
 
-    rows_in_all = N * K * R
-    partial_stats = torch.empty(parts, rows_in_all, 2, dtype=torch.float32, device=qkv.device)
-    partial_sums = torch.empty(parts, rows_in_all, d, dtype=torch.float32, device=qkv.device)
+    num_queries = N * K * R
+    partial_max_total = torch.empty(parts, num_queries, 2, dtype=torch.float32, device=qkv.device)
+    partial_values = torch.empty(parts, num_queries, d, dtype=torch.float32, device=qkv.device)
     out = torch.empty(1, N, K * R * d, dtype=qkv.dtype, device=qkv.device)
-    strides = qkv.stride(1), B * d
+    qkv_stride, sine_offset = qkv.stride(1), B * d
     over_prefix[B * K, parts, tiles](
-        qkv, rope, prefix[0], prefix[1], bias, partial_stats, partial_sums,
-        K, G, P, P + T, *strides, span, rows_in_all, d ** -0.5, ROWS=rows, **sizes)
+        qkv, rope, prefix[0], prefix[1], bias, partial_max_total, partial_values,
+        K, G, P, P + T, qkv_stride, sine_offset, span_length, num_queries, d ** -0.5, QUERIES=tile, **sizes)
     over_suffix[(N * K,)](
-        qkv, rope, suffix[0], suffix[1], partial_stats, partial_sums, t, out,
-        K, G, T, *strides, parts, rows_in_all, d ** -0.5,
-        ROWS=max(16, triton.next_power_of_2(R)), PARTS=triton.next_power_of_2(parts), **sizes)
+        qkv, rope, suffix[0], suffix[1], partial_max_total, partial_values, t, out,
+        K, G, T, qkv_stride, sine_offset, parts, num_queries, d ** -0.5,
+        QUERIES=max(16, triton.next_power_of_2(R)), PARTS=triton.next_power_of_2(parts), **sizes)
     return out

@@ -99,7 +99,7 @@ def attention() -> None:
             theirs = decode_attention.attend(q, prefix, slow_suffix, bias, S).view(
                 1, len(qkv[0]), -1
             )
-            ours = decode_kernel.attend(qkv, rope, prefix, fast_suffix, bias, t)
+            ours = decode_kernel.rotate_write_attend(qkv, rope, prefix, fast_suffix, bias, t)
             assert ours.dtype == dtype and ours.shape == theirs.shape
             torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
             # The cache: written at t, and nowhere else.
@@ -246,17 +246,17 @@ def compile() -> None:
     from ops import decode_kernel, sample_kernel
 
     fixed = dict.fromkeys(
-        ("bias", "partial_stats", "partial_sums", "logits", "maxima", "rests", "logps"), "*fp32"
+        ("bias", "partial_max_total", "partial_values", "logits", "maxima", "rests", "logps"), "*fp32"
     )
     fixed |= dict.fromkeys(("tokens", "lengths", "end_tokens", "position"), "*i64")
     fixed |= {"done": "*i1", "uniforms": "*fp64", "scale": "fp32", "temperature": "fp32"}
     head = {"R": 7, "d": 64, "BLOCK": 64, "WIDTH": 64}
     jobs = [
-        (decode_kernel.over_prefix, dtype, head | {"ROWS": rows})
+        (decode_kernel.over_prefix, dtype, head | {"QUERIES": rows})
         for dtype, rows in (("bf16", 16), ("bf16", 64), ("fp32", 16))
     ]
     jobs += [
-        (decode_kernel.over_suffix, dtype, head | {"ROWS": 16, "PARTS": parts})
+        (decode_kernel.over_suffix, dtype, head | {"QUERIES": 16, "PARTS": parts})
         for dtype, parts in (("bf16", 1), ("bf16", 16), ("fp32", 16))
     ]
     jobs += [(sample_kernel.block_statistics, "fp32", {"TILE": 16})]
@@ -274,7 +274,7 @@ def compile() -> None:
         even = [
             i
             for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in ("qkv_stride", "sine_offset", "span", "V")
+            if signature[name].startswith("*") or name in ("qkv_stride", "sine_offset", "span_length", "V")
         ]
         source = ASTSource(
             kernel,
@@ -322,9 +322,15 @@ def launches() -> None:
     rows = [torch.zeros(4, 16) for _ in range(5)]
     logits, ends, t = torch.zeros(16, 151_936), torch.zeros(2), torch.zeros(1)
     with Operations():
-        decode_kernel.attend(qkv, *others)
+        decode_kernel.rotate_write_attend(qkv, *others)
         sample_kernel.record(logits, *rows, ends, t, 1.0, False)
     assert seen == [(4, 15, 1), (32,), (16, 38), (16,)]
+
+    # Strides that the kernels do not know are refused: they would read another row's numbers.
+    wider = torch.cat((qkv, qkv), 2)[:, :, : qkv.shape[2]]
+    for given in ((wider, *others), (qkv, others[0].expand_as(others[0]).transpose(1, 4), *others[1:])):
+        with pytest.raises(AssertionError, match="contiguous"):
+            decode_kernel.rotate_write_attend(*given)
 
 
 if __name__ == "__main__":

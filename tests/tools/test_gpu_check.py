@@ -153,7 +153,7 @@ def findings(tmp_path):
 
 
 EXPECTED = {  # stage -> (checks that are right, checks that are measured)
-    "smoke": (4, 2), "full": (2, 5), "golden": (2, 0), "bench": (2, 0), "ranks": (1, 0)}
+    "smoke": (4, 2), "full": (2, 5), "golden": (2, 1), "bench": (2, 0), "ranks": (1, 0)}
 
 
 @pytest.mark.parametrize("stage", gpu_check.LIMITS)
@@ -179,18 +179,17 @@ def test_what_is_wrong_is_found(findings, monkeypatch):
     def rounded(x, w, real=torch.conv1d):                            # as TF32 does, a little more
         return real(x.bfloat16().to(x) if x.dtype == torch.float32 else x, w)
 
-    assert gpu_stages.attention(device)[1] and gpu_stages.choosing(device)[1]
-    assert not gpu_stages.attention(device, blind)[1] and not gpu_stages.attention(device, unwritten)[1]
-    assert not gpu_stages.choosing(device, shifted)[1]
+    assert gpu_stages.attention_kernels(device)[1] and gpu_stages.sampling_kernels(device)[1]
+    assert not gpu_stages.attention_kernels(device, blind)[1] and not gpu_stages.attention_kernels(device, unwritten)[1]
+    assert not gpu_stages.sampling_kernels(device, shifted)[1]
     with monkeypatch.context() as wrong:
         wrong.setattr(gpu_stages.F, "conv1d", rounded)
         assert not gpu_stages.products(device)[1]
     with monkeypatch.context() as wrong:
         wrong.setattr(gpu_stages, "causal_lower_right", lambda S, L: torch.ones(S, L, dtype=torch.bool).tril())
-        assert not gpu_stages.flash(device)[1]
-    with monkeypatch.context() as wrong:
-        wrong.setattr(sampler, "generate_naive", lambda *a, **k: [torch.zeros(2, gpu_stages.G, 48)])
-        assert not gpu_stages.path_equals_naive(device, "eager")[1]
+        assert not gpu_stages.training_attention(device)[1]
+    other = dict.fromkeys((True, False), torch.zeros(2, gpu_stages.GROUP, 48, dtype=torch.long))
+    assert not gpu_stages.path_equals_naive(device, "eager", other)[1]
     with monkeypatch.context() as wrong:
         loss = gpu_stages.grpo.grpo_loss
         wrong.setattr(gpu_stages.grpo, "grpo_loss", lambda *a, **k: loss(*a, **k | {"beta": 9.0}))
