@@ -205,11 +205,8 @@ def start_ranks(device: str = "auto") -> Ranks:
 
 def set_up_cuda(device: torch.device) -> None:
     """This process's GPU, and the settings under which it computes what a CPU computes."""
-    # Segments that grow: micro-batches differ in length, and fixed segments leave holes that none of them fits.  The
-    # allocator reads the variable at the first allocation, and a user's own setting wins.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     torch.cuda.set_device(device)
+    use_expandable_segments(device)
     # From torch 2.11 on cuDNN is asked first on Hopper.  With a mask its gradients can be NaN (pytorch issue 196678),
     # and it plans half a second for every new shape, of which we have one a micro-batch.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -217,6 +214,21 @@ def set_up_cuda(device: torch.device) -> None:
     # fp32 is fp32 in convolutions too: by default their factors are rounded to 10 bits, which moves a gradient's norm by
     # 3e-3.  Products of matrices are exact already, torch's default.
     torch.backends.cudnn.allow_tf32 = False
+
+
+def use_expandable_segments(device: torch.device) -> None:
+    """Let the allocator's segments grow: micro-batches differ in length, and fixed segments leave holes between them.
+
+    A user's own setting wins.  Where the driver refuses such memory (WSL2: pytorch issue 192330), segments stay fixed.
+    """
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        return
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"        # read at the first allocation, which is this:
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+        torch._C._accelerator_setAllocatorSettings(os.environ["PYTORCH_ALLOC_CONF"])
 
 
 def fresh_store() -> dist.Store:

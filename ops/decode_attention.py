@@ -52,7 +52,8 @@ def can_build_kernels() -> bool:
     """True if Triton can build the kernels here: it needs a C compiler, Python's headers and a GPU of capability 8.0 or
     higher.  Under TRITON_INTERPRET=1 it needs nothing."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    header = (Path(sysconfig.get_path("include")) / "Python.h").exists()
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")       # as Triton looks for it
+    header = (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists()
     triton = importlib.util.find_spec("triton")
     if triton and os.environ.get("TRITON_INTERPRET") == "1":             # runs anywhere, slowly, for tests
         return True

@@ -108,6 +108,7 @@ def record(
     Written: tokens (T, N), logps (T, N) fp32, lengths (N,), done (N,).
     """
     N, V = logits.shape
+    temperature = float(temperature)  # an int would be another kernel, which does not compile
     assert logits.is_contiguous() and logits.dtype == torch.float32
     blocks = triton.cdiv(V, BLOCK.value)
     tile = min(16, triton.next_power_of_2(blocks))

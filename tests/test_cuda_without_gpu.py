@@ -386,6 +386,7 @@ def settings(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "set, so that what is set by the code is put back")
         monkeypatch.delenv(name)
+    monkeypatch.setattr(common.torch, "empty", lambda *a, **k: None)     # the first allocation
     yield
     torch.backends.cuda.enable_cudnn_sdp(before[0])
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before[1]
@@ -405,6 +406,18 @@ def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch)
     assert torch.backends.cudnn.allow_tf32 is False and torch.backends.cuda.matmul.allow_tf32 is False
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert asked["timeout"] == datetime.timedelta(minutes=30)
+
+
+def test_segments_stay_fixed_where_the_driver_refuses_others(settings, monkeypatch):
+    """Stops every script ending in "CUDA driver error" on a machine whose driver cannot map memory piece by piece."""
+    def refuse(*args, **kwargs):
+        raise RuntimeError("CUDA driver error: unknown error")
+
+    told = []
+    monkeypatch.setattr(common.torch, "empty", refuse)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    common.start_ranks("cuda")
+    assert told == ["expandable_segments:False"] and os.environ["PYTORCH_ALLOC_CONF"] == told[0]
 
 
 def test_the_allocator_of_the_user_stays(settings, monkeypatch):
