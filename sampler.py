@@ -15,6 +15,7 @@ for a prompt depends neither on the other prompts of its batch nor on the number
 Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length   T max_new_tokens   V vocabulary
          S how much of T a step looks at   L layers   D width   H query heads   K key/value heads   R = H/K   d head size
 """
+import contextlib
 import dataclasses
 import os
 import weakref
@@ -352,6 +353,18 @@ def decode_path(model: HumanOmni) -> tuple[bool, bool, bool]:
     return asked != "eager", asked in ("compiled", "graph"), asked == "graph"
 
 
+@contextlib.contextmanager
+def hint_at_variable(model: HumanOmni):
+    """An error on a GPU, of a kernel, the compiler or a capture, also says how to run without them."""
+    try:
+        yield
+    except Exception as error:
+        if model.device.type == "cuda" and not out_of_memory(error):
+            error.add_note(f"A decode step failed. The environment variable {PATH_VARIABLE} chooses how it is run: set it "
+                           "to compiled; if that fails, to kernels; then to eager.")
+        raise
+
+
 def uses_graphs(model: HumanOmni) -> bool:
     return decode_path(model)[2]
 
@@ -459,18 +472,13 @@ class Decoder:
         S = r.T if self.kernels else round_up(t + 1, SUFFIX_STEP[model.device.type], r.T)
         run = lambda: step(model, self, r, S, temperature, greedy)
         key = r.B, r.G, r.P, r.T, S, temperature, greedy
-        try:
+        with hint_at_variable(model):
             if not uses_graphs(model):
                 run()
             elif key in self.graphs:
                 self.graphs[key].replay()
             else:
                 self.graphs[key] = StepGraph(run, self.memory)
-        except Exception as error:
-            if model.device.type == "cuda" and not out_of_memory(error):
-                error.add_note(f"A decode step failed. The environment variable {PATH_VARIABLE} chooses how it is run: set "
-                               "it to compiled; if that fails, to kernels; then to eager.")
-            raise
 
 
 _decoders: "weakref.WeakKeyDictionary[HumanOmni, Decoder]" = weakref.WeakKeyDictionary()
@@ -536,7 +544,8 @@ def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_gen
     decoder = Decoder.of(model)
     r = decoder.rows_for(model, B, G, round_up(P, PREFIX_STEP[kind]), T)
     r.start(model, mask, prefix, uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device))
-    decoder.record(r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy)     # all of a group start alike
+    with hint_at_variable(model):
+        decoder.record(r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy)     # a group starts alike
 
     completions = torch.empty(T, B * G, dtype=torch.long, device=model.device)
     logps, lengths = torch.empty(T, B * G, device=model.device), torch.empty(B * G, dtype=torch.long, device=model.device)

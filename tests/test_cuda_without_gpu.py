@@ -486,14 +486,16 @@ def test_the_variable_chooses_how_a_step_is_run(paths):
         assert f"{sampler.PATH_VARIABLE}={asked}" in str(told.value)
 
 
-def test_a_step_that_fails_names_the_variable(gpu, monkeypatch):
-    """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how to go on."""
+@pytest.mark.parametrize("fails", ["step", "record"])
+def test_a_step_that_fails_names_the_variable(gpu, monkeypatch, fails):
+    """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how to continue.  The first token
+    is chosen before the first step: a kernel that cannot be built fails there."""
     def broken(*args):
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(sampler, "step", broken)
+    monkeypatch.setattr(sampler, fails, broken)
     model = on("cuda")
-    decoder = sampler.Decoder(model)
+    embeds, mask = torch.zeros(2, 3, 64, device="cuda"), torch.ones(2, 3, dtype=torch.bool, device="cuda")
     with pytest.raises(RuntimeError) as failed:
-        decoder.advance(model, decoder.rows_for(model, 2, 3, 8, 6), 0, 1.0, False)
-    assert sampler.PATH_VARIABLE in failed.value.__notes__[0]
+        sampler.generate(model, embeds, mask, 2, 4)
+    assert len(failed.value.__notes__) == 1 and sampler.PATH_VARIABLE in failed.value.__notes__[0]
