@@ -285,9 +285,9 @@ def run_layers(decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor,
     if decoder.compile:
         before, after = compiled(before), compiled(after)
     r.bias.index_fill_(-1, r.t + r.P, 0.0)                               # the new token may be seen
-    x = x.view(r.B, r.G, -1)                                             # (B, G, D)
+    x, cos_sin = x.view(r.B, r.G, -1), rope.unbind(0)                    # (B, G, D), 2 x (B, 1, 1, d)
     for layer, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
-        q = before(layer, x, rope.unbind(0), suffix, r.t)                # (B, G, H, d)
+        q = before(layer, x, cos_sin, suffix, r.t)                       # (B, G, H, d)
         x = after(layer, x, attend(q, prefix, suffix, r.bias, S))
     return x.view(1, r.B * r.G, -1)
 
@@ -418,7 +418,8 @@ class Decoder:
         self.compile = use_compiler and all(p.blocked is None for p in products)
         self.rows: dict[tuple, Rows] = {}
         self.graphs: dict[tuple, StepGraph] = {}
-        self.memory = graph_memory() if uses_graphs(model) else None
+        self.captures = uses_graphs(model)
+        self.memory = graph_memory() if self.captures else None
 
     @staticmethod
     def signature_of(model: HumanOmni) -> tuple:
@@ -446,7 +447,7 @@ class Decoder:
         One call uses several shapes, since finished rows are dropped.  Above the limit of `kept_bytes`, the shape that was
         not used for longest is freed.
         """
-        if not uses_graphs(model):
+        if not self.captures:
             return Rows(model, B, G, P, T)
         shape = B, G, P, T
         rows = self.rows.pop(shape, None)
@@ -473,7 +474,7 @@ class Decoder:
         run = lambda: step(model, self, r, S, temperature, greedy)
         key = r.B, r.G, r.P, r.T, S, temperature, greedy
         with hint_at_variable(model):
-            if not uses_graphs(model):
+            if not self.captures:
                 run()
             elif key in self.graphs:
                 self.graphs[key].replay()

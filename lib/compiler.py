@@ -25,6 +25,9 @@ class RecompileLimitNotice(logging.Handler):
                 "in lib/compiler.py.", file=sys.stderr, flush=True)
 
 
+logging.getLogger("torch._dynamo.convert_frame").addHandler(RecompileLimitNotice())
+
+
 @functools.cache
 def compiled(function):
     """`function` through torch.compile, once per process.
@@ -33,7 +36,4 @@ def compiled(function):
     copied with the module, and a copy of the model would compute with the weights of the original.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    log = logging.getLogger("torch._dynamo.convert_frame")
-    if not any(isinstance(handler, RecompileLimitNotice) for handler in log.handlers):
-        log.addHandler(RecompileLimitNotice())
     return torch.compile(function)

@@ -54,10 +54,21 @@ from tqdm import tqdm
 import rewards
 from data import PromptBatch
 from grpo import advantages, grpo_loss
-from lib.common import AUDIO, VIDEO, Ranks, UserError, dtype_of, run_main, start_ranks, write_json
+from lib.common import Ranks, UserError, dtype_of, run_main, start_ranks, write_json
 from model import PARTS, HumanOmni, embed, encode_once, frozen_reference
 from sampler import generate
-from tools.sizes import SEED, SIZES, Laps, Size, build_model, decode_floor, floors, machine_name, machine_rates
+from tools.sizes import (
+    SEED,
+    SIZES,
+    Laps,
+    Size,
+    build_model,
+    decode_floor,
+    floors,
+    machine_name,
+    machine_rates,
+    random_batch,
+)
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,18 +133,10 @@ def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
         for twin in views["E"]:
             twin.compile_layers()
 
-    gen, B, G, T, side = torch.Generator().manual_seed(SEED), size.B, size.G, size.T, size.vision["image_size"]
+    gen, B, G, T = torch.Generator().manual_seed(SEED), size.B, size.G, size.T
     lengths = torch.randint(max(1, T // 2), T + 1, (B, G), generator=gen)
     lengths[:, 0] = T                                        # somebody always needs the last step
-    text = torch.randint(size.decoder["vocab_size"], (B, size.text), generator=gen).tolist()
-    batch = PromptBatch(
-        indices=list(range(B)), samples=[None] * B, asked=[""] * B, targets=[[]] * B, bad=[], notes=[],
-        input_ids=[[*ids[:-24], VIDEO, *ids[-24:-20], AUDIO, *ids[-20:]] for ids in text],
-        frames=(torch.rand(B, 8, 3, side, side, generator=gen) * 2 - 1).to(dtype),
-        mel=torch.randn(B, size.audio["num_mel_bins"], 2 * size.audio["max_source_positions"], generator=gen).to(dtype),
-        vision=[None] * B, audio=[None] * B, keys=[{"video": "", "audio": ""}] * B,          # no features yet, no cache
-        question_ids=torch.randint(size.bert["vocab_size"], (B, 40), generator=gen),
-        question_mask=torch.ones(B, 40, dtype=torch.long)).to(ranks.device)
+    batch = random_batch(size, B, gen, dtype).to(ranks.device)
     A = advantages(torch.rand(B, G, generator=gen)).to(ranks.device)
     words = models.WordLevel({f"w{i}": i for i in range(size.decoder["vocab_size"])}, unk_token="w0")
     return Bench(views, MasterAdamW([p for p in model.parameters() if p.requires_grad], LR), Tokenizer(words), ranks, batch,

@@ -62,8 +62,7 @@ class Findings:
         path.unlink(missing_ok=True)
 
     def add(self, stage: str, check: str, verdict: str, found: str, seconds: float) -> None:
-        append(self.path, {"stage": stage, "check": check, "verdict": verdict, "found": found,
-                           "seconds": round(seconds, 1)})
+        add_finding(self.path, stage, check, verdict, found, seconds)
         self.write_table()
 
     def read(self) -> list[dict]:
@@ -86,11 +85,13 @@ class Findings:
         write_text(self.path.with_suffix(".md"), f"# GPU check\n\n{self.about}\n\n" + "\n".join(lines) + "\n")
 
 
-def append(path: Path, row: dict) -> None:
-    """One more line, on the disk when this returns."""
+def add_finding(path: Path, stage: str, check: str, verdict: str, found: str, seconds: float) -> dict:
+    """One more line of the findings, on the disk when this returns.  -> the line's values"""
+    row = {"stage": stage, "check": check, "verdict": verdict, "found": found, "seconds": round(seconds, 1)}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         sync(file)
+    return row
 
 
 def run_stage(stage: str, command: list[str], limit: float, findings: Findings, log: Path) -> None:

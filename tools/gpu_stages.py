@@ -27,15 +27,14 @@ from torch.nn.attention.bias import causal_lower_right
 
 import grpo
 import sampler
-from data import PromptBatch, Sample
-from lib.common import AUDIO, VIDEO, Ranks, dtype_of, run_main, start_ranks, write_text
+from lib.common import Ranks, dtype_of, run_main, start_ranks, write_text
 from lib.head import add_product_, fp32_product
 from model import HumanOmni, embed, encode_once, frozen_reference, sdpa
 from ops import decode_attention
 from tools import bench
-from tools.gpu_check import LIMITS, append
+from tools.gpu_check import LIMITS, add_finding
 from tools.memory import GIB, peak
-from tools.sizes import SIZES, build_model, decode_floor, machine_rates
+from tools.sizes import SIZES, build_model, decode_floor, machine_rates, random_batch
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,9 +84,7 @@ class Stage:
         except Exception as error:
             found, verdict = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
         verdict = {True: "right", False: "WRONG"}.get(verdict, verdict)
-        row = {"stage": self.args.stage, "check": what, "verdict": verdict, "found": found,
-               "seconds": round(time.perf_counter() - start, 1)}
-        append(Path(self.args.findings), row)
+        row = add_finding(Path(self.args.findings), self.args.stage, what, verdict, found, time.perf_counter() - start)
         print(" | ".join(map(str, row.values())), flush=True)
 
 
@@ -304,28 +301,14 @@ def profile(stage: Stage, model: HumanOmni, N: int) -> tuple[str, str]:
     return f"{launches:.0f} {what} a step, {busy:.0f} us of work; see {path.name}", "measured"
 
 
-def random_batch(size, B: int, model: HumanOmni) -> PromptBatch:
-    gen, side = torch.Generator().manual_seed(0), size.vision["image_size"]
-    ids = torch.randint(size.decoder["vocab_size"], (B, size.text), generator=gen).tolist()
-    bins, states = size.audio["num_mel_bins"], size.audio["max_source_positions"]
-    return PromptBatch(
-        indices=list(range(B)), asked=[""] * B, targets=[[]] * B, bad=[], notes=[],
-        samples=[Sample("clip", Path(), "?", "happy", "happy", "video_audio")] * B,
-        input_ids=[[*row[:-24], VIDEO, *row[-24:-20], AUDIO, *row[-20:]] for row in ids],
-        frames=torch.rand(B, 8, 3, side, side, generator=gen) * 2 - 1,
-        mel=torch.randn(B, bins, 2 * states, generator=gen), vision=[None] * B, audio=[None] * B,
-        question_ids=torch.randint(size.bert["vocab_size"], (B, 40), generator=gen),
-        question_mask=torch.ones(B, 40).long(),
-        keys=[{"video": "", "audio": ""}] * B).to(model.device)
-
-
 def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
     """One GRPO step.  The gradient is finite, the trainer's probability over the sampler's is within 0.1 of 1 at three
     quantiles, and the update's peak memory is at most 1.15 times the estimate of tools.memory."""
     size, device, B, T = SIZES[stage.args.size], stage.device, 2, SHAPES[stage.args.size][0]
     reference, optimizer = frozen_reference(model), MasterAdamW(model.set_trained(), 1e-6)
     flags = grpo.Args(model="", data="", out="", num_generations=GROUP, max_new_tokens=T, micro_batch=1)
-    batch, meter = encode_once(model, random_batch(size, B, model)), grpo.Meter()
+    batch = random_batch(size, B, torch.Generator().manual_seed(0), model.dtype).to(device)
+    batch, meter = encode_once(model, batch), grpo.Meter()
     rollout = grpo.roll_out(model, reference, mock.Mock(text=str), batch, flags, grpo.Clock())
     # The rewards of noise are all 0.
     rollout.rewards["accuracy"] = torch.arange(float(B * GROUP), device=device).view(B, GROUP) % 3
@@ -429,7 +412,12 @@ def path_equals_naive(device, path: str, naive: dict[bool, torch.Tensor]) -> tup
 def golden(stage: Stage) -> None:
     stage.check("loss and gradient norms", lambda: reference_parity(stage.device))
     naive: dict[bool, torch.Tensor] = {}
-    stage.check("naive sampler", lambda: (naive.update(naive_tokens(stage.device)) or "done", "measured"))
+
+    def run_naive() -> tuple[str, str]:
+        naive.update(naive_tokens(stage.device))
+        return "done", "measured"
+
+    stage.check("naive sampler", run_naive)
     # The simplest first: what a failed capture or kernel leaves behind would fail the others, too.
     paths = sampler.DECODE_PATHS if stage.on_gpu else ["eager"]
     for path in paths:

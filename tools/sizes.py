@@ -14,7 +14,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import PromptBatch
+from data import PromptBatch, Sample
+from lib.common import AUDIO, VIDEO
 from lib.metrics import Clock
 from model import PARTS, Config, HumanOmni, encode_once
 
@@ -85,6 +86,21 @@ def build_model(size: Size, device, dtype: torch.dtype) -> HumanOmni:
     model.set_trained()
     model.eos_ids = [config.vocab_size]
     return model.to(dtype)
+
+
+def random_batch(size: Size, B: int, gen: torch.Generator, dtype: torch.dtype) -> PromptBatch:
+    """B prompts of noise, each with a clip.  Drawn on the CPU, so that they are the same on every device."""
+    side, bins, states = size.vision["image_size"], size.audio["num_mel_bins"], size.audio["max_source_positions"]
+    text = torch.randint(size.decoder["vocab_size"], (B, size.text), generator=gen).tolist()
+    return PromptBatch(
+        indices=list(range(B)), samples=[Sample("clip", Path(), "?", "happy", "happy", "video_audio")] * B,
+        asked=[""] * B, targets=[[]] * B, bad=[], notes=[],
+        input_ids=[[*ids[:-24], VIDEO, *ids[-24:-20], AUDIO, *ids[-20:]] for ids in text],
+        frames=(torch.rand(B, 8, 3, side, side, generator=gen) * 2 - 1).to(dtype),
+        mel=torch.randn(B, bins, 2 * states, generator=gen).to(dtype),
+        vision=[None] * B, audio=[None] * B, keys=[{"video": "", "audio": ""}] * B,          # no features yet, no cache
+        question_ids=torch.randint(size.bert["vocab_size"], (B, 40), generator=gen),
+        question_mask=torch.ones(B, 40, dtype=torch.long))
 
 
 def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:

@@ -122,16 +122,18 @@ def test_the_limit_of_recompilations_is_told(monkeypatch, capfd):
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_kernels_of_a_compiled_layer(model):
     """Stops a graph break or a copy in the sampler's layers: 7 kernels a layer beside attention, 17 when not compiled."""
-    kept, (layer, following) = sampler.Decoder(model), sampler.Decoder(model).layers[:2]
+    packed, (layer, following, *_) = sampler.PackedLayer, sampler.Decoder(model).layers
     x = torch.randn(1, 6, model.config.hidden_size)
     counts = {}
-    for f, inputs in {kept.layers[0].project: (x,), layer.join: (following, x, x), layer.after_attention: (x, x)}.items():
+    for part, inputs in ((packed.project, (layer, x)), (packed.join, (layer, following, x, x)),
+                         (packed.after_attention, (layer, x, x))):
         torch._dynamo.reset()
         with torch.no_grad():
-            _, (code,) = run_and_get_code(torch.compile(f.__func__), f.__self__, *inputs)
-        counts[f.__name__] = len(re.findall(r"(?:extern_kernels\.|cpp_fused)\w+\(", code.split("def call(")[1]))
-        # "Product plus residual" in one call is two on a GPU: the residual is copied first.
-        assert "extern_kernels.addmm" not in code or f.__name__ != "after_attention"
+            _, (code,) = run_and_get_code(torch.compile(part), *inputs)
+        counts[part.__name__] = len(re.findall(r"(?:extern_kernels\.|cpp_fused)\w+\(", code.split("def call(")[1]))
+        if part is packed.after_attention:
+            # "Product plus residual" in one call is two on a GPU: the residual is copied first.
+            assert "extern_kernels.addmm" not in code
     assert counts == {"project": 2, "join": 7, "after_attention": 6}
 
 
