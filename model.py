@@ -307,23 +307,32 @@ class HumanOmni(nn.Module):
 
     # ---- the prompt ------------------------------------------------------------------------------
 
+    # Both towers run clip by clip.  A matrix product's last bits depend on its number of rows; so the features depend on
+    # the clip alone, whatever clips are in its batch, and it makes no difference which of them came from a cache.
+
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
         """frames (B, F, 3, S, S) -> SigLIP patches (B, F, n, C): hidden_states[-2], no post layer norm."""
-        B = frames.shape[0]
         tower = getattr(self.model.vision_tower, "vision_model", self.model.vision_tower)
-        x = tower.embeddings(frames.flatten(0, 1).to(self.dtype))                  # (B*F, n, C)
-        # Only the layers that are used: the last one and the pooling head would be thrown away.
         layers = tower.encoder.layers
         index = self.config.mm_vision_select_layer
-        for layer in layers[:index if index >= 0 else len(layers) + 1 + index]:
-            x = layer(x, attention_mask=None)
-            x = x[0] if isinstance(x, tuple) else x
-        return x.unflatten(0, (B, -1))
+        used = layers[:index if index >= 0 else len(layers) + 1 + index]   # the layers after it would be thrown away
+
+        def encode(clip: torch.Tensor) -> torch.Tensor:                            # (F, 3, S, S) -> (F, n, C)
+            x = tower.embeddings(clip.to(self.dtype))
+            for layer in used:
+                x = layer(x, attention_mask=None)
+                x = x[0] if isinstance(x, tuple) else x
+            return x
+
+        return torch.stack([encode(clip) for clip in frames])
 
     def encode_audio(self, mel: torch.Tensor) -> torch.Tensor:
         """mel (B, M, frames) -> pooled Whisper states (B, tokens, C), three states a token."""
-        states = self.model.audio_tower(mel.to(self.dtype)).last_hidden_state      # (B, L, C)
-        return F.avg_pool1d(states.transpose(1, 2), AUDIO_POOL).transpose(1, 2)    # (B, L/3, C)
+        def encode(clip: torch.Tensor) -> torch.Tensor:                            # (1, M, frames) -> (1, L/3, C)
+            states = self.model.audio_tower(clip.to(self.dtype)).last_hidden_state          # (1, L, C)
+            return F.avg_pool1d(states.transpose(1, 2), AUDIO_POOL).transpose(1, 2)
+
+        return torch.cat([encode(clip) for clip in mel.split(1)])
 
     def gate(self, question_ids: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
         """The question decides how much of video, body and face is mixed in.  (B, Q) -> (B, 3), rows sum to 1."""
@@ -524,17 +533,14 @@ def _features(model, batch, modality: str, rows, media, tower, cache) -> torch.T
     if not isinstance(rows, list):
         return rows                                  # encoded before, or the batch lacks the modality
     keys = [k[modality] for k in batch.keys if modality in k]
-    unknown = [i for i, known in enumerate(rows) if known is None]               # these have a row in `media`
-    if cache is not None:  # encoded since the loader read ahead?  Once more, in another batch, it would get other last bits
-        rows = [cache.get(key) if known is None else known for key, known in zip(keys, rows)]
-    left = [j for j, i in enumerate(unknown) if rows[i] is None]
-    fresh = iter(tower(media if len(left) == len(unknown) else media[left]) if left else ())
+    unknown = iter(media.split(1) if media is not None else ())
     done = []
-    for key, known in zip(keys, rows):
-        row = next(fresh) if known is None else known.to(model.device)
-        if known is None and cache is not None:
-            cache.put(key, row)
-        done.append(row)
+    for key, row in zip(keys, rows):
+        if row is None:
+            row = tower(next(unknown))[0]
+            if cache is not None:
+                cache.put(key, row)
+        done.append(row.to(model.device))
     return torch.stack(done)
 
 

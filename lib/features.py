@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save
 class FeatureCache:
     """What the frozen towers make of a clip, on disk, for later epochs and other runs.
 
-    One small safetensors file per clip and modality, to the bit as the tower gave it when it first met the clip; in another
-    batch its last bits may be others, as without a cache (for the full-size towers 2.4 MB of vision and 1.3 MB of audio in
-    bf16, twice that in fp32).  The name is a hash of the file's path, size and time, the preprocessing, the working dtype
+    One small safetensors file per clip and modality (for the full-size towers 2.4 MB of vision and 1.3 MB of audio in bf16,
+    twice that in fp32).  The towers run clip by clip, so an entry is to the bit what they would give again.  The name is a hash of the file's path, size and time, the preprocessing, the working dtype
     and the tower's weights: whatever changes, the old entry is simply not found.  Written beside and renamed, so several
     processes may share a folder.
     """
