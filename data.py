@@ -8,6 +8,7 @@ dataset turns it into a BadClip, and the batch carries it in `bad`, to be counte
 
 Legend   F frames taken from a clip   S side of the vision tower's input   M mel channels   T mel frames
 """
+
 import contextlib
 import dataclasses
 import json
@@ -37,8 +38,10 @@ Prompt = Literal["think", "label", "row", "auto"]
 # The prompt
 # ------------------------------------------------------------------------------------------------
 
-QUESTION = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the characters "
-            "is the most obvious to you?")
+QUESTION = (
+    "As an emotional recognition expert; throughout the video, which emotion conveyed by the characters "
+    "is the most obvious to you?"
+)
 THINK = "\nOutput the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
 
 
@@ -50,21 +53,24 @@ def has_markup(text: str) -> bool:
 @dataclasses.dataclass(frozen=True)
 class View:
     """What of a clip the model gets, and how it is asked.  The same object for SFT, RL, evaluation and inference."""
+
     modal: Modal = "video_audio"
     prompt: Prompt = "think"
-    fit: str = "pad"                     # how a picture becomes square: "pad" or "stretch"
-    question: str | None = None          # asked instead of the rows' own
-    choices: tuple[str, ...] = ()        # candidate list; by default the model answers freely
-    shuffle_choices: bool = False        # in training; a fixed order would be learned
-    mute: bool = False                   # the sound is replaced by silence: the prompt keeps its form
-    blank: bool = False                  # the frames are replaced by grey
-    drop_audio: float = 0.0              # share of the prompts that lose the modality altogether; never both
+    fit: str = "pad"  # how a picture becomes square: "pad" or "stretch"
+    question: str | None = None  # asked instead of the rows' own
+    choices: tuple[str, ...] = ()  # candidate list; by default the model answers freely
+    shuffle_choices: bool = False  # in training; a fixed order would be learned
+    mute: bool = False  # the sound is replaced by silence: the prompt keeps its form
+    blank: bool = False  # the frames are replaced by grey
+    drop_audio: float = 0.0  # share of the prompts that lose the modality altogether; never both
     drop_video: float = 0.0
-    seed: int = 0                        # of drops and orders
+    seed: int = 0  # of drops and orders
 
     def draws(self, position: int) -> np.random.Generator:
         """Random numbers of the prompt at one position of the run: the same on any rank and after a resume."""
-        return np.random.Generator(np.random.Philox(key=[self.seed, position + 2 ** 62]))    # apart from the sampler's
+        return np.random.Generator(
+            np.random.Philox(key=[self.seed, position + 2**62])
+        )  # apart from the sampler's
 
     def keeps(self, modal: str, position: int) -> str:
         """What is left of `modal` ("video_audio", ...) at this position once modalities were dropped by chance."""
@@ -81,25 +87,40 @@ class View:
         """
         prompt = self.prompt
         if prompt == "auto":
-            prompt = "think" if "<answer>" in target else "label" if target.lower() in VOCABULARY else "row"
+            prompt = (
+                "think"
+                if "<answer>" in target
+                else "label"
+                if target.lower() in VOCABULARY
+                else "row"
+            )
         question = self.question or question
         asked = question if prompt == "row" else question.removesuffix(THINK)
         if self.choices:
-            order = self.draws(position).permutation(len(self.choices)) if self.shuffle_choices else range(len(self.choices))
+            order = (
+                self.draws(position).permutation(len(self.choices))
+                if self.shuffle_choices
+                else range(len(self.choices))
+            )
             asked += "\n" + ", ".join(self.choices[i] for i in order)
         return asked + THINK if prompt == "think" else asked
 
 
 # What `--choices NAME` stands for.
-CHOICES = {"dfew": DFEW_WORDS, "mafw": VOCABULARY,
-           "ravdess": ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")}
+CHOICES = {
+    "dfew": DFEW_WORDS,
+    "mafw": VOCABULARY,
+    "ravdess": ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise"),
+}
 
 
 def read_choices(words: list[str]) -> tuple[str, ...]:
     """`--choices`: the words themselves, or the name of a data set for its labels."""
-    if len(words) == 1:                  # a list of one would be no choice
+    if len(words) == 1:  # a list of one would be no choice
         if words[0] not in CHOICES:
-            raise UserError(f"--choices {words[0]}: give at least two words, or one of {', '.join(CHOICES)}.")
+            raise UserError(
+                f"--choices {words[0]}: give at least two words, or one of {', '.join(CHOICES)}."
+            )
         return CHOICES[words[0]]
     if len(set(words)) < len(words):
         raise UserError(f"--choices {' '.join(words)}: a word is there twice.")
@@ -113,18 +134,35 @@ def read_question(file: str | None) -> str | None:
     try:
         text = Path(file).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--question {file}: cannot be read ({error}); give a text file that holds the question.") from None
+        raise UserError(
+            f"--question {file}: cannot be read ({error}); give a text file that holds the question."
+        ) from None
     if not text or has_markup(text):
-        raise UserError(f"--question {file}: must hold a question, without chat markup (<|, <video> or <audio>).")
+        raise UserError(
+            f"--question {file}: must hold a question, without chat markup (<|, <video> or <audio>)."
+        )
     return text
 
 
 class Processor:
     """Clips and questions -> what the model takes.  One object for SFT, RL, evaluation and inference."""
 
-    def __init__(self, tokenizer, bert_tokenizer, mel_extractor, image_size: int, mean: list[float], std: list[float],
-                 max_question: int, ends: list[int] = ()):
-        self.tokenizer, self.bert_tokenizer, self.mel_extractor = tokenizer, bert_tokenizer, mel_extractor
+    def __init__(
+        self,
+        tokenizer,
+        bert_tokenizer,
+        mel_extractor,
+        image_size: int,
+        mean: list[float],
+        std: list[float],
+        max_question: int,
+        ends: list[int] = (),
+    ):
+        self.tokenizer, self.bert_tokenizer, self.mel_extractor = (
+            tokenizer,
+            bert_tokenizer,
+            mel_extractor,
+        )
         self.image_size, self.max_question = image_size, max_question
         self.ends = {tokenizer.eos_token_id, *ends}
         self.mean = torch.tensor(mean).view(3, 1, 1)
@@ -145,13 +183,20 @@ class Processor:
         ends = end_ids(read_json(generation) if generation else {}, config)
         tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id not in ends:
-            raise UserError(f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its generation_config.json "
-                            f"with {ends}, so no answer would ever stop: add it there.")
-        return cls(tokenizer, load_tokenizer(bert_folder),
-                   _load(transformers.WhisperFeatureExtractor, audio, "feature extractor"),
-                   picture["size"]["height"], picture["image_mean"], picture["image_std"],
-                   read_json(find_file(bert_folder, "config.json"))["max_position_embeddings"],
-                   ends)
+            raise UserError(
+                f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its generation_config.json "
+                f"with {ends}, so no answer would ever stop: add it there."
+            )
+        return cls(
+            tokenizer,
+            load_tokenizer(bert_folder),
+            _load(transformers.WhisperFeatureExtractor, audio, "feature extractor"),
+            picture["size"]["height"],
+            picture["image_mean"],
+            picture["image_std"],
+            read_json(find_file(bert_folder, "config.json"))["max_position_embeddings"],
+            ends,
+        )
 
     def frames(self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad") -> torch.Tensor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
@@ -165,10 +210,14 @@ class Processor:
             side = max(height, width)
             top, left = (side - height) // 2, (side - width) // 2
             square = np.full((count, side, side, 3), 127, np.uint8)
-            square[:, top:top + height, left:left + width] = frames
+            square[:, top : top + height, left : left + width] = frames
             frames = square
-        x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)     # (F, 3, H, W), channels last
-        x = F.interpolate(x, size=(self.image_size, self.image_size), mode="bicubic", antialias=True)
+        x = torch.from_numpy(np.ascontiguousarray(frames)).permute(
+            0, 3, 1, 2
+        )  # (F, 3, H, W), channels last
+        x = F.interpolate(
+            x, size=(self.image_size, self.image_size), mode="bicubic", antialias=True
+        )
         return (x.float() / 255 - self.mean) / self.std
 
     def mel(self, audio: np.ndarray) -> torch.Tensor:
@@ -182,20 +231,29 @@ class Processor:
         The text between placeholders is tokenised piece by piece, as the reference does.
         """
         if has_markup(question):
-            raise UserError(f"the question {question[:60]!r} contains chat markup (<|, <video> or <audio>): leave it out.")
+            raise UserError(
+                f"the question {question[:60]!r} contains chat markup (<|, <video> or <audio>): leave it out."
+            )
         media = {"video": "<vi_start><video><vi_end>\n", "audio": "<au_start><audio><au_end>\n"}
         content = "".join(tag for name, tag in media.items() if name in modal) + question
-        text = self.tokenizer.apply_chat_template([{"role": "user", "content": content}],
-                                                  tokenize=False, add_generation_prompt=True)
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
         ids = []
         for piece in re.split(r"(<video>|<audio>)", text):
             placeholder = {"<video>": VIDEO, "<audio>": AUDIO}.get(piece)
-            ids += [placeholder] if placeholder else self.tokenizer.encode(piece, add_special_tokens=False)
+            ids += (
+                [placeholder]
+                if placeholder
+                else self.tokenizer.encode(piece, add_special_tokens=False)
+            )
         return ids
 
     def question(self, question: str) -> list[int]:
         """BERT's ids of the question, with its [CLS] and [SEP]."""
-        return self.bert_tokenizer(question, truncation=True, max_length=self.max_question)["input_ids"]
+        return self.bert_tokenizer(question, truncation=True, max_length=self.max_question)[
+            "input_ids"
+        ]
 
     def target(self, text: str) -> list[int]:
         """What the assistant is taught to say: the text's ids and the end of the turn."""
@@ -215,19 +273,23 @@ class Processor:
 def _load(kind, source: str, what: str):
     try:
         return kind.from_pretrained(source)
-    except Exception as error:       # the library raises many kinds, some with pages of text
-        raise UserError(f"cannot load the {what} of {source}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the library raises many kinds, some with pages of text
+        raise UserError(
+            f"cannot load the {what} of {source}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 # Qwen2's, for the checkpoints that were saved without one.
-CHATML = ("{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-          "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def load_tokenizer(path: str):
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()       # it does not know the model type and says so at length
+    transformers.logging.set_verbosity_error()  # it does not know the model type and says so at length
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -244,16 +306,19 @@ def load_tokenizer(path: str):
 # Sample files
 # ------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Sample:
-    id: str                    # the clip's path as written in the file
+    id: str  # the clip's path as written in the file
     clip: Path
     question: str
-    answer: str                # the label alone
-    target: str                # the whole text of the assistant's turn: reasoning and answer, or the label
-    modal: str                 # what the row has: video_audio, video or audio
-    dataset: str = ""          # where a converter took it from: "dfew/fold1/test"
-    row: dict = dataclasses.field(default_factory=dict, repr=False)      # as the file has it, for rewards that need more
+    answer: str  # the label alone
+    target: str  # the whole text of the assistant's turn: reasoning and answer, or the label
+    modal: str  # what the row has: video_audio, video or audio
+    dataset: str = ""  # where a converter took it from: "dfew/fold1/test"
+    row: dict = dataclasses.field(
+        default_factory=dict, repr=False
+    )  # as the file has it, for rewards that need more
 
 
 def read_samples(file, media_root: str | None = None, strict_paths: bool = False) -> list[Sample]:
@@ -275,7 +340,9 @@ def read_samples(file, media_root: str | None = None, strict_paths: bool = False
         where = f"{file} line {line}"
         samples.append(_sample(row, root, where))
         if strict_paths and not _is_inside(samples[-1].clip, root):
-            raise UserError(f"{where}: {samples[-1].id!r} is outside --media_root {root}, which --strict_paths forbids.")
+            raise UserError(
+                f"{where}: {samples[-1].id!r} is outside --media_root {root}, which --strict_paths forbids."
+            )
     if not samples:
         raise UserError(f"{file} holds no samples.")
     return samples
@@ -283,8 +350,10 @@ def read_samples(file, media_root: str | None = None, strict_paths: bool = False
 
 def _is_inside(clip: Path, root: Path) -> bool:
     try:
-        return clip.resolve().is_relative_to(root.resolve())     # "..", an absolute path and a link all end somewhere
-    except (OSError, RuntimeError):                              # or nowhere: links in a circle
+        return clip.resolve().is_relative_to(
+            root.resolve()
+        )  # "..", an absolute path and a link all end somewhere
+    except (OSError, RuntimeError):  # or nowhere: links in a circle
         return False
 
 
@@ -298,10 +367,17 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
                 except json.JSONDecodeError as error:
                     with contextlib.suppress(ValueError, RecursionError):
                         json.loads(text)
-                        raise UserError(f"{file} is JSON, but no list of samples: give a list, or a row a line.") from None
+                        raise UserError(
+                            f"{file} is JSON, but no list of samples: give a list, or a row a line."
+                        ) from None
                     raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
-                except (RecursionError, ValueError) as error:    # too deep; a number of thousands of digits
-                    raise UserError(f"{file} line {line} holds more than can be read: {error}.") from None
+                except (
+                    RecursionError,
+                    ValueError,
+                ) as error:  # too deep; a number of thousands of digits
+                    raise UserError(
+                        f"{file} line {line} holds more than can be read: {error}."
+                    ) from None
         return
     decoder = json.JSONDecoder()
     space = re.compile(r"[\s,]*")
@@ -318,8 +394,10 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
         yield line, row
         at = space.match(text, end).end()
     if text[at:].strip() != "]":
-        raise UserError(f"{file} line {text.count(chr(10)) + 1}: the list does not end with one ']'; "
-                        "the file is cut off or has more after it.")
+        raise UserError(
+            f"{file} line {text.count(chr(10)) + 1}: the list does not end with one ']'; "
+            "the file is cut off or has more after it."
+        )
 
 
 def _sample(row, root: Path, where: str) -> Sample:
@@ -328,7 +406,7 @@ def _sample(row, root: Path, where: str) -> Sample:
             raise UserError(f"{where}: {what}.")
         return value
 
-    need(row, dict, "a row must be an object with \"video\" and \"conversations\"")
+    need(row, dict, 'a row must be an object with "video" and "conversations"')
     clip = need(row.get("video", row.get("audio")), str, 'lacks "video", the path of the clip')
     turns = need(row.get("conversations"), list, 'lacks "conversations", a list of turns')
     turns = [turn for turn in turns if isinstance(turn, dict) and isinstance(turn.get("from"), str)]
@@ -339,15 +417,23 @@ def _sample(row, root: Path, where: str) -> Sample:
     question = re.sub(r"^(\s*<(video|audio)>\s*)+", "", human).strip()
     answer = parse_answer(target) if "<answer>" in target else target
     need(question, str, "the human turn has no question")
-    need(not has_markup(question), bool,
-         "the question contains chat markup (<|, <video> or <audio>); leave it out")
+    need(
+        not has_markup(question),
+        bool,
+        "the question contains chat markup (<|, <video> or <audio>); leave it out",
+    )
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
     dataset = str(row.get("dataset", ""))
     need("\0" not in clip, bool, "the path of the clip contains a null byte")
     # A lone surrogate: JSON can spell it, but no file name and no log can hold it, and the run would end there.
-    need(not re.search(r"[\ud800-\udfff]", clip + human + target + dataset), bool,
-         "contains half a character (\\ud800 to \\udfff)")
-    return Sample(clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", dataset, row)
+    need(
+        not re.search(r"[\ud800-\udfff]", clip + human + target + dataset),
+        bool,
+        "contains half a character (\\ud800 to \\udfff)",
+    )
+    return Sample(
+        clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", dataset, row
+    )
 
 
 def check_labels(samples: list[Sample], file, allow: bool) -> None:
@@ -355,13 +441,16 @@ def check_labels(samples: list[Sample], file, allow: bool) -> None:
     odd = {s.answer for s in samples if s.answer.lower() not in VOCABULARY}
     if odd and not allow:
         first = next(s for s in samples if s.answer in odd)
-        raise UserError(f"{file}: {len(odd)} labels are outside the vocabulary ({list_some(odd, 5)}; first at {first.id}); "
-                        "correct them, or pass --allow_labels to train on them.")
+        raise UserError(
+            f"{file}: {len(odd)} labels are outside the vocabulary ({list_some(odd, 5)}; first at {first.id}); "
+            "correct them, or pass --allow_labels to train on them."
+        )
 
 
 # ------------------------------------------------------------------------------------------------
 # Batches
 # ------------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass
 class BadClip:
@@ -372,39 +461,58 @@ class BadClip:
 @dataclasses.dataclass
 class PromptBatch:
     """B prompts.  Media have a row for each prompt that has the modality (B_v, B_a rows), in order."""
-    indices: list[int]                     # position of each prompt in the run: its identity for the random numbers
+
+    indices: list[int]  # position of each prompt in the run: its identity for the random numbers
     samples: list[Sample]
-    asked: list[str]                       # the question as the model gets it
-    input_ids: list[list[int]]             # ragged, with placeholders
-    targets: list[list[int]]               # ids of each sample's target and the end token
-    frames: torch.Tensor | None            # (B_v, F, 3, S, S)
-    mel: torch.Tensor | None               # (B_a, M, T)
-    vision: torch.Tensor | list | None     # (B_v, F, n, C) what the vision tower makes of frames, once it has;
-    audio: torch.Tensor | list | None      # (B_a, L, C)    before: a list of cached ones, None where frames hold the row
-    question_ids: torch.Tensor             # (B, Q)
-    question_mask: torch.Tensor            # (B, Q)
-    keys: list[dict[str, str]]             # names of each prompt's features in a FeatureCache, by modality
+    asked: list[str]  # the question as the model gets it
+    input_ids: list[list[int]]  # ragged, with placeholders
+    targets: list[list[int]]  # ids of each sample's target and the end token
+    frames: torch.Tensor | None  # (B_v, F, 3, S, S)
+    mel: torch.Tensor | None  # (B_a, M, T)
+    vision: (
+        torch.Tensor | list | None
+    )  # (B_v, F, n, C) what the vision tower makes of frames, once it has;
+    audio: (
+        torch.Tensor | list | None
+    )  # (B_a, L, C)    before: a list of cached ones, None where frames hold the row
+    question_ids: torch.Tensor  # (B, Q)
+    question_mask: torch.Tensor  # (B, Q)
+    keys: list[dict[str, str]]  # names of each prompt's features in a FeatureCache, by modality
     bad: list[BadClip]
-    notes: list[str]                       # "id: note" of clips that are usable but not sound
+    notes: list[str]  # "id: note" of clips that are usable but not sound
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def to(self, device) -> "PromptBatch":
-        return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()
-                                            if torch.is_tensor(v)})
+        return dataclasses.replace(
+            self,
+            **{
+                k: v.to(device, non_blocking=True)
+                for k, v in vars(self).items()
+                if torch.is_tensor(v)
+            },
+        )
 
     def pin_memory(self) -> "PromptBatch":
         """Called by the loader: page-locked tensors go to the GPU while it computes."""
-        return dataclasses.replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if torch.is_tensor(v)})
+        return dataclasses.replace(
+            self, **{k: v.pin_memory() for k, v in vars(self).items() if torch.is_tensor(v)}
+        )
 
     def select(self, rows: list[int]) -> "PromptBatch":
         """Those prompts, with their media: a micro-batch."""
-        def media(placeholder):              # the rows' places among the prompts that have the modality
+
+        def media(placeholder):  # the rows' places among the prompts that have the modality
             place = np.cumsum([placeholder in ids for ids in self.input_ids]) - 1
             return [int(place[b]) for b in rows if placeholder in self.input_ids[b]]
 
-        where = {"frames": media(VIDEO), "vision": media(VIDEO), "mel": media(AUDIO), "audio": media(AUDIO)}
+        where = {
+            "frames": media(VIDEO),
+            "vision": media(VIDEO),
+            "mel": media(AUDIO),
+            "audio": media(AUDIO),
+        }
 
         def pick(name, x):
             chosen = where.get(name, rows)
@@ -412,18 +520,27 @@ class PromptBatch:
                 return None
             return x[block(chosen)] if torch.is_tensor(x) else [x[i] for i in chosen]
 
-        return dataclasses.replace(self, **{k: pick(k, x) for k, x in vars(self).items() if k not in ("bad", "notes")})
+        return dataclasses.replace(
+            self, **{k: pick(k, x) for k, x in vars(self).items() if k not in ("bad", "notes")}
+        )
 
 
 class ClipDataset(torch.utils.data.Dataset):
     """(run position, sample number) -> everything of one prompt, or a BadClip."""
 
-    def __init__(self, samples: list[Sample], processor: Processor, view: View = View(), num_frames: int = 8,
-                 cache: FeatureCache | None = None):
+    def __init__(
+        self,
+        samples: list[Sample],
+        processor: Processor,
+        view: View = View(),
+        num_frames: int = 8,
+        cache: FeatureCache | None = None,
+    ):
         self.samples, self.processor, self.view = samples, processor, view
         self.num_frames, self.cache = num_frames, cache
         # Here and not at the top: only reading clips needs FFmpeg, and what runs on a model alone does without it.
         from lib.media import read_clip
+
         self.read_clip = read_clip
 
     def __len__(self) -> int:
@@ -457,24 +574,45 @@ class ClipDataset(torch.utils.data.Dataset):
             if "video" in wanted and not len(clip.frames):
                 return None
             if "video" in wanted:
-                frames = p.frames(np.full_like(clip.frames, 127) if view.blank else clip.frames, view.fit)
+                frames = p.frames(
+                    np.full_like(clip.frames, 127) if view.blank else clip.frames, view.fit
+                )
             if "audio" in wanted:
                 mel = p.mel(SILENCE if view.mute else clip.audio)
         question = view.ask(sample.question, sample.target, position)
-        return {"position": position, "sample": sample, "ids": p.prompt(question, modal), "frames": frames, "mel": mel,
-                "vision": known.get("video"), "audio": known.get("audio"), "keys": keys,
-                "question": p.question(question), "asked": question, "target": p.target(sample.target), "notes": notes}
+        return {
+            "position": position,
+            "sample": sample,
+            "ids": p.prompt(question, modal),
+            "frames": frames,
+            "mel": mel,
+            "vision": known.get("video"),
+            "audio": known.get("audio"),
+            "keys": keys,
+            "question": p.question(question),
+            "asked": question,
+            "target": p.target(sample.target),
+            "notes": notes,
+        }
 
     def feature_key(self, modality: str, clip: Path) -> str:
         """Names a clip's features by all that they depend on but the tower: the file or files, the preprocessing."""
-        try:         # of a folder every file: its own time does not change when one of them is overwritten
-            stats = [(file.name, file.stat()) for file in (sorted(clip.iterdir()) if clip.is_dir() else [clip])]
+        try:  # of a folder every file: its own time does not change when one of them is overwritten
+            stats = [
+                (file.name, file.stat())
+                for file in (sorted(clip.iterdir()) if clip.is_dir() else [clip])
+            ]
         except OSError:
             return ""
         p, files = self.processor, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        what = f"{self.num_frames} {self.view.fit} {p.image_size} {p.mean.tolist()} {p.std.tolist()}" \
-            if modality == "video" else f"30 s {p.mel_extractor.to_dict()}"
-        what += " grey" * (modality == "video" and self.view.blank) + " silent" * (modality == "audio" and self.view.mute)
+        what = (
+            f"{self.num_frames} {self.view.fit} {p.image_size} {p.mean.tolist()} {p.std.tolist()}"
+            if modality == "video"
+            else f"30 s {p.mel_extractor.to_dict()}"
+        )
+        what += " grey" * (modality == "video" and self.view.blank) + " silent" * (
+            modality == "audio" and self.view.mute
+        )
         return f"{modality} {clip.resolve()} {files} {what}"
 
 
@@ -487,31 +625,50 @@ def collate(items: list) -> PromptBatch:
         n = len(item["question"])
         question_ids[row, :n] = torch.tensor(item["question"])
         question_mask[row, :n] = 1
-    media = {name: [item[name] for item in good if item[name] is not None] for name in ("frames", "mel")}
+    media = {
+        name: [item[name] for item in good if item[name] is not None] for name in ("frames", "mel")
+    }
     # A row of features for every placeholder: the cached one, or None where the tower has yet to run.  A complete
     # list becomes one tensor: every tensor that a worker process sends takes a file handle.
-    features = {name: [item[name] for item in good if placeholder in item["ids"]]
-                for name, placeholder in (("vision", VIDEO), ("audio", AUDIO))}
-    features = {name: rows if any(row is None for row in rows) or not rows else torch.stack(rows)
-                for name, rows in features.items()}
+    features = {
+        name: [item[name] for item in good if placeholder in item["ids"]]
+        for name, placeholder in (("vision", VIDEO), ("audio", AUDIO))
+    }
+    features = {
+        name: rows if any(row is None for row in rows) or not rows else torch.stack(rows)
+        for name, rows in features.items()
+    }
     return PromptBatch(
-        indices=[item["position"] for item in good], samples=[item["sample"] for item in good],
-        asked=[item["asked"] for item in good], input_ids=[item["ids"] for item in good],
+        indices=[item["position"] for item in good],
+        samples=[item["sample"] for item in good],
+        asked=[item["asked"] for item in good],
+        input_ids=[item["ids"] for item in good],
         targets=[item["target"] for item in good],
         frames=torch.stack(media["frames"]) if media["frames"] else None,
         mel=torch.stack(media["mel"]) if media["mel"] else None,
         vision=features["vision"] if len(features["vision"]) else None,
-        audio=features["audio"] if len(features["audio"]) else None, keys=[item["keys"] for item in good],
-        question_ids=question_ids, question_mask=question_mask,
+        audio=features["audio"] if len(features["audio"]) else None,
+        keys=[item["keys"] for item in good],
+        question_ids=question_ids,
+        question_mask=question_mask,
         bad=[item for item in items if isinstance(item, BadClip)],
-        notes=[f"{item['sample'].id}: {note}" for item in good for note in item["notes"]])
+        notes=[f"{item['sample'].id}: {note}" for item in good for note in item["notes"]],
+    )
 
 
-def loader(dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: int = 2,
-           pin: bool = False) -> torch.utils.data.DataLoader:
+def loader(
+    dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: int = 2, pin: bool = False
+) -> torch.utils.data.DataLoader:
     """One PromptBatch for each list of (run position, sample number), in order, read ahead by `workers` processes."""
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                                       pin_memory=pin, prefetch_factor=4 if workers else None, worker_init_fn=own_group)
+    return torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=own_group,
+    )
 
 
 def own_group(worker: int) -> None:
@@ -521,8 +678,9 @@ def own_group(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def training_batches(n: int, per_step: int, start: int, steps: int, seed: int, rank: int = 0, world: int = 1
-                     ) -> list[list[tuple[int, int]]]:
+def training_batches(
+    n: int, per_step: int, start: int, steps: int, seed: int, rank: int = 0, world: int = 1
+) -> list[list[tuple[int, int]]]:
     """This rank's (run position, sample number) pairs for each of `steps` steps from position `start` on.
 
     The run is one endless list, a fresh seeded permutation of the n samples after another; a step takes the next
@@ -538,4 +696,6 @@ def training_batches(n: int, per_step: int, start: int, steps: int, seed: int, r
         return int(orders[epoch][position % n])
 
     firsts = range(start, start + steps * per_step, per_step)
-    return [[(p, number(p)) for p in range(first + rank, first + per_step, world)] for first in firsts]
+    return [
+        [(p, number(p)) for p in range(first + rank, first + per_step, world)] for first in firsts
+    ]

@@ -17,6 +17,7 @@ The decoder is run in four ways with one set of layers; only the attention diffe
 Legend   B prompts   G completions per prompt   P prompt length (in embeddings)   T completion length
          D width   V vocabulary   H query heads   K key/value heads   d head size   F frames   n patches
 """
+
 import copy
 import dataclasses
 import os
@@ -31,14 +32,22 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils.checkpoint import checkpoint
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from lib.checkpoint import digest_of, find_file, is_trained, load_checkpoint, overwrite_weights, read_json, save_checkpoint
+from lib.checkpoint import (
+    digest_of,
+    find_file,
+    is_trained,
+    load_checkpoint,
+    overwrite_weights,
+    read_json,
+    save_checkpoint,
+)
 from lib.common import AUDIO, PAD, VIDEO, UserError, block
 from lib.compiler import compiled
 from lib.head import HeadLogps, fp32_product
 from lib.projector import VideoProjector, two_layers
 
-GATE_HIDDEN = 3584         # fixed at every model size, as in the reference code
-AUDIO_POOL = 3             # 1,500 encoder states -> 500 tokens
+GATE_HIDDEN = 3584  # fixed at every model size, as in the reference code
+AUDIO_POOL = 3  # 1,500 encoder states -> 500 tokens
 
 # The parts of the model, by the prefix of their keys.  `--train` flags name these.
 PARTS = {
@@ -56,9 +65,11 @@ DEFAULT_TRAINED = ("decoder", "projectors", "gate")
 # Configuration
 # ------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Config:
     """What we use of config.json; `raw` keeps the file, so that nothing of it is lost on saving."""
+
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -67,8 +78,8 @@ class Config:
     vocab_size: int
     mm_vision_tower: str
     mm_audio_tower: str
-    mm_hidden_size: int                  # width of the vision tower
-    audio_hidden_size: int               # width of the audio tower
+    mm_hidden_size: int  # width of the vision tower
+    audio_hidden_size: int  # width of the audio tower
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
     tie_word_embeddings: bool = False
@@ -81,12 +92,21 @@ class Config:
     def read(cls, file: Path) -> "Config":
         raw = read_json(file)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "raw"}
-        missing = [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in raw]
+        missing = [
+            name
+            for name, f in fields.items()
+            if f.default is dataclasses.MISSING and name not in raw
+        ]
         if missing:
-            raise UserError(f"{file} lacks {', '.join(missing)}: this is not a HumanOmni checkpoint's config.json.")
+            raise UserError(
+                f"{file} lacks {', '.join(missing)}: this is not a HumanOmni checkpoint's config.json."
+            )
         config = cls(**{name: raw[name] for name in fields if name in raw}, raw=raw)
-        for key, only in (("mm_projector_type", "all_in_one_small"), ("mm_audio_projector_type", "mlp2x_gelu"),
-                          ("hidden_act", "silu")):
+        for key, only in (
+            ("mm_projector_type", "all_in_one_small"),
+            ("mm_audio_projector_type", "mlp2x_gelu"),
+            ("hidden_act", "silu"),
+        ):
             if raw.get(key, only) != only:
                 raise UserError(f"{file}: {key} is {raw[key]!r}; only {only!r} is implemented.")
         config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
@@ -96,6 +116,7 @@ class Config:
 # ------------------------------------------------------------------------------------------------
 # The decoder (Qwen2)
 # ------------------------------------------------------------------------------------------------
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
@@ -108,12 +129,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_table(positions: torch.Tensor, config: Config, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(
+    positions: torch.Tensor, config: Config, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """positions (B, L) -> cos, sin (B, L, 1, d), for halves: the angle of pair i turns entries i and i + d/2."""
     d = config.head_dim
-    frequency = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)
-    angle = positions[..., None].float() * frequency                     # (B, L, d/2)
-    angle = torch.cat((angle, angle), -1)[:, :, None, :]                 # (B, L, 1, d)
+    frequency = config.rope_theta ** (
+        -torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
+    )
+    angle = positions[..., None].float() * frequency  # (B, L, d/2)
+    angle = torch.cat((angle, angle), -1)[:, :, None, :]  # (B, L, 1, d)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -182,7 +207,9 @@ def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
     if bool(mask.all()):
         return None
     P = mask.shape[1]
-    see = torch.ones(P, P, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]     # (B, P, P)
+    see = (
+        torch.ones(P, P, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
+    )  # (B, P, P)
     # A padded query sees itself alone: a row that may see nothing would be softmax of nothing, NaN.
     see |= torch.eye(P, dtype=torch.bool, device=mask.device)
     return see[:, None]
@@ -194,7 +221,7 @@ def takes_flash(x: torch.Tensor) -> bool:
 
 def sdpa(q, k, v, mask=None, causal=False):
     """Attention for q (B, L, H, d), k and v (B, M, K, d), each key head serving H/K query heads.  -> (B, L, H*d)"""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))                     # (B, heads, L, d)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
     shared = q.shape[1] // k.shape[1]
     plain = mask is None or isinstance(mask, CausalBias)
     if q.is_cuda and shared > 1 and not (plain and takes_flash(q)):
@@ -202,13 +229,16 @@ def sdpa(q, k, v, mask=None, causal=False):
         # heads; the kernel that takes everything keeps all scores.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         shared = 1
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1
+    )
     return out.transpose(1, 2).flatten(2)
 
 
 # ------------------------------------------------------------------------------------------------
 # The whole model
 # ------------------------------------------------------------------------------------------------
+
 
 class Backbone(nn.Module):
     """Everything under the checkpoint's `model.` prefix."""
@@ -234,13 +264,21 @@ class HumanOmni(nn.Module):
         self.model = Backbone(config, vision, audio, bert)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.is_compiled = False                 # see `compile_layers`
-        self.checkpoint_layers = False           # keep only what enters a layer, and run it again for its gradient
-        self.eos_ids: list[int] = []             # every id that ends a turn
-        self.files: dict[str, bytes] = {}        # tokenizer and the like, copied on into what we save
-        self.unused: dict[str, torch.Tensor] = {}        # tensors of the file that nothing uses; saved again
-        self.stored_towers: set[str] = set()     # which towers' weights the file holds, so that saving keeps them
-        self.local_towers: dict[str, Path] = {}  # towers named by a relative path: config key -> folder
+        self.is_compiled = False  # see `compile_layers`
+        self.checkpoint_layers = (
+            False  # keep only what enters a layer, and run it again for its gradient
+        )
+        self.eos_ids: list[int] = []  # every id that ends a turn
+        self.files: dict[str, bytes] = {}  # tokenizer and the like, copied on into what we save
+        self.unused: dict[
+            str, torch.Tensor
+        ] = {}  # tensors of the file that nothing uses; saved again
+        self.stored_towers: set[str] = (
+            set()
+        )  # which towers' weights the file holds, so that saving keeps them
+        self.local_towers: dict[
+            str, Path
+        ] = {}  # towers named by a relative path: config key -> folder
         self.eval()
 
     @property
@@ -278,14 +316,23 @@ class HumanOmni(nn.Module):
 
     def tower_fingerprints(self) -> dict[str, str]:
         """Names what the towers compute, for the keys of a feature cache: {"video": ..., "audio": ...}."""
-        towers = {"video": (self.model.vision_tower, self.config.mm_vision_select_layer),
-                  "audio": (self.model.audio_tower, AUDIO_POOL)}
-        return {modality: f"{digest_of(tower.parameters())} {taken}" for modality, (tower, taken) in towers.items()}
+        towers = {
+            "video": (self.model.vision_tower, self.config.mm_vision_select_layer),
+            "audio": (self.model.audio_tower, AUDIO_POOL),
+        }
+        return {
+            modality: f"{digest_of(tower.parameters())} {taken}"
+            for modality, (tower, taken) in towers.items()
+        }
 
     @property
     def head_weight(self) -> torch.Tensor:
         """(V, D)"""
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return (
+            self.model.embed_tokens.weight
+            if self.config.tie_word_embeddings
+            else self.lm_head.weight
+        )
 
     def train(self, mode: bool = True):
         """Stays in evaluation mode, always.
@@ -299,7 +346,9 @@ class HumanOmni(nn.Module):
         """Freeze everything but `parts` (names of PARTS).  -> the trained parameters, in a fixed order."""
         unknown = set(parts) - set(PARTS)
         if unknown:
-            raise UserError(f"--train {' '.join(sorted(unknown))}: not a part of the model; parts are {', '.join(PARTS)}.")
+            raise UserError(
+                f"--train {' '.join(sorted(unknown))}: not a part of the model; parts are {', '.join(PARTS)}."
+            )
         prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes))
@@ -315,9 +364,11 @@ class HumanOmni(nn.Module):
         tower = getattr(self.model.vision_tower, "vision_model", self.model.vision_tower)
         layers = tower.encoder.layers
         index = self.config.mm_vision_select_layer
-        used = layers[:index if index >= 0 else len(layers) + 1 + index]   # the layers after it would be thrown away
+        used = layers[
+            : index if index >= 0 else len(layers) + 1 + index
+        ]  # the layers after it would be thrown away
 
-        def encode(clip: torch.Tensor) -> torch.Tensor:                            # (F, 3, S, S) -> (F, n, C)
+        def encode(clip: torch.Tensor) -> torch.Tensor:  # (F, 3, S, S) -> (F, n, C)
             x = tower.embeddings(clip.to(self.dtype))
             for layer in used:
                 x = layer(x, attention_mask=None)
@@ -328,19 +379,31 @@ class HumanOmni(nn.Module):
 
     def encode_audio(self, mel: torch.Tensor) -> torch.Tensor:
         """mel (B, M, frames) -> pooled Whisper states (B, tokens, C), three states a token."""
-        def encode(clip: torch.Tensor) -> torch.Tensor:                            # (1, M, frames) -> (1, L/3, C)
-            states = self.model.audio_tower(clip.to(self.dtype)).last_hidden_state          # (1, L, C)
+
+        def encode(clip: torch.Tensor) -> torch.Tensor:  # (1, M, frames) -> (1, L/3, C)
+            states = self.model.audio_tower(clip.to(self.dtype)).last_hidden_state  # (1, L, C)
             return F.avg_pool1d(states.transpose(1, 2), AUDIO_POOL).transpose(1, 2)
 
         return torch.cat([encode(clip) for clip in mel.split(1)])
 
     def gate(self, question_ids: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
         """The question decides how much of video, body and face is mixed in.  (B, Q) -> (B, 3), rows sum to 1."""
-        states = self.model.bert_model(input_ids=question_ids, attention_mask=question_mask).last_hidden_state
+        states = self.model.bert_model(
+            input_ids=question_ids, attention_mask=question_mask
+        ).last_hidden_state
         return self.model.bert_gate(states[:, 0]).softmax(-1)
 
-    def embed_prompt(self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None, *,
-                     vision=None, audio=None) -> tuple[torch.Tensor, torch.Tensor]:
+    def embed_prompt(
+        self,
+        input_ids,
+        frames=None,
+        mel=None,
+        question_ids=None,
+        question_mask=None,
+        *,
+        vision=None,
+        audio=None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt ids with placeholders -> (embeds (B, P, D), mask (B, P) True on real positions).
 
         input_ids (B, L): VIDEO and AUDIO are replaced in place by their tokens, PAD is padding (either
@@ -362,15 +425,19 @@ class HumanOmni(nn.Module):
             tokens[AUDIO] = iter(self.model.audio_projector(audio.to(self.dtype)))
 
         rows = [[i for i in row if i != PAD] for row in rows]
-        ids = torch.tensor([i for row in rows for i in row], dtype=torch.long).to(self.device)       # all with one transfer
+        ids = torch.tensor([i for row in rows for i in row], dtype=torch.long).to(
+            self.device
+        )  # all with one transfer
         embedded = []
-        for row, text in zip(rows, self.model.embed_tokens(ids.clamp(min=0)).split([len(row) for row in rows])):
-            pieces, done = [], 0                                                   # text (L, D)
+        for row, text in zip(
+            rows, self.model.embed_tokens(ids.clamp(min=0)).split([len(row) for row in rows])
+        ):
+            pieces, done = [], 0  # text (L, D)
             for at, token in enumerate(row):
                 if token in tokens:
                     pieces += [text[done:at], next(tokens[token])]
                     done = at + 1
-            embedded.append(torch.cat((*pieces, text[done:])))                     # (P_b, D)
+            embedded.append(torch.cat((*pieces, text[done:])))  # (P_b, D)
         P = max(len(e) for e in embedded)
         embeds = torch.stack([F.pad(e, (0, 0, P - len(e), 0)) for e in embedded])  # (B, P, D)
         column = torch.arange(P, device=self.device)
@@ -379,12 +446,20 @@ class HumanOmni(nn.Module):
 
     def _check_placeholders(self, rows: list[list[int]]) -> None:
         for i, row in enumerate(rows):
-            bad = [t for t in row if t not in (VIDEO, AUDIO, PAD) and not 0 <= t < self.config.vocab_size]
+            bad = [
+                t
+                for t in row
+                if t not in (VIDEO, AUDIO, PAD) and not 0 <= t < self.config.vocab_size
+            ]
             if bad:
-                raise ValueError(f"row {i} of input_ids holds {bad[0]}: outside the vocabulary of "
-                                 f"{self.config.vocab_size} and no placeholder")
+                raise ValueError(
+                    f"row {i} of input_ids holds {bad[0]}: outside the vocabulary of "
+                    f"{self.config.vocab_size} and no placeholder"
+                )
             if row.count(VIDEO) > 1 or row.count(AUDIO) > 1:
-                raise ValueError(f"row {i} of input_ids has a placeholder twice; a prompt has one clip")
+                raise ValueError(
+                    f"row {i} of input_ids has a placeholder twice; a prompt has one clip"
+                )
 
     # ---- the decoder, run in four ways -----------------------------------------------------------
 
@@ -393,8 +468,12 @@ class HumanOmni(nn.Module):
 
         Attention over whole sequences is left to its own kernel.  Raises UserError if nothing can be compiled here.
         """
-        if self.device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
-            raise UserError("--compile: on a CPU torch.compile needs a C++ compiler; install g++ or leave the flag out.")
+        if self.device.type == "cpu" and not (
+            os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        ):
+            raise UserError(
+                "--compile: on a CPU torch.compile needs a C++ compiler; install g++ or leave the flag out."
+            )
         self.is_compiled = True
 
     def run_layers(self, x: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
@@ -413,7 +492,11 @@ class HumanOmni(nn.Module):
 
         again = self.checkpoint_layers and torch.is_grad_enabled()
         for i, layer in enumerate(self.model.layers):
-            x = checkpoint(run, i, layer, x, use_reentrant=False, preserve_rng_state=False) if again else run(i, layer, x)
+            x = (
+                checkpoint(run, i, layer, x, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else run(i, layer, x)
+            )
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -425,7 +508,9 @@ class HumanOmni(nn.Module):
             return F.linear(hidden.float(), self.head_weight.float())
         return fp32_product(hidden.flatten(0, -2), self.head_weight).unflatten(0, hidden.shape[:-1])
 
-    def forward(self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None) -> torch.Tensor:
+    def forward(
+        self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None
+    ) -> torch.Tensor:
         """The slow obvious form: prompt and S text ids after it, all at once.  -> logits (B, P + S, V) fp32"""
         embeds, mask = self.embed_prompt(input_ids, frames, mel, question_ids, question_mask)
         return self.logits(self.hidden(embeds, mask))
@@ -433,7 +518,9 @@ class HumanOmni(nn.Module):
     def hidden(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states (B, P, D) of whole sequences, causal."""
         see = causal_mask(mask)
-        return self.run_layers(embeds, positions_of(mask), lambda i, q, k, v: sdpa(q, k, v, see, causal=see is None))
+        return self.run_layers(
+            embeds, positions_of(mask), lambda i, q, k, v: sdpa(q, k, v, see, causal=see is None)
+        )
 
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor):
         """-> (hidden state of each prompt's last position (B, D), per layer (k, v), each (B, K, P, d))"""
@@ -446,7 +533,9 @@ class HumanOmni(nn.Module):
         hidden = self.run_layers(embeds, positions_of(mask), attend)
         return last_real(hidden, mask), cache
 
-    def completion_logps(self, embeds, mask, completions, lengths, temperature=1.0, with_entropy=False):
+    def completion_logps(
+        self, embeds, mask, completions, lengths, temperature=1.0, with_entropy=False
+    ):
         """Log-probabilities of given completions, each prompt run once for its whole group.
 
         embeds (B, P, D), mask (B, P), completions (B, G, T) ids, lengths (B, G) -> (B, G, T) fp32, zeros
@@ -458,26 +547,36 @@ class HumanOmni(nn.Module):
         """
         B, G, T = completions.shape
         P = embeds.shape[1]
-        inside = torch.arange(T, device=lengths.device) < lengths[..., None]       # (B, G, T)
-        ids = completions.masked_fill(~inside, 0)          # what stands past the end is nobody's business
-        S = T - 1                                          # the last token is only predicted, never read
-        text = self.model.embed_tokens(ids[:, :, :S]).flatten(1, 2)                # (B, G*S, D)
-        x = torch.cat((embeds, text.to(embeds.dtype)), 1)                          # (B, P + G*S, D)
-        start = mask.sum(-1, keepdim=True)                                         # (B, 1) first position after the prompt
-        after = start + torch.arange(S, device=mask.device).repeat(G)              # (B, G*S)
+        inside = torch.arange(T, device=lengths.device) < lengths[..., None]  # (B, G, T)
+        ids = completions.masked_fill(~inside, 0)  # what stands past the end is nobody's business
+        S = T - 1  # the last token is only predicted, never read
+        text = self.model.embed_tokens(ids[:, :, :S]).flatten(1, 2)  # (B, G*S, D)
+        x = torch.cat((embeds, text.to(embeds.dtype)), 1)  # (B, P + G*S, D)
+        start = mask.sum(-1, keepdim=True)  # (B, 1) first position after the prompt
+        after = start + torch.arange(S, device=mask.device).repeat(G)  # (B, G*S)
         positions = torch.cat((positions_of(mask), after), 1)
-        hidden = self.run_layers(x, positions, shared_prefix_attend(mask, G, S, takes_flash(x)))     # (B, P + G*S, D)
+        hidden = self.run_layers(
+            x, positions, shared_prefix_attend(mask, G, S, takes_flash(x))
+        )  # (B, P + G*S, D)
 
         # The prompt's last state predicts token 0 of every completion; token t's state predicts t + 1.
         first = last_real(hidden[:, :P], mask)[:, None, None].expand(B, G, 1, -1)  # (B, G, 1, D)
-        states = torch.cat((first, hidden[:, P:].unflatten(1, (G, S))), 2)         # (B, G, T, D)
-        real = inside.flatten().nonzero()[:, 0]            # (N,) once: the host waits for a GPU to count them
-        logps, entropy = self.token_logps(states.flatten(0, 2)[real], ids.flatten()[real], temperature,
-                                          with_entropy=with_entropy)
+        states = torch.cat((first, hidden[:, P:].unflatten(1, (G, S))), 2)  # (B, G, T, D)
+        real = inside.flatten().nonzero()[:, 0]  # (N,) once: the host waits for a GPU to count them
+        logps, entropy = self.token_logps(
+            states.flatten(0, 2)[real], ids.flatten()[real], temperature, with_entropy=with_entropy
+        )
         spread = lambda x: x.new_zeros(B * G * T).index_copy(0, real, x).view(B, G, T)
         return (spread(logps), spread(entropy)) if with_entropy else spread(logps)
 
-    def token_logps(self, states, targets, temperature: float = 1.0, chunk: int | None = None, with_entropy: bool = True):
+    def token_logps(
+        self,
+        states,
+        targets,
+        temperature: float = 1.0,
+        chunk: int | None = None,
+        with_entropy: bool = True,
+    ):
         """states (N, D), targets (N,) -> log-probabilities (N,) fp32, and entropies (N,) without gradient, or None.
 
         `chunk`: rows whose logits exist at a time.  On a CPU what fits into its cache is faster than what does not; on a
@@ -489,8 +588,16 @@ class HumanOmni(nn.Module):
     # ---- files: see lib/checkpoint.py -------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path, vision_tower=None, audio_tower=None, bert=None,
-                        dtype=torch.float32, device="cpu", say=print) -> "HumanOmni":
+    def from_pretrained(
+        cls,
+        path,
+        vision_tower=None,
+        audio_tower=None,
+        bert=None,
+        dtype=torch.float32,
+        device="cpu",
+        say=print,
+    ) -> "HumanOmni":
         """Load a checkpoint folder or hub id.
 
         Weights of the vision and audio tower: an explicit argument wins; else those in the checkpoint; else
@@ -500,7 +607,9 @@ class HumanOmni(nn.Module):
         `say` gets one line that tells which were used.  Raises UserError that names the file and the keys.
         """
         config = Config.read(find_file(str(path), "config.json"))
-        return load_checkpoint(cls, config, str(path), vision_tower, audio_tower, bert, dtype, device, say)
+        return load_checkpoint(
+            cls, config, str(path), vision_tower, audio_tower, bert, dtype, device, say
+        )
 
     def load_weights(self, path) -> None:
         """Overwrite the weights in place with those of a checkpoint that this model saved (to resume a run)."""
@@ -522,7 +631,9 @@ def encode_once(model: HumanOmni, batch, cache=None):
     """
     if torch.is_grad_enabled() and (is_trained(model, "vision") or is_trained(model, "audio")):
         return dataclasses.replace(batch, vision=None, audio=None)
-    vision = _features(model, batch, "video", batch.vision, batch.frames, model.encode_frames, cache)
+    vision = _features(
+        model, batch, "video", batch.vision, batch.frames, model.encode_frames, cache
+    )
     audio = _features(model, batch, "audio", batch.audio, batch.mel, model.encode_audio, cache)
     return dataclasses.replace(batch, frames=None, mel=None, vision=vision, audio=audio)
 
@@ -531,7 +642,7 @@ def encode_once(model: HumanOmni, batch, cache=None):
 def _features(model, batch, modality: str, rows, media, tower, cache) -> torch.Tensor | None:
     """rows: a feature tensor per placeholder, or None where `media` holds the clip.  -> all of them, stacked."""
     if not isinstance(rows, list):
-        return rows                                  # encoded before, or the batch lacks the modality
+        return rows  # encoded before, or the batch lacks the modality
     keys = [k[modality] for k in batch.keys if modality in k]
     unknown = iter(media.split(1) if media is not None else ())
     done = []
@@ -546,8 +657,15 @@ def _features(model, batch, modality: str, rows, media, tower, cache) -> torch.T
 
 def embed(model: HumanOmni, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """`embed_prompt` of a PromptBatch: (embeds (B, P, D), mask (B, P))."""
-    return model.embed_prompt(batch.input_ids, batch.frames, batch.mel, batch.question_ids, batch.question_mask,
-                              vision=batch.vision, audio=batch.audio)
+    return model.embed_prompt(
+        batch.input_ids,
+        batch.frames,
+        batch.mel,
+        batch.question_ids,
+        batch.question_mask,
+        vision=batch.vision,
+        audio=batch.audio,
+    )
 
 
 def frozen_reference(model: HumanOmni) -> HumanOmni:
@@ -575,21 +693,25 @@ def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
     if flash and see is None:
         after = causal_lower_right(S, P + S)
     else:
-        own = torch.ones(S, S, dtype=torch.bool, device=mask.device).tril()                # (S, S)
-        after = torch.cat((mask[:, None, :].expand(B, S, P), own.expand(B, S, S)), 2)      # (B, S, P + S)
-        after = after.repeat_interleave(G, 0)[:, None]                                     # (B*G, 1, S, P + S)
+        own = torch.ones(S, S, dtype=torch.bool, device=mask.device).tril()  # (S, S)
+        after = torch.cat(
+            (mask[:, None, :].expand(B, S, P), own.expand(B, S, S)), 2
+        )  # (B, S, P + S)
+        after = after.repeat_interleave(G, 0)[:, None]  # (B*G, 1, S, P + S)
 
     def attend(i, q, k, v):
-        prompt = sdpa(q[:, :P], k[:, :P], v[:, :P], see, causal=see is None)           # (B, P, H*d)
+        prompt = sdpa(q[:, :P], k[:, :P], v[:, :P], see, causal=see is None)  # (B, P, H*d)
         if S == 0:
             return prompt
-        q_own = q[:, P:].unflatten(1, (G, S)).flatten(0, 1)                            # (B*G, S, H, d)
+        q_own = q[:, P:].unflatten(1, (G, S)).flatten(0, 1)  # (B*G, S, H, d)
 
         def with_prefix(x):
-            prefix = x[:, None, :P].expand(-1, G, -1, -1, -1)                          # (B, G, P, K, d)
-            return torch.cat((prefix, x[:, P:].unflatten(1, (G, S))), 2).flatten(0, 1)  # (B*G, P + S, K, d)
+            prefix = x[:, None, :P].expand(-1, G, -1, -1, -1)  # (B, G, P, K, d)
+            return torch.cat((prefix, x[:, P:].unflatten(1, (G, S))), 2).flatten(
+                0, 1
+            )  # (B*G, P + S, K, d)
 
-        completions = sdpa(q_own, with_prefix(k), with_prefix(v), after)               # (B*G, S, H*d)
+        completions = sdpa(q_own, with_prefix(k), with_prefix(v), after)  # (B*G, S, H*d)
         return torch.cat((prompt, completions.unflatten(0, (B, G)).flatten(1, 2)), 1)
 
     return attend

@@ -18,13 +18,16 @@ A reward of your own is one function of a Completion, in any file:
 Everything here is linear in the length of the text: a sampled completion is hostile input, and
 the obvious regular expression for the format backtracks on thousands of opening tags.
 """
+
 import dataclasses
 import functools
 from collections.abc import Callable
 
 from lib.common import UserError
 from lib.reward_files import Reward, load_reward
-from lib.words import ALIASES as ALIASES  # the vocabulary and its aliases, for whoever looks for them here
+from lib.words import (
+    ALIASES as ALIASES,
+)  # the vocabulary and its aliases, for whoever looks for them here
 from lib.words import DFEW_WORDS as DFEW_WORDS
 from lib.words import VOCABULARY as VOCABULARY
 from lib.words import concluded
@@ -42,7 +45,7 @@ def _between(text: str, opening: str, closing: str) -> tuple[int, int] | None:
 def parse_answer(text: str) -> str | None:
     """The stripped text of the single <answer> block; None if there is none, or more than one."""
     span = _between(text, "<answer>", "</answer>")
-    return None if span is None else text[span[0]:span[1]].strip()
+    return None if span is None else text[span[0] : span[1]].strip()
 
 
 def accuracy(text: str, answer: str) -> float:
@@ -60,9 +63,9 @@ def format(text: str) -> float:
     think, answer = _between(text, "<think>", "</think>"), _between(text, "<answer>", "</answer>")
     if think is None or answer is None:
         return 0.0
-    before = text[:think[0] - len("<think>")]
-    middle = text[think[1] + len("</think>"):answer[0] - len("<answer>")]
-    after = text[answer[1] + len("</answer>"):]
+    before = text[: think[0] - len("<think>")]
+    middle = text[think[1] + len("</think>") : answer[0] - len("<answer>")]
+    after = text[answer[1] + len("</answer>") :]
     in_order = think[1] + len("</think>") <= answer[0] - len("<answer>")
     return float(in_order and not (before + middle + after).strip())
 
@@ -85,7 +88,7 @@ def bare_format(text: str) -> float:
 def conclusion_of(text: str) -> str | None:
     """The emotion that the single <think> block concludes, as a word of the vocabulary; None if there is none."""
     span = _between(text, "<think>", "</think>")
-    return None if span is None else concluded(text[span[0]:span[1]])
+    return None if span is None else concluded(text[span[0] : span[1]])
 
 
 def agreement(text: str) -> float:
@@ -98,16 +101,20 @@ def agreement(text: str) -> float:
 # Rewards by name: what --rewards chooses from, and what a user adds
 # ------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """All that a reward may know of one sampled completion."""
-    text: str                  # decoded, without its end token
-    answer: str                # the label
-    length: int                # tokens, the end token included
-    finished: bool             # False: cut off by the limit
-    limit: int                 # --max_new_tokens
-    prompt: str = "think"      # what was asked for: "think" (reasoning and answer) or "label" (the bare word)
-    row: dict = dataclasses.field(default_factory=dict)      # the sample's row, as the file has it
+
+    text: str  # decoded, without its end token
+    answer: str  # the label
+    length: int  # tokens, the end token included
+    finished: bool  # False: cut off by the limit
+    limit: int  # --max_new_tokens
+    prompt: str = (
+        "think"  # what was asked for: "think" (reasoning and answer) or "label" (the bare word)
+    )
+    row: dict = dataclasses.field(default_factory=dict)  # the sample's row, as the file has it
 
 
 def conclusion(c: Completion) -> float:
@@ -124,9 +131,13 @@ def overlong(c: Completion, buffer: float = 0.2) -> float:
 BUILT_IN: dict[str, Callable[[Completion], float]] = {
     "accuracy": lambda c: (bare_accuracy if c.prompt == "label" else accuracy)(c.text, c.answer),
     "format": lambda c: (bare_format if c.prompt == "label" else format)(c.text),
-    "agreement": lambda c: agreement(c.text), "conclusion": conclusion, "overlong": overlong,
+    "agreement": lambda c: agreement(c.text),
+    "conclusion": conclusion,
+    "overlong": overlong,
 }
-MADE_UP = Completion("<think>she smiles: she is happy</think>\n<answer>happy</answer>", "happy", 17, True, 64)
+MADE_UP = Completion(
+    "<think>she smiles: she is happy</think>\n<answer>happy</answer>", "happy", 17, True, 64
+)
 
 
 @functools.cache
@@ -137,11 +148,16 @@ def load_rewards(specs: tuple[str, ...], prompt: str = "think") -> tuple[Reward,
     if not table or len(set(names)) < len(names):
         raise UserError(f"--rewards {' '.join(specs)}: give at least one reward, and none twice.")
     if prompt == "label" and {"agreement", "conclusion"} & set(names):
-        raise UserError("--rewards agreement and conclusion look at reasoning: they have no meaning with --prompt label.")
+        raise UserError(
+            "--rewards agreement and conclusion look at reasoning: they have no meaning with --prompt label."
+        )
     return table
 
 
 def try_rewards(table: tuple[Reward, ...], prompt: str, row: dict) -> None:
     """Call every reward once, on a made-up completion for a real row: a fault in it is told before anything is loaded."""
     for reward in table:
-        reward(dataclasses.replace(MADE_UP, prompt=prompt, row=row), "(a made-up completion for the first row)")
+        reward(
+            dataclasses.replace(MADE_UP, prompt=prompt, row=row),
+            "(a made-up completion for the first row)",
+        )

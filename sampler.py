@@ -15,6 +15,7 @@ for a prompt depends neither on the other prompts of its batch nor on the number
 Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length   T max_new_tokens   V vocabulary
          S how much of T a step looks at   L layers   D width   H query heads   K key/value heads   R = H/K   d head size
 """
+
 import contextlib
 import dataclasses
 import os
@@ -32,25 +33,36 @@ from model import HumanOmni, rope_table, rotate, sdpa
 from ops.decode_attention import attend, can_build_kernels, load_kernels
 
 # Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
-PREFIX_STEP = {"cpu": 1, "cuda": 64}         # P is rounded up to a multiple of this
-SUFFIX_STEP = {"cpu": 16, "cuda": 128}       # and S to one of this
-LOOK_EVERY = {"cpu": 1, "cuda": 16}          # steps between looks at who is done; a look waits for the device
-COMPACT_FROM = {"cpu": 8, "cuda": 256}       # rows from which it pays to leave finished ones behind
-KEPT_SHARE = 0.15                            # of a GPU's memory: for shapes kept, with their graphs, from call to call
+PREFIX_STEP = {"cpu": 1, "cuda": 64}  # P is rounded up to a multiple of this
+SUFFIX_STEP = {"cpu": 16, "cuda": 128}  # and S to one of this
+LOOK_EVERY = {
+    "cpu": 1,
+    "cuda": 16,
+}  # steps between looks at who is done; a look waits for the device
+COMPACT_FROM = {"cpu": 8, "cuda": 256}  # rows from which it pays to leave finished ones behind
+KEPT_SHARE = 0.15  # of a GPU's memory: for shapes kept, with their graphs, from call to call
 
 
 # ------------------------------------------------------------------------------------------------
 # Choosing a token
 # ------------------------------------------------------------------------------------------------
 
-def uniforms(seed: int, prompt_ids: list[int], num_generations: int, T: int, device) -> torch.Tensor:
+
+def uniforms(
+    seed: int, prompt_ids: list[int], num_generations: int, T: int, device
+) -> torch.Tensor:
     """(B, G, T) float64 in [0, 1): a counter-based generator keyed by (seed, prompt, completion)."""
-    rows = [[np.random.Generator(np.random.Philox(key=[seed, (prompt << 20) + g])).random(T)
-             for g in range(num_generations)] for prompt in prompt_ids]
+    rows = [
+        [
+            np.random.Generator(np.random.Philox(key=[seed, (prompt << 20) + g])).random(T)
+            for g in range(num_generations)
+        ]
+        for prompt in prompt_ids
+    ]
     return torch.from_numpy(np.array(rows)).to(device)
 
 
-BELOW_ONE = 1 - 2 ** -52                     # times a double: certainly less than that double
+BELOW_ONE = 1 - 2**-52  # times a double: certainly less than that double
 
 
 def find(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,14 +72,17 @@ def find(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.
     An interval without length is never the answer: the first sum that exceeds what is sought has just grown.
     """
     ends = mass.cumsum(-1)
-    sought = torch.minimum(sought, ends[:, -1:] * BELOW_ONE)             # two ways to sum differ in the last bit
+    sought = torch.minimum(
+        sought, ends[:, -1:] * BELOW_ONE
+    )  # two ways to sum differ in the last bit
     index = torch.searchsorted(ends, sought, right=True)
-    index = index.clamp(max=mass.shape[1] - 1)                           # only for masses that are no number
+    index = index.clamp(max=mass.shape[1] - 1)  # only for masses that are no number
     return index, sought - (ends - mass).gather(1, index)
 
 
-def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bool, block: int = 256
-           ) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(
+    logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bool, block: int = 256
+) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (N, V) fp32, u (N,) -> token (N,) and its log-probability (N,) under softmax(logits / temperature).
 
     Inverse CDF: the first token whose cumulative probability exceeds u.  In float64: an fp32 sum over 152,000 tokens is
@@ -80,23 +95,27 @@ def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bo
     """
     V = logits.shape[1]
     scaled = logits / temperature if temperature != 1 else logits
-    top, best = scaled.max(-1, keepdim=True)                             # (N, 1)
+    top, best = scaled.max(-1, keepdim=True)  # (N, 1)
     # (N, V) without the denominator.  The most probable token waits outside: in fp32 its 1 would swallow its block's rest.
     p = (scaled - top).exp_().scatter_(1, best, 0.0)
     whole = V // block
-    masses = [p[:, :whole * block].unflatten(1, (whole, block)).sum(-1)]
+    masses = [p[:, : whole * block].unflatten(1, (whole, block)).sum(-1)]
     if V % block:
-        masses.append(p[:, whole * block:].sum(-1, keepdim=True))
-    mass = torch.cat(masses, 1).double()                                 # (N, blocks)
+        masses.append(p[:, whole * block :].sum(-1, keepdim=True))
+    mass = torch.cat(masses, 1).double()  # (N, blocks)
     mass.scatter_add_(1, best // block, torch.ones_like(mass[:, :1]))
-    total = mass.sum(-1, keepdim=True)                                   # (N, 1)
+    total = mass.sum(-1, keepdim=True)  # (N, 1)
     if greedy:
         token = best
     else:
         at, rest = find(mass, u[:, None] * total)
-        columns = at * block + torch.arange(block, device=p.device)      # (N, block)
-        inside = p.gather(1, columns.clamp(max=V - 1)).masked_fill(columns == best, 1.0).masked_fill(columns >= V, 0.0)
-        token = (at * block + find(inside.double(), rest)[0]).clamp(max=V - 1)       # (N, 1)
+        columns = at * block + torch.arange(block, device=p.device)  # (N, block)
+        inside = (
+            p.gather(1, columns.clamp(max=V - 1))
+            .masked_fill(columns == best, 1.0)
+            .masked_fill(columns >= V, 0.0)
+        )
+        token = (at * block + find(inside.double(), rest)[0]).clamp(max=V - 1)  # (N, 1)
     logp = scaled.gather(1, token) - top - total.log()
     return token[:, 0], logp[:, 0].float()
 
@@ -107,6 +126,7 @@ def choose(logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bo
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _linear_flops(x_shape, *_, out_shape=None, **__) -> int:
         """So that a FlopCounterMode sees our products too."""
@@ -126,8 +146,12 @@ class Product:
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         self.bias = torch.cat(biases) if biases else None
         self.blocked = None
-        if ONEDNN and self.weight.device.type == "cpu" and self.weight.dtype == torch.float32 \
-                and self.weight.numel() >= 2 ** 18:
+        if (
+            ONEDNN
+            and self.weight.device.type == "cpu"
+            and self.weight.dtype == torch.float32
+            and self.weight.numel() >= 2**18
+        ):
             self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight)
             self.weight = None
 
@@ -147,6 +171,7 @@ class Product:
 @dataclasses.dataclass
 class PackedLayer:
     """What a DecoderLayer computes with, in four products instead of seven."""
+
     input_norm: nn.Module
     qkv: Product
     out: Product
@@ -159,9 +184,15 @@ class PackedLayer:
     def of(cls, layer) -> "PackedLayer":
         a, mlp = layer.self_attn, layer.mlp
         qkv = a.q_proj, a.k_proj, a.v_proj
-        return cls(layer.input_layernorm, Product([x.weight for x in qkv], [x.bias for x in qkv]),
-                   Product([a.o_proj.weight]), layer.post_attention_layernorm,
-                   Product([mlp.gate_proj.weight, mlp.up_proj.weight]), Product([mlp.down_proj.weight]), a.d)
+        return cls(
+            layer.input_layernorm,
+            Product([x.weight for x in qkv], [x.bias for x in qkv]),
+            Product([a.o_proj.weight]),
+            layer.post_attention_layernorm,
+            Product([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            Product([mlp.down_proj.weight]),
+            a.d,
+        )
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., D) -> queries, keys and values before rotation (..., H + 2K, d)"""
@@ -190,7 +221,7 @@ def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
     """qkv (B, G, H + 2K, d) -> q (B, G, H, d), rotated; the new keys and values go to slot t of suffix."""
     K = suffix.shape[2]
     q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
-    new = torch.stack((k, qkv[:, :, -K:])).transpose(2, 3)                                 # (2, B, K, G, d)
+    new = torch.stack((k, qkv[:, :, -K:])).transpose(2, 3)  # (2, B, K, G, d)
     # One index_copy_ for keys and values.  With two, through two views, Inductor copies the whole cache in every layer.
     suffix.index_copy_(4, t, new[:, :, :, :, None])
     return q
@@ -200,6 +231,7 @@ def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
 # One step
 # ------------------------------------------------------------------------------------------------
 
+
 class Rows:
     """All that decoding reads and writes, preallocated: N = B * G rows, G of them behind each of B prompts.
 
@@ -208,21 +240,25 @@ class Rows:
 
     def __init__(self, model: HumanOmni, B: int, G: int, P: int, T: int):
         c, N = model.config, B * G
-        zeros = lambda *shape, dtype=model.dtype: torch.zeros(shape, dtype=dtype, device=model.device)
+        zeros = lambda *shape, dtype=model.dtype: torch.zeros(
+            shape, dtype=dtype, device=model.device
+        )
         self.B, self.G, self.P, self.T = B, G, P, T
         L, K, d = c.num_hidden_layers, c.num_key_value_heads, c.head_dim
-        self.prefix = zeros(L, 2, B, K, P, d)                            # keys and values of the prompts
-        self.suffix = zeros(L, 2, B, K, G, T, d)                         # and of the completions
-        self.bias = zeros(B, 1, 1, 1, P + T, dtype=torch.float32)        # -inf where nothing is to be seen, else 0
-        self.rope = zeros(2, B, T, 1, d)                                 # cos and sin of every position to come
-        self.u = zeros(T, N, dtype=torch.float64)                        # the random numbers
+        self.prefix = zeros(L, 2, B, K, P, d)  # keys and values of the prompts
+        self.suffix = zeros(L, 2, B, K, G, T, d)  # and of the completions
+        self.bias = zeros(
+            B, 1, 1, 1, P + T, dtype=torch.float32
+        )  # -inf where nothing is to be seen, else 0
+        self.rope = zeros(2, B, T, 1, d)  # cos and sin of every position to come
+        self.u = zeros(T, N, dtype=torch.float64)  # the random numbers
         self.tokens = zeros(T, N, dtype=torch.long)
         self.logps = zeros(T, N, dtype=torch.float32)
         self.lengths = zeros(N, dtype=torch.long)
         self.done = zeros(N, dtype=torch.bool)
-        self.t = zeros(1, dtype=torch.long)                              # index of the newest token
-        self.ends = torch.tensor(model.eos_ids, device=model.device)     # tokens that end a row
-        self.origin = zeros(N, dtype=torch.long)                         # which row this was at first; -1: none
+        self.t = zeros(1, dtype=torch.long)  # index of the newest token
+        self.ends = torch.tensor(model.eos_ids, device=model.device)  # tokens that end a row
+        self.origin = zeros(N, dtype=torch.long)  # which row this was at first; -1: none
         # Pinned, so that reading it is one transfer and one wait.
         self.seen = torch.zeros(N, dtype=torch.bool, pin_memory=model.device.type == "cuda")
 
@@ -239,7 +275,7 @@ class Rows:
             ours[0, :, :, :P], ours[1, :, :, :P] = k, v
         self.suffix.zero_()
         self.bias.fill_(-torch.inf)[:, 0, 0, 0, :P].masked_fill_(mask, 0.0)
-        positions = mask.sum(-1, keepdim=True) + torch.arange(self.T, device=mask.device)          # (B, T)
+        positions = mask.sum(-1, keepdim=True) + torch.arange(self.T, device=mask.device)  # (B, T)
         self.rope.copy_(torch.stack(rope_table(positions, model.config, model.dtype)))
         self.u.copy_(u.flatten(0, 1).t())
         self.tokens.fill_(model.eos_ids[0])
@@ -250,7 +286,7 @@ class Rows:
     def take(self, rows: "Rows", index: torch.Tensor) -> None:
         """Go on with rows[index], index (B, G); all of one line have one prompt; -1 is an empty place."""
         at = index.clamp(min=0)
-        prompt = at[:, 0] // rows.G                                      # (B,)
+        prompt = at[:, 0] // rows.G  # (B,)
         self.prefix.copy_(rows.prefix[:, :, prompt])
         self.suffix.copy_(rows.suffix.movedim(4, 3)[:, :, at // rows.G, at % rows.G].movedim(3, 4))
         self.bias.copy_(rows.bias[prompt])
@@ -279,43 +315,57 @@ def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> N
     r.done |= (token[:, None] == r.ends).any(-1)
 
 
-def run_layers(decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor, S: int) -> torch.Tensor:
+def run_layers(
+    decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor, S: int
+) -> torch.Tensor:
     """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers; slots below S of the suffix are read."""
     before, after = PackedLayer.before_attention, PackedLayer.after_attention
     if decoder.compile:
         before, after = compiled(before), compiled(after)
-    r.bias.index_fill_(-1, r.t + r.P, 0.0)                               # the new token may be seen
-    x, cos_sin = x.view(r.B, r.G, -1), rope.unbind(0)                    # (B, G, D), 2 x (B, 1, 1, d)
+    r.bias.index_fill_(-1, r.t + r.P, 0.0)  # the new token may be seen
+    x, cos_sin = x.view(r.B, r.G, -1), rope.unbind(0)  # (B, G, D), 2 x (B, 1, 1, d)
     for layer, prefix, suffix in zip(decoder.layers, r.prefix, r.suffix):
-        q = before(layer, x, cos_sin, suffix, r.t)                       # (B, G, H, d)
+        q = before(layer, x, cos_sin, suffix, r.t)  # (B, G, H, d)
         x = after(layer, x, attend(q, prefix, suffix, r.bias, S))
     return x.view(1, r.B * r.G, -1)
 
 
-def run_layers_fused(decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+def run_layers_fused(
+    decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor
+) -> torch.Tensor:
     """Like `run_layers`, but `kernels.rotate_write_attend` rotates, writes and attends, and the end of each layer is one
     function with the start of the next.  x (1, N, D) -> (1, N, D)"""
     project, join, after = PackedLayer.project, PackedLayer.join, PackedLayer.after_attention
     if decoder.compile:
         project, join, after = compiled(project), compiled(join), compiled(after)
-    qkv = project(decoder.layers[0], x)                                  # (1, N, H + 2K, d)
-    for layer, following, prefix, suffix in zip(decoder.layers, [*decoder.layers[1:], None], r.prefix, r.suffix):
-        attended = decoder.kernels.rotate_write_attend(qkv, rope, prefix, suffix, r.bias, r.t)           # (1, N, H*d)
+    qkv = project(decoder.layers[0], x)  # (1, N, H + 2K, d)
+    for layer, following, prefix, suffix in zip(
+        decoder.layers, [*decoder.layers[1:], None], r.prefix, r.suffix
+    ):
+        attended = decoder.kernels.rotate_write_attend(
+            qkv, rope, prefix, suffix, r.bias, r.t
+        )  # (1, N, H*d)
         if following is None:
             return after(layer, x, attended)
         x, qkv = join(layer, following, x, attended)
 
 
-def step(model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool) -> None:
+def step(
+    model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool
+) -> None:
     """Read token t of every row, write token t + 1.  Shapes and addresses do not depend on t, and no operation waits for
     the device, so one captured graph serves every t below S."""
     # x keeps a leading dimension of 1.  For (N, D) the compiler merges product and residual into one addmm, which first
     # copies the residual.
-    x = model.model.embed_tokens(r.tokens.index_select(0, r.t))          # (1, N, D)
-    rope = r.rope.index_select(2, r.t)                                   # cos, sin (2, B, 1, 1, d)
-    x = run_layers_fused(decoder, r, x, rope) if decoder.kernels else run_layers(decoder, r, x, rope, S)
-    x = model.model.norm(x)[0]                                           # (N, D)
-    logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)          # (N, V) fp32
+    x = model.model.embed_tokens(r.tokens.index_select(0, r.t))  # (1, N, D)
+    rope = r.rope.index_select(2, r.t)  # cos, sin (2, B, 1, 1, d)
+    x = (
+        run_layers_fused(decoder, r, x, rope)
+        if decoder.kernels
+        else run_layers(decoder, r, x, rope, S)
+    )
+    x = model.model.norm(x)[0]  # (N, D)
+    logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)  # (N, V) fp32
     r.t += 1
     decoder.record(r, logits, temperature, greedy)
 
@@ -347,7 +397,9 @@ def decode_path(model: HumanOmni) -> tuple[bool, bool, bool]:
         kernels = on_gpu and can_build_kernels()
         return kernels, kernels or model.is_compiled, on_gpu
     if asked == "graph" and not on_gpu:
-        raise UserError(f"{PATH_VARIABLE}=graph: a CPU has no graphs; unset it, or set it to eager.")
+        raise UserError(
+            f"{PATH_VARIABLE}=graph: a CPU has no graphs; unset it, or set it to eager."
+        )
     if asked != "eager" and not can_build_kernels():
         raise UserError(f"{PATH_VARIABLE}={asked}: no kernels can be built here; set it to eager.")
     return asked != "eager", asked in ("compiled", "graph"), asked == "graph"
@@ -360,8 +412,10 @@ def hint_at_variable(model: HumanOmni):
         yield
     except Exception as error:
         if model.device.type == "cuda" and not out_of_memory(error):
-            error.add_note(f"A decode step failed. The environment variable {PATH_VARIABLE} chooses how it is run: set it "
-                           "to compiled; if that fails, to kernels; then to eager.")
+            error.add_note(
+                f"A decode step failed. The environment variable {PATH_VARIABLE} chooses how it is run: set it "
+                "to compiled; if that fails, to kernels; then to eager."
+            )
         raise
 
 
@@ -387,7 +441,9 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread may pin memory meanwhile, which a global capture would take for ours.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+        ):
             run()
 
     def replay(self) -> None:
@@ -452,11 +508,11 @@ class Decoder:
         shape = B, G, P, T
         rows = self.rows.pop(shape, None)
         while rows is None and sum(r.nbytes for r in self.rows.values()) > kept_bytes(model):
-            torch.cuda.synchronize()                                     # once nothing runs any more
+            torch.cuda.synchronize()  # once nothing runs any more
             oldest = next(iter(self.rows))
             del self.rows[oldest]
             self.graphs = {key: graph for key, graph in self.graphs.items() if key[:4] != oldest}
-            if not self.graphs:                                          # a memory whose last graph is gone takes no other
+            if not self.graphs:  # a memory whose last graph is gone takes no other
                 self.memory = graph_memory()
         self.rows[shape] = rows or Rows(model, *shape)
         return self.rows[shape]
@@ -465,7 +521,9 @@ class Decoder:
         """Choose and write down the next token: by kernels where there are any, else by the function `record`."""
         if self.kernels is None:
             return record(r, logits, temperature, greedy)
-        self.kernels.record(logits, r.u, r.tokens, r.logps, r.lengths, r.done, r.ends, r.t, temperature, greedy)
+        self.kernels.record(
+            logits, r.u, r.tokens, r.logps, r.lengths, r.done, r.ends, r.t, temperature, greedy
+        )
 
     def advance(self, model: HumanOmni, r: Rows, t: int, temperature: float, greedy: bool) -> None:
         """Make step t: as a graph where there are graphs."""
@@ -495,6 +553,7 @@ def round_up(n: int, to: int, most: int | None = None) -> int:
 # Leaving finished rows behind
 # ------------------------------------------------------------------------------------------------
 
+
 def halvings(n: int) -> list[int]:
     """8 -> [8, 4, 2, 1], 6 -> [6, 3, 2, 1]"""
     return [n] if n == 1 else [n, *halvings((n + 1) // 2)]
@@ -520,7 +579,7 @@ def regroup(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
     _, b, g, lines = best
     index = torch.full((b, g), -1)
     for i, line in enumerate(lines):
-        index[i, :len(line)] = line
+        index[i, : len(line)] = line
     return index
 
 
@@ -528,10 +587,19 @@ def regroup(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
 # The loop
 # ------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
-def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_generations: int, max_new_tokens: int,
-             temperature: float = 1.0, seed: int = 0, greedy: bool = False, prompt_ids: list[int] | None = None
-             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def generate(
+    model: HumanOmni,
+    embeds: torch.Tensor,
+    mask: torch.Tensor,
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    greedy: bool = False,
+    prompt_ids: list[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Sample `num_generations` completions for each prompt.
 
     embeds (B, P, D) and mask (B, P) from `embed_prompt`.  `prompt_ids`: the prompts' identities for the random
@@ -541,23 +609,37 @@ def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_gen
     """
     B, P, G, T = *mask.shape, num_generations, max_new_tokens
     kind = model.device.type
-    hidden, prefix = model.prefill(embeds, mask)                         # (B, D); per layer k, v (B, K, P, d)
+    hidden, prefix = model.prefill(embeds, mask)  # (B, D); per layer k, v (B, K, P, d)
     decoder = Decoder.of(model)
     r = decoder.rows_for(model, B, G, round_up(P, PREFIX_STEP[kind]), T)
-    r.start(model, mask, prefix, uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device))
+    r.start(
+        model,
+        mask,
+        prefix,
+        uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device),
+    )
     with hint_at_variable(model):
-        decoder.record(r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy)     # a group starts alike
+        decoder.record(
+            r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy
+        )  # a group starts alike
 
     completions = torch.empty(T, B * G, dtype=torch.long, device=model.device)
-    logps, lengths = torch.empty(T, B * G, device=model.device), torch.empty(B * G, dtype=torch.long, device=model.device)
+    logps, lengths = (
+        torch.empty(T, B * G, device=model.device),
+        torch.empty(B * G, dtype=torch.long, device=model.device),
+    )
 
     def deliver(r: Rows) -> None:
         """What these rows have so far, to where it belongs."""
         real = (r.origin >= 0).nonzero()[:, 0]
         to = r.origin[real]
-        completions[:, to], logps[:, to], lengths[to] = r.tokens[:, real], r.logps[:, real], r.lengths[real]
+        completions[:, to], logps[:, to], lengths[to] = (
+            r.tokens[:, real],
+            r.logps[:, real],
+            r.lengths[real],
+        )
 
-    looked = B * G                                                       # rows that went on when last looked at
+    looked = B * G  # rows that went on when last looked at
     for t in range(T - 1):
         if t % LOOK_EVERY[kind] == LOOK_EVERY[kind] - 1:
             alive = r.alive()
@@ -578,9 +660,17 @@ def generate(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_gen
 
 
 @torch.no_grad()
-def generate_naive(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, num_generations: int, max_new_tokens: int,
-                   temperature: float = 1.0, seed: int = 0, greedy: bool = False, prompt_ids: list[int] | None = None
-                   ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def generate_naive(
+    model: HumanOmni,
+    embeds: torch.Tensor,
+    mask: torch.Tensor,
+    num_generations: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    greedy: bool = False,
+    prompt_ids: list[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The slow obvious twin of `generate`: one completion at a time, no cache, everything again for every token."""
     B, G, T = len(embeds), num_generations, max_new_tokens
     u = uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device)
@@ -589,13 +679,17 @@ def generate_naive(model: HumanOmni, embeds: torch.Tensor, mask: torch.Tensor, n
     lengths = torch.zeros(B, G, dtype=torch.long, device=model.device)
     for b in range(B):
         for g in range(G):
-            x = embeds[b, mask[b]]                                       # (P_b, D)
+            x = embeds[b, mask[b]]  # (P_b, D)
             for t in range(T):
                 positions = torch.arange(len(x), device=x.device)[None]
-                hidden = model.run_layers(x[None], positions, lambda i, q, k, v: sdpa(q, k, v, causal=True))
-                token, logp = choose(model.logits(hidden[:, -1]), u[b, g, t:t + 1], temperature, greedy)
+                hidden = model.run_layers(
+                    x[None], positions, lambda i, q, k, v: sdpa(q, k, v, causal=True)
+                )
+                token, logp = choose(
+                    model.logits(hidden[:, -1]), u[b, g, t : t + 1], temperature, greedy
+                )
                 completions[b, g, t], logps[b, g, t], lengths[b, g] = token[0], logp[0], t + 1
                 if int(token) in model.eos_ids:
                     break
-                x = torch.cat((x, model.model.embed_tokens(token)))      # (P_b + t + 1, D)
+                x = torch.cat((x, model.model.embed_tokens(token)))  # (P_b + t + 1, D)
     return completions, lengths, logps

@@ -12,6 +12,7 @@ never learned.  It is computed by the function that scores completions in GRPO, 
 
 Legend   B prompts on this rank (b in a micro-batch)   T target length
 """
+
 import dataclasses
 import time
 from typing import Literal
@@ -34,10 +35,10 @@ class Args(TrainArgs):
     epochs: float = 5.0
     # -- fine-tuning
     prompt: Literal["auto", "think", "label", "row"] = "auto"  # what the question asks for
-        # auto: as the row's target is, reasoning or bare label, else as the row has it; think: reasoning and answer
-        # label: the bare word; row: what the row itself asks
-    batch_size: int = 16                    # samples per step, over all ranks
-    micro_batch: int = 8                    # samples per forward and backward
+    # auto: as the row's target is, reasoning or bare label, else as the row has it; think: reasoning and answer
+    # label: the bare word; row: what the row itself asks
+    batch_size: int = 16  # samples per step, over all ranks
+    micro_batch: int = 8  # samples per forward and backward
 
 
 def pad_targets(targets: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,19 +48,31 @@ def pad_targets(targets: list[list[int]], device) -> tuple[torch.Tensor, torch.T
     return ids[:, None], torch.tensor([[len(t)] for t in targets], device=device)
 
 
-def update(model: HumanOmni, optimizer: MasterAdamW, batch: PromptBatch, args: Args, ranks: Ranks, lr: float
-           ) -> tuple[dict[str, float], bool]:
+def update(
+    model: HumanOmni,
+    optimizer: MasterAdamW,
+    batch: PromptBatch,
+    args: Args,
+    ranks: Ranks,
+    lr: float,
+) -> tuple[dict[str, float], bool]:
     """One optimiser step.  -> (loss, grad_norm, num_tokens) over all ranks, and whether the weights were moved."""
     counted = sum(len(t) for t in batch.targets)
     tokens = float(ranks.sum_(torch.tensor(float(counted), device=ranks.device)))
     loss_sum = torch.zeros((), device=ranks.device)
-    pieces = micro_batches(torch.tensor([len(t) for t in batch.targets]).view(-1, 1), model.prompt_length(batch.input_ids),
-                           args.micro_batch, args.tokens_per_micro_batch)
+    pieces = micro_batches(
+        torch.tensor([len(t) for t in batch.targets]).view(-1, 1),
+        model.prompt_length(batch.input_ids),
+        args.micro_batch,
+        args.tokens_per_micro_batch,
+    )
     for rows, _ in pieces:
         micro = batch.select(rows)
         ids, lengths = pad_targets(micro.targets, ranks.device)
-        logps = model.completion_logps(*embed(model, micro), ids, lengths)         # (b, 1, T), zeros past the length
-        loss = -logps.sum() / tokens                 # one denominator for all micro-batches and ranks
+        logps = model.completion_logps(
+            *embed(model, micro), ids, lengths
+        )  # (b, 1, T), zeros past the length
+        loss = -logps.sum() / tokens  # one denominator for all micro-batches and ranks
         loss.backward()
         optimizer.collect()
         loss_sum += loss.detach()
@@ -72,9 +85,17 @@ def train(args: Args) -> None:
     ranks = start_ranks(args.device)
     if min(args.batch_size, args.micro_batch) < 1:
         raise UserError("--batch_size and --micro_batch must be 1 or more.")
-    run = set_up(args, ranks, read_samples(args.data, args.media_root, args.strict_paths), args.batch_size)
+    run = set_up(
+        args, ranks, read_samples(args.data, args.media_root, args.strict_paths), args.batch_size
+    )
     batches = run.batches(args, ranks)
-    bar = tqdm(initial=run.state["step"], total=run.max_steps, disable=not ranks.first, desc="sft", mininterval=1)
+    bar = tqdm(
+        initial=run.state["step"],
+        total=run.max_steps,
+        disable=not ranks.first,
+        desc="sft",
+        mininterval=1,
+    )
     while not run.over:
         step = run.state["step"]
         started = time.perf_counter()
@@ -82,10 +103,21 @@ def train(args: Args) -> None:
         loaded = time.perf_counter()
         lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
         row, moved = update(run.model, run.optimizer, batch, args, ranks, lr)
-        told = ranks.gather([{"usable": len(batch), "bad": [vars(bad) for bad in batch.bad], "stop": run.signal.asked}])
+        told = ranks.gather(
+            [
+                {
+                    "usable": len(batch),
+                    "bad": [vars(bad) for bad in batch.bad],
+                    "stop": run.signal.asked,
+                }
+            ]
+        )
         row |= run.count(told, moved, args)
         row = {"step": step + 1, "epoch": run.epoch, "lr": lr} | row
-        row |= {"time/load": round(loaded - started, 4), "time/train": round(time.perf_counter() - loaded, 4)}
+        row |= {
+            "time/load": round(loaded - started, 4),
+            "time/train": round(time.perf_counter() - loaded, 4),
+        }
         run.folder.append("metrics.jsonl", [row])
         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         bar.update()

@@ -9,6 +9,7 @@ A released HumanOmni checkpoint is a folder (or a hub repository):
 The vision and the audio tower may be stored in it or not; config.json names where the stock ones are.
 Every fault ends in a UserError that names the file, the keys, and what to do.
 """
+
 import contextlib
 import dataclasses
 import hashlib
@@ -22,7 +23,12 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -32,11 +38,28 @@ from lib.common import UserError
 # Finding files
 # ------------------------------------------------------------------------------------------------
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-                   "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
-BERT_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+BERT_FILES = (
+    "vocab.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+)
 
-HUB_TOWERS = {"mm_vision_tower": "google/siglip-base-patch16-224", "mm_audio_tower": "openai/whisper-large-v3"}
+HUB_TOWERS = {
+    "mm_vision_tower": "google/siglip-base-patch16-224",
+    "mm_audio_tower": "openai/whisper-large-v3",
+}
 BERT_HUB = "bert-base-uncased"
 
 
@@ -60,7 +83,11 @@ def is_place(name: str) -> bool:
 def find_file(path: str, name: str, required: bool = True) -> Path | None:
     """`name` in a local folder or in a hub repository -> a path on disk (downloaded if need be)."""
     if (Path(path) / "checkpoints").is_dir():
-        newest = f"use {path}/latest" if (Path(path) / "latest").is_dir() else "it holds no checkpoint yet"
+        newest = (
+            f"use {path}/latest"
+            if (Path(path) / "latest").is_dir()
+            else "it holds no checkpoint yet"
+        )
         raise UserError(f"{path} is a run folder; {newest}.")
     if Path(path).is_dir():
         file = Path(path) / name
@@ -99,16 +126,22 @@ def tower_source(path: str, config: dict, key: str, given: str | None) -> str:
     if given:
         return str(given)
     if key not in config:
-        raise UserError(f"{path}/config.json lacks {key}: this is not a HumanOmni checkpoint's config.json.")
+        raise UserError(
+            f"{path}/config.json lacks {key}: this is not a HumanOmni checkpoint's config.json."
+        )
     named = str(config[key])
-    if Path(path).is_dir() and (Path(path) / named).is_dir():        # also true for an absolute path that exists
+    if (
+        Path(path).is_dir() and (Path(path) / named).is_dir()
+    ):  # also true for an absolute path that exists
         return str((Path(path) / named).resolve())
     stock = HUB_TOWERS[key]
     if Path(named).name == stock.split("/")[1]:
         return stock
     if is_place(named):
-        raise UserError(f"{path}/config.json names {named} as {key}, and there is no such folder (was the checkpoint "
-                        "moved?): say where things are with --vision_tower, --audio_tower and --bert.")
+        raise UserError(
+            f"{path}/config.json names {named} as {key}, and there is no such folder (was the checkpoint "
+            "moved?): say where things are with --vision_tower, --audio_tower and --bert."
+        )
     return named
 
 
@@ -126,15 +159,24 @@ def bert_source(path: str, given: str | None) -> str:
 # Reading weights
 # ------------------------------------------------------------------------------------------------
 
-OPEN_BYTES = 2 ** 26       # so much is read of a weight file before it is opened anew
+OPEN_BYTES = 2**26  # so much is read of a weight file before it is opened anew
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
     """A tensor in a weight file, unread."""
+
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -150,7 +192,9 @@ def readable(file: Path):
     try:
         yield
     except Exception as error:
-        raise UserError(f"cannot read weights from {file}: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"cannot read weights from {file}: {type(error).__name__}: {error}"
+        ) from None
 
 
 def load_bin(file: Path) -> dict[str, torch.Tensor]:
@@ -162,10 +206,16 @@ def headers(file: Path) -> dict[str, Stored]:
     """What one weight file holds; no tensor is read."""
     with readable(file):
         if file.suffix != ".safetensors":
-            return {key: Stored(file, tuple(tensor.shape), tensor.dtype) for key, tensor in load_bin(file).items()}
+            return {
+                key: Stored(file, tuple(tensor.shape), tensor.dtype)
+                for key, tensor in load_bin(file).items()
+            }
         with safe_open(file, "pt") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}       # noqa: SIM118 (it is no dict)
-            return {key: Stored(file, tuple(s.get_shape()), DTYPES[s.get_dtype()]) for key, s in slices.items()}
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (it is no dict)
+            return {
+                key: Stored(file, tuple(s.get_shape()), DTYPES[s.get_dtype()])
+                for key, s in slices.items()
+            }
 
 
 def weight_index(path: str) -> dict[str, Stored]:
@@ -177,12 +227,18 @@ def weight_index(path: str) -> dict[str, Stored]:
         index = find_file(path, f"{stem}.index.json", required=False)
         if index:
             shards = read_json(index)["weight_map"]
-            held = {shard: headers(find_file(path, shard)) for shard in sorted(set(shards.values()))}
+            held = {
+                shard: headers(find_file(path, shard)) for shard in sorted(set(shards.values()))
+            }
             absent = [key for key, shard in shards.items() if key not in held[shard]]
             if absent:
-                raise UserError(f"{index} names {len(absent)} weights that are not in their files: {list_some(absent)}.")
+                raise UserError(
+                    f"{index} names {len(absent)} weights that are not in their files: {list_some(absent)}."
+                )
             return {key: held[shard][key] for key, shard in shards.items()}
-    raise UserError(f"{path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards.")
+    raise UserError(
+        f"{path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards."
+    )
 
 
 def read_tensors(index: dict[str, Stored]):
@@ -198,7 +254,11 @@ def read_tensors(index: dict[str, Stored]):
         done[stored.file] += stored.bytes
     for (file, _), keys in sorted(parts.items()):
         with readable(file):
-            read = safe_open(file, "pt").get_tensor if file.suffix == ".safetensors" else load_bin(file).__getitem__
+            read = (
+                safe_open(file, "pt").get_tensor
+                if file.suffix == ".safetensors"
+                else load_bin(file).__getitem__
+            )
         for key in keys:
             with readable(file):
                 tensor = read(key)
@@ -208,6 +268,7 @@ def read_tensors(index: dict[str, Stored]):
 # ------------------------------------------------------------------------------------------------
 # Towers
 # ------------------------------------------------------------------------------------------------
+
 
 def stored_name(key: str) -> str:
     """Our state dict's key -> the checkpoint's."""
@@ -220,34 +281,58 @@ def stored_name(key: str) -> str:
 
 
 # In the file, used by nothing: the classification head that the audio tower was cut from, rotary tables.
-UNUSED = ("model.audio_tower.audio_tower.projector.", "model.audio_tower.audio_tower.classifier.",
-          "model.audio_tower.audio_tower.masked_spec_embed", "model.rotary_emb.")
+UNUSED = (
+    "model.audio_tower.audio_tower.projector.",
+    "model.audio_tower.audio_tower.classifier.",
+    "model.audio_tower.audio_tower.masked_spec_embed",
+    "model.rotary_emb.",
+)
 
-TOWERS = {"vision": "model.vision_tower.", "audio": "model.audio_tower.", "bert": "model.bert_model."}
+TOWERS = {
+    "vision": "model.vision_tower.",
+    "audio": "model.audio_tower.",
+    "bert": "model.bert_model.",
+}
 
 
 def stock_tower(kind: str, source: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Weights of a stock SigLIP, Whisper encoder or BERT from a folder or hub id, under our keys."""
-    loader = {"vision": transformers.SiglipVisionModel, "audio": transformers.WhisperForAudioClassification,
-              "bert": transformers.BertModel}[kind]
+    loader = {
+        "vision": transformers.SiglipVisionModel,
+        "audio": transformers.WhisperForAudioClassification,
+        "bert": transformers.BertModel,
+    }[kind]
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()       # it warns of the heads that we do not use
+    transformers.logging.set_verbosity_error()  # it warns of the heads that we do not use
     try:
         # Mismatches are "ignored" there only to be told here: its own error refers to a log that is switched off.
-        tower, info = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+        tower, info = loader.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:
-        raise UserError(f"cannot load the {kind} tower from {source}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"cannot load the {kind} tower from {source}: {str(error).splitlines()[0]}"
+        ) from None
     finally:
         transformers.logging.set_verbosity(level)
     if kind == "audio":
         tower = tower.encoder
     prefix = "encoder." if kind == "audio" else ""
-    missing = [k for k in info["missing_keys"] if k.startswith(prefix) and not k.startswith("pooler.")]
+    missing = [
+        k for k in info["missing_keys"] if k.startswith(prefix) and not k.startswith("pooler.")
+    ]
     if missing:
-        raise UserError(f"the {kind} tower at {source} lacks {len(missing)} weights: {list_some(missing)}.")
-    wrong = [f"{key} is {tuple(stored)}, not {tuple(wanted)}" for key, stored, wanted in info["mismatched_keys"]]
+        raise UserError(
+            f"the {kind} tower at {source} lacks {len(missing)} weights: {list_some(missing)}."
+        )
+    wrong = [
+        f"{key} is {tuple(stored)}, not {tuple(wanted)}"
+        for key, stored, wanted in info["mismatched_keys"]
+    ]
     if wrong:
-        raise UserError(f"the weights of {source} have another geometry than its config.json says: {list_some(wrong, 6)}.")
+        raise UserError(
+            f"the weights of {source} have another geometry than its config.json says: {list_some(wrong, 6)}."
+        )
     return {TOWERS[kind] + k: v for k, v in tower.state_dict().items()}
 
 
@@ -255,37 +340,47 @@ def stock_tower(kind: str, source: str, dtype: torch.dtype) -> dict[str, torch.T
 # Load and save
 # ------------------------------------------------------------------------------------------------
 
+
 @dataclasses.dataclass
 class Plan:
     """What a model will be made of: all that is known before a weight is read."""
+
     path: str
-    model: torch.nn.Module               # on the meta device: shapes without memory
-    towers: dict                         # kind -> the tower's transformers configuration
-    source: dict[str, str]               # kind -> folder or hub id of the tower
-    index: dict[str, Stored]             # every key of the checkpoint's files
-    from_file: set[str]                  # towers whose weights are taken from these files, not from `source`
-    ours: dict[str, str]                 # stored key -> the model's key, for all that is taken from these files
-    ignored: tuple[str, ...]             # prefixes of keys that may be stored and are not taken
-    faults: list[str]                    # why this cannot be loaded, a sentence each
+    model: torch.nn.Module  # on the meta device: shapes without memory
+    towers: dict  # kind -> the tower's transformers configuration
+    source: dict[str, str]  # kind -> folder or hub id of the tower
+    index: dict[str, Stored]  # every key of the checkpoint's files
+    from_file: set[str]  # towers whose weights are taken from these files, not from `source`
+    ours: dict[str, str]  # stored key -> the model's key, for all that is taken from these files
+    ignored: tuple[str, ...]  # prefixes of keys that may be stored and are not taken
+    faults: list[str]  # why this cannot be loaded, a sentence each
 
 
 def make_plan(cls, config, path, vision_tower, audio_tower, bert) -> Plan:
     """The plan of a model of class `cls`; see HumanOmni.from_pretrained.  Reads configurations and headers alone."""
     given = {"vision": vision_tower, "audio": audio_tower, "bert": bert}
-    source = {"vision": tower_source(path, config.raw, "mm_vision_tower", vision_tower),
-              "audio": tower_source(path, config.raw, "mm_audio_tower", audio_tower),
-              "bert": bert_source(path, bert)}
+    source = {
+        "vision": tower_source(path, config.raw, "mm_vision_tower", vision_tower),
+        "audio": tower_source(path, config.raw, "mm_audio_tower", audio_tower),
+        "bert": bert_source(path, bert),
+    }
     towers = {kind: tower_config(kind, source[kind]) for kind in source}
     check_geometry(path, config, towers)
     with torch.device("meta"):
         model = cls(config, towers["vision"], towers["audio"], towers["bert"])
     index = weight_index(path)
-    stored = {kind for kind, prefix in TOWERS.items() if any(key.startswith(prefix) for key in index)}
+    stored = {
+        kind for kind, prefix in TOWERS.items() if any(key.startswith(prefix) for key in index)
+    }
     # A stored BERT always wins: RL trained it, and `bert` is mostly given for its tokenizer.
     from_file = {kind for kind in stored if kind == "bert" or not given[kind]}
     model.stored_towers = {kind for kind in ("vision", "audio") if kind in stored}
-    model.local_towers = {f"mm_{kind}_tower": Path(source[kind]).resolve() for kind in ("vision", "audio")
-                          if Path(source[kind]).is_dir() and not Path(str(config.raw[f"mm_{kind}_tower"])).is_absolute()}
+    model.local_towers = {
+        f"mm_{kind}_tower": Path(source[kind]).resolve()
+        for kind in ("vision", "audio")
+        if Path(source[kind]).is_dir()
+        and not Path(str(config.raw[f"mm_{kind}_tower"])).is_absolute()
+    }
     others = tuple(prefix for kind, prefix in TOWERS.items() if kind not in from_file)
     ours = {stored_name(key): key for key in model.state_dict() if not key.startswith(others)}
     ignored = UNUSED + others + (("lm_head.weight",) if config.tie_word_embeddings else ())
@@ -297,18 +392,31 @@ def make_plan(cls, config, path, vision_tower, audio_tower, bert) -> Plan:
 def find_faults(plan: Plan) -> list[str]:
     """Compare what is stored with what the model wants."""
     missing = set(plan.ours) - set(plan.index)
-    unexpected = {key for key in plan.index if key not in plan.ours and not key.startswith(plan.ignored)}
+    unexpected = {
+        key for key in plan.index if key not in plan.ours and not key.startswith(plan.ignored)
+    }
     faults = []
     if missing or unexpected:
         told = [f"lacks {len(missing)} weights ({list_some(missing)})"] if missing else []
-        told += [f"has {len(unexpected)} that the model does not know ({list_some(unexpected)})"] if unexpected else []
-        faults.append(f"the checkpoint {plan.path} {' and '.join(told)}: "
-                      "config.json and the weights do not belong together.")
+        told += (
+            [f"has {len(unexpected)} that the model does not know ({list_some(unexpected)})"]
+            if unexpected
+            else []
+        )
+        faults.append(
+            f"the checkpoint {plan.path} {' and '.join(told)}: "
+            "config.json and the weights do not belong together."
+        )
     shapes = {key: tuple(tensor.shape) for key, tensor in plan.model.state_dict().items()}
-    wrong = [f"{key} is {plan.index[key].shape}, not {shapes[mine]}" for key, mine in plan.ours.items()
-             if key in plan.index and plan.index[key].shape != shapes[mine]]
+    wrong = [
+        f"{key} is {plan.index[key].shape}, not {shapes[mine]}"
+        for key, mine in plan.ours.items()
+        if key in plan.index and plan.index[key].shape != shapes[mine]
+    ]
     if wrong:
-        faults.append(f"the weights of {plan.path} have another geometry than config.json says: {list_some(wrong, 6)}.")
+        faults.append(
+            f"the weights of {plan.path} have another geometry than config.json says: {list_some(wrong, 6)}."
+        )
     return faults
 
 
@@ -321,19 +429,32 @@ def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, dtype, d
     # The stock towers first, and the largest of them: their library holds the file and the weights at once.
     for kind in ("audio", "vision", "bert"):
         if kind not in plan.from_file:
-            tensors |= {k: v.to(device) for k, v in stock_tower(kind, plan.source[kind], dtype).items()}
-    for key, tensor in read_tensors({k: s for k, s in plan.index.items() if k in plan.ours or k.startswith(UNUSED)}):
+            tensors |= {
+                k: v.to(device) for k, v in stock_tower(kind, plan.source[kind], dtype).items()
+            }
+    for key, tensor in read_tensors(
+        {k: s for k, s in plan.index.items() if k in plan.ours or k.startswith(UNUSED)}
+    ):
         if key in plan.ours:
             tensors[plan.ours[key]] = tensor.to(device=device, dtype=dtype, copy=True)
         else:
             model.unused[key] = tensor.clone()
     model.load_state_dict(tensors, assign=True)
     fill_buffers(model, device)
-    for kind in ("vision", "audio"):                 # frozen, as in the reference, until `set_trained` says otherwise
+    for kind in (
+        "vision",
+        "audio",
+    ):  # frozen, as in the reference, until `set_trained` says otherwise
         model.get_submodule(TOWERS[kind].rstrip(".")).requires_grad_(False)
     read_side_files(model, path, plan.source["bert"])
-    say(f"{path}: " + ", ".join(f"{kind} from {'the checkpoint' if kind in plan.from_file else plan.source[kind]}"
-                                for kind in TOWERS) + f"; {dtype} on {device}".replace("torch.", ""))
+    say(
+        f"{path}: "
+        + ", ".join(
+            f"{kind} from {'the checkpoint' if kind in plan.from_file else plan.source[kind]}"
+            for kind in TOWERS
+        )
+        + f"; {dtype} on {device}".replace("torch.", "")
+    )
     return model
 
 
@@ -341,8 +462,12 @@ def tower_config(kind: str, source: str):
     file = find_file(source, "config.json")
     raw = read_json(file)
     if kind == "vision":
-        raw = raw.get("vision_config", raw)          # the hub's SigLIP is text and vision together
-    kinds = {"vision": transformers.SiglipVisionConfig, "audio": transformers.WhisperConfig, "bert": transformers.BertConfig}
+        raw = raw.get("vision_config", raw)  # the hub's SigLIP is text and vision together
+    kinds = {
+        "vision": transformers.SiglipVisionConfig,
+        "audio": transformers.WhisperConfig,
+        "bert": transformers.BertConfig,
+    }
     try:
         config = kinds[kind](**raw)
     except Exception as error:
@@ -352,15 +477,21 @@ def tower_config(kind: str, source: str):
 
 
 def check_geometry(path: str, config, towers: dict) -> None:
-    for key, stated, found in (("mm_hidden_size", config.mm_hidden_size, towers["vision"].hidden_size),
-                               ("audio_hidden_size", config.audio_hidden_size, towers["audio"].d_model)):
+    for key, stated, found in (
+        ("mm_hidden_size", config.mm_hidden_size, towers["vision"].hidden_size),
+        ("audio_hidden_size", config.audio_hidden_size, towers["audio"].d_model),
+    ):
         if stated != found:
-            raise UserError(f"{path}/config.json says {key} {stated}, but the tower it is used with has width {found}: "
-                            f"pass the matching tower with --{'vision' if key[0] == 'm' else 'audio'}_tower.")
+            raise UserError(
+                f"{path}/config.json says {key} {stated}, but the tower it is used with has width {found}: "
+                f"pass the matching tower with --{'vision' if key[0] == 'm' else 'audio'}_tower."
+            )
     patches = towers["vision"].image_size // towers["vision"].patch_size
     if patches % 2:
-        raise UserError(f"the vision tower makes {patches} x {patches} patches; the projector halves the map and needs an "
-                        "even number.")
+        raise UserError(
+            f"the vision tower makes {patches} x {patches} patches; the projector halves the map and needs an "
+            "even number."
+        )
 
 
 def overwrite_weights(model, path: str) -> None:
@@ -383,7 +514,9 @@ def fill_buffers(model, device) -> None:
         elif leaf == "token_type_ids":
             value = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
         else:
-            raise UserError(f"this version of transformers has a buffer {name} that the loader does not know.")
+            raise UserError(
+                f"this version of transformers has a buffer {name} that the loader does not know."
+            )
         owner.register_buffer(leaf, value.clone(), persistent=False)
 
 
@@ -397,7 +530,9 @@ def read_side_files(model, path: str, bert: str) -> None:
     generation = json.loads(model.files.get("generation_config.json", b"{}"))
     model.eos_ids = end_ids(generation, model.config.raw)
     if not model.eos_ids:
-        raise UserError(f"{path}: neither generation_config.json nor config.json names an eos_token_id.")
+        raise UserError(
+            f"{path}: neither generation_config.json nor config.json names an eos_token_id."
+        )
 
 
 def save_checkpoint(model, path: Path, final: Path) -> None:
@@ -405,18 +540,31 @@ def save_checkpoint(model, path: Path, final: Path) -> None:
     for name, content in model.files.items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_bytes(content)
-    left_out = tuple(TOWERS[kind] for kind in ("vision", "audio")
-                     if kind not in model.stored_towers and not is_trained(model, kind))
-    tensors = {stored_name(key): value.detach().cpu().contiguous() for key, value in model.state_dict().items()
-               if not key.startswith(left_out)}
+    left_out = tuple(
+        TOWERS[kind]
+        for kind in ("vision", "audio")
+        if kind not in model.stored_towers and not is_trained(model, kind)
+    )
+    tensors = {
+        stored_name(key): value.detach().cpu().contiguous()
+        for key, value in model.state_dict().items()
+        if not key.startswith(left_out)
+    }
     tensors |= model.unused
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     raw = dict(model.config.raw)
     raw["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-    for key, folder in model.local_towers.items():   # still true from where the checkpoint will stand
-        raw[key] = os.path.relpath(folder, final.resolve())      # resolved: ".." leaves the target of a link
+    for (
+        key,
+        folder,
+    ) in model.local_towers.items():  # still true from where the checkpoint will stand
+        raw[key] = os.path.relpath(
+            folder, final.resolve()
+        )  # resolved: ".." leaves the target of a link
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    shutil.copymode(path / "config.json", path / "model.safetensors")        # its library lets the owner alone read it
+    shutil.copymode(
+        path / "config.json", path / "model.safetensors"
+    )  # its library lets the owner alone read it
 
 
 def is_trained(model, kind: str) -> bool:
@@ -427,6 +575,6 @@ def digest_of(parameters) -> str:
     """A name for these weights and their dtype.  A stride through each tensor is enough to tell them from others."""
     digest = hashlib.sha256()
     for p in parameters:
-        part = p.detach().flatten()[::max(1, p.numel() // 64)].float().cpu()
+        part = p.detach().flatten()[:: max(1, p.numel() // 64)].float().cpu()
         digest.update(str(p.dtype).encode() + part.numpy().tobytes())
     return digest.hexdigest()

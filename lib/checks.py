@@ -1,4 +1,5 @@
 """What is refused or said about the flags of grpo.py and eval.py before anything is loaded."""
+
 import dataclasses
 import sys
 
@@ -8,39 +9,69 @@ from lib.common import UserError
 def check_objective(args) -> None:
     """Refuse what cannot work or means nothing, before an hour of loading."""
     if args.num_generations < 2:
-        raise UserError(f"--num_generations {args.num_generations}: a group of one has nothing to compare with; "
-                        "use 2 or more.")
+        raise UserError(
+            f"--num_generations {args.num_generations}: a group of one has nothing to compare with; "
+            "use 2 or more."
+        )
     if args.temperature <= 0:
-        raise UserError(f"--temperature {args.temperature}: must be above 0; the policy is trained on what it samples.")
+        raise UserError(
+            f"--temperature {args.temperature}: must be above 0; the policy is trained on what it samples."
+        )
     if args.gate == "cispo" and args.clip_high < 1:
-        raise UserError(f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio there; "
-                        "use 5 or so.")
+        raise UserError(
+            f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio there; "
+            "use 5 or so."
+        )
     if args.delta is not None and (args.gate != "clip" or args.delta <= 1 + args.clip_high):
         raise UserError(f"--delta {args.delta}: only for --gate clip, and above 1 + clip_high.")
     if args.beta < 0:
         raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
     if args.kl == "reward" and args.scale != "none":
-        raise UserError(f"--kl reward --scale {args.scale}: the KL makes all rewards differ a little, and where nothing "
-                        "else does, divided by that little it is the whole advantage; use --scale none.")
+        raise UserError(
+            f"--kl reward --scale {args.scale}: the KL makes all rewards differ a little, and where nothing "
+            "else does, divided by that little it is the whole advantage; use --scale none."
+        )
     if args.kl == "reward" and args.beta == 0:
-        raise UserError("--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta.")
+        raise UserError(
+            "--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta."
+        )
     if args.is_cap is not None and args.is_cap < 1:
         raise UserError(f"--is_cap {args.is_cap}: a cap on weights that are about 1; use 2 or so.")
-    if min(args.prompts_per_step, args.max_new_tokens, args.inner_epochs, args.micro_batch, args.mini_batches) < 1:
-        raise UserError("--prompts_per_step, --max_new_tokens, --inner_epochs, --mini_batches, --micro_batch: at least 1.")
+    if (
+        min(
+            args.prompts_per_step,
+            args.max_new_tokens,
+            args.inner_epochs,
+            args.micro_batch,
+            args.mini_batches,
+        )
+        < 1
+    ):
+        raise UserError(
+            "--prompts_per_step, --max_new_tokens, --inner_epochs, --mini_batches, --micro_batch: at least 1."
+        )
     if args.mini_batches > args.prompts_per_step:
-        raise UserError(f"--mini_batches {args.mini_batches}: each is to have a prompt of its own; --prompts_per_step is "
-                        f"{args.prompts_per_step}.")
+        raise UserError(
+            f"--mini_batches {args.mini_batches}: each is to have a prompt of its own; --prompts_per_step is "
+            f"{args.prompts_per_step}."
+        )
 
 
 def idle_flags(args) -> list[str]:
     """Sentences about flags that are given and change nothing under the others: an ablation would compare equal runs."""
-    given = {f.name for f in dataclasses.fields(args)
-             if f.default is not dataclasses.MISSING and getattr(args, f.name) != f.default}
+    given = {
+        f.name
+        for f in dataclasses.fields(args)
+        if f.default is not dataclasses.MISSING and getattr(args, f.name) != f.default
+    }
     one_step, clip = args.inner_epochs * args.mini_batches == 1, args.gate == "clip"
     reasons = [
-        (one_step, "ratio gate clip_low clip_high delta", "with one optimiser step per rollout the ratio is 1, where every "
-         "ratio and gate has REINFORCE's gradient (give --inner_epochs or --mini_batches)"),
+        (
+            one_step,
+            "ratio gate clip_low clip_high delta",
+            "with one optimiser step per rollout the ratio is 1, where every "
+            "ratio and gate has REINFORCE's gradient (give --inner_epochs or --mini_batches)",
+        ),
         (not clip, "clip_low", f"--gate {args.gate} has no lower bound"),
         (args.gate in ("sapo", "none"), "clip_high", f"--gate {args.gate} has no ceiling"),
         (args.beta == 0, "kl", "--beta 0 has no KL"),
@@ -49,16 +80,23 @@ def idle_flags(args) -> list[str]:
         (args.schedule == "constant", "lr_floor", "--schedule constant never falls"),
         (not args.eval_data, "eval_every eval_limit", "there is no --eval_data"),
     ]
-    return [f"--{flag} {getattr(args, flag)} changes nothing: {why}" for holds, flags, why in reasons if holds
-            for flag in flags.split() if flag in given]
+    return [
+        f"--{flag} {getattr(args, flag)} changes nothing: {why}"
+        for holds, flags, why in reasons
+        if holds
+        for flag in flags.split()
+        if flag in given
+    ]
 
 
 def refuse_sampling_filters(argv: list[str]) -> None:
     for word in argv:
         flag = word.split("=")[0]
         if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
-            sys.exit(f"error: {flag}: training samples the full distribution, because the loss scores the full softmax; "
-                     "a filtered sample would be scored by a distribution that it did not come from.")
+            sys.exit(
+                f"error: {flag}: training samples the full distribution, because the loss scores the full softmax; "
+                "a filtered sample would be scored by a distribution that it did not come from."
+            )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -71,15 +109,27 @@ NOT_FOR_A_CLIP = {"media_root", "modalities", "batch_size", "feature_cache", "li
 
 def job_of(args) -> str:
     """The one of JOBS that the flags ask for.  Raises UserError for flags that have no meaning together."""
-    changed = {f.name for f in dataclasses.fields(args) if getattr(args, f.name) not in (f.default, [])}
+    changed = {
+        f.name for f in dataclasses.fields(args) if getattr(args, f.name) not in (f.default, [])
+    }
     jobs = [job for job in JOBS if job in changed]
     if len(jobs) != 1:
-        given = " and ".join(f"--{job}" for job in jobs) + " are too many" if jobs else "there is none"
+        given = (
+            " and ".join(f"--{job}" for job in jobs) + " are too many" if jobs else "there is none"
+        )
         raise UserError(f"give exactly one of {', '.join(f'--{job}' for job in JOBS)}; {given}.")
     job = jobs[0]
-    odd = changed & NOT_FOR_A_CLIP if job == "clip" else set() if job == "data" else changed - {job, "seed"}
+    odd = (
+        changed & NOT_FOR_A_CLIP
+        if job == "clip"
+        else set()
+        if job == "data"
+        else changed - {job, "seed"}
+    )
     if odd:
-        raise UserError(f"{', '.join(f'--{flag}' for flag in sorted(odd))}: has no meaning with --{job}; leave it out.")
+        raise UserError(
+            f"{', '.join(f'--{flag}' for flag in sorted(odd))}: has no meaning with --{job}; leave it out."
+        )
     if job in ("data", "clip") and not args.model:
         raise UserError(f"--{job} needs --model, a checkpoint folder or hub id.")
     if job == "compare" and len(args.compare) != 2:
@@ -87,11 +137,21 @@ def job_of(args) -> str:
     if job == "folds" and len(set(args.folds)) < 2:
         raise UserError("--folds takes two result files or more, not one.")
     if args.modalities and changed & {"modal", "mute", "blank"}:
-        raise UserError("--modalities runs every setting of --modal, --mute and --blank by itself; leave those out.")
+        raise UserError(
+            "--modalities runs every setting of --modal, --mute and --blank by itself; leave those out."
+        )
     for flag, lost in (("mute", "video"), ("blank", "audio")):
         if getattr(args, flag) and args.modal == lost:
-            raise UserError(f"--{flag} with --modal {lost}: there is nothing to replace; drop one of the two.")
-    for flag, least in {"seed": 0, "limit": 0, "workers": 0, "batch_size": 1, "max_new_tokens": 1}.items():
+            raise UserError(
+                f"--{flag} with --modal {lost}: there is nothing to replace; drop one of the two."
+            )
+    for flag, least in {
+        "seed": 0,
+        "limit": 0,
+        "workers": 0,
+        "batch_size": 1,
+        "max_new_tokens": 1,
+    }.items():
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} must be {least} or more.")
     return job

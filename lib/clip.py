@@ -1,4 +1,5 @@
 """What reading a clip gives.  Reading itself is in lib/media.py, which needs FFmpeg; this does not."""
+
 import dataclasses
 from typing import Literal
 
@@ -16,7 +17,9 @@ class ClipError(Exception):
 
 @dataclasses.dataclass
 class Clip:
-    frames: np.ndarray  # uint8 (F, H, W, 3); (0, 0, 0, 3) if there is no video or none was asked for
+    frames: (
+        np.ndarray
+    )  # uint8 (F, H, W, 3); (0, 0, 0, 3) if there is no video or none was asked for
     audio: np.ndarray  # float32 (n,) at 16 kHz mono; 10 s of zeros if there is none
     has_audio: bool
     notes: list[str]  # what was wrong with it, if anything: silent, degraded, another stream taken

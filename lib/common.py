@@ -2,6 +2,7 @@
 
 Arguments from a dataclass, the process group, files that are never half written.  No learning in here.
 """
+
 import argparse
 import dataclasses
 import datetime
@@ -32,19 +33,24 @@ class UserError(Exception):
 # Arguments: one dataclass a script.  Its fields are the flags, its comments are the help.
 # ------------------------------------------------------------------------------------------------
 
+
 class Help(argparse.RawDescriptionHelpFormatter):
     """A line of a flag's comment is a line of its help, wrapped where it is too long."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return [piece for line in text.split("\n") for piece in super(Help, self)._split_lines(line, width)]
+        return [
+            piece
+            for line in text.split("\n")
+            for piece in super(Help, self)._split_lines(line, width)
+        ]
 
 
 def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
     """field of a dataclass -> its help, and -> the group that it is in.  A field that is redefined stays in its group.
 
-        # -- optimiser                      starts a group
-        lr: float = 1e-6                    # peak learning rate
-            # and more lines of the same help
+    # -- optimiser                      starts a group
+    lr: float = 1e-6                    # peak learning rate
+        # and more lines of the same help
     """
     helps, groups = {}, {}
     for base in reversed(cls.__mro__[:-1]):
@@ -71,18 +77,29 @@ def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
     """
     helps, groups = read_comments(cls)
     doc = sys.modules[cls.__module__].__doc__
-    spec = sys.modules["__main__"].__spec__          # of a program that was started by `python -m`
+    spec = sys.modules["__main__"].__spec__  # of a program that was started by `python -m`
     if prog is None and spec and cls.__module__ == "__main__":
         prog = f"python -m {spec.name.removesuffix('.__main__')}"
-    parser = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=Help, allow_abbrev=False)
-    sections = {g: parser.add_argument_group(g) if g else parser for g in dict.fromkeys(groups.values())}
+    parser = argparse.ArgumentParser(
+        prog=prog, description=doc, formatter_class=Help, allow_abbrev=False
+    )
+    sections = {
+        g: parser.add_argument_group(g) if g else parser for g in dict.fromkeys(groups.values())
+    }
     fields = dataclasses.fields(cls)
     for field in fields:
         told = helps[field.name]
         options: dict = {}
-        kind = next((a for a in typing.get_args(field.type) if a is not type(None)), field.type) \
-            if type(None) in typing.get_args(field.type) else field.type         # `int | None` -> int
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        kind = (
+            next((a for a in typing.get_args(field.type) if a is not type(None)), field.type)
+            if type(None) in typing.get_args(field.type)
+            else field.type
+        )  # `int | None` -> int
+        default = (
+            field.default
+            if field.default_factory is dataclasses.MISSING
+            else field.default_factory()
+        )
         if kind is bool:
             options["action"] = "store_true"
         elif typing.get_origin(kind) is list:
@@ -96,18 +113,30 @@ def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
         else:
             options["default"] = default
             # Shown, but not where there is none, nor a 0 of which the help says what it means ("; 0: off").
-            if kind is not bool and default not in (None, "", []) and not (default == 0 and re.search(r"\b0: ", told)):
+            if (
+                kind is not bool
+                and default not in (None, "", [])
+                and not (default == 0 and re.search(r"\b0: ", told))
+            ):
                 shown = " ".join(map(str, default)) if isinstance(default, list) else default
-                told = re.sub("$", f" ({shown})", told, count=1, flags=re.MULTILINE)         # after its first line
-        sections[groups[field.name]].add_argument(f"--{field.name}", help=told.replace("%", "%%"), **options)
-    if len(fields) > 12:                             # sixty flags in a row would hide the error below them
-        needed = "".join(f" --{f.name} {f.name.upper()}" for f in fields if f.default is f.default_factory)
+                told = re.sub(
+                    "$", f" ({shown})", told, count=1, flags=re.MULTILINE
+                )  # after its first line
+        sections[groups[field.name]].add_argument(
+            f"--{field.name}", help=told.replace("%", "%%"), **options
+        )
+    if len(fields) > 12:  # sixty flags in a row would hide the error below them
+        needed = "".join(
+            f" --{f.name} {f.name.upper()}" for f in fields if f.default is f.default_factory
+        )
         parser.usage = f"%(prog)s [-h]{needed} [--flag value ...]"
     return cls(**vars(parser.parse_args(argv)))
 
 
-OUT_OF_MEMORY = ("out of GPU memory: lower --tokens_per_micro_batch (or --micro_batch), --num_generations or "
-                 "--max_new_tokens.")
+OUT_OF_MEMORY = (
+    "out of GPU memory: lower --tokens_per_micro_batch (or --micro_batch), --num_generations or "
+    "--max_new_tokens."
+)
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -129,7 +158,7 @@ def run_main(main, args_cls, prog: str | None = None, first: str | None = None) 
     try:
         main(parse_args(args_cls, prog=prog))
         sys.stdout.flush()
-    except BrokenPipeError:                          # `... | head`: nobody reads on.  As the shell has it, without words
+    except BrokenPipeError:  # `... | head`: nobody reads on.  As the shell has it, without words
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os._exit(141) if dist.is_initialized() else sys.exit(141)
     except Exception as error:
@@ -189,17 +218,26 @@ class Ranks:
 
 def start_ranks(device: str = "auto") -> Ranks:
     """Join torchrun's process group if there is one.  gloo on CPU, nccl on CUDA."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
     if cuda and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no usable CUDA device; use --device cpu.")
+        raise UserError(
+            f"--device {device}: this machine has no usable CUDA device; use --device cpu."
+        )
     where = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         set_up_cuda(where)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", store=fresh_store(), rank=rank, world_size=world,
-                                device_id=where if cuda else None, timeout=PATIENCE)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=fresh_store(),
+            rank=rank,
+            world_size=world,
+            device_id=where if cuda else None,
+            timeout=PATIENCE,
+        )
     return Ranks(rank, world, where)
 
 
@@ -210,7 +248,9 @@ def set_up_cuda(device: torch.device) -> None:
     # From torch 2.11 on cuDNN is asked first on Hopper.  With a mask its gradients can be NaN (pytorch issue 196678),
     # and it plans half a second for every new shape, of which we have one a micro-batch.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False            # partial sums stay in fp32
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
+        False  # partial sums stay in fp32
+    )
     # fp32 is fp32 in convolutions too: by default their factors are rounded to 10 bits, which moves a gradient's norm by
     # 3e-3.  Products of matrices are exact already, torch's default.
     torch.backends.cudnn.allow_tf32 = False
@@ -223,7 +263,9 @@ def use_expandable_segments(device: torch.device) -> None:
     """
     if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         return
-    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"        # read at the first allocation, which is this:
+    os.environ["PYTORCH_ALLOC_CONF"] = (
+        "expandable_segments:True"  # read at the first allocation, which is this:
+    )
     try:
         torch.empty(1, device=device)
     except RuntimeError:
@@ -275,6 +317,7 @@ def block(index: list[int]) -> slice | list[int]:
 # Files: written beside and renamed, so a reader sees the old one or the new one, never a half
 # ------------------------------------------------------------------------------------------------
 
+
 def sync(what) -> None:
     """Force an open file, or the file or folder of that path, to the disk: it survives a loss of power."""
     if not isinstance(what, (str, Path)):
@@ -296,11 +339,17 @@ def check_writable(path, folder_flag: str = "") -> None:
     path = Path(path).absolute()
     try:
         if path.exists() and not (path.is_dir() if folder_flag else path.is_file()):
-            raise OSError(None, "it is no folder" if folder_flag else "it is a folder or a device, not a file")
-        tempfile.TemporaryFile(dir=next(p for p in (path, *path.parents)[not folder_flag:] if os.path.lexists(p))).close()
+            raise OSError(
+                None, "it is no folder" if folder_flag else "it is a folder or a device, not a file"
+            )
+        tempfile.TemporaryFile(
+            dir=next(p for p in (path, *path.parents)[not folder_flag :] if os.path.lexists(p))
+        ).close()
     except OSError as error:
         what = f"give {folder_flag} a folder" if folder_flag else "name a file in a folder"
-        raise UserError(f"cannot write {path}: {error.strerror}; {what} that can be written.") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; {what} that can be written."
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 `compiled` wraps a function once per process, and prints a warning when the function reaches its limit
 of graphs.
 """
+
 import functools
 import logging
 import sys
@@ -22,7 +23,10 @@ class RecompileLimitNotice(logging.Handler):
             print(
                 f"warning: torch.compile has compiled one function {RECOMPILE_LIMIT} times and will not compile it again: "
                 "new shapes run uncompiled and slower. Set TORCH_LOGS=recompiles to see why, or raise RECOMPILE_LIMIT "
-                "in lib/compiler.py.", file=sys.stderr, flush=True)
+                "in lib/compiler.py.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 logging.getLogger("torch._dynamo.convert_frame").addHandler(RecompileLimitNotice())

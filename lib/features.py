@@ -1,4 +1,5 @@
 """What the frozen towers make of a clip, kept on disk for later epochs and other runs."""
+
 import hashlib
 import os
 from pathlib import Path
@@ -20,7 +21,9 @@ class FeatureCache:
     def __init__(self, folder: str, towers: dict[str, str], max_gb: float = 200.0):
         self.folder, self.towers = Path(folder), towers
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.left = max_gb * 2 ** 30 - sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
+        self.left = max_gb * 2**30 - sum(
+            f.stat().st_size for f in self.folder.glob("*/*.safetensors")
+        )
 
     def _file(self, key: str) -> Path:
         name = hashlib.sha256(f"{self.towers[key.split()[0]]} {key}".encode()).hexdigest()
@@ -31,7 +34,7 @@ class FeatureCache:
             return None
         try:
             return load_file(self._file(key))["x"]
-        except (OSError, SafetensorError):           # not there, or not readable: made again
+        except (OSError, SafetensorError):  # not there, or not readable: made again
             return None
 
     def put(self, key: str, x: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ Its slow obvious twin is log_softmax over all logits (tests/test_model.py).
 
 Legend   N tokens   D width   V vocabulary
 """
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -12,7 +13,9 @@ from torch.autograd.function import once_differentiable
 def fp32_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x (N, D), weight (V, D) -> x @ weight.T (N, V), summed and kept in fp32 also for bf16 factors.  No gradient."""
     if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)          # only here: it has no kernel elsewhere
+        return torch.mm(
+            x, weight.t(), out_dtype=torch.float32
+        )  # only here: it has no kernel elsewhere
     return F.linear(x.float(), weight.float())
 
 
@@ -40,18 +43,18 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, weight, targets, temperature, chunk, with_entropy):
-        wide = weight if weight.is_cuda else weight.float()        # once, not once per chunk
+        wide = weight if weight.is_cuda else weight.float()  # once, not once per chunk
         logps, norms, entropies = [], [], []
         for s, y in zip(states.split(chunk), targets.split(chunk)):
-            logits = scaled_logits(s, wide, temperature)                           # (chunk, V)
+            logits = scaled_logits(s, wide, temperature)  # (chunk, V)
             top = logits.amax(-1, keepdim=True)
-            own = logits.sub_(top).gather(-1, y[:, None])[:, 0]                    # (chunk,)
-            p = logits.exp() if with_entropy else logits.exp_()                    # without the denominator
+            own = logits.sub_(top).gather(-1, y[:, None])[:, 0]  # (chunk,)
+            p = logits.exp() if with_entropy else logits.exp_()  # without the denominator
             total = p.sum(-1)
             norm = total.log()
             logps.append(own - norm)
             norms.append(norm + top[:, 0])
-            if with_entropy:                                       # - sum p log p = log sum exp - sum p * logits
+            if with_entropy:  # - sum p log p = log sum exp - sum p * logits
                 entropies.append(norm - p.mul_(logits).sum(-1) / total)
         ctx.save_for_backward(states, weight, targets, torch.cat(norms))
         ctx.temperature, ctx.chunk = temperature, chunk
@@ -65,13 +68,26 @@ class HeadLogps(torch.autograd.Function):
     def backward(ctx, grad, _):
         states, weight, targets, norms = ctx.saved_tensors
         wide = weight if weight.is_cuda else weight.float()
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_weight = (
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        )
         d_states = []
         columns = (x[:, None].split(ctx.chunk) for x in (targets, norms, -grad / ctx.temperature))
-        for s, y, norm, g in zip(states.split(ctx.chunk), *columns):               # s (chunk, D), the others (chunk, 1)
-            d = scaled_logits(s, wide, ctx.temperature).sub_(norm).exp_()          # softmax (chunk, V)
+        for s, y, norm, g in zip(
+            states.split(ctx.chunk), *columns
+        ):  # s (chunk, D), the others (chunk, 1)
+            d = scaled_logits(s, wide, ctx.temperature).sub_(norm).exp_()  # softmax (chunk, V)
             d = d.scatter_add_(-1, y, -torch.ones_like(g)).to(wide.dtype)
             d_states.append((fp32_product(d, wide.t()) * g).to(s.dtype))
             if d_weight is not None:
-                add_product_(d_weight, d.t(), (s * g).to(s.dtype))                 # summed over the chunks, rounded once
-        return torch.cat(d_states), None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+                add_product_(
+                    d_weight, d.t(), (s * g).to(s.dtype)
+                )  # summed over the chunks, rounded once
+        return (
+            torch.cat(d_states),
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

@@ -5,6 +5,7 @@ bounded memory and time, and is never replaced by another: `read_clip` raises Cl
 
 Legend   F frames taken from a clip   H, W height and width   d decoded frames of the file
 """
+
 import contextlib
 import ctypes
 import dataclasses
@@ -21,16 +22,16 @@ from av.video.reformatter import VideoReformatter
 from lib.clip import SAMPLE_RATE, SILENCE, Clip, ClipError, Modal
 
 NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
-SEEK_ABOVE = 2_000             # frames: from here on seeking is cheaper than decoding everything
+SEEK_ABOVE = 2_000  # frames: from here on seeking is cheaper than decoding everything
 
 # A file of a few bytes can declare terabytes.  What is beyond these limits is a bomb or a fault.
-MAX_PIXELS = 4096 * 2304       # of a picture: 4K
-MAX_SIDE = 4096                # of a picture: it is padded to a square of its longer side
-MAX_PACKETS = 2 ** 20          # of one stream: ten hours of video
-MAX_STREAMS = 8                # of video, that are tried one after the other
-MAX_DECODED = 2 ** 34          # pixels decoded for one clip: 2,000 frames of 4K or 8,000 of 1080p
-MAX_BLOCK = 2 ** 27            # bytes that libav takes at once, for a picture or for the index of a file
-SOUND_RATES = range(1_000, 768_001)      # Hz
+MAX_PIXELS = 4096 * 2304  # of a picture: 4K
+MAX_SIDE = 4096  # of a picture: it is padded to a square of its longer side
+MAX_PACKETS = 2**20  # of one stream: ten hours of video
+MAX_STREAMS = 8  # of video, that are tried one after the other
+MAX_DECODED = 2**34  # pixels decoded for one clip: 2,000 frames of 4K or 8,000 of 1080p
+MAX_BLOCK = 2**27  # bytes that libav takes at once, for a picture or for the index of a file
+SOUND_RATES = range(1_000, 768_001)  # Hz
 
 # By these names pictures and sound files are found in a folder.  What a file is, its streams say and not its name.
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
@@ -45,7 +46,9 @@ def frame_indices(d: int, num_frames: int) -> np.ndarray:
     return np.round((d - 1) / num_frames * (np.arange(num_frames) + 0.5) + 1e-6).astype(int)
 
 
-def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal: Modal = "video_audio") -> Clip:
+def read_clip(
+    path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal: Modal = "video_audio"
+) -> Clip:
     """Read a video file, a sound file, a gif or a folder of frames.
 
     With `modal` "video" or "audio" only that is decoded.  A sound file is one with sound and no video but a cover:
@@ -61,13 +64,13 @@ def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal:
         size, is_folder = path.stat().st_size, path.is_dir()
     except FileNotFoundError:
         raise ClipError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:           # a name that is too long, a loop of links, a null byte
+    except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a null byte
         raise ClipError(f"{path}: cannot be opened: {error}") from None
     if is_folder:
         frames = _read_folder(path, num_frames)
         notes.append("a folder of frames has no sound: silence")
         return Clip(frames, audio, has_audio, notes)
-    if size == 0:                                    # also pipes and devices, which might never end
+    if size == 0:  # also pipes and devices, which might never end
         raise ClipError(f"{path}: the file is empty")
     if modal != "audio":
         frames = _read_video(path, num_frames, notes)
@@ -80,10 +83,18 @@ def read_clip(path, num_frames: int = 8, max_audio_seconds: float = 30.0, modal:
 
 # What clips come in.  libav knows hundreds more, some of which are lists of further files and addresses to open: a clip
 # must not lead out of its folder.
-FORMATS = ("mov,matroska,avi,asf,flv,mpeg,mpegts,ogg,gif,apng,wav,flac,mp3,aac,au,aiff,"
-           "image2,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe")
-LIMITS = {"max_pixels": str(MAX_PIXELS)}             # for the decoders: a stream may change its size on the way
-OPENING = LIMITS | {"format_whitelist": FORMATS, "protocol_whitelist": "file", "pattern_type": "none"}
+FORMATS = (
+    "mov,matroska,avi,asf,flv,mpeg,mpegts,ogg,gif,apng,wav,flac,mp3,aac,au,aiff,"
+    "image2,png_pipe,jpeg_pipe,bmp_pipe,webp_pipe"
+)
+LIMITS = {
+    "max_pixels": str(MAX_PIXELS)
+}  # for the decoders: a stream may change its size on the way
+OPENING = LIMITS | {
+    "format_whitelist": FORMATS,
+    "protocol_whitelist": "file",
+    "pattern_type": "none",
+}
 # Titles in any encoding.  From 19 on av reads them by itself, and knows the argument no longer.
 ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
@@ -103,10 +114,12 @@ def open_media(path: Path):
         container = av.open(os.path.abspath(path), options=OPENING, **ANY_TITLE)
     except DAMAGE as error:
         unlisted = getattr(error, "errno", None) == errno.EINVAL
-        raise ClipError(f"{path}: cannot be opened: {f'its format is none of {FORMATS}' if unlisted else error}") from None
+        raise ClipError(
+            f"{path}: cannot be opened: {f'its format is none of {FORMATS}' if unlisted else error}"
+        ) from None
     for stream in (*container.streams.video, *container.streams.audio):
         if stream.codec_context is not None:
-            stream.codec_context.thread_count = 1    # the loader's workers are the parallelism
+            stream.codec_context.thread_count = 1  # the loader's workers are the parallelism
             stream.codec_context.options = LIMITS
     return container
 
@@ -119,18 +132,21 @@ def video_streams(container) -> list:
 @dataclasses.dataclass
 class Budget:
     """What one pass through a clip may decode.  In pixels, not in seconds: a slow machine must not refuse more clips."""
+
     path: Path
     pixels: int
 
     def need(self, pixels: int) -> None:
         if pixels > self.pixels:
-            raise ClipError(f"{self.path}: too long for its size: more than {MAX_DECODED} pixels would have to be decoded")
+            raise ClipError(
+                f"{self.path}: too long for its size: more than {MAX_DECODED} pixels would have to be decoded"
+            )
 
     def decode(self, packet) -> list:
         """The frames of a packet.  Raises ClipError if they are too large, or if it was one packet too many."""
         pixels = _cost(packet.stream.codec_context)
         self.need(pixels)
-        self.pixels -= pixels                        # also for a packet that turns out damaged
+        self.pixels -= pixels  # also for a packet that turns out damaged
         frames = packet.decode()
         for frame in frames:
             _check_size(frame, self.path)
@@ -139,23 +155,26 @@ class Budget:
 
 def _cost(context, frames: int = 1) -> int:
     """Pixels of so many frames.  The smallest take their time, too: at least 256 x 256."""
-    return frames * max(context.width * context.height, 2 ** 16)
+    return frames * max(context.width * context.height, 2**16)
 
 
 def _check_size(picture, path: Path) -> None:
     if picture.width * picture.height > MAX_PIXELS or max(picture.width, picture.height) > MAX_SIDE:
-        raise ClipError(f"{path}: has pictures of {picture.width} x {picture.height}, more than {MAX_PIXELS} pixels or "
-                        f"{MAX_SIDE} at a side")
+        raise ClipError(
+            f"{path}: has pictures of {picture.width} x {picture.height}, more than {MAX_PIXELS} pixels or "
+            f"{MAX_SIDE} at a side"
+        )
 
 
 @dataclasses.dataclass
 class Track:
     """A video stream, by its packets."""
-    index: int                 # among all streams of the file
-    context: object            # of the decoder; None where the codec is unknown
-    times: list[int | None]    # presentation time of every packet, in the stream's own unit
-    keys: list[bool]           # is it a key frame
-    promised: int = 0          # frames
+
+    index: int  # among all streams of the file
+    context: object  # of the decoder; None where the codec is unknown
+    times: list[int | None]  # presentation time of every packet, in the stream's own unit
+    keys: list[bool]  # is it a key frame
+    promised: int = 0  # frames
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -166,13 +185,19 @@ def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
             return NO_FRAMES
         tracks, damaged = _tracks(container, path)
     if not any(track.context for track in tracks):
-        raise ClipError(f"{path}: its video codec is unknown" if tracks else f"{path}: has neither video nor sound")
-    budget = Budget(path, MAX_DECODED)               # one for all: many streams are no way around it
+        raise ClipError(
+            f"{path}: its video codec is unknown"
+            if tracks
+            else f"{path}: has neither video nor sound"
+        )
+    budget = Budget(path, MAX_DECODED)  # one for all: many streams are no way around it
     for track in [track for track in tracks if track.context and track.times][:MAX_STREAMS]:
         frames = _read_track(path, track, damaged, num_frames, budget)
         if frames is not None:
             if track is not tracks[0]:
-                notes.append(f"video stream {tracks.index(track) + 1} of {len(tracks)} is taken: none before gives a frame")
+                notes.append(
+                    f"video stream {tracks.index(track) + 1} of {len(tracks)} is taken: none before gives a frame"
+                )
             notes += track.notes
             return frames
     raise ClipError(f"{path}: no frame can be decoded")
@@ -181,7 +206,7 @@ def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
 def _tracks(container, path: Path) -> tuple[list[Track], bool]:
     """The video streams of a file, from one pass over its packets.  And whether reading broke off."""
     tracks = {s.index: Track(s.index, s.codec_context, [], []) for s in video_streams(container)}
-    ends: dict[int, int] = {}                        # of every stream, also of sound: it may last longer
+    ends: dict[int, int] = {}  # of every stream, also of sound: it may last longer
     damaged = False
     try:
         for packet in container.demux():
@@ -195,14 +220,19 @@ def _tracks(container, path: Path) -> tuple[list[Track], bool]:
                 track.keys.append(packet.is_keyframe)
     except DAMAGE:
         damaged = True
-    unit = {s.index: float(s.time_base or 0) for s in container.streams}                                 # s
-    came, declared = max((end * unit[i] for i, end in ends.items()), default=0), (container.duration or 0) / av.time_base
+    unit = {s.index: float(s.time_base or 0) for s in container.streams}  # s
+    came, declared = (
+        max((end * unit[i] for i, end in ends.items()), default=0),
+        (container.duration or 0) / av.time_base,
+    )
     for i, track in tracks.items():
         stream, times = container.streams[i], sorted(t for t in track.times if t is not None)
         # Headers lie about the number of frames (0 in mkv, off by one in avi), packets do not.  The header of an mp4
         # counts what its edit list leaves out, too; its index does not.
         listed = "mov" in container.format.name
-        counted = sum(not entry.is_discard for entry in stream.index_entries) if listed else stream.frames
+        counted = (
+            sum(not entry.is_discard for entry in stream.index_entries) if listed else stream.frames
+        )
         track.promised = max(counted, len(track.times))
         # Half a second for headers that are rounded; and of the last packet it may not be said how long it lasts.
         gap = unit[i] * int(np.diff(times).max(initial=0))
@@ -211,26 +241,32 @@ def _tracks(container, path: Path) -> tuple[list[Track], bool]:
     return list(tracks.values()), damaged
 
 
-def _read_track(path: Path, track: Track, damaged: bool, num_frames: int, budget: Budget) -> np.ndarray | None:
+def _read_track(
+    path: Path, track: Track, damaged: bool, num_frames: int, budget: Budget
+) -> np.ndarray | None:
     """-> uint8 (F, H, W, 3), or None if no frame can be decoded."""
     context, times, keys, promised = track.context, track.times, track.keys, track.promised
     _check_size(context, path)
     sound = not damaged and len(times) >= promised - 1 and None not in times
     if len(times) > SEEK_ABOVE and sound:
-        chosen = np.argsort(times, kind="stable")[frame_indices(len(times), num_frames)]         # packets, by place
-        since = chosen - np.maximum.accumulate(keys * np.arange(len(keys)))[chosen] + 1          # the key frame before
+        chosen = np.argsort(times, kind="stable")[
+            frame_indices(len(times), num_frames)
+        ]  # packets, by place
+        since = (
+            chosen - np.maximum.accumulate(keys * np.arange(len(keys)))[chosen] + 1
+        )  # the key frame before
         if _cost(context, int(since.sum())) <= MAX_DECODED:
             try:
                 seeking = Budget(path, MAX_DECODED)
                 return np.stack([_frame_at(path, track.index, times[i], seeking) for i in chosen])
             except (ClipError, *DAMAGE):
-                pass                                 # an index that does not hold: read it from the start instead
-    budget.need(_cost(context, len(times)))          # now, not after minutes of decoding
+                pass  # an index that does not hold: read it from the start instead
+    budget.need(_cost(context, len(times)))  # now, not after minutes of decoding
     wanted = set(frame_indices(len(times), num_frames).tolist())
     found, d, errors = _decode_frames(path, track.index, wanted, budget)
     if d == 0:
         return None
-    if d != len(times):                              # damaged or hidden frames: choose again among those that came
+    if d != len(times):  # damaged or hidden frames: choose again among those that came
         wanted = set(frame_indices(d, num_frames).tolist())
         found, d, errors = _decode_frames(path, track.index, wanted, Budget(path, MAX_DECODED))
     if errors or damaged or d < promised - 1:
@@ -238,11 +274,15 @@ def _read_track(path: Path, track: Track, damaged: bool, num_frames: int, budget
     return _stack([found[i] for i in frame_indices(d, num_frames).tolist()], path)
 
 
-def _decode_frames(path: Path, index: int, wanted: set[int], budget: Budget) -> tuple[dict[int, np.ndarray], int, int]:
+def _decode_frames(
+    path: Path, index: int, wanted: set[int], budget: Budget
+) -> tuple[dict[int, np.ndarray], int, int]:
     """Decode all of a stream, keep the frames of those numbers.  -> (number -> frame, frames decoded, damaged packets)"""
     found, d, errors, packet = {}, 0, 0, None
     with open_media(path) as container:
-        packets = container.demux(container.streams[index])      # ends with an empty packet, which flushes the decoder
+        packets = container.demux(
+            container.streams[index]
+        )  # ends with an empty packet, which flushes the decoder
         while True:
             try:
                 packet = next(packets, None)
@@ -264,7 +304,9 @@ def _frame_at(path: Path, index: int, time: int, budget: Budget) -> np.ndarray:
     with open_media(path) as container:
         stream = container.streams[index]
         container.seek(int(time), stream=stream, backward=True)
-        for frame in (frame for packet in container.demux(stream) for frame in budget.decode(packet)):
+        for frame in (
+            frame for packet in container.demux(stream) for frame in budget.decode(packet)
+        ):
             if frame.pts is not None and frame.pts >= time:
                 if frame.pts != time:
                     break
@@ -288,8 +330,12 @@ def _stack(frames: list[np.ndarray], path: Path) -> np.ndarray:
 
 def _read_folder(path: Path, num_frames: int) -> np.ndarray:
     """A folder of pictures in natural order: 2.png before 10.png."""
+
     def natural(p: Path):
-        return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", p.name)]
+        return [
+            (0, int(part), "") if part.isdecimal() else (1, 0, part)
+            for part in re.split(r"(\d+)", p.name)
+        ]
 
     try:
         files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural)
@@ -299,11 +345,13 @@ def _read_folder(path: Path, num_frames: int) -> np.ndarray:
         raise ClipError(f"{path}: the folder holds no pictures")
     frames, budget = {}, Budget(path, MAX_DECODED)
     for i in set(frame_indices(len(files), num_frames).tolist()):
-        if not files[i].is_file():                   # reading a pipe might never end
+        if not files[i].is_file():  # reading a pipe might never end
             raise ClipError(f"{files[i]}: is no file")
         with open_media(files[i]) as container:
             try:
-                decoded = (frame for packet in container.demux(video=0) for frame in budget.decode(packet))
+                decoded = (
+                    frame for packet in container.demux(video=0) for frame in budget.decode(packet)
+                )
                 frames[i] = _upright(next(decoded))
             except (StopIteration, *DAMAGE) as error:
                 raise ClipError(f"{files[i]}: cannot be decoded: {error}") from None
@@ -326,10 +374,14 @@ def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray 
                 break
             try:
                 packet = next(packets, None)
-                frames = [None] if packet is None else packet.decode()       # None flushes the resampler
+                frames = [None] if packet is None else packet.decode()  # None flushes the resampler
                 for frame in frames:
-                    if frame and frame.sample_rate not in SOUND_RATES:       # a sample of 1 Hz would become 16,000
-                        raise ValueError(f"{frame.sample_rate} Hz, only {SOUND_RATES[0]} to {SOUND_RATES[-1]} are read")
+                    if (
+                        frame and frame.sample_rate not in SOUND_RATES
+                    ):  # a sample of 1 Hz would become 16,000
+                        raise ValueError(
+                            f"{frame.sample_rate} Hz, only {SOUND_RATES[0]} to {SOUND_RATES[-1]} are read"
+                        )
                     for out in resampler.resample(frame):
                         parts.append(out.to_ndarray()[0])
                         count += parts[-1].size
@@ -355,16 +407,29 @@ def write_clip(path: Path, frames: np.ndarray, samples: np.ndarray, fps: int) ->
     part = path.with_suffix(".part")
     with av.open(str(part), "w", format="mp4") as file:
         # mbtree is off because x264's is not deterministic: one file in a hundred came out with other bytes
-        video = file.add_stream("libx264", rate=fps, options={"preset": "veryfast", "crf": "21", "threads": "1",
-                                                              "x264-params": "no-mbtree=1"})
+        video = file.add_stream(
+            "libx264",
+            rate=fps,
+            options={
+                "preset": "veryfast",
+                "crf": "21",
+                "threads": "1",
+                "x264-params": "no-mbtree=1",
+            },
+        )
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        audio = file.add_stream("aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"})
+        audio = file.add_stream(
+            "aac", rate=SAMPLE_RATE, layout="mono", options={"aac_coder": "fast"}
+        )
         audio.bit_rate = 48_000
         for image in frames:
             file.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         file.mux(video.encode())
         sound = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
-        sound.sample_rate, sound.pts = SAMPLE_RATE, 0  # without pts the encoder's 64 ms of priming stay in the clip
+        sound.sample_rate, sound.pts = (
+            SAMPLE_RATE,
+            0,
+        )  # without pts the encoder's 64 ms of priming stay in the clip
         file.mux(audio.encode(sound))
         file.mux(audio.encode())
     os.replace(part, path)

@@ -2,6 +2,7 @@
 
 Legend   B prompts on this rank   G completions per prompt   r (B, G) rewards
 """
+
 import resource
 import time
 
@@ -18,7 +19,9 @@ class Clock:
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        if torch.cuda.is_initialized():      # not is_available: a run with --device cpu leaves the GPU alone
+        if (
+            torch.cuda.is_initialized()
+        ):  # not is_available: a run with --device cpu leaves the GPU alone
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
@@ -33,7 +36,7 @@ class Meter:
     """
 
     def __init__(self):
-        self.notes: list[tuple] = []                                     # (name, kind, value, weight), as they came
+        self.notes: list[tuple] = []  # (name, kind, value, weight), as they came
 
     def mean(self, name: str, value, weight) -> None:
         self.notes.append((name, "mean", value, weight))
@@ -50,18 +53,30 @@ class Meter:
     @property
     def entries(self) -> dict[str, tuple[str, float, float]]:
         """name -> (kind, value, weight) in plain numbers; the value of a mean is the weighted sum."""
-        tensors = [x.detach().double() for *_, value, weight in self.notes for x in (value, weight) if torch.is_tensor(x)]
+        tensors = [
+            x.detach().double()
+            for *_, value, weight in self.notes
+            for x in (value, weight)
+            if torch.is_tensor(x)
+        ]
         fetched = iter(torch.stack(tensors).tolist() if tensors else ())
         plain = lambda x: next(fetched) if torch.is_tensor(x) else x
-        notes = [(name, kind, plain(value), plain(weight)) for name, kind, value, weight in self.notes]
-        return fold((name, kind, value * weight if kind == "mean" else value, weight) for name, kind, value, weight in notes)
+        notes = [
+            (name, kind, plain(value), plain(weight)) for name, kind, value, weight in self.notes
+        ]
+        return fold(
+            (name, kind, value * weight if kind == "mean" else value, weight)
+            for name, kind, value, weight in notes
+        )
 
     @staticmethod
     def join(ranks: list[dict]) -> dict[str, float]:
         """Every rank's entries -> one value each.  A rank without prompts has fewer names and adds nothing."""
         joined = fold((name, *entry) for entries in ranks for name, entry in entries.items())
-        return {name: value / weight if kind == "mean" and weight else value
-                for name, (kind, value, weight) in joined.items()}
+        return {
+            name: value / weight if kind == "mean" and weight else value
+            for name, (kind, value, weight) in joined.items()
+        }
 
 
 def fold(notes) -> dict[str, tuple[str, float, float]]:
@@ -70,7 +85,13 @@ def fold(notes) -> dict[str, tuple[str, float, float]]:
     for name, kind, value, weight in notes:
         if name in entries:
             _, before, weight_before = entries[name]
-            value = max(before, value) if kind == "most" else min(before, value) if kind == "least" else before + value
+            value = (
+                max(before, value)
+                if kind == "most"
+                else min(before, value)
+                if kind == "least"
+                else before + value
+            )
             weight += weight_before
         entries[name] = (kind, value, weight)
     return entries
@@ -84,9 +105,9 @@ def measure(meter: Meter, rollout, r: torch.Tensor) -> None:
         meter.mean(f"rewards/{name}/std", part.std(1).mean(), B)
     meter.mean("reward", r.mean(), B)
     meter.mean("reward_std", r.std(1).mean(), B)
-    dead = r.amax(1) == r.amin(1)                                        # (B,)
-    first = next(iter(rollout.rewards.values()))                         # (B, G), accuracy if nothing else was asked for
-    right, wrong = first.amin(1) > 0, first.amax(1) <= 0                 # (B,)
+    dead = r.amax(1) == r.amin(1)  # (B,)
+    first = next(iter(rollout.rewards.values()))  # (B, G), accuracy if nothing else was asked for
+    right, wrong = first.amin(1) > 0, first.amax(1) <= 0  # (B,)
     meter.mean("frac_reward_zero_std", dead.float().mean(), B)
     meter.mean("frac_reward_zero_std/all_right", (dead & right).float().mean(), B)
     meter.mean("frac_reward_zero_std/all_wrong", (dead & wrong).float().mean(), B)
@@ -108,20 +129,38 @@ def rollout_rows(batch, rollout, step: int, piece=None) -> list[dict]:
     if rollout is None:
         return []
     # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
-    A, lengths, finished = rollout.advantages.tolist(), rollout.lengths.tolist(), rollout.finished.tolist()
+    A, lengths, finished = (
+        rollout.advantages.tolist(),
+        rollout.lengths.tolist(),
+        rollout.finished.tolist(),
+    )
     parts = {name: r.tolist() for name, r in rollout.rewards.items()}
-    rows = [{"step": step, "clip": sample.id, "prompt": batch.asked[b], "answer": sample.answer, "completion": g,
-             "text": text, "rewards": {name: r[b][g] for name, r in parts.items()}, "advantage": round(A[b][g], 6),
-             "length": lengths[b][g], "finished": finished[b][g]}
-            for b, sample in enumerate(batch.samples) for g, text in enumerate(rollout.texts[b])]
+    rows = [
+        {
+            "step": step,
+            "clip": sample.id,
+            "prompt": batch.asked[b],
+            "answer": sample.answer,
+            "completion": g,
+            "text": text,
+            "rewards": {name: r[b][g] for name, r in parts.items()},
+            "advantage": round(A[b][g], 6),
+            "length": lengths[b][g],
+            "finished": finished[b][g],
+        }
+        for b, sample in enumerate(batch.samples)
+        for g, text in enumerate(rollout.texts[b])
+    ]
     if piece:
-        x = None if rollout.ref_logps is None else rollout.ref_logps - rollout.logps         # (B, G, T)
-        listed = lambda tensor: tensor.flatten(0, 1).tolist()                                # B G lists of T
+        x = None if rollout.ref_logps is None else rollout.ref_logps - rollout.logps  # (B, G, T)
+        listed = lambda tensor: tensor.flatten(0, 1).tolist()  # B G lists of T
         kls = [None] * len(rows) if x is None else listed(x.expm1() - x)
         columns = listed(rollout.completions), listed(rollout.logps), kls, listed(rollout.ratio)
         for row, ids, logps, kl, ratio in zip(rows, *columns):
-            row["tokens"] = [[piece([ids[t]]), round(logps[t], 4), kl and round(kl[t], 4), round(ratio[t], 4)]
-                             for t in range(row["length"])]
+            row["tokens"] = [
+                [piece([ids[t]]), round(logps[t], 4), kl and round(kl[t], 4), round(ratio[t], 4)]
+                for t in range(row["length"])
+            ]
     return rows
 
 
@@ -139,17 +178,26 @@ def good_and_bad(rows: list[dict], step: int) -> str:
         told[0] += ": in every group of this step all rewards are equal"
     for sign, row in [("+", group[0])] + [("-", group[-1])] * bool(spread(group)):
         rewards = ", ".join(f"{name} {value:g}" for name, value in row["rewards"].items())
-        told.append(f"  {sign} {rewards}, advantage {row['advantage']:+.2f}: {printable(row['text'])}")
+        told.append(
+            f"  {sign} {rewards}, advantage {row['advantage']:+.2f}: {printable(row['text'])}"
+        )
     return "\n".join(told)
 
 
-def step_row(step: int, epoch: float, lr: float, meters: list[dict], clock: Clock, counts: dict) -> dict:
+def step_row(
+    step: int, epoch: float, lr: float, meters: list[dict], clock: Clock, counts: dict
+) -> dict:
     """One row of metrics.jsonl."""
     row = {"step": step, "epoch": epoch, "lr": lr}
     row |= Meter.join(meters) | counts
     row |= {f"time/{name}": round(seconds, 4) for name, seconds in clock.seconds.items()}
     for name in ("generate", "train"):
-        row[f"tokens_per_second/{name}"] = round(row.get("num_tokens", 0) / max(clock.seconds.get(name, 0), 1e-9), 1)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return row | {"memory_gb": round(peak / 2 ** 30, 3)}
+        row[f"tokens_per_second/{name}"] = round(
+            row.get("num_tokens", 0) / max(clock.seconds.get(name, 0), 1e-9), 1
+        )
+    peak = (
+        torch.cuda.max_memory_allocated()
+        if torch.cuda.is_initialized()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return row | {"memory_gb": round(peak / 2**30, 3)}

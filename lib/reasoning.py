@@ -7,6 +7,7 @@
 
 A reasoning that concludes nothing agrees with nothing; how many there are is told apart.  All rates are in percent.
 """
+
 import re
 
 import numpy as np
@@ -16,11 +17,17 @@ from lib.words import clauses, normalise, quotations
 RESAMPLES = 1000
 
 # By these words a text claims to have seen or heard something, unless it denies it ("no sound can be heard").
-SEEN = frozenset("see sees seen looks looking look face facial eyes eyebrows brows brow forehead mouth lips smile smiles "
-                 "smiling frown frowns frowning gaze stares expression gesture gestures posture wearing scene".split())
-HEARD = frozenset("hear hears heard voice voices tone pitch volume loud loudly quietly says said saying speaks speaking "
-                  "speech shouts yells whispers sighs sobs laughs laughter intonation melody sound sounds audio".split())
-_DENIED = frozenset("no not without never nothing silent silence cannot can't isn't aren't doesn't don't absent".split())
+SEEN = frozenset(
+    "see sees seen looks looking look face facial eyes eyebrows brows brow forehead mouth lips smile smiles "
+    "smiling frown frowns frowning gaze stares expression gesture gestures posture wearing scene".split()
+)
+HEARD = frozenset(
+    "hear hears heard voice voices tone pitch volume loud loudly quietly says said saying speaks speaking "
+    "speech shouts yells whispers sighs sobs laughs laughter intonation melody sound sounds audio".split()
+)
+_DENIED = frozenset(
+    "no not without never nothing silent silence cannot can't isn't aren't doesn't don't absent".split()
+)
 
 
 def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int = 0) -> dict:
@@ -32,16 +39,29 @@ def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int 
     if prompt == "label":
         return {"epc": None, "eea": None, "fcr": None}
     lower = lambda word: None if word is None else word.strip().lower()
-    out = faithfulness([lower(p["answer"]) for p in predictions], [lower(p["predicted"]) for p in predictions],
-                       [p["concluded"] for p in predictions], seed)
+    out = faithfulness(
+        [lower(p["answer"]) for p in predictions],
+        [lower(p["predicted"]) for p in predictions],
+        [p["concluded"] for p in predictions],
+        seed,
+    )
     texts = [p["text"] for p in predictions]
     claimed = [claims(text) for text in texts]
-    out |= {f"claims_{sense}": 100.0 * float(np.mean([c[sense] for c in claimed])) for sense in ("seen", "heard")}
+    out |= {
+        f"claims_{sense}": 100.0 * float(np.mean([c[sense] for c in claimed]))
+        for sense in ("seen", "heard")
+    }
     if all("cues" in row for row in rows):
         out |= cue_rates(texts, [row["cues"] for row in rows])
-    errors = [quote_error(text, str(row["transcript"])) for text, row in zip(texts, rows) if "transcript" in row]
+    errors = [
+        quote_error(text, str(row["transcript"]))
+        for text, row in zip(texts, rows)
+        if "transcript" in row
+    ]
     told = [e for e in errors if e is not None]
-    return out | ({"quote_error": 100.0 * float(np.mean(told)), "quoted_clips": len(told)} if told else {})
+    return out | (
+        {"quote_error": 100.0 * float(np.mean(told)), "quoted_clips": len(told)} if told else {}
+    )
 
 
 def reasoning_of(text: str) -> str:
@@ -58,9 +78,10 @@ def agrees(answer: str | None, concluded: str | None) -> bool:
     return concluded is not None and answer is not None and concluded in (answer, normalise(answer))
 
 
-def faithfulness(truth: list[str], said: list[str | None], concluded: list[str | None], seed: int = 0) -> dict:
-    """Labels, answers and conclusions (n each, lower case) -> epc, eea, fcr, their 95 % intervals, and what else is told.
-    """
+def faithfulness(
+    truth: list[str], said: list[str | None], concluded: list[str | None], seed: int = 0
+) -> dict:
+    """Labels, answers and conclusions (n each, lower case) -> epc, eea, fcr, their 95 % intervals, and what else is told."""
     n = len(truth)
     if n == 0:
         return {}
@@ -73,8 +94,10 @@ def faithfulness(truth: list[str], said: list[str | None], concluded: list[str |
         # The mean over clips drawn with replacement is binomial: no need to draw them.
         draws = np.random.default_rng([seed, n]).binomial(n, hits.mean(), RESAMPLES) / n
         out[f"{name}_ci"] = [100.0 * float(x) for x in np.percentile(draws, (2.5, 97.5))]
-    return out | {"unconcluded_rate": 100.0 * sum(e is None for e in concluded) / n,
-                  "right_without_reason": 100.0 * float((right & ~reason).sum() / max(1, right.sum()))}
+    return out | {
+        "unconcluded_rate": 100.0 * sum(e is None for e in concluded) / n,
+        "right_without_reason": 100.0 * float((right & ~reason).sum() / max(1, right.sum())),
+    }
 
 
 def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
@@ -84,7 +107,9 @@ def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
     cues_seen_claimed and cues_heard_claimed, stated ones per cue of that sense, true or not: what a model claims to
     have heard when there was silence.  Only the inside of <think> counts where there is one.
     """
-    every = {sense: {word for c in cues for word in c[sense].values()} for sense in ("seen", "heard")}
+    every = {
+        sense: {word for c in cues for word in c[sense].values()} for sense in ("seen", "heard")
+    }
     right = stated = true = 0
     claimed, possible = dict.fromkeys(every, 0), dict.fromkeys(every, 0)
     for text, c in zip(texts, cues):
@@ -92,9 +117,16 @@ def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
         for sense, known in every.items():
             there, said = set(c[sense].values()), words & known
             right, stated, true = right + len(said & there), stated + len(said), true + len(there)
-            claimed[sense], possible[sense] = claimed[sense] + len(said), possible[sense] + len(c[sense])
-    return {"cue_recall": 100.0 * right / max(1, true), "cue_precision": 100.0 * right / max(1, stated)} | \
-        {f"cues_{sense}_claimed": 100.0 * claimed[sense] / max(1, possible[sense]) for sense in every}
+            claimed[sense], possible[sense] = (
+                claimed[sense] + len(said),
+                possible[sense] + len(c[sense]),
+            )
+    return {
+        "cue_recall": 100.0 * right / max(1, true),
+        "cue_precision": 100.0 * right / max(1, stated),
+    } | {
+        f"cues_{sense}_claimed": 100.0 * claimed[sense] / max(1, possible[sense]) for sense in every
+    }
 
 
 def claims(text: str) -> dict[str, bool]:
@@ -102,8 +134,15 @@ def claims(text: str) -> dict[str, bool]:
 
     What is quoted is somebody else's: in 'says "I never look"' it denies nothing and claims nothing.
     """
-    claiming = [words for clause in clauses(text) if not (words := set(re.findall(r"[a-z']+", clause))) & _DENIED]
-    return {"seen": any(words & SEEN for words in claiming), "heard": any(words & HEARD for words in claiming)}
+    claiming = [
+        words
+        for clause in clauses(text)
+        if not (words := set(re.findall(r"[a-z']+", clause))) & _DENIED
+    ]
+    return {
+        "seen": any(words & SEEN for words in claiming),
+        "heard": any(words & HEARD for words in claiming),
+    }
 
 
 def quote_error(text: str, transcript: str) -> float | None:
@@ -112,8 +151,10 @@ def quote_error(text: str, transcript: str) -> float | None:
     quoted, said = plain(" ".join(quotations(text))), plain(transcript)
     if not quoted or not said:
         return None
-    row = np.arange(len(said) + 1)                           # edits from nothing to each beginning of what was said
+    row = np.arange(len(said) + 1)  # edits from nothing to each beginning of what was said
     for i, word in enumerate(quoted, 1):
         new = np.minimum(row[1:] + 1, row[:-1] + [word != other for other in said])
-        row = np.minimum.accumulate(np.concatenate(([i], new)) - np.arange(len(said) + 1)) + np.arange(len(said) + 1)
+        row = np.minimum.accumulate(
+            np.concatenate(([i], new)) - np.arange(len(said) + 1)
+        ) + np.arange(len(said) + 1)
     return float(row[-1] / len(said))

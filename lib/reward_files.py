@@ -1,4 +1,5 @@
 """A word of --rewards becomes a function with a name and a weight, from rewards.py's table or from a user's file."""
+
 import dataclasses
 import math
 import runpy
@@ -9,7 +10,7 @@ from lib.common import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Reward:
-    name: str                  # of its metrics: rewards/NAME/mean
+    name: str  # of its metrics: rewards/NAME/mean
     weight: float
     function: Callable
 
@@ -17,10 +18,14 @@ class Reward:
         """A finite number, or UserError that names the reward and the clip."""
         try:
             value = float(self.function(completion))
-        except Exception as error:       # a user's function
-            raise UserError(f"--rewards {self.name}: failed on {clip}: {type(error).__name__}: {error}.") from error
+        except Exception as error:  # a user's function
+            raise UserError(
+                f"--rewards {self.name}: failed on {clip}: {type(error).__name__}: {error}."
+            ) from error
         if not math.isfinite(value):
-            raise UserError(f"--rewards {self.name}: gave {value} for {clip}; a reward must be a finite number.")
+            raise UserError(
+                f"--rewards {self.name}: gave {value} for {clip}; a reward must be a finite number."
+            )
         return value
 
 
@@ -40,8 +45,10 @@ def load_reward(spec: str, built_in: dict[str, Callable]) -> Reward:
         raise UserError(f"--rewards {spec}: give FILE.py:FUNCTION or one of {', '.join(built_in)}.")
     try:
         found = runpy.run_path(file)
-    except Exception as error:           # not there, or a fault in a user's file
-        raise UserError(f"--rewards {spec}: {file} cannot be run: {type(error).__name__}: {error}.") from error
+    except Exception as error:  # not there, or a fault in a user's file
+        raise UserError(
+            f"--rewards {spec}: {file} cannot be run: {type(error).__name__}: {error}."
+        ) from error
     if not callable(found.get(function)):
         raise UserError(f"--rewards {spec}: {file} has no function {function!r}.")
     return Reward(function, number, found[function])

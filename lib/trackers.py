@@ -2,6 +2,7 @@
 
 metrics.jsonl is what counts: a tracker that fails is told of once and left alone, and the run goes on.
 """
+
 import hashlib
 import importlib
 import re
@@ -19,7 +20,9 @@ def check_tracker(kind: str) -> None:
         try:
             importlib.import_module(PACKAGES[kind])
         except ImportError:
-            raise UserError(f"--log {kind}: not installed; pip install {kind}, or leave the flag out.") from None
+            raise UserError(
+                f"--log {kind}: not installed; pip install {kind}, or leave the flag out."
+            ) from None
 
 
 class Mirror:
@@ -44,7 +47,9 @@ class Mirror:
         # The same folder is the same run, also when it is resumed.  An id may hold none of / \ # ? % :
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
         name = re.sub(r"[^\w.-]", "_", folder.resolve().name)[:80] + "-" + place
-        same = {"id": name, "dir": str(folder)} if self.kind == "wandb" else {}      # trackio's runs go by their name
+        same = (
+            {"id": name, "dir": str(folder)} if self.kind == "wandb" else {}
+        )  # trackio's runs go by their name
         run = package.init(project=PROJECT, name=name, config=config, resume="allow", **same)
         return lambda row, step: run.log(row, step=step)
 
@@ -53,11 +58,15 @@ class Mirror:
             work()
         except Exception as error:
             self.send = None
-            self.say(f"\nwarning: --log {self.kind} failed ({type(error).__name__}: {error}); the run goes on without it")
+            self.say(
+                f"\nwarning: --log {self.kind} failed ({type(error).__name__}: {error}); the run goes on without it"
+            )
 
     def add(self, rows: list[dict]) -> None:
         """Rows of metrics.jsonl; only numbers are sent."""
         for row in rows:
             if self.send:
-                numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-                self._try(lambda: self.send(numbers, row["step"]))           # noqa: B023
+                numbers = {
+                    k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)
+                }
+                self._try(lambda: self.send(numbers, row["step"]))  # noqa: B023

@@ -15,6 +15,7 @@ This file is imported only where a GPU can build the kernels, or under Triton's 
 Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length
          T longest completion   H query heads   K key/value heads   R = H/K   d head size
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -42,8 +43,19 @@ def load_rotated(pointer, offsets, column, mask, rope, sine_offset, d: tl.conste
 
 @triton.jit
 def attend_to_span(
-    q, keys, values, bias, start, end, maximum, total, weighted, scale,
-    d: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    q,
+    keys,
+    values,
+    bias,
+    start,
+    end,
+    maximum,
+    total,
+    weighted,
+    scale,
+    d: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Continue a softmax over keys start .. end of (n, d), block by block.
 
@@ -72,9 +84,27 @@ def attend_to_span(
 
 @triton.jit
 def over_prefix(
-    qkv, rope, keys, values, bias, partial_max_total, partial_values,
-    K, G, P, bias_stride, qkv_stride, sine_offset, span_length, num_queries, scale,
-    R: tl.constexpr, d: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    qkv,
+    rope,
+    keys,
+    values,
+    bias,
+    partial_max_total,
+    partial_values,
+    K,
+    G,
+    P,
+    bias_stride,
+    qkv_stride,
+    sine_offset,
+    span_length,
+    num_queries,
+    scale,
+    R: tl.constexpr,
+    d: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     """Program (b * K + k, part, tile): a tile of the group's G * R queries, one span of the prompt."""
     bk, part = tl.program_id(0), tl.program_id(1)
@@ -91,8 +121,20 @@ def over_prefix(
     weighted = tl.zeros([QUERIES, WIDTH], tl.float32)
     start = part * span_length
     maximum, total, weighted = attend_to_span(
-        q, keys + bk * P * d, values + bk * P * d, bias + b * bias_stride,
-        start, tl.minimum(start + span_length, P), maximum, total, weighted, scale, d, BLOCK, WIDTH)
+        q,
+        keys + bk * P * d,
+        values + bk * P * d,
+        bias + b * bias_stride,
+        start,
+        tl.minimum(start + span_length, P),
+        maximum,
+        total,
+        weighted,
+        scale,
+        d,
+        BLOCK,
+        WIDTH,
+    )
 
     n = part * num_queries + bk * G * R + m
     tl.store(partial_max_total + 2 * n, maximum, mask=m < G * R)
@@ -102,9 +144,27 @@ def over_prefix(
 
 @triton.jit
 def over_suffix(
-    qkv, rope, keys, values, partial_max_total, partial_values, position, out,
-    K, G, T, qkv_stride, sine_offset, parts, num_queries, scale,
-    R: tl.constexpr, d: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    qkv,
+    rope,
+    keys,
+    values,
+    partial_max_total,
+    partial_values,
+    position,
+    out,
+    K,
+    G,
+    T,
+    qkv_stride,
+    sine_offset,
+    parts,
+    num_queries,
+    scale,
+    R: tl.constexpr,
+    d: tl.constexpr,
+    QUERIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Program (b * K + k) * G + g: R queries of one completion, its own keys, then its prompt's."""
@@ -135,7 +195,20 @@ def over_suffix(
     total = tl.full([QUERIES], 1.0, tl.float32)
     weighted = tl.zeros([QUERIES, WIDTH], tl.float32) + new_v.to(tl.float32)
     maximum, total, weighted = attend_to_span(
-        q, keys + cache, values + cache, None, 0, t, maximum, total, weighted, scale, d, BLOCK, WIDTH)
+        q,
+        keys + cache,
+        values + cache,
+        None,
+        0,
+        t,
+        maximum,
+        total,
+        weighted,
+        scale,
+        d,
+        BLOCK,
+        WIDTH,
+    )
 
     # Merge the partial results of the prompt.  All are loaded as one tensor: their latencies overlap.
     part = tl.arange(0, PARTS)[:, None]
@@ -145,7 +218,9 @@ def over_suffix(
     prompt_total = tl.load(partial_max_total + 2 * at + 1, mask=there, other=0.0)
     sums = tl.load(
         partial_values + at[:, :, None] * d + column[None, :, :],
-        mask=there[:, :, None] & (column < d)[None, :, :], other=0.0)  # (PARTS, QUERIES, WIDTH)
+        mask=there[:, :, None] & (column < d)[None, :, :],
+        other=0.0,
+    )  # (PARTS, QUERIES, WIDTH)
     larger = tl.maximum(maximum, tl.max(prompt_maximum, 0))
     own_weight = tl.exp(maximum - larger)
     prompt_weight = tl.exp(prompt_maximum - larger[None, :])
@@ -154,13 +229,19 @@ def over_suffix(
 
     out_offsets = (n * K + k) * R * d + m * d
     tl.store(
-        out + out_offsets[:, None] + column, (weighted / total[:, None]).to(out.dtype.element_ty),
-        mask=mask)
+        out + out_offsets[:, None] + column,
+        (weighted / total[:, None]).to(out.dtype.element_ty),
+        mask=mask,
+    )
 
 
 def rotate_write_attend(
-    qkv: torch.Tensor, rope: torch.Tensor, prefix: torch.Tensor, suffix: torch.Tensor,
-    bias: torch.Tensor, t: torch.Tensor,
+    qkv: torch.Tensor,
+    rope: torch.Tensor,
+    prefix: torch.Tensor,
+    suffix: torch.Tensor,
+    bias: torch.Tensor,
+    t: torch.Tensor,
 ) -> torch.Tensor:
     """Rotate, write the new keys and values at position t, and attend.  -> (1, N, H*d)
 
@@ -172,7 +253,7 @@ def rotate_write_attend(
     _, B, K, P, _ = prefix.shape
     G, T = suffix.shape[3:5]
     R = heads // K - 2
-    assert N == B * G and max(prefix[0].numel(), suffix[0].numel()) < 2 ** 31  # offsets are int32
+    assert N == B * G and max(prefix[0].numel(), suffix[0].numel()) < 2**31  # offsets are int32
     for x in (qkv, rope, prefix, suffix, bias):
         assert x.is_contiguous(), "rotate_write_attend needs contiguous tensors"
 
@@ -194,10 +275,44 @@ def rotate_write_attend(
     out = torch.empty(1, N, K * R * d, dtype=qkv.dtype, device=qkv.device)
     qkv_stride, sine_offset = qkv.stride(1), B * d
     over_prefix[B * K, parts, tiles](
-        qkv, rope, prefix[0], prefix[1], bias, partial_max_total, partial_values,
-        K, G, P, P + T, qkv_stride, sine_offset, span_length, num_queries, d ** -0.5, QUERIES=tile, **sizes)
+        qkv,
+        rope,
+        prefix[0],
+        prefix[1],
+        bias,
+        partial_max_total,
+        partial_values,
+        K,
+        G,
+        P,
+        P + T,
+        qkv_stride,
+        sine_offset,
+        span_length,
+        num_queries,
+        d**-0.5,
+        QUERIES=tile,
+        **sizes,
+    )
     over_suffix[(N * K,)](
-        qkv, rope, suffix[0], suffix[1], partial_max_total, partial_values, t, out,
-        K, G, T, qkv_stride, sine_offset, parts, num_queries, d ** -0.5,
-        QUERIES=max(16, triton.next_power_of_2(R)), PARTS=triton.next_power_of_2(parts), **sizes)
+        qkv,
+        rope,
+        suffix[0],
+        suffix[1],
+        partial_max_total,
+        partial_values,
+        t,
+        out,
+        K,
+        G,
+        T,
+        qkv_stride,
+        sine_offset,
+        parts,
+        num_queries,
+        d**-0.5,
+        QUERIES=max(16, triton.next_power_of_2(R)),
+        PARTS=triton.next_power_of_2(parts),
+        **sizes,
+    )
     return out

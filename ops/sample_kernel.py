@@ -10,12 +10,13 @@ This file is imported only where a GPU can build the kernels, or under Triton's 
 
 Legend   N rows   V vocabulary   T longest completion   E end tokens
 """
+
 import torch
 import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(256)
-BELOW_ONE = tl.constexpr(1 - 2 ** -52)  # a double times this is certainly less than that double
+BELOW_ONE = tl.constexpr(1 - 2**-52)  # a double times this is certainly less than that double
 
 
 @triton.jit
@@ -47,7 +48,9 @@ def invert_cdf(mass, sought, index, count):
     sums that do not exceed `sought`; up to rounding, its interval has a positive length.
     """
     cumulative = tl.cumsum(mass, 0)
-    sought = tl.minimum(sought, tl.max(cumulative, 0) * BELOW_ONE)  # two ways to sum differ by rounding
+    sought = tl.minimum(
+        sought, tl.max(cumulative, 0) * BELOW_ONE
+    )  # two ways to sum differ by rounding
     found = tl.sum((cumulative <= sought).to(tl.int32), 0)
     found = tl.minimum(found, count - 1)  # only if the masses are NaN or all 0
     start = tl.sum(tl.where(index == found, cumulative - mass, 0.0), 0)
@@ -56,9 +59,23 @@ def invert_cdf(mass, sought, index, count):
 
 @triton.jit
 def choose_and_record(
-    logits, maxima, rests, uniforms, tokens, logps, lengths, done, end_tokens, position,
-    N, V, blocks, temperature,
-    GREEDY: tl.constexpr, ENDS: tl.constexpr, BLOCKS: tl.constexpr,
+    logits,
+    maxima,
+    rests,
+    uniforms,
+    tokens,
+    logps,
+    lengths,
+    done,
+    end_tokens,
+    position,
+    N,
+    V,
+    blocks,
+    temperature,
+    GREEDY: tl.constexpr,
+    ENDS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Program: one row.  Writes token, log-probability, length and whether the row is done."""
     row = tl.program_id(0).to(tl.int64)
@@ -98,9 +115,16 @@ def choose_and_record(
 
 
 def record(
-    logits: torch.Tensor, uniforms: torch.Tensor, tokens: torch.Tensor, logps: torch.Tensor,
-    lengths: torch.Tensor, done: torch.Tensor, end_tokens: torch.Tensor, position: torch.Tensor,
-    temperature: float, greedy: bool,
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    tokens: torch.Tensor,
+    logps: torch.Tensor,
+    lengths: torch.Tensor,
+    done: torch.Tensor,
+    end_tokens: torch.Tensor,
+    position: torch.Tensor,
+    temperature: float,
+    greedy: bool,
 ) -> None:
     """Choose the token at `position` of every row and write it down; done rows get an end token.
 
@@ -114,8 +138,24 @@ def record(
     tile = min(16, triton.next_power_of_2(blocks))
     maxima, rests = torch.empty(2, N, blocks, dtype=torch.float32, device=logits.device)
     block_statistics[N, triton.cdiv(blocks, tile)](
-        logits, maxima, rests, V, blocks, temperature, TILE=tile)
+        logits, maxima, rests, V, blocks, temperature, TILE=tile
+    )
     choose_and_record[(N,)](
-        logits, maxima, rests, uniforms, tokens, logps, lengths, done, end_tokens, position,
-        N, V, blocks, temperature,
-        GREEDY=greedy, ENDS=len(end_tokens), BLOCKS=triton.next_power_of_2(blocks))
+        logits,
+        maxima,
+        rests,
+        uniforms,
+        tokens,
+        logps,
+        lengths,
+        done,
+        end_tokens,
+        position,
+        N,
+        V,
+        blocks,
+        temperature,
+        GREEDY=greedy,
+        ENDS=len(end_tokens),
+        BLOCKS=triton.next_power_of_2(blocks),
+    )

@@ -1,9 +1,12 @@
 """Shared by all tests: the golden checkpoint, what the public reference computed with it, offline mode."""
+
 import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"           # before any import that reads it: a test never needs the network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before any import that reads it: a test never needs the network
+)
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,12 +17,14 @@ import torch
 from data import Processor, PromptBatch
 from model import HumanOmni
 
-torch.set_num_threads(1)                     # the tensors are tiny: more threads only wait for each other
-GOLDEN = Path(__file__).parent / "golden"    # see golden/README.md: made by the reference code
+torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
+GOLDEN = Path(__file__).parent / "golden"  # see golden/README.md: made by the reference code
 
 
 def load_golden_model() -> HumanOmni:
-    return HumanOmni.from_pretrained(GOLDEN / "humanomni", bert=GOLDEN / "bert", say=lambda line: None)
+    return HumanOmni.from_pretrained(
+        GOLDEN / "humanomni", bert=GOLDEN / "bert", say=lambda line: None
+    )
 
 
 @pytest.fixture(scope="session")
@@ -54,14 +59,27 @@ def grpo_golden() -> dict:
 def prompt(model, forward) -> tuple[torch.Tensor, torch.Tensor]:
     """(embeds (2, P, D), mask (2, P)) of the golden prompts."""
     with torch.no_grad():
-        return model.embed_prompt(*(forward[k] for k in ("input_ids", "frames", "mel", "question_ids", "question_mask")))
+        return model.embed_prompt(
+            *(forward[k] for k in ("input_ids", "frames", "mel", "question_ids", "question_mask"))
+        )
 
 
 @pytest.fixture(scope="session")
 def batch(forward) -> PromptBatch:
     """The two golden prompts with their media, as a loader gives them."""
     return PromptBatch(
-        indices=[0, 1], samples=[None] * 2, asked=[""] * 2, input_ids=forward["input_ids"].tolist(), targets=[[], []],
-        frames=forward["frames"], mel=forward["mel"], vision=[None] * 2, audio=[None] * 2,
-        question_ids=forward["question_ids"], question_mask=forward["question_mask"],
-        keys=[{"video": "", "audio": ""}] * 2, bad=[], notes=[])
+        indices=[0, 1],
+        samples=[None] * 2,
+        asked=[""] * 2,
+        input_ids=forward["input_ids"].tolist(),
+        targets=[[], []],
+        frames=forward["frames"],
+        mel=forward["mel"],
+        vision=[None] * 2,
+        audio=[None] * 2,
+        question_ids=forward["question_ids"],
+        question_mask=forward["question_mask"],
+        keys=[{"video": "", "audio": ""}] * 2,
+        bad=[],
+        notes=[],
+    )

@@ -5,6 +5,7 @@
 No clip, name, text or label in here is anybody's: names are drawn, and every clip is a hard link to one tiny mp4.
 The numbers are typed a second time, apart from those of convert.py, so that a slip in either does not go unseen.
 """
+
 import csv
 import json
 import os
@@ -15,11 +16,13 @@ import av
 import numpy as np
 
 # Class by class in the order of the data set's own labels; train and test of fold 1.
-DFEW_WORDS = "happy sad neutral angry surprise disgust fear".split()              # labels 1 to 7
+DFEW_WORDS = "happy sad neutral angry surprise disgust fear".split()  # labels 1 to 7
 DFEW_TRAIN = (1956, 1515, 2135, 1738, 1175, 116, 721)
 DFEW_TEST = (489, 379, 534, 435, 294, 29, 181)
-DFEW_TESTS = (2341, 2341, 2340, 2339, 2336)                                       # all of the test folds 1 to 5
-MAFW_WORDS = ("anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness disappointment").split()
+DFEW_TESTS = (2341, 2341, 2340, 2339, 2336)  # all of the test folds 1 to 5
+MAFW_WORDS = (
+    "anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness disappointment"
+).split()
 MAFW_TRAIN = (1112, 511, 500, 993, 910, 1176, 857, 188, 732, 209, 145)
 MAFW_TEST = (278, 128, 125, 249, 228, 294, 215, 48, 184, 53, 37)
 MAFW_TESTS = (1839, 1837, 1833, 1832, 1831)
@@ -33,7 +36,13 @@ def write_clip(path: Path, frames: int = 8, seconds: float = 1.0, level: float =
         video.width, video.height, video.pix_fmt = 16, 16, "yuv420p"
         sound = out.add_stream("aac", rate=16000, layout="mono") if seconds else None
         for i in range(frames):
-            out.mux(video.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 20 * i % 250, np.uint8), format="rgb24")))
+            out.mux(
+                video.encode(
+                    av.VideoFrame.from_ndarray(
+                        np.full((16, 16, 3), 20 * i % 250, np.uint8), format="rgb24"
+                    )
+                )
+            )
         out.mux(video.encode(None))
         if sound:
             wave = level * np.sin(np.arange(int(16000 * seconds)) / 5).astype(np.float32)[None]
@@ -60,7 +69,9 @@ def write_csv(path: Path, rows: list) -> None:
         csv.writer(file).writerows(rows)
 
 
-def five_folds(ids: list, train: tuple, test: tuple, sizes: tuple, words: list) -> list[dict[str, list]]:
+def five_folds(
+    ids: list, train: tuple, test: tuple, sizes: tuple, words: list
+) -> list[dict[str, list]]:
     """[{"train": [(id, word)], "test": [...]}]: fold 1 as the class counts say, five disjoint tests of those sizes."""
     ids = iter(ids)
     first = [(next(ids), word) for word, count in zip(words, test) for _ in range(count)]
@@ -68,7 +79,7 @@ def five_folds(ids: list, train: tuple, test: tuple, sizes: tuple, words: list) 
     random.Random(1).shuffle(rest)
     tests, at = [first], 0
     for size in sizes[1:]:
-        tests.append(rest[at:at + size])
+        tests.append(rest[at : at + size])
         at += size
     folds = []
     for part in tests:
@@ -95,15 +106,26 @@ def dfew(root: Path) -> None:
     folds = dfew_folds()
     for number, fold in enumerate(folds, 1):
         for part, rows in fold.items():
-            write_csv(dfew_list(root, number, part),
-                      [("video_name", "label"), *((clip, DFEW_WORDS.index(word) + 1) for clip, word in rows)])
+            write_csv(
+                dfew_list(root, number, part),
+                [
+                    ("video_name", "label"),
+                    *((clip, DFEW_WORDS.index(word) + 1) for clip, word in rows),
+                ],
+            )
     clips = [clip for clip, _ in folds[0]["train"] + folds[0]["test"]]
-    link_clips(root, [dfew_path(clip) for clip in clips] + [f"Clip/clip_224x224_avi/{clip:05}.avi" for clip in clips[:50]])
+    link_clips(
+        root,
+        [dfew_path(clip) for clip in clips]
+        + [f"Clip/clip_224x224_avi/{clip:05}.avi" for clip in clips[:50]],
+    )
 
 
 def mafw_folds() -> list[dict[str, list]]:
     ids = random.Random(3).sample(range(1, 10046), sum(MAFW_TRAIN) + sum(MAFW_TEST))
-    return five_folds([f"{clip:05}.mp4" for clip in ids], MAFW_TRAIN, MAFW_TEST, MAFW_TESTS, MAFW_WORDS)
+    return five_folds(
+        [f"{clip:05}.mp4" for clip in ids], MAFW_TRAIN, MAFW_TEST, MAFW_TESTS, MAFW_WORDS
+    )
 
 
 def mafw_list(root: Path, fold: int, part: str, captions: str = "no_caption") -> Path:
@@ -115,12 +137,21 @@ def mafw(root: Path) -> None:
     folds = mafw_folds()
     for number, fold in enumerate(folds, 1):
         for part, rows in fold.items():
-            plain, captioned = (mafw_list(root, number, part, captions) for captions in ("no_caption", "with_caption"))
+            plain, captioned = (
+                mafw_list(root, number, part, captions)
+                for captions in ("no_caption", "with_caption")
+            )
             plain.parent.mkdir(parents=True, exist_ok=True)
             captioned.parent.mkdir(parents=True, exist_ok=True)
             plain.write_text("".join(f"{clip} {word}\n" for clip, word in rows))
-            captioned.write_text("".join(f"{clip}\t{word}\t<br>有人在说话。\t<br>Someone speaks.\n"
-                                         for clip, word in rows if word != "neutral"), encoding="gb18030")
+            captioned.write_text(
+                "".join(
+                    f"{clip}\t{word}\t<br>有人在说话。\t<br>Someone speaks.\n"
+                    for clip, word in rows
+                    if word != "neutral"
+                ),
+                encoding="gb18030",
+            )
     link_clips(root, [f"data/clips/{clip}" for clip, _ in folds[0]["train"] + folds[0]["test"]])
 
 
@@ -130,28 +161,53 @@ def ravdess(root: Path) -> None:
     for actor in range(1, 25):
         for emotion in range(1, 9):
             for intensity in ("01",) if emotion == 1 else ("01", "02"):
-                paths += [f"Actor_{actor:02}/01-01-{emotion:02}-{intensity}-{rest}-{actor:02}.mp4"
-                          for rest in ("01-01", "01-02", "02-01", "02-02")]
-        paths += [f"Actor_{actor:02}/02-01-03-01-01-01-{actor:02}.mp4", f"Actor_{actor:02}/01-02-03-01-01-01-{actor:02}.mp4"]
+                paths += [
+                    f"Actor_{actor:02}/01-01-{emotion:02}-{intensity}-{rest}-{actor:02}.mp4"
+                    for rest in ("01-01", "01-02", "02-01", "02-02")
+                ]
+        paths += [
+            f"Actor_{actor:02}/02-01-03-01-01-01-{actor:02}.mp4",
+            f"Actor_{actor:02}/01-02-03-01-01-01-{actor:02}.mp4",
+        ]
     link_clips(root, paths)
 
 
 # Open labels and discrete ones as annotators write them: six kinds of clip, one after another.
-OPENSETS = (["happy", "relaxed"], ["worried", "tense"], ["doubtful", "angry"], ["sad"], ["surprised"],
-            ["doubtful", "serious"])
+OPENSETS = (
+    ["happy", "relaxed"],
+    ["worried", "tense"],
+    ["doubtful", "angry"],
+    ["sad"],
+    ["surprised"],
+    ["doubtful", "serious"],
+)
 DISCRETE = ("happy", "worried", "angry", "sad", "surprise", "neutral")
-REASON = 'In the scene, a person looks up, "half smiling".\nThe voice rises; the words are: "{}, I see".'
+REASON = (
+    'In the scene, a person looks up, "half smiling".\nThe voice rises; the words are: "{}, I see".'
+)
 
 
 def emer(root: Path) -> None:
     """332 clips with reasoning; of each six open labels the last has no word of the vocabulary."""
     names = [f"sample_{number:08}" for number in random.Random(4).sample(range(10000), 332)]
-    write_csv(root / "final-EMER-reason.csv", [("name", "chinese", "english"),
-                                               *((name, "有人在说话。", REASON.format(name)) for name in names)])
-    write_csv(root / "final-openset-english.csv",
-              [("name", "openset"), *((name, str(OPENSETS[i % 6])) for i, name in enumerate(names))])
-    write_csv(root / "label-disdim.csv", [("name", "discrete", "valence"),
-                                          *((name, DISCRETE[i % 6], "1.5") for i, name in enumerate(names))])
+    write_csv(
+        root / "final-EMER-reason.csv",
+        [
+            ("name", "chinese", "english"),
+            *((name, "有人在说话。", REASON.format(name)) for name in names),
+        ],
+    )
+    write_csv(
+        root / "final-openset-english.csv",
+        [("name", "openset"), *((name, str(OPENSETS[i % 6])) for i, name in enumerate(names))],
+    )
+    write_csv(
+        root / "label-disdim.csv",
+        [
+            ("name", "discrete", "valence"),
+            *((name, DISCRETE[i % 6], "1.5") for i, name in enumerate(names)),
+        ],
+    )
     link_clips(root, [f"video/{name}.{'avi' if i % 2 else 'mp4'}" for i, name in enumerate(names)])
 
 
@@ -160,24 +216,51 @@ def mer2025(root: Path) -> None:
     for subset, count, seed in (("ovmerd", 332, 5), ("mercaptionplus", 600, 6)):
         numbers = random.Random(seed).sample(range(seed * 10000, seed * 10000 + 9999), count)
         names = [f"samplenew3_{number:08}" for number in numbers]
-        write_csv(root / f"track2_train_{subset}.csv",
-                  [("name", "openset"), *((name, str(OPENSETS[i % 6])) for i, name in enumerate(names))])
-        write_csv(root / f"track3_train_{subset}.csv",
-                  [("name", "reason"), *((name, REASON.format(name)) for name in reversed(names))])
+        write_csv(
+            root / f"track2_train_{subset}.csv",
+            [("name", "openset"), *((name, str(OPENSETS[i % 6])) for i, name in enumerate(names))],
+        )
+        write_csv(
+            root / f"track3_train_{subset}.csv",
+            [("name", "reason"), *((name, REASON.format(name)) for name in reversed(names))],
+        )
         link_clips(root, [f"video/{name}.mp4" for name in names])
 
 
 def r1omni(file: Path) -> None:
     """3000 rows as the authors' are: DFEW and MAFW under the paths and the words of another machine."""
     question = "<video>\n<audio>\nWhich emotion is the most obvious? Think first."
-    rows = [(f"/mnt/nas/someone/DFEW_data/clips/{dfew_path(clip).removeprefix('Clip/')}", word)
-            for clip, word in dfew_folds()[0]["train"][-2000:]]
-    rows += [(f"/mnt/nas/someone/MAFW/clips/{clip}", word) for clip, word in mafw_folds()[0]["train"][-1000:]]
-    file.write_text(json.dumps([{"video": path, "conversations": [{"from": "human", "value": question},
-                                                                  {"from": "gpt", "value": word}]} for path, word in rows]))
+    rows = [
+        (f"/mnt/nas/someone/DFEW_data/clips/{dfew_path(clip).removeprefix('Clip/')}", word)
+        for clip, word in dfew_folds()[0]["train"][-2000:]
+    ]
+    rows += [
+        (f"/mnt/nas/someone/MAFW/clips/{clip}", word)
+        for clip, word in mafw_folds()[0]["train"][-1000:]
+    ]
+    file.write_text(
+        json.dumps(
+            [
+                {
+                    "video": path,
+                    "conversations": [
+                        {"from": "human", "value": question},
+                        {"from": "gpt", "value": word},
+                    ],
+                }
+                for path, word in rows
+            ]
+        )
+    )
 
 
 def build_all(root: Path) -> None:
-    for make, name in ((dfew, "DFEW"), (mafw, "MAFW"), (ravdess, "RAVDESS"), (emer, "EMER"), (mer2025, "MER2025")):
+    for make, name in (
+        (dfew, "DFEW"),
+        (mafw, "MAFW"),
+        (ravdess, "RAVDESS"),
+        (emer, "EMER"),
+        (mer2025, "MER2025"),
+    ):
         make(root / name)
     r1omni(root / "r1omni.json")

@@ -8,6 +8,7 @@ and forks for every run; a fork executes the script file itself as __main__, wit
     os.kill(job.pid, signal.SIGKILL)              # as a test likes
     done = server.wait(job)                       # .returncode (negative: the signal), .stdout, .stderr
 """
+
 import atexit
 import dataclasses
 import functools
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @dataclasses.dataclass
 class Job:
     pid: int
-    folder: Path                   # holds out.txt and err.txt
+    folder: Path  # holds out.txt and err.txt
     args: list[str]
 
     @property
@@ -40,9 +41,18 @@ class Job:
 
 class ForkServer:
     def __init__(self):
-        env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        env=env)
+        env = dict(os.environ) | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
 
     def _ask(self, request: dict):
         self.process.stdin.write(json.dumps(request) + "\n")
@@ -51,14 +61,27 @@ class ForkServer:
 
     def start(self, script, *flags, hook: str = "", cwd=None, env: dict | None = None) -> Job:
         folder = Path(tempfile.mkdtemp(prefix="job"))
-        for name in ("out.txt", "err.txt"):      # here: a child may be killed before it opens them
+        for name in ("out.txt", "err.txt"):  # here: a child may be killed before it opens them
             (folder / name).touch()
         args = [str(ROOT / script) if str(script).endswith(".py") else script, *map(str, flags)]
-        return Job(self._ask({"args": args, "hook": hook, "folder": str(folder), "cwd": str(cwd or ROOT), "env": env or {}}),
-                   folder, args)
+        return Job(
+            self._ask(
+                {
+                    "args": args,
+                    "hook": hook,
+                    "folder": str(folder),
+                    "cwd": str(cwd or ROOT),
+                    "env": env or {},
+                }
+            ),
+            folder,
+            args,
+        )
 
     def wait(self, job: Job) -> subprocess.CompletedProcess:
-        return subprocess.CompletedProcess(job.args, self._ask({"wait": job.pid}), job.stdout, job.stderr)
+        return subprocess.CompletedProcess(
+            job.args, self._ask({"wait": job.pid}), job.stdout, job.stderr
+        )
 
     def run(self, script: str, *flags, **options) -> subprocess.CompletedProcess:
         return self.wait(self.start(script, *flags, **options))
@@ -79,7 +102,9 @@ def shared() -> ForkServer:
 def child(request: dict) -> int:
     """In the fork: be that command."""
     for name, stream in (("out.txt", 1), ("err.txt", 2)):
-        os.dup2(os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(
+            os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream
+        )
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
     os.setpgid(0, 0)
@@ -91,7 +116,7 @@ def child(request: dict) -> int:
         program = request["args"][0]
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")
-        else:                                    # tools.doctor, toy: as `python -m` does
+        else:  # tools.doctor, toy: as `python -m` does
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as ended:
@@ -114,7 +139,7 @@ def serve() -> None:
     import sft
 
     torch.set_num_threads(1)
-    del eval_script, grpo, sft                   # imported for their imports; a run executes the file anew
+    del eval_script, grpo, sft  # imported for their imports; a run executes the file anew
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -6,6 +6,7 @@ pinned memory.  In a step that is to be captured as a graph, each of those is an
 
 Not shown here: which kernels a GPU picks, their rounding and speed, streams, graphs themselves.
 """
+
 import contextlib
 import datetime
 import os
@@ -31,11 +32,21 @@ from training import MasterAdamW
 
 CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
-READS_VALUES = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.equal, aten.bincount,
-                aten.repeat_interleave, aten.is_nonzero, aten.unique_dim, aten.unique_consecutive}
-waits: list[str] = []                        # what the host waited for, so far
-flash: list[tuple] = []                      # shapes of the queries that met a kernel without a mask
-strict = False                               # inside of a step that is captured
+READS_VALUES = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.masked_select,
+    aten._unique2,
+    aten.equal,
+    aten.bincount,
+    aten.repeat_interleave,
+    aten.is_nonzero,
+    aten.unique_dim,
+    aten.unique_consecutive,
+}
+waits: list[str] = []  # what the host waited for, so far
+flash: list[tuple] = []  # shapes of the queries that met a kernel without a mask
+strict = False  # inside of a step that is captured
 
 
 def wait(what: str) -> None:
@@ -57,8 +68,13 @@ def captured():
 class OnGpu(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype,
-                                                   storage_offset=inner.storage_offset())
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            dtype=inner.dtype,
+            storage_offset=inner.storage_offset(),
+        )
 
     def __init__(self, inner: torch.Tensor):
         self.inner = inner
@@ -84,18 +100,32 @@ class OnGpu(torch.Tensor):
     def __deepcopy__(self, memo):
         if id(self) not in memo:
             new = OnGpu(self.inner.detach().clone())
-            new = torch.nn.Parameter(new, self.requires_grad) if isinstance(self, torch.nn.Parameter) else new
+            new = (
+                torch.nn.Parameter(new, self.requires_grad)
+                if isinstance(self, torch.nn.Parameter)
+                else new
+            )
             memo[id(self)] = new
         return memo[id(self)]
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        packet, tensors = function.overloadpacket, [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
+        packet, tensors = (
+            function.overloadpacket,
+            [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)],
+        )
         host = [x for x in tensors if type(x) is not OnGpu and x.dim() > 0]
-        indices = [x for x in args[1] if x is not None] if packet in (aten.index, aten.index_put, aten.index_put_) else []
+        indices = (
+            [x for x in args[1] if x is not None]
+            if packet in (aten.index, aten.index_put, aten.index_put_)
+            else []
+        )
         if packet is aten.copy_ and host:
-            if not (getattr(host[0], "pinned", False) and (kwargs.get("non_blocking") or args[2:3] == (True,))):
+            if not (
+                getattr(host[0], "pinned", False)
+                and (kwargs.get("non_blocking") or args[2:3] == (True,))
+            ):
                 wait("a copy between host and device")
         elif host and all(any(x is i for i in indices) for x in host):
             wait("an index on the host")
@@ -105,11 +135,11 @@ class OnGpu(torch.Tensor):
             wait(str(function))
         wrapped = {id(x.inner): x for x in tensors if type(x) is OnGpu}
         plain_args, plain_kwargs = tree_map(inner_of, (args, kwargs))
-        if function in (aten.mm.dtype, aten.bmm.dtype):          # these have kernels on a GPU alone
+        if function in (aten.mm.dtype, aten.bmm.dtype):  # these have kernels on a GPU alone
             a, b, out = plain_args
             assert a.dtype == b.dtype == torch.bfloat16 and out == torch.float32
             result = a.float() @ b.float()
-        elif function is aten.addmm.dtype_out:                   # so has this
+        elif function is aten.addmm.dtype_out:  # so has this
             total, a, b, out = plain_args
             assert a.dtype == b.dtype == torch.bfloat16 and out == total.dtype == torch.float32
             assert plain_kwargs["out"] is total
@@ -140,18 +170,28 @@ class Gpu(TorchFunctionMode):
         if function in (torch.Tensor.cpu, torch.Tensor.cuda):
             return self.move(args[0], "cpu" if function is torch.Tensor.cpu else CUDA)
         if function is torch.Tensor.pin_memory or kwargs.pop("pin_memory", False):
-            out = args[0].clone() if function is torch.Tensor.pin_memory else function(*args, **kwargs)
+            out = (
+                args[0].clone()
+                if function is torch.Tensor.pin_memory
+                else function(*args, **kwargs)
+            )
             out.pinned = True
             return out
-        if function is F.scaled_dot_product_attention and isinstance(kwargs["attn_mask"], CausalBias):
-            assert args[0].dtype == torch.bfloat16, "flash takes no fp32; the kernel that does would keep all scores"
+        if function is F.scaled_dot_product_attention and isinstance(
+            kwargs["attn_mask"], CausalBias
+        ):
+            assert args[0].dtype == torch.bfloat16, (
+                "flash takes no fp32; the kernel that does would keep all scores"
+            )
             flash.append(args[0].shape)
             kwargs["attn_mask"] = OnGpu(kwargs["attn_mask"]._materialize("cpu"))
         if is_cuda(kwargs.get("device")):
             kwargs.pop("device")
             if function in (torch.tensor, torch.as_tensor):
                 wait(f"{function.__name__}(..., device=cuda)")
-            return OnGpu(inner_of(function(*tree_map(inner_of, args), **tree_map(inner_of, kwargs))))
+            return OnGpu(
+                inner_of(function(*tree_map(inner_of, args), **tree_map(inner_of, kwargs)))
+            )
         return function(*args, **kwargs)
 
     @staticmethod
@@ -191,12 +231,16 @@ def gpu(monkeypatch):
     monkeypatch.setattr(sampler, "StepGraph", Captured)
     monkeypatch.setattr(sampler, "graph_memory", lambda: None)
     monkeypatch.setattr(sampler, "can_build_kernels", lambda: False)
-    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 ** 30)
+    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2**30)
     monkeypatch.setattr(sampler, "_decoders", weakref.WeakKeyDictionary())
     monkeypatch.setattr(sampler.Rows, "alive", alive)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: wait("synchronize"))
-    for figures, value in ((sampler.PREFIX_STEP, 8), (sampler.SUFFIX_STEP, 4), (sampler.LOOK_EVERY, 4),
-                           (sampler.COMPACT_FROM, 4)):
+    for figures, value in (
+        (sampler.PREFIX_STEP, 8),
+        (sampler.SUFFIX_STEP, 4),
+        (sampler.LOOK_EVERY, 4),
+        (sampler.COMPACT_FROM, 4),
+    ):
         monkeypatch.setitem(figures, "cuda", value)
     waits.clear(), flash.clear()
     with Gpu():
@@ -213,35 +257,62 @@ def alive(self) -> torch.Tensor:
 # What is run
 # ------------------------------------------------------------------------------------------------
 
+
 def on(device, dtype=torch.float32) -> HumanOmni:
-    model = HumanOmni.from_pretrained(GOLDEN / "humanomni", bert=GOLDEN / "bert", dtype=dtype, device=device, say=str)
+    model = HumanOmni.from_pretrained(
+        GOLDEN / "humanomni", bert=GOLDEN / "bert", dtype=dtype, device=device, say=str
+    )
     model.eos_ids = [380, *range(0, 380, 12)]
     return model
 
 
 def golden_batch(forward) -> PromptBatch:
     """Three golden prompts of two lengths, one without sound."""
-    ids = [*forward["input_ids"].tolist(), [i for i in forward["input_ids"][0].tolist() if i != AUDIO]]
+    ids = [
+        *forward["input_ids"].tolist(),
+        [i for i in forward["input_ids"][0].tolist() if i != AUDIO],
+    ]
     take = [0, 1, 0]
     sample = Sample("clip", GOLDEN / "none", "?", "happy", "happy", "video_audio")
     return PromptBatch(
-        indices=[4, 1, 7], samples=[sample] * 3, asked=[""] * 3, input_ids=ids, targets=[[5, 6, 7, 2], [8, 2], [9] * 6],
-        frames=forward["frames"][take], mel=forward["mel"], vision=[None] * 3, audio=[None] * 2,
-        question_ids=forward["question_ids"][take], question_mask=forward["question_mask"][take],
-        keys=[{"video": "", "audio": ""}] * 2 + [{"video": ""}], bad=[], notes=[])
+        indices=[4, 1, 7],
+        samples=[sample] * 3,
+        asked=[""] * 3,
+        input_ids=ids,
+        targets=[[5, 6, 7, 2], [8, 2], [9] * 6],
+        frames=forward["frames"][take],
+        mel=forward["mel"],
+        vision=[None] * 3,
+        audio=[None] * 2,
+        question_ids=forward["question_ids"][take],
+        question_mask=forward["question_mask"][take],
+        keys=[{"video": "", "audio": ""}] * 2 + [{"video": ""}],
+        bad=[],
+        notes=[],
+    )
 
 
 class Bench:
     """A model in training on a device.  `waits`: how often the host waited for it, by part."""
 
     def __init__(self, device, dtype, forward):
-        self.ranks, self.model, self.waits, self.row = Ranks(0, 1, torch.device(device)), on(device, dtype), {}, {}
+        self.ranks, self.model, self.waits, self.row = (
+            Ranks(0, 1, torch.device(device)),
+            on(device, dtype),
+            {},
+            {},
+        )
         self.trained = self.model.set_trained()
         self.optimizer = MasterAdamW(self.trained, 1e-4)
         self.before = self.weights
         step = self.optimizer.step
-        self.optimizer.step = lambda *a: (setattr(self, "gradient", inner_of(self.optimizer.flat).clone()), step(*a))[1]
-        self.batch = self.part("encode", lambda: encode_once(self.model, golden_batch(forward).to(device)))
+        self.optimizer.step = lambda *a: (
+            setattr(self, "gradient", inner_of(self.optimizer.flat).clone()),
+            step(*a),
+        )[1]
+        self.batch = self.part(
+            "encode", lambda: encode_once(self.model, golden_batch(forward).to(device))
+        )
 
     def part(self, name, run):
         waits.clear()
@@ -259,24 +330,49 @@ class Bench:
 
 
 def grpo_step(device, dtype, forward, processor) -> tuple[Bench, grpo.Rollout]:
-    args = grpo.Args(model="", data="", out="", num_generations=4, max_new_tokens=14, micro_batch=2, scale="none",
-                     max_logp_diff=100.0)
+    args = grpo.Args(
+        model="",
+        data="",
+        out="",
+        num_generations=4,
+        max_new_tokens=14,
+        micro_batch=2,
+        scale="none",
+        max_logp_diff=100.0,
+    )
     b = Bench(device, dtype, forward)
     meter, reference = grpo.Meter(), frozen_reference(b.model)
-    rollout = b.part("rollout", lambda: grpo.roll_out(b.model, reference, processor, b.batch, args, grpo.Clock()))
+    rollout = b.part(
+        "rollout", lambda: grpo.roll_out(b.model, reference, processor, b.batch, args, grpo.Clock())
+    )
     r = torch.arange(12.0).view(3, 4) % 5
-    rollout.rewards = {"accuracy": r.to(device), "format": r.to(device)}         # of noise all rewards are 0
+    rollout.rewards = {
+        "accuracy": r.to(device),
+        "format": r.to(device),
+    }  # of noise all rewards are 0
     total = b.part("compare", lambda: grpo.compare(rollout, args, b.ranks))
-    assert b.part("update", lambda: grpo.update(b.model, b.optimizer, b.batch, rollout, args, b.ranks, 1e-4, meter))
+    assert b.part(
+        "update",
+        lambda: grpo.update(b.model, b.optimizer, b.batch, rollout, args, b.ranks, 1e-4, meter),
+    )
     assert b.moved
-    b.part("tell", lambda: (grpo.measure(meter, rollout, total), meter.entries, grpo.rollout_rows(b.batch, rollout, 1)))
+    b.part(
+        "tell",
+        lambda: (
+            grpo.measure(meter, rollout, total),
+            meter.entries,
+            grpo.rollout_rows(b.batch, rollout, 1),
+        ),
+    )
     b.row = grpo.Meter.join([meter.entries])
     return b, rollout
 
 
 def sft_step(device, dtype, forward) -> Bench:
     b, args = Bench(device, dtype, forward), sft.Args(model="", data="", out="", micro_batch=2)
-    row, moved = b.part("update", lambda: sft.update(b.model, b.optimizer, b.batch, args, b.ranks, 1e-4))
+    row, moved = b.part(
+        "update", lambda: sft.update(b.model, b.optimizer, b.batch, args, b.ranks, 1e-4)
+    )
     assert moved and b.moved and row["num_tokens"] == 12
     return b
 
@@ -288,7 +384,13 @@ def sft_step(device, dtype, forward) -> Bench:
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 # How often the host may wait for the device in each part: bounds that only go down.  (The optimiser asks once, in its first
 # step, which weights have a gradient; rewards know whether a completion was finished.)
-MOST_WAITS = {"encode": 4, "rollout": 40, "compare": 0, "update": 7 + 2 * 5, "tell": 6}       # two micro-batches of 5
+MOST_WAITS = {
+    "encode": 4,
+    "rollout": 40,
+    "compare": 0,
+    "update": 7 + 2 * 5,
+    "tell": 6,
+}  # two micro-batches of 5
 MOST_WAITS_SFT = {"encode": 4, "update": 7 + 2 * 5}
 
 
@@ -327,7 +429,10 @@ def test_a_whole_sft_step(gpu, forward, dtype):
 
 def test_an_evaluation(gpu, forward, processor):
     """Stops the same in greedy decoding, one completion a prompt."""
-    answers = [evaluation.answer(on(device), processor, golden_batch(forward), 14) for device in ("cuda", "cpu")]
+    answers = [
+        evaluation.answer(on(device), processor, golden_batch(forward), 14)
+        for device in ("cuda", "cpu")
+    ]
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
 
 
@@ -346,7 +451,9 @@ def advance(model, temperature=1.0, greedy=False) -> None:
             with captured():
                 sampler.step(model, decoder, r, 4, temperature, greedy)
         for name, (x, address) in held.items():
-            assert getattr(r, name) is x and x.data_ptr() == address, f"{name} moved: a graph would write the old place"
+            assert getattr(r, name) is x and x.data_ptr() == address, (
+                f"{name} moved: a graph would write the old place"
+            )
 
 
 FAULTS = {
@@ -376,17 +483,21 @@ def test_faults_are_noticed(gpu, monkeypatch, fault):
 # What a process chooses
 # ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def settings(monkeypatch):
     """What a process chooses for its GPU, put back afterwards."""
-    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    before = (
+        torch.backends.cuda.cudnn_sdp_enabled(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    )
     tf32 = torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "set, so that what is set by the code is put back")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(common.torch, "empty", lambda *a, **k: None)     # the first allocation
+    monkeypatch.setattr(common.torch, "empty", lambda *a, **k: None)  # the first allocation
     yield
     torch.backends.cuda.enable_cudnn_sdp(before[0])
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before[1]
@@ -403,13 +514,16 @@ def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch)
     assert common.start_ranks("cuda").device == torch.device("cuda", 0)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
-    assert torch.backends.cudnn.allow_tf32 is False and torch.backends.cuda.matmul.allow_tf32 is False
+    assert (
+        torch.backends.cudnn.allow_tf32 is False and torch.backends.cuda.matmul.allow_tf32 is False
+    )
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert asked["timeout"] == datetime.timedelta(minutes=30)
 
 
 def test_segments_stay_fixed_where_the_driver_refuses_others(settings, monkeypatch):
     """Stops every script ending in "CUDA driver error" on a machine whose driver cannot map memory piece by piece."""
+
     def refuse(*args, **kwargs):
         raise RuntimeError("CUDA driver error: unknown error")
 
@@ -429,16 +543,20 @@ def test_the_allocator_of_the_user_stays(settings, monkeypatch):
 
 def test_a_gpu_works_in_bf16():
     """Stops a GPU that computes in fp32, at an eighth of its speed, because nobody gave a flag."""
-    named = [[common.dtype_of(name, torch.device(d)) for d in ("cuda", "cpu")] for name in ("auto", "float32", "bfloat16")]
+    named = [
+        [common.dtype_of(name, torch.device(d)) for d in ("cuda", "cpu")]
+        for name in ("auto", "float32", "bfloat16")
+    ]
     assert named == [[torch.bfloat16, torch.float32], [torch.float32] * 2, [torch.bfloat16] * 2]
 
 
 def test_out_of_memory_in_a_capture_is_told_in_one_sentence(monkeypatch, capsys):
     """Stops a traceback of "operation failed due to a previous error during capture" that does not say which flags help."""
+
     def capture(args):
         try:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        finally:                                     # as leaving torch.cuda.graph does
+        finally:  # as leaving torch.cuda.graph does
             raise RuntimeError("operation failed due to a previous error during capture")
 
     def wrong(args):
@@ -477,10 +595,17 @@ def test_a_gpu_samples_with_kernels_compiled_and_captured(paths):
 def test_the_variable_chooses_how_a_step_is_run(paths):
     """Stops a run that cannot go on where the kernels, the compiler or the capture fail; and a switch that is ignored."""
     ways = {name: paths("cuda", asked=name) for name in sampler.DECODE_PATHS}
-    assert ways == {"eager": (False, False, False), "kernels": (True, False, False), "compiled": (True, True, False),
-                    "graph": (True, True, True)}
-    for asked, can_build, device, words in (("graphs", True, "cuda", "must be one of"), ("kernels", False, "cuda", "eager"),
-                                            ("graph", True, "cpu", "eager")):
+    assert ways == {
+        "eager": (False, False, False),
+        "kernels": (True, False, False),
+        "compiled": (True, True, False),
+        "graph": (True, True, True),
+    }
+    for asked, can_build, device, words in (
+        ("graphs", True, "cuda", "must be one of"),
+        ("kernels", False, "cuda", "eager"),
+        ("graph", True, "cpu", "eager"),
+    ):
         with pytest.raises(common.UserError, match=words) as told:
             paths(device, can_build, asked)
         assert f"{sampler.PATH_VARIABLE}={asked}" in str(told.value)
@@ -490,12 +615,16 @@ def test_the_variable_chooses_how_a_step_is_run(paths):
 def test_a_step_that_fails_names_the_variable(gpu, monkeypatch, fails):
     """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how to continue.  The first token
     is chosen before the first step: a kernel that cannot be built fails there."""
+
     def broken(*args):
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(sampler, fails, broken)
     model = on("cuda")
-    embeds, mask = torch.zeros(2, 3, 64, device="cuda"), torch.ones(2, 3, dtype=torch.bool, device="cuda")
+    embeds, mask = (
+        torch.zeros(2, 3, 64, device="cuda"),
+        torch.ones(2, 3, dtype=torch.bool, device="cuda"),
+    )
     with pytest.raises(RuntimeError) as failed:
         sampler.generate(model, embeds, mask, 2, 4)
     assert len(failed.value.__notes__) == 1 and sampler.PATH_VARIABLE in failed.value.__notes__[0]

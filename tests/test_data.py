@@ -1,4 +1,5 @@
 """Clips, prompts, sample files and batches: the reference's numbers, and everything that is wrong in the wild."""
+
 import copy
 import json
 import os
@@ -36,6 +37,7 @@ QUESTION = json.loads((GOLDEN / "prompt.json").read_text())["question"]
 # Parity with the reference
 # ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def golden_media() -> dict:
     return torch.load(GOLDEN / "media.pt", weights_only=True)
@@ -45,15 +47,21 @@ def golden_media() -> dict:
 def test_golden_clips(name, golden_media, processor):
     """Stops wrong frames, a resize that the towers were not trained with, and sound at another rate or level."""
     golden, clip = golden_media[name], read_clip(GOLDEN / "media" / name)
-    assert clip.frames.dtype == np.uint8 and clip.frames.shape[0] == 8 and clip.audio.dtype == np.float32
+    assert (
+        clip.frames.dtype == np.uint8
+        and clip.frames.shape[0] == 8
+        and clip.audio.dtype == np.float32
+    )
     for fit in ("pad", "stretch"):
         ours = ((processor.frames(clip.frames, fit) + 1) * 127.5).round()
         off = (ours - golden[fit].float()).abs()
         most, mean = (10, 0.2) if (name, fit) == ("tall_30fps.mp4", "stretch") else (2, 0.02)
         assert off.max() <= most and off.mean() < mean, (fit, off.max(), off.mean())
     mel = processor.mel(clip.audio)
-    if not name.endswith(".mkv"):              # the reference's older FFmpeg kept the priming samples there
-        padding = 1023 if av.__version__ >= "19" else 0      # that of the encoder, at the end: FFmpeg 9 leaves it out
+    if not name.endswith(".mkv"):  # the reference's older FFmpeg kept the priming samples there
+        padding = (
+            1023 if av.__version__ >= "19" else 0
+        )  # that of the encoder, at the end: FFmpeg 9 leaves it out
         assert 0 <= golden["samples"] - len(clip.audio) <= padding
         assert (mel - golden["mel"][0].float()).abs().mean() < 1e-3
     assert mel.shape == golden["mel"][0].shape
@@ -76,13 +84,16 @@ def test_pad_and_stretch(processor):
     assert padded.shape == stretched.shape == (2, 3, 64, 64) and padded.dtype == torch.float32
     assert (stretched == 1).all()
     column = padded[0, 0, :, 32]
-    assert (column[:19] - (127 / 127.5 - 1)).abs().max() < 0.02 and torch.equal(column, column.flip(0))
+    assert (column[:19] - (127 / 127.5 - 1)).abs().max() < 0.02 and torch.equal(
+        column, column.flip(0)
+    )
     assert (column[24:40] == 1).all() and not torch.equal(padded, stretched)
 
 
 # ------------------------------------------------------------------------------------------------
 # The prompt
 # ------------------------------------------------------------------------------------------------
+
 
 def test_prompt_ids(processor, forward):
     """Stops a prompt that the released model never saw: other ids, other system line, merged pieces."""
@@ -125,32 +136,54 @@ def test_text_of_a_completion(processor):
 def test_long_question_is_cut_for_bert(processor):
     """Stops a question longer than BERT's table ending in an index error."""
     ids = processor.question("emotion " * 500)
-    assert len(ids) == processor.max_question == 64 and ids[-1] == processor.bert_tokenizer.sep_token_id
+    assert (
+        len(ids) == processor.max_question == 64
+        and ids[-1] == processor.bert_tokenizer.sep_token_id
+    )
 
 
 # ------------------------------------------------------------------------------------------------
 # Sample files
 # ------------------------------------------------------------------------------------------------
 
+
 def row(video="a.mp4", said="happy", question="<video>\n<audio>\nwhich emotion?") -> dict:
-    return {"video": video, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": said}]}
+    return {
+        "video": video,
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": said}],
+    }
 
 
 def write_rows(path, rows, bom=False):
-    text = "\n".join(json.dumps(r) for r in rows) + "\n" if path.suffix == ".jsonl" else json.dumps(rows, indent=2)
+    text = (
+        "\n".join(json.dumps(r) for r in rows) + "\n"
+        if path.suffix == ".jsonl"
+        else json.dumps(rows, indent=2)
+    )
     path.write_text(text, encoding="utf-8-sig" if bom else "utf-8")
     return path
 
 
-@pytest.mark.parametrize("name, bom", [("a.json", False), ("a.jsonl", False), ("a.json", True), ("a.jsonl", True)])
+@pytest.mark.parametrize(
+    "name, bom", [("a.json", False), ("a.jsonl", False), ("a.json", True), ("a.jsonl", True)]
+)
 def test_read_samples(tmp_path, name, bom):
     """Stops a row that is lost or changed on the way, and a file of Windows' editor being refused."""
     taught = "<think>she \u2028 smiles</think>\n<answer>happy</answer>"
-    file = write_rows(tmp_path / name, [row(), row("sub/b.mp4", taught, "<video>\nq"),
-                                        row("/c.mp4", "sad", "<audio>\nq")], bom)
+    file = write_rows(
+        tmp_path / name,
+        [row(), row("sub/b.mp4", taught, "<video>\nq"), row("/c.mp4", "sad", "<audio>\nq")],
+        bom,
+    )
     a, b, c = read_samples(file)
-    assert (a.id, a.clip, a.question, a.answer, a.target, a.modal) == \
-        ("a.mp4", tmp_path / "a.mp4", "which emotion?", "happy", "happy", "video_audio")
+    assert (a.id, a.clip, a.question, a.answer, a.target, a.modal) == (
+        "a.mp4",
+        tmp_path / "a.mp4",
+        "which emotion?",
+        "happy",
+        "happy",
+        "video_audio",
+    )
     assert (b.answer, b.target, b.question, b.modal) == ("happy", taught, "q", "video")
     assert (str(c.clip), c.modal) == ("/c.mp4", "audio")
     assert read_samples(file, tmp_path / "media")[1].clip == tmp_path / "media" / "sub" / "b.mp4"
@@ -166,27 +199,56 @@ def test_raw_line_separator_in_jsonl(tmp_path):
 GOOD = json.dumps(row())
 
 
-@pytest.mark.parametrize("name, text, said", [
-    ("a.jsonl", f"{GOOD}\n{GOOD[:-1]}\n{GOOD}\n", "line 2"),                        # cut off: the *next* line looks wrong
-    ("a.jsonl", f"{GOOD}\n\n{GOOD[:60]}\n{GOOD}\n", "line 3"),
-    ("a.jsonl", f"{GOOD}\n{GOOD},\n", "line 2"),
-    ("a.json", f"[\n{GOOD},\n{{oops}}\n]", "line 3"),
-    ("a.json", f"[\n{GOOD},\n{GOOD}\n", "does not end"),
-    ("a.json", f"[{GOOD}]\n[{GOOD}]", "does not end"),
-    ("a.json", '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n}', "is JSON, but no list of samples"),    # toy's cues.json
-    ("a.json", json.dumps(row(), indent=1), "is JSON, but no list of samples"),
-    ("a.json", '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n', "line 1 is not valid JSON"),
-    ("a.json", "[]", "no samples"),
-    ("a.json", "", "no samples"),
-    ("a.jsonl", f"{GOOD}\n" + json.dumps({"conversations": []}), 'line 2: lacks "video"'),
-    ("a.jsonl", f"{GOOD}\n" + json.dumps({"video": "x.mp4"}), 'line 2: lacks "conversations"'),
-    ("a.json", f"[{GOOD},\n{GOOD},\n" + json.dumps(row(said="")) + "]", "line 3"),
-    ("a.json", f"[{GOOD},\n" + json.dumps(row(said="<answer></answer>")) + "]", "line 2: has no label"),
-    ("a.json", f"[{GOOD},\n" + json.dumps(row(said="<answer>a</answer><answer>b</answer>")) + "]", "line 2: has no label"),
-    ("a.json", f"[{GOOD},\n" + json.dumps(row(question="<video>\n<audio>\n")) + "]", "line 2: the human turn"),
-    ("a.json", f"[{GOOD},\n12]", "line 2"),
-    ("a.json", f"[{GOOD},\n" + json.dumps(row() | {"conversations": [{"from": "human", "value": "q"}]}) + "]", "line 2"),
-])
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        (
+            "a.jsonl",
+            f"{GOOD}\n{GOOD[:-1]}\n{GOOD}\n",
+            "line 2",
+        ),  # cut off: the *next* line looks wrong
+        ("a.jsonl", f"{GOOD}\n\n{GOOD[:60]}\n{GOOD}\n", "line 3"),
+        ("a.jsonl", f"{GOOD}\n{GOOD},\n", "line 2"),
+        ("a.json", f"[\n{GOOD},\n{{oops}}\n]", "line 3"),
+        ("a.json", f"[\n{GOOD},\n{GOOD}\n", "does not end"),
+        ("a.json", f"[{GOOD}]\n[{GOOD}]", "does not end"),
+        (
+            "a.json",
+            '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n}',
+            "is JSON, but no list of samples",
+        ),  # toy's cues.json
+        ("a.json", json.dumps(row(), indent=1), "is JSON, but no list of samples"),
+        ("a.json", '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n', "line 1 is not valid JSON"),
+        ("a.json", "[]", "no samples"),
+        ("a.json", "", "no samples"),
+        ("a.jsonl", f"{GOOD}\n" + json.dumps({"conversations": []}), 'line 2: lacks "video"'),
+        ("a.jsonl", f"{GOOD}\n" + json.dumps({"video": "x.mp4"}), 'line 2: lacks "conversations"'),
+        ("a.json", f"[{GOOD},\n{GOOD},\n" + json.dumps(row(said="")) + "]", "line 3"),
+        (
+            "a.json",
+            f"[{GOOD},\n" + json.dumps(row(said="<answer></answer>")) + "]",
+            "line 2: has no label",
+        ),
+        (
+            "a.json",
+            f"[{GOOD},\n" + json.dumps(row(said="<answer>a</answer><answer>b</answer>")) + "]",
+            "line 2: has no label",
+        ),
+        (
+            "a.json",
+            f"[{GOOD},\n" + json.dumps(row(question="<video>\n<audio>\n")) + "]",
+            "line 2: the human turn",
+        ),
+        ("a.json", f"[{GOOD},\n12]", "line 2"),
+        (
+            "a.json",
+            f"[{GOOD},\n"
+            + json.dumps(row() | {"conversations": [{"from": "human", "value": "q"}]})
+            + "]",
+            "line 2",
+        ),
+    ],
+)
 def test_bad_sample_files(tmp_path, name, text, said):
     """Stops a fault being reported at the wrong row of a file of 15,000, or not at all."""
     (tmp_path / name).write_text(text)
@@ -206,7 +268,9 @@ def test_unreadable_sample_files(tmp_path):
 
 def test_check_labels(tmp_path):
     """Stops training on a mistyped label, which no answer could ever match."""
-    samples = read_samples(write_rows(tmp_path / "a.json", [row(), row("b.mp4", "Sad"), row("c.mp4", "hapy")]))
+    samples = read_samples(
+        write_rows(tmp_path / "a.json", [row(), row("b.mp4", "Sad"), row("c.mp4", "hapy")])
+    )
     check_labels(samples[:2], "a.json", allow=False)
     with pytest.raises(UserError, match="hapy") as error:
         check_labels(samples, "a.json", allow=False)
@@ -218,33 +282,67 @@ def test_check_labels(tmp_path):
 # Batches
 # ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Samples: both, video only, audio only, a missing clip, a sound file, a text file, a silent clip."""
     folder = tmp_path_factory.mktemp("rows")
     soundfile.write(folder / "voice.wav", 0.1 * np.sin(np.arange(16_000) / 7), 16_000)
     (folder / "text.mp4").write_text("no clip\n" * 50)
-    wide, silent = (str((GOLDEN / "media" / n).resolve()) for n in ("wide.mp4", "silent_no_track.mp4"))
-    return read_samples(write_rows(folder / "a.json", [
-        row(wide, question="<video>\n<audio>\nfirst"), row(wide, question="<video>\nthe second question"),
-        row(wide, question="<audio>\nthird"), row("gone.mp4"), row("voice.wav"), row("text.mp4"), row(silent, "sad")]))
+    wide, silent = (
+        str((GOLDEN / "media" / n).resolve()) for n in ("wide.mp4", "silent_no_track.mp4")
+    )
+    return read_samples(
+        write_rows(
+            folder / "a.json",
+            [
+                row(wide, question="<video>\n<audio>\nfirst"),
+                row(wide, question="<video>\nthe second question"),
+                row(wide, question="<audio>\nthird"),
+                row("gone.mp4"),
+                row("voice.wav"),
+                row("text.mp4"),
+                row(silent, "sad"),
+            ],
+        )
+    )
 
 
 def test_loader_keeps_order_and_reports_bad_clips(rows, processor):
     """Stops a bad clip being replaced by another, lost without a word, or ending the run; and a mixed-up order."""
     dataset = ClipDataset(rows, processor)
-    batches = list(loader(dataset, [[(7, 0), (8, 3), (9, 2)], [(10, 5), (11, 3)], [(12, 4), (13, 1), (14, 6)]], workers=2))
+    batches = list(
+        loader(
+            dataset,
+            [[(7, 0), (8, 3), (9, 2)], [(10, 5), (11, 3)], [(12, 4), (13, 1), (14, 6)]],
+            workers=2,
+        )
+    )
     assert [b.indices for b in batches] == [[7, 9], [], [12, 13, 14]]
-    assert [[s.id for s in b.samples] for b in batches] == [[rows[0].id, rows[2].id], [], [rows[i].id for i in (4, 1, 6)]]
-    assert [[bad.id for bad in b.bad] for b in batches] == [["gone.mp4"], ["text.mp4", "gone.mp4"], []]
+    assert [[s.id for s in b.samples] for b in batches] == [
+        [rows[0].id, rows[2].id],
+        [],
+        [rows[i].id for i in (4, 1, 6)],
+    ]
+    assert [[bad.id for bad in b.bad] for b in batches] == [
+        ["gone.mp4"],
+        ["text.mp4", "gone.mp4"],
+        [],
+    ]
     assert "no such file" in batches[0].bad[0].reason and "gone.mp4" in batches[0].bad[0].reason
-    assert len(batches[1]) == 0 and batches[1].frames is None and batches[1].question_ids.shape[0] == 0
+    assert (
+        len(batches[1]) == 0 and batches[1].frames is None and batches[1].question_ids.shape[0] == 0
+    )
     assert batches[2].notes == [f"{rows[6].id}: no audio track: silence"]
     # 0: both; 2: only sound, so one row of frames and two of sound.
     assert batches[0].frames.shape == (1, 8, 3, 64, 64) and batches[0].mel.shape == (2, 80, 300)
     assert [[VIDEO in i, AUDIO in i] for i in batches[0].input_ids] == [[True, True], [False, True]]
     # 4: a sound file asked for both; 1: only video; 6: both.
-    assert [[VIDEO in i, AUDIO in i] for i in batches[2].input_ids] == [[False, True], [True, False], [True, True]]
+    assert [[VIDEO in i, AUDIO in i] for i in batches[2].input_ids] == [
+        [False, True],
+        [True, False],
+        [True, True],
+    ]
     assert batches[2].frames.shape[0] == 2 and batches[2].mel.shape[0] == 2
     assert torch.equal(batches[2].frames[0], batches[0].frames[0])
 
@@ -268,10 +366,22 @@ def test_what_a_batch_holds(rows, processor):
 def test_the_runs_modality_and_the_rows(rows, processor):
     """Stops a video-only run listening, or a row without video being asked to look."""
     video = ClipDataset(rows, processor, View(modal="video"))
-    assert [isinstance(video[0, i], BadClip) for i in range(7)] == [False, False, True, True, True, True, False]
+    assert [isinstance(video[0, i], BadClip) for i in range(7)] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
     assert "no video" in video[0, 2].reason and "no video" in video[0, 4].reason
     batch = collate([video[0, 0], video[0, 6]])
-    assert batch.mel is None and len(batch.frames) == 2 and not any(AUDIO in ids for ids in batch.input_ids)
+    assert (
+        batch.mel is None
+        and len(batch.frames) == 2
+        and not any(AUDIO in ids for ids in batch.input_ids)
+    )
 
 
 def test_select_is_slicing_by_hand(rows, processor):
@@ -282,13 +392,20 @@ def test_select_is_slicing_by_hand(rows, processor):
     whole = collate(items)
     for chosen in ([0, 1], [2, 3, 4], [3], [0, 1, 2, 3, 4], [4], [2], [4, 1, 0], [3, 0]):
         part, by_hand = whole.select(chosen), collate([items[i] for i in chosen])
-        assert part.indices == by_hand.indices and part.input_ids == by_hand.input_ids and part.targets == by_hand.targets
+        assert (
+            part.indices == by_hand.indices
+            and part.input_ids == by_hand.input_ids
+            and part.targets == by_hand.targets
+        )
         assert part.samples == by_hand.samples and len(part) == len(by_hand)
         for name in ("frames", "mel"):
             a, b = getattr(part, name), getattr(by_hand, name)
             assert (a is None or len(a) == 0) if b is None else torch.equal(a, b), (name, chosen)
         Q = by_hand.question_ids.shape[1]
-        assert torch.equal(part.question_ids[:, :Q], by_hand.question_ids) and not part.question_mask[:, Q:].any()
+        assert (
+            torch.equal(part.question_ids[:, :Q], by_hand.question_ids)
+            and not part.question_mask[:, Q:].any()
+        )
 
 
 def test_training_batches():
@@ -298,8 +415,8 @@ def test_training_batches():
     numbers = [number for batch in whole for _, number in batch]
     assert [position for batch in whole for position, _ in batch] == list(range(40))
     for epoch in range(4):
-        assert sorted(numbers[epoch * n:(epoch + 1) * n]) == list(range(n))
-    assert numbers[:n] != numbers[n:2 * n] and numbers[:n] != list(range(n))
+        assert sorted(numbers[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert numbers[:n] != numbers[n : 2 * n] and numbers[:n] != list(range(n))
 
     for world in (2, 3, 4):
         ranks = [training_batches(n, per_step, 0, 10, 3, rank, world) for rank in range(world)]
@@ -308,7 +425,9 @@ def test_training_batches():
     assert training_batches(n, per_step, 24, 4, seed=3) == whole[6:]
     assert training_batches(n, per_step, 0, 10, seed=4) != whole
     # Another --prompts_per_step after a resume goes on where the run was, not at step x the new size.
-    assert [p for batch in training_batches(n, 7, 24, 2, seed=3) for p, _ in batch] == list(range(24, 38))
+    assert [p for batch in training_batches(n, 7, 24, 2, seed=3) for p, _ in batch] == list(
+        range(24, 38)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -320,13 +439,17 @@ def test_features_on_disk(rows, processor, model, tmp_path, dtype):
     dataset = ClipDataset(rows, processor, cache=cache)
     order = [4, 0, 2, 1, 6]
     with torch.no_grad():
-        plain = encode_once(model, collate([ClipDataset(rows, processor)[i, n] for i, n in enumerate(order)]))
+        plain = encode_once(
+            model, collate([ClipDataset(rows, processor)[i, n] for i, n in enumerate(order)])
+        )
         fresh = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
-        assert dataset[0, 0]["frames"] is None and dataset[0, 0]["mel"] is None                 # found
+        assert dataset[0, 0]["frames"] is None and dataset[0, 0]["mel"] is None  # found
         again = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
         for name in ("vision", "audio"):
             a, b, c = (getattr(batch, name) for batch in (plain, fresh, again))
-            assert a.dtype == b.dtype == c.dtype == dtype and torch.equal(a, b) and torch.equal(a, c), name
+            assert (
+                a.dtype == b.dtype == c.dtype == dtype and torch.equal(a, b) and torch.equal(a, c)
+            ), name
         # A new sound beside the old ones: only some of the rows are found.
         part = data.FeatureCache(tmp_path / "part", {"video": "a", "audio": "b"})
         dataset.cache = part
@@ -346,16 +469,26 @@ def test_features_depend_on_the_clip_alone(rows, processor, fresh_model, tmp_pat
     alone = {n: encode_once(model, collate([ClipDataset(rows, processor)[0, n]])) for n in numbers}
     cache = data.FeatureCache(tmp_path, {"video": "a", "audio": "b"})
     dataset = ClipDataset(rows, processor, cache=cache)
-    first, second = (collate([dataset[i, n] for i, n in enumerate(order)]) for order in ([4, 0], [0, 6, 4, 2, 1]))
-    assert len(second.frames) == 3 and len(second.mel) == 4       # read ahead, before anything was encoded
+    first, second = (
+        collate([dataset[i, n] for i, n in enumerate(order)]) for order in ([4, 0], [0, 6, 4, 2, 1])
+    )
+    assert (
+        len(second.frames) == 3 and len(second.mel) == 4
+    )  # read ahead, before anything was encoded
     for batch, order in ((first, [4, 0]), (second, [0, 6, 4, 2, 1])):
         features = encode_once(model, batch, cache)
         for name in ("vision", "audio"):
-            one_by_one = [getattr(alone[n], name) for n in order if getattr(alone[n], name) is not None]
+            one_by_one = [
+                getattr(alone[n], name) for n in order if getattr(alone[n], name) is not None
+            ]
             assert torch.equal(getattr(features, name), torch.cat(one_by_one)), name
-    frames = torch.stack([processor.frames(clip.frames) for clip in
-                          (dataset.read_clip(rows[n].clip, 8, modal="video") for n in (0, 6))])
-    for row, n in enumerate((0, 6)):                              # the same function, where prompts are embedded at once
+    frames = torch.stack(
+        [
+            processor.frames(clip.frames)
+            for clip in (dataset.read_clip(rows[n].clip, 8, modal="video") for n in (0, 6))
+        ]
+    )
+    for row, n in enumerate((0, 6)):  # the same function, where prompts are embedded at once
         assert torch.equal(model.encode_frames(frames)[row], alone[n].vision[0])
 
 
@@ -365,66 +498,110 @@ def test_a_key_holds_all_that_features_depend_on(processor, fresh_model, tmp_pat
         (tmp_path / f"{i}.png").write_bytes(b"picture")
     before = tmp_path.stat().st_mtime_ns
     keys = [ClipDataset([], processor).feature_key("video", tmp_path)]
-    (tmp_path / "1.png").write_bytes(b"another")         # of the same size, maybe within the same tick of the clock
+    (tmp_path / "1.png").write_bytes(
+        b"another"
+    )  # of the same size, maybe within the same tick of the clock
     os.utime(tmp_path / "1.png", (1, 1))
     assert tmp_path.stat().st_mtime_ns == before
-    for change in ({}, {"mean": processor.mean + 0.1}, {"std": processor.std * 2}, {"image_size": 32}):
+    for change in (
+        {},
+        {"mean": processor.mean + 0.1},
+        {"std": processor.std * 2},
+        {"image_size": 32},
+    ):
         other = copy.copy(processor)
         vars(other).update(change)
         keys.append(ClipDataset([], other).feature_key("video", tmp_path))
     other.mel_extractor = transformers.WhisperFeatureExtractor(chunk_length=1)
     keys += [ClipDataset([], p).feature_key("audio", tmp_path) for p in (processor, other)]
-    assert len(set(keys)) == len(keys) == 7 and keys[-2] == ClipDataset([], processor).feature_key("audio", tmp_path)
+    assert len(set(keys)) == len(keys) == 7 and keys[-2] == ClipDataset([], processor).feature_key(
+        "audio", tmp_path
+    )
     (tmp_path / "2.png").unlink()
     (tmp_path / "2.png").symlink_to("nowhere")
-    assert ClipDataset([], processor).feature_key("video", tmp_path) == ""                      # not kept at all
+    assert ClipDataset([], processor).feature_key("video", tmp_path) == ""  # not kept at all
     names = [fresh_model.tower_fingerprints()]
     fresh_model.config.mm_vision_select_layer -= 1
     names.append(fresh_model.tower_fingerprints())
     names.append(fresh_model.bfloat16().tower_fingerprints())
-    assert len({n["video"] for n in names}) == 3 and names[0]["audio"] == names[1]["audio"] != names[2]["audio"]
+    assert (
+        len({n["video"] for n in names}) == 3
+        and names[0]["audio"] == names[1]["audio"] != names[2]["audio"]
+    )
 
 
 def test_a_sound_file_is_asked_as_one_by_its_streams(rows, processor, tmp_path):
     """Stops a sound file that is called .mp4 being bad for its missing picture, or asked to be looked at."""
     (tmp_path / "voice.mp4").write_bytes(rows[4].clip.read_bytes())
-    voice, seen = read_samples(write_rows(tmp_path / "a.json", [row("voice.mp4"), row("voice.mp4", question="<video>\nq")]))
+    voice, seen = read_samples(
+        write_rows(tmp_path / "a.json", [row("voice.mp4"), row("voice.mp4", question="<video>\nq")])
+    )
     wav = ClipDataset(rows, processor)[0, 4]
     cache = data.FeatureCache(tmp_path / "c", {"video": "a", "audio": "b"})
     for view in (View(), View(drop_audio=1.0), View(drop_video=1.0), View(modal="audio")):
         dataset = ClipDataset([voice, seen], processor, view)
         item = dataset[0, 0]
-        assert item["ids"] == wav["ids"] and item["frames"] is None and torch.equal(item["mel"], wav["mel"])
+        assert (
+            item["ids"] == wav["ids"]
+            and item["frames"] is None
+            and torch.equal(item["mel"], wav["mel"])
+        )
         assert list(item["keys"]) == ["audio"]
         dataset.cache = cache
         cache.put(item["keys"]["audio"], torch.ones(2, 3))
         known = dataset[0, 0]
-        assert known["ids"] == wav["ids"] and known["mel"] is None and torch.equal(known["audio"], torch.ones(2, 3))
-    for bad in (ClipDataset([seen], processor)[0, 0], ClipDataset([voice], processor, View(modal="video"))[0, 0]):
+        assert (
+            known["ids"] == wav["ids"]
+            and known["mel"] is None
+            and torch.equal(known["audio"], torch.ones(2, 3))
+        )
+    for bad in (
+        ClipDataset([seen], processor)[0, 0],
+        ClipDataset([voice], processor, View(modal="video"))[0, 0],
+    ):
         assert isinstance(bad, BadClip) and bad.reason == f"{voice.clip}: a sound file has no video"
 
 
 # What the model gets and how it is asked
 # ------------------------------------------------------------------------------------------------
 
+
 def test_mute_and_blank_replace_one_modality_alone(rows, processor):
     """Stops `--mute` leaving some sound, `--blank` some picture, either touching the other, or the prompt telling."""
-    plain, muted, blank = (ClipDataset(rows, processor, view)[0, 0] for view in (View(), View(mute=True), View(blank=True)))
+    plain, muted, blank = (
+        ClipDataset(rows, processor, view)[0, 0]
+        for view in (View(), View(mute=True), View(blank=True))
+    )
     assert muted["ids"] == plain["ids"] == blank["ids"]
     assert torch.equal(muted["frames"], plain["frames"]) and torch.equal(blank["mel"], plain["mel"])
-    silence = ClipDataset(rows, processor)[0, 6]["mel"]                   # a clip without a sound track
+    silence = ClipDataset(rows, processor)[0, 6]["mel"]  # a clip without a sound track
     assert torch.equal(muted["mel"], silence) and not torch.equal(plain["mel"], silence)
     grey = (127 / 255 - 0.5) / 0.5
-    torch.testing.assert_close(blank["frames"], torch.full_like(blank["frames"], grey), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        blank["frames"], torch.full_like(blank["frames"], grey), atol=1e-6, rtol=0
+    )
     assert not torch.equal(plain["frames"], blank["frames"])
 
 
 def test_muted_features_are_not_those_of_the_sound(rows, processor):
     """Stops a muted evaluation hearing the sound after all, from the feature cache."""
-    keys = {name: ClipDataset(rows, processor, view)[0, 0]["keys"] for name, view in
-            (("plain", View()), ("mute", View(mute=True)), ("blank", View(blank=True)), ("stretch", View(fit="stretch")))}
-    assert keys["mute"]["video"] == keys["plain"]["video"] and keys["blank"]["audio"] == keys["plain"]["audio"]
-    assert len({k["audio"] for k in keys.values()}) == 2 and len({k["video"] for k in keys.values()}) == 3
+    keys = {
+        name: ClipDataset(rows, processor, view)[0, 0]["keys"]
+        for name, view in (
+            ("plain", View()),
+            ("mute", View(mute=True)),
+            ("blank", View(blank=True)),
+            ("stretch", View(fit="stretch")),
+        )
+    }
+    assert (
+        keys["mute"]["video"] == keys["plain"]["video"]
+        and keys["blank"]["audio"] == keys["plain"]["audio"]
+    )
+    assert (
+        len({k["audio"] for k in keys.values()}) == 2
+        and len({k["video"] for k in keys.values()}) == 3
+    )
 
 
 def test_dropped_modalities(rows, processor):
@@ -432,12 +609,22 @@ def test_dropped_modalities(rows, processor):
     view = View(drop_audio=0.3, drop_video=0.2, seed=5)
     kept = [view.keeps("video_audio", position) for position in range(20_000)]
     assert set(kept) == {"video_audio", "video", "audio"}
-    for left, share in (("video", 0.3), ("audio", 0.2)):                  # within 5 sd: sqrt(.3 * .7 / 20000) = .0032
+    for left, share in (
+        ("video", 0.3),
+        ("audio", 0.2),
+    ):  # within 5 sd: sqrt(.3 * .7 / 20000) = .0032
         assert abs(kept.count(left) / 20_000 - share) < 0.017
     assert [view.keeps("video_audio", p) for p in range(500, 520)] == kept[500:520]
-    assert kept[:200] != [View(drop_audio=0.3, drop_video=0.2, seed=6).keeps("video_audio", p) for p in range(200)]
-    assert {View(drop_audio=0.5, drop_video=0.5).keeps("video_audio", p) for p in range(50)} == {"video", "audio"}
-    assert all(View(drop_video=1.0).keeps("video", p) == "video" for p in range(20))        # it has nothing else
+    assert kept[:200] != [
+        View(drop_audio=0.3, drop_video=0.2, seed=6).keeps("video_audio", p) for p in range(200)
+    ]
+    assert {View(drop_audio=0.5, drop_video=0.5).keeps("video_audio", p) for p in range(50)} == {
+        "video",
+        "audio",
+    }
+    assert all(
+        View(drop_video=1.0).keeps("video", p) == "video" for p in range(20)
+    )  # it has nothing else
     dataset = ClipDataset(rows, processor, view)
     for position in range(12):
         item = dataset[position, 0]
@@ -448,18 +635,29 @@ def test_dropped_modalities(rows, processor):
 def test_what_is_asked():
     """Stops a label-only run asking for reasoning, candidates in a free evaluation, and an order that can be learned."""
     row = "What is felt?" + data.THINK
-    assert View().ask(row, "happy") == row and View(prompt="label").ask(row, "happy") == "What is felt?"
+    assert (
+        View().ask(row, "happy") == row
+        and View(prompt="label").ask(row, "happy") == "What is felt?"
+    )
     assert View(prompt="auto").ask(row, "happy") == "What is felt?"
     assert View(prompt="auto").ask("What is felt?", "<think>a</think>\n<answer>sad</answer>") == row
     assert View(prompt="row").ask(row, "happy") == row
     assert View(question="Which?").ask(row, "happy") == "Which?" + data.THINK
     listed = View(prompt="label", choices=("happy", "sad", "calm"))
-    assert listed.ask(row, "happy", 3) == listed.ask(row, "happy", 4) == "What is felt?\nhappy, sad, calm"
-    assert View(choices=("happy", "sad")).ask(row, "sad") == "What is felt?\nhappy, sad" + data.THINK
+    assert (
+        listed.ask(row, "happy", 3)
+        == listed.ask(row, "happy", 4)
+        == "What is felt?\nhappy, sad, calm"
+    )
+    assert (
+        View(choices=("happy", "sad")).ask(row, "sad") == "What is felt?\nhappy, sad" + data.THINK
+    )
     shuffled = View(prompt="label", choices=("happy", "sad", "calm"), shuffle_choices=True)
     orders = [shuffled.ask(row, "sad", p) for p in range(600)]
     assert orders[0] == shuffled.ask(row, "sad", 0)
-    assert len(set(orders)) == 6 and all(60 < orders.count(order) < 140 for order in set(orders))      # 100 each, sd 9
+    assert len(set(orders)) == 6 and all(
+        60 < orders.count(order) < 140 for order in set(orders)
+    )  # 100 each, sd 9
 
 
 def test_questions_and_choices_that_cannot_be_used(tmp_path):
@@ -472,7 +670,11 @@ def test_questions_and_choices_that_cannot_be_used(tmp_path):
         with pytest.raises(UserError, match=name):
             read_question(tmp_path / name)
     assert read_choices([]) == () and read_choices(["a", "b"]) == ("a", "b")
-    assert len(read_choices(["dfew"])) == 7 and len(read_choices(["mafw"])) == 11 and "calm" in read_choices(["ravdess"])
+    assert (
+        len(read_choices(["dfew"])) == 7
+        and len(read_choices(["mafw"])) == 11
+        and "calm" in read_choices(["ravdess"])
+    )
     for words in (["happy"], ["happy", "sad", "happy"]):
         with pytest.raises(UserError, match="--choices"):
             read_choices(words)
@@ -488,18 +690,29 @@ def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
     key = dataset.feature_key("video", clip)
     cache.put(key, x)
     assert torch.equal(cache.get(key), x) and cache.get(dataset.feature_key("audio", clip)) is None
-    assert data.FeatureCache(tmp_path / "c", {"video": "tower 3", "audio": "tower 2"}).get(key) is None      # other weights
-    clip.write_bytes(b"123456")                                                                     # another file
-    assert dataset.feature_key("video", clip) != key and cache.get(dataset.feature_key("video", clip)) is None
-    assert ClipDataset(rows, processor, View(fit="stretch")).feature_key("video", clip) != dataset.feature_key("video", clip)
-    assert ClipDataset(rows, processor, num_frames=4).feature_key("video", clip) != dataset.feature_key("video", clip)
+    assert (
+        data.FeatureCache(tmp_path / "c", {"video": "tower 3", "audio": "tower 2"}).get(key) is None
+    )  # other weights
+    clip.write_bytes(b"123456")  # another file
+    assert (
+        dataset.feature_key("video", clip) != key
+        and cache.get(dataset.feature_key("video", clip)) is None
+    )
+    assert ClipDataset(rows, processor, View(fit="stretch")).feature_key(
+        "video", clip
+    ) != dataset.feature_key("video", clip)
+    assert ClipDataset(rows, processor, num_frames=4).feature_key(
+        "video", clip
+    ) != dataset.feature_key("video", clip)
     file = next((tmp_path / "c").glob("*/*.safetensors"))
-    assert file.stat().st_mode & 0o777 == 0o666 & ~current_umask()                                  # others may read it
+    assert file.stat().st_mode & 0o777 == 0o666 & ~current_umask()  # others may read it
     file.write_bytes(file.read_bytes()[:-3])
-    assert cache.get(key) is None                                                                   # torn: made again
+    assert cache.get(key) is None  # torn: made again
     cache.put(key, x)
     assert torch.equal(cache.get(key), x)
-    small = data.FeatureCache(tmp_path / "small", {"video": "", "audio": ""}, max_gb=1e-7)           # 107 bytes
+    small = data.FeatureCache(
+        tmp_path / "small", {"video": "", "audio": ""}, max_gb=1e-7
+    )  # 107 bytes
     small.put("video a", x)
     small.put("video b", x)
     assert small.get("video a") is not None and small.get("video b") is None

@@ -1,4 +1,5 @@
 """docs/grpo.md and the README's map: every function that they name exists, every number of the example is computed again."""
+
 import dataclasses
 import importlib
 import itertools
@@ -19,21 +20,27 @@ from training import MasterAdamW
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "grpo.md").read_text()
 LENGTHS = torch.tensor([[2, 1, 3, 1], [1, 2, 1, 1]])
-REWARDS = torch.tensor([[2., 1, 0, 1], [1, 1, 1, 1]])
+REWARDS = torch.tensor([[2.0, 1, 0, 1], [1, 1, 1, 1]])
 
 
 def table(head: str) -> list[list[str]]:
     """The rows below the table line that begins with `head`."""
-    lines = TEXT[TEXT.index(head):].splitlines()[2:]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:next(
-        i for i, line in enumerate(lines) if not line.startswith("|"))]]
+    lines = TEXT[TEXT.index(head) :].splitlines()[2:]
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
+    ]
 
 
 @pytest.mark.parametrize("file", ["docs/grpo.md", "README.md"])
 def test_functions_that_are_named_exist(file):
     """Stops an equation that points to a function which was renamed or moved."""
-    found = set(re.findall(r"\b(grpo|rewards|model|sampler|data|training|eval)\.(?!py\b|md\b)([A-Za-z_]\w*(?:\.\w+)?)",
-                           (ROOT / file).read_text()))
+    found = set(
+        re.findall(
+            r"\b(grpo|rewards|model|sampler|data|training|eval)\.(?!py\b|md\b)([A-Za-z_]\w*(?:\.\w+)?)",
+            (ROOT / file).read_text(),
+        )
+    )
     assert len(found) >= 6
     for module, name in found:
         thing = importlib.import_module(module)
@@ -48,7 +55,10 @@ def second_step() -> tuple[torch.Tensor, ...]:
     old = torch.full((2, 4, 3), -0.5)
     now = old.clone()
     for answer, token, then, here, *_ in table("| answer | token |"):
-        old[0, int(answer) - 1, int(token) - 1], now[0, int(answer) - 1, int(token) - 1] = float(then), float(here)
+        old[0, int(answer) - 1, int(token) - 1], now[0, int(answer) - 1, int(token) - 1] = (
+            float(then),
+            float(here),
+        )
     return old, now, mask
 
 
@@ -57,7 +67,9 @@ def test_the_examples_advantages():
     rows, A = table("| question | rewards |"), grpo.advantages(REWARDS)
     for r, a, (_, paid, mean, std, advantages) in zip(REWARDS, A, rows):
         assert [float(x) for x in paid.split(",")] == r.tolist()
-        assert (float(mean), float(std)) == pytest.approx((float(r.mean()), float(r.std())), abs=5e-5)
+        assert (float(mean), float(std)) == pytest.approx(
+            (float(r.mean()), float(r.std())), abs=5e-5
+        )
         assert [float(x) for x in advantages.split(",")] == pytest.approx(a.tolist(), abs=5e-5)
 
 
@@ -85,20 +97,35 @@ def test_the_examples_losses():
     ref[0, 0, 0] = -1.1
     before, after = re.search(r"loss goes from (-[\d.]+) to (-[\d.]+)\.", TEXT).groups()
     for told, beta in ((before, 0.0), (after, 0.04)):
-        assert float(told) == pytest.approx(float(grpo.grpo_loss(now, old, ref, A, mask, beta=beta)[0]), abs=5e-5)
+        assert float(told) == pytest.approx(
+            float(grpo.grpo_loss(now, old, ref, A, mask, beta=beta)[0]), abs=5e-5
+        )
 
 
 # ---- the table of equations --------------------------------------------------------------------------
 
-P, Q, R = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.2, 0.3, 0.5]), torch.tensor([2.0, 1.0, 0.0])
-ANSWERS = torch.tensor([0, 0, 1, 2])             # of one token each: as often as P says, so that their mean is the mean
+P, Q, R = (
+    torch.tensor([0.5, 0.25, 0.25]),
+    torch.tensor([0.2, 0.3, 0.5]),
+    torch.tensor([2.0, 1.0, 0.0]),
+)
+ANSWERS = torch.tensor(
+    [0, 0, 1, 2]
+)  # of one token each: as often as P says, so that their mean is the mean
 
 
 def slope(**flags) -> torch.Tensor:
     """Of minus the loss, with respect to the logits of P; advantages are the rewards themselves."""
     logits = P.log().requires_grad_()
     lp = torch.log_softmax(logits, 0)[ANSWERS].view(1, 4, 1)
-    loss, _ = grpo.grpo_loss(lp, lp.detach(), Q.log()[ANSWERS].view(1, 4, 1), R[ANSWERS][None], torch.ones(1, 4, 1), **flags)
+    loss, _ = grpo.grpo_loss(
+        lp,
+        lp.detach(),
+        Q.log()[ANSWERS].view(1, 4, 1),
+        R[ANSWERS][None],
+        torch.ones(1, 4, 1),
+        **flags,
+    )
     return torch.autograd.grad(-loss, logits)[0]
 
 
@@ -109,7 +136,9 @@ def of_mean(value: torch.Tensor) -> torch.Tensor:
 
 def small_rollout(**parts) -> grpo.Rollout:
     old, now, _ = second_step()
-    return grpo.Rollout(3, torch.zeros(2, 4, 3), LENGTHS, LENGTHS > 0, now, old, [], parts, torch.zeros(2, 4))
+    return grpo.Rollout(
+        3, torch.zeros(2, 4, 3), LENGTHS, LENGTHS > 0, now, old, [], parts, torch.zeros(2, 4)
+    )
 
 
 def args(**flags) -> grpo.Args:
@@ -125,7 +154,9 @@ def eq_sft(model, batch):
         logits = model.logits(model.hidden(x, mask))[0]
         expected = -torch.log_softmax(logits[-5:-1], -1)[range(4), target].mean()
     optimizer = MasterAdamW(model.set_trained(("decoder",)), 0.0)
-    told, _ = sft.update(model, optimizer, one, sft.Args(model="", data="", out=""), start_ranks("cpu"), 0.0)
+    told, _ = sft.update(
+        model, optimizer, one, sft.Args(model="", data="", out=""), start_ranks("cpu"), 0.0
+    )
     return told["loss"], float(expected)
 
 
@@ -138,7 +169,9 @@ def eq_objective():
         for t in range(n):
             rho, a = math.exp(now[b, i, t] - old[b, i, t]), float(A[b, i])
             x = math.exp(ref[b, i, t] - now[b, i, t])
-            total += (min(rho * a, min(max(rho, 0.8), 1.2) * a) - 0.04 * (x - math.log(x) - 1)) / n / 8
+            total += (
+                (min(rho * a, min(max(rho, 0.8), 1.2) * a) - 0.04 * (x - math.log(x) - 1)) / n / 8
+            )
     return -float(grpo.grpo_loss(now, old, ref, A, second_step()[2], kl="k3")[0]), total
 
 
@@ -156,17 +189,24 @@ def coefficients(beta: float, kl: str = "k3") -> torch.Tensor:
     old, _, mask = second_step()
     now = old.clone().requires_grad_()
     loss, _ = grpo.grpo_loss(now, old, old - 0.3, grpo.advantages(REWARDS), mask, kl=kl, beta=beta)
-    return torch.autograd.grad(-loss, now)[0] * LENGTHS[..., None] * 8       # without 1 / |o_i| and 1 / G of 2 groups
+    return (
+        torch.autograd.grad(-loss, now)[0] * LENGTHS[..., None] * 8
+    )  # without 1 / |o_i| and 1 / G of 2 groups
 
 
 def eq_coefficients():
     A, mask = grpo.advantages(REWARDS)[..., None], second_step()[2]
-    return (torch.stack([coefficients(0.5), coefficients(0.5, "k3_ratio")]),
-            torch.stack([(A + 0.5 * (math.exp(-0.3) - 1)) * mask, (A + 0.5 * -0.3) * mask]))
+    return (
+        torch.stack([coefficients(0.5), coefficients(0.5, "k3_ratio")]),
+        torch.stack([(A + 0.5 * (math.exp(-0.3) - 1)) * mask, (A + 0.5 * -0.3) * mask]),
+    )
 
 
 def eq_sum():
-    parts = {"accuracy": torch.tensor([[1., 0, 0, 1], [1, 1, 1, 1]]), "format": torch.tensor([[1., 1, 0, 0], [0, 0, 0, 0]])}
+    parts = {
+        "accuracy": torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1]]),
+        "format": torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]]),
+    }
     return grpo.compare(small_rollout(**parts), args(), start_ranks("cpu")), REWARDS
 
 
@@ -178,25 +218,40 @@ def eq_kl_in_the_reward():
 
 
 def eq_format():
-    texts = ["<think>a</think><answer>b</answer>", "<think>a</think>", "x<think>a</think><answer>b</answer>"]
+    texts = [
+        "<think>a</think><answer>b</answer>",
+        "<think>a</think>",
+        "x<think>a</think><answer>b</answer>",
+    ]
     return torch.tensor([rewards.format(text) for text in texts]), torch.tensor([1.0, 0, 0])
 
 
-UNEVEN = torch.tensor([[2., 1, 0, 1], [3, 1, 0, 0.5]])
-X = Q / P                                        # pi_ref / pi_theta
-EQUATIONS = {                                    # row of the table -> (what the function says, what the equation says)
-    ("R1-Omni", "1"): lambda: (torch.tensor([rewards.bare_accuracy(o, "angry") for o in ("angry", "sad")]), torch.eye(2)[0]),
+UNEVEN = torch.tensor([[2.0, 1, 0, 1], [3, 1, 0, 0.5]])
+X = Q / P  # pi_ref / pi_theta
+EQUATIONS = {  # row of the table -> (what the function says, what the equation says)
+    ("R1-Omni", "1"): lambda: (
+        torch.tensor([rewards.bare_accuracy(o, "angry") for o in ("angry", "sad")]),
+        torch.eye(2)[0],
+    ),
     ("R1-Omni", "2"): lambda: (slope(beta=0.0), of_mean(R)),
     ("R1-Omni", "3"): lambda: (slope(beta=0.5), of_mean(R + 0.5 * X.log())),
-    ("R1-Omni", "4"): lambda: (grpo.advantages(UNEVEN), torch.stack([(r - r.mean()) / (r.std() + 1e-4) for r in UNEVEN])),
+    ("R1-Omni", "4"): lambda: (
+        grpo.advantages(UNEVEN),
+        torch.stack([(r - r.mean()) / (r.std() + 1e-4) for r in UNEVEN]),
+    ),
     ("R1-Omni", "5"): eq_sum,
-    ("R1-Omni", "6"): lambda: (torch.tensor([rewards.accuracy(f"<answer>{w}</answer>", "sad") for w in ("sad", "angry")]),
-                               torch.eye(2)[0]),
+    ("R1-Omni", "6"): lambda: (
+        torch.tensor([rewards.accuracy(f"<answer>{w}</answer>", "sad") for w in ("sad", "angry")]),
+        torch.eye(2)[0],
+    ),
     ("R1-Omni", "after 6"): eq_format,
     ("DeepSeekMath", "2"): eq_kl_in_the_reward,
     ("DeepSeekMath", "3"): eq_objective,
     ("DeepSeekMath", "4"): lambda: (grpo.kl_terms(P.log(), Q.log())["k3"], X - X.log() - 1),
-    ("DeepSeekMath", "4.1.2"): lambda: (coefficients(0.0), grpo.advantages(REWARDS)[..., None] * second_step()[2]),
+    ("DeepSeekMath", "4.1.2"): lambda: (
+        coefficients(0.0),
+        grpo.advantages(REWARDS)[..., None] * second_step()[2],
+    ),
     ("DeepSeekMath", "6, 7"): eq_sft,
     ("DeepSeekMath", "19"): eq_on_policy,
     ("DeepSeekMath", "20, 21"): eq_coefficients,
@@ -217,4 +272,6 @@ def test_an_equation_is_what_its_function_computes(row, fresh_model, batch):
     """Stops a table that says one thing beside code that does another."""
     compute = EQUATIONS[row]
     got, expected = compute(fresh_model, batch) if compute is eq_sft else compute()
-    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(expected), atol=1e-5, rtol=1e-5, check_dtype=False)
+    torch.testing.assert_close(
+        torch.as_tensor(got), torch.as_tensor(expected), atol=1e-5, rtol=1e-5, check_dtype=False
+    )

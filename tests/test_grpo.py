@@ -1,4 +1,5 @@
 """The maths of GRPO: advantages, KL, the clipped objective, against formulas and finite differences."""
+
 import dataclasses
 import itertools
 import math
@@ -41,6 +42,7 @@ def gradient(loss, x):
 
 # ---- advantages -----------------------------------------------------------------------------------
 
+
 def test_advantages_follow_equation_4():
     """Stops: a biased standard deviation, a missing 1e-4, or statistics over the batch instead of the group."""
     r = torch.tensor([[0.0, 1.0, 2.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
@@ -60,12 +62,18 @@ def test_leave_one_out_compares_with_the_others():
 def test_batch_scale_divides_by_the_std_of_all_rewards():
     """Stops: "batch" that is "group" under another name, or ignores the std that all ranks agreed on."""
     r = torch.tensor([[0.0, 1.0], [2.0, 2.0], [0.0, 2.0]])
-    torch.testing.assert_close(grpo.advantages(r, scale="batch"), (r - r.mean(1, keepdim=True)) / (r.std() + 1e-4))
-    torch.testing.assert_close(grpo.advantages(r, scale="batch", batch_std=3.0), (r - r.mean(1, keepdim=True)) / (3 + 1e-4))
+    torch.testing.assert_close(
+        grpo.advantages(r, scale="batch"), (r - r.mean(1, keepdim=True)) / (r.std() + 1e-4)
+    )
+    torch.testing.assert_close(
+        grpo.advantages(r, scale="batch", batch_std=3.0), (r - r.mean(1, keepdim=True)) / (3 + 1e-4)
+    )
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 2.0, 1e-8])
-@pytest.mark.parametrize("baseline,scale", list(itertools.product(["mean", "loo"], ["group", "batch", "none"])))
+@pytest.mark.parametrize(
+    "baseline,scale", list(itertools.product(["mean", "loo"], ["group", "batch", "none"]))
+)
 def test_equal_rewards_have_exactly_zero_advantage(value, baseline, scale):
     """Stops: the float residue of a mean over a std of nearly 0, which makes advantages in the thousands."""
     r = torch.full((2, 7), value)
@@ -82,12 +90,13 @@ def test_a_group_of_one_is_refused():
 
 # ---- KL -------------------------------------------------------------------------------------------
 
+
 def test_kl_terms_against_their_formulas_and_the_exact_kl():
     """Stops: a swapped sign of x, which turns the reverse KL into the forward one."""
     p, q = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([0.2, 0.2, 0.6]).double()
-    terms = grpo.kl_terms(p.log(), q.log())          # every token of a three-word vocabulary
+    terms = grpo.kl_terms(p.log(), q.log())  # every token of a three-word vocabulary
     exact = (p * (p / q).log()).sum()
-    for name in ("k1", "k3"):                        # both unbiased under p
+    for name in ("k1", "k3"):  # both unbiased under p
         torch.testing.assert_close((p * terms[name]).sum(), exact)
     torch.testing.assert_close(terms["k2"], (q / p).log().square() / 2)
     assert (terms["k3"] >= 0).all()
@@ -97,21 +106,29 @@ def test_kl_of_far_away_policies_stays_finite():
     """Stops: exp overflow on a token that the reference finds impossible; the result itself is not clamped."""
     terms = grpo.kl_terms(torch.tensor([-0.1, -400.0]), torch.tensor([-300.0, -0.1]))
     assert all(t.isfinite().all() for t in terms.values())
-    assert terms["k3"][1] > 1e34                     # e^80, not cut to 80
+    assert terms["k3"][1] > 1e34  # e^80, not cut to 80
 
 
 @pytest.mark.parametrize("rho", [1.0, 0.5, 3.0])
-@pytest.mark.parametrize("kl, slope", [("k2", lambda x, rho: -x), ("k3", lambda x, rho: 1 - x.exp()),
-                                       ("k3_ratio", lambda x, rho: -rho * x)])
+@pytest.mark.parametrize(
+    "kl, slope",
+    [
+        ("k2", lambda x, rho: -x),
+        ("k3", lambda x, rho: 1 - x.exp()),
+        ("k3_ratio", lambda x, rho: -rho * x),
+    ],
+)
 def test_kl_gradient_in_fp32_is_the_closed_form_at_every_x(kl, slope, rho):
     """Stops: a gradient that is the difference of two e^x (-16 where it is -18), and one that a clamp turns round (+5e8)."""
-    x = torch.linspace(-40, 40, 1601)                # fp32, as in training
+    x = torch.linspace(-40, 40, 1601)  # fp32, as in training
     logps = torch.full((1, 1601, 1), -50.0, requires_grad=True)
     old = logps.detach() - math.log(rho)
     A, mask = torch.zeros(1, 1601), torch.ones(1, 1601, 1)
     loss, _ = grpo.grpo_loss(logps, old, -50 + x.view(1, -1, 1), A, mask, beta=1.0, kl=kl)
-    x = (-50 + x).double() + 50                      # as fp32 has it
-    torch.testing.assert_close(gradient(loss, logps)[0, :, 0].double() * 1601, slope(x, rho), rtol=1e-5, atol=1e-5)
+    x = (-50 + x).double() + 50  # as fp32 has it
+    torch.testing.assert_close(
+        gradient(loss, logps)[0, :, 0].double() * 1601, slope(x, rho), rtol=1e-5, atol=1e-5
+    )
     value = {"k2": x.square() / 2, "k3": x.expm1() - x, "k3_ratio": rho * (x.expm1() - x)}[kl]
     assert float(loss.detach()) == pytest.approx(float(value.mean()), rel=1e-5)
 
@@ -122,12 +139,16 @@ def test_the_kl_of_what_is_masked_has_no_say():
     mask = torch.tensor([[[True, False], [True, False]]])
     for kl in ("k3_ratio", "k3", "k2"):
         ref = torch.tensor([[[-1.5, torch.inf], [-2.0, 0.0]]])
-        loss, _ = grpo.grpo_loss(logps, logps.detach(), ref, torch.ones(1, 2), mask, beta=1.0, kl=kl)
+        loss, _ = grpo.grpo_loss(
+            logps, logps.detach(), ref, torch.ones(1, 2), mask, beta=1.0, kl=kl
+        )
         slopes = gradient(loss, logps)
         assert loss.isfinite() and slopes.isfinite().all() and not slopes[~mask].any()
 
 
-@pytest.mark.parametrize("kl,expected", [("k3_ratio", "reverse"), ("k2", "reverse"), ("k3", "forward")])
+@pytest.mark.parametrize(
+    "kl,expected", [("k3_ratio", "reverse"), ("k2", "reverse"), ("k3", "forward")]
+)
 def test_gradient_of_each_kl_form(kl, expected):
     """Stops: the reference code's k3 passing for eq. 3: its gradient is the forward KL's."""
     torch.manual_seed(1)
@@ -139,28 +160,43 @@ def test_gradient_of_each_kl_form(kl, expected):
     expectation = 0.0
     for token in range(5):
         lp = logp[token].view(1, 1, 1)
-        loss, _ = grpo.grpo_loss(lp, lp.detach(), q.log()[token].view(1, 1, 1), torch.zeros(1, 1), torch.ones(1, 1, 1),
-                                 beta=1.0, kl=kl)
+        loss, _ = grpo.grpo_loss(
+            lp,
+            lp.detach(),
+            q.log()[token].view(1, 1, 1),
+            torch.zeros(1, 1),
+            torch.ones(1, 1, 1),
+            beta=1.0,
+            kl=kl,
+        )
         expectation = expectation + p[token] * loss
     reverse = (logp.exp() * (logp - q.log())).sum()
     forward = -(q * logp).sum()
     true = gradient(reverse if expected == "reverse" else forward, theta)
     torch.testing.assert_close(gradient(expectation, theta), true)
     other = gradient(forward if expected == "reverse" else reverse, theta)
-    assert (true - other).abs().max() > 1e-2         # the two can be told apart here
+    assert (true - other).abs().max() > 1e-2  # the two can be told apart here
 
 
 def test_kl_value_and_gradient_are_zero_at_the_reference():
     """Stops: a KL that pulls on a policy which has not moved."""
     logps, _, _, _, mask = crafted()
     for kl in ("k3_ratio", "k3", "k2"):
-        loss, metrics = grpo.grpo_loss(logps, logps.detach(), logps.detach(), torch.zeros(mask.shape[:2]), mask,
-                                       beta=1.0, kl=kl)
+        loss, metrics = grpo.grpo_loss(
+            logps,
+            logps.detach(),
+            logps.detach(),
+            torch.zeros(mask.shape[:2]),
+            mask,
+            beta=1.0,
+            kl=kl,
+        )
         assert float(loss.detach()) == 0 and float(metrics["kl"]) == 0
         assert (gradient(loss, logps) == 0).all()
 
 
 # ---- the objective --------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_at_ratio_one_every_gate_has_reinforces_gradient(name):
@@ -169,27 +205,49 @@ def test_at_ratio_one_every_gate_has_reinforces_gradient(name):
     logps, _, _, A, mask = crafted()
     loss, _ = grpo.grpo_loss(logps, logps.detach(), None, A, mask, **options)
     lengths = mask.sum(-1, keepdim=True)
-    weight = {"seq": mask / lengths / (mask.shape[0] * mask.shape[1]), "token": mask / mask.sum(),
-              "const": mask / mask.numel()}[options.get("agg", "seq")]
+    weight = {
+        "seq": mask / lengths / (mask.shape[0] * mask.shape[1]),
+        "token": mask / mask.sum(),
+        "const": mask / mask.numel(),
+    }[options.get("agg", "seq")]
     torch.testing.assert_close(gradient(loss, logps), -A[..., None] * weight)
 
 
 def test_token_and_sequence_ratio_agree_at_one_under_token_mean_too():
     """Stops: a sequence ratio whose gradient is a completion length too small or too large."""
     logps, _, _, A, mask = crafted()
-    losses = [grpo.grpo_loss(logps, logps.detach(), None, A, mask, ratio=r, agg="token", gate="none", beta=0.0)[0]
-              for r in ("token", "sequence")]
+    losses = [
+        grpo.grpo_loss(
+            logps, logps.detach(), None, A, mask, ratio=r, agg="token", gate="none", beta=0.0
+        )[0]
+        for r in ("token", "sequence")
+    ]
     both = [gradient(loss, logps) for loss in losses]
     torch.testing.assert_close(*both)
 
 
-@pytest.mark.parametrize("A,log_rho,flows", [(1.0, 0.5, False), (-1.0, -0.5, False), (1.0, -0.5, True), (-1.0, 0.5, True),
-                                             (1.0, 0.1, True), (-1.0, -0.1, True)])
+@pytest.mark.parametrize(
+    "A,log_rho,flows",
+    [
+        (1.0, 0.5, False),
+        (-1.0, -0.5, False),
+        (1.0, -0.5, True),
+        (-1.0, 0.5, True),
+        (1.0, 0.1, True),
+        (-1.0, -0.1, True),
+    ],
+)
 def test_clip_stops_the_gradient_on_two_sides_only(A, log_rho, flows):
     """Stops: a symmetric clip (no pessimistic minimum), which also forgets bad moves that should be undone."""
     logps = torch.zeros(1, 1, 1, requires_grad=True)
-    loss, metrics = grpo.grpo_loss(logps, torch.full((1, 1, 1), -log_rho), None, torch.tensor([[A]]), torch.ones(1, 1, 1),
-                                   beta=0.0)
+    loss, metrics = grpo.grpo_loss(
+        logps,
+        torch.full((1, 1, 1), -log_rho),
+        None,
+        torch.tensor([[A]]),
+        torch.ones(1, 1, 1),
+        beta=0.0,
+    )
     rho = torch.tensor(log_rho).exp()
     clipped = rho.clamp(0.8, 1.2)
     torch.testing.assert_close(loss, -torch.min(rho * A, clipped * A))
@@ -212,8 +270,10 @@ def test_delta_bounds_the_ratio_where_the_advantage_is_negative():
 def test_cispo_keeps_every_tokens_gradient_and_caps_its_weight():
     """Stops: CISPO with the gradient of the ratio in it, or with tokens dropped beyond the ceiling."""
     logps, _, _, A, mask = crafted()
-    old = logps.detach() - 2.0                       # rho = e^2 > 5
-    loss, _ = grpo.grpo_loss(logps, old, None, A, mask, gate="cispo", clip_high=5.0, agg="token", beta=0.0)
+    old = logps.detach() - 2.0  # rho = e^2 > 5
+    loss, _ = grpo.grpo_loss(
+        logps, old, None, A, mask, gate="cispo", clip_high=5.0, agg="token", beta=0.0
+    )
     torch.testing.assert_close(gradient(loss, logps), -5.0 * A[..., None] * mask / mask.sum())
 
 
@@ -221,19 +281,33 @@ def test_sapo_against_its_formula():
     """Stops: one temperature for both signs, or a gate that is not normalised to slope 1."""
     logps, old, _, A, mask = crafted()
     rho, tau = (logps - old).exp(), torch.where(A > 0, 1.0, 1.05)[..., None]
-    expected = -((4 / tau * torch.sigmoid(tau * (rho - 1)) * A[..., None]) * mask).sum() / mask.sum()
-    torch.testing.assert_close(grpo.grpo_loss(logps, old, None, A, mask, gate="sapo", agg="token", beta=0.0)[0], expected)
+    expected = (
+        -((4 / tau * torch.sigmoid(tau * (rho - 1)) * A[..., None]) * mask).sum() / mask.sum()
+    )
+    torch.testing.assert_close(
+        grpo.grpo_loss(logps, old, None, A, mask, gate="sapo", agg="token", beta=0.0)[0], expected
+    )
 
 
 def test_aggregations_against_their_formulas():
     """Stops: mean of means passing for a token mean, or a constant that follows the batch's longest completion."""
     logps, old, _, A, mask = crafted()
-    per_token = -torch.min((logps - old).exp() * A[..., None], (logps - old).exp().clamp(0.8, 1.2) * A[..., None]) * mask
+    per_token = (
+        -torch.min(
+            (logps - old).exp() * A[..., None], (logps - old).exp().clamp(0.8, 1.2) * A[..., None]
+        )
+        * mask
+    )
     N = mask.shape[0] * mask.shape[1]
-    expected = {"seq": (per_token.sum(-1) / mask.sum(-1)).sum() / N, "token": per_token.sum() / mask.sum(),
-                "const": per_token.sum() / (N * 100)}
+    expected = {
+        "seq": (per_token.sum(-1) / mask.sum(-1)).sum() / N,
+        "token": per_token.sum() / mask.sum(),
+        "const": per_token.sum() / (N * 100),
+    }
     for agg, value in expected.items():
-        torch.testing.assert_close(grpo.grpo_loss(logps, old, None, A, mask, agg=agg, beta=0.0, max_length=100)[0], value)
+        torch.testing.assert_close(
+            grpo.grpo_loss(logps, old, None, A, mask, agg=agg, beta=0.0, max_length=100)[0], value
+        )
     assert len({round(float(v.detach()), 6) for v in expected.values()}) == 3
 
 
@@ -255,14 +329,22 @@ def test_what_stands_past_the_end_changes_nothing(name):
     clean, clean_metrics = grpo.grpo_loss(logps, old, ref, A, mask, **OPTIONS[name])
     clean_grad = gradient(clean, logps)
     dirty = logps.detach().masked_fill(~mask, float("nan")).requires_grad_()
-    loss, metrics = grpo.grpo_loss(dirty, old.masked_fill(~mask, 7.0), ref.masked_fill(~mask, -float("inf")), A, mask,
-                                   **OPTIONS[name])
+    loss, metrics = grpo.grpo_loss(
+        dirty,
+        old.masked_fill(~mask, 7.0),
+        ref.masked_fill(~mask, -float("inf")),
+        A,
+        mask,
+        **OPTIONS[name],
+    )
     torch.testing.assert_close(loss, clean)
     torch.testing.assert_close(gradient(loss, dirty), clean_grad)
     assert (clean_grad[~mask] == 0).all()
     torch.testing.assert_close(metrics, clean_metrics)
     pad = lambda x: torch.nn.functional.pad(x, (0, 3))
-    wider = grpo.grpo_loss(pad(logps), pad(old), pad(ref), A, pad(mask), **OPTIONS[name], max_length=mask.shape[-1])[0]
+    wider = grpo.grpo_loss(
+        pad(logps), pad(old), pad(ref), A, pad(mask), **OPTIONS[name], max_length=mask.shape[-1]
+    )[0]
     torch.testing.assert_close(wider, clean)
 
 
@@ -289,19 +371,46 @@ def test_micro_batches_with_a_global_denominator_add_up(agg):
     whole = gradient(grpo.grpo_loss(logps, old, ref, A, mask, agg=agg, max_length=6)[0], logps)
     for size in (1, 2):
         rows = [slice(i, i + size) for i in range(0, 3, size)]
-        parts = [grpo.grpo_loss(logps[s], old[s], ref[s], A[s], mask[s], agg=agg, denominator=denominator)[0] for s in rows]
+        parts = [
+            grpo.grpo_loss(
+                logps[s], old[s], ref[s], A[s], mask[s], agg=agg, denominator=denominator
+            )[0]
+            for s in rows
+        ]
         torch.testing.assert_close(gradient(sum(parts), logps), whole)
 
 
 def test_every_option_changes_a_crafted_batch():
     """Stops: a flag that is parsed and then ignored."""
     logps, old, ref, A, mask = crafted()
-    base = {"ratio": "token", "gate": "clip", "agg": "seq", "kl": "k3_ratio", "beta": 0.04, "clip_low": 0.2,
-            "clip_high": 0.2}
-    variants = [{}, {"ratio": "sequence"}, {"gate": "cispo", "clip_high": 1.05}, {"gate": "sapo"}, {"gate": "none"},
-                {"agg": "token"}, {"agg": "const", "max_length": 50}, {"kl": "k3"}, {"kl": "k2"}, {"kl": "reward"},
-                {"beta": 0.5}, {"clip_low": 0.01}, {"clip_high": 0.01}, {"delta": 1.25}]
-    gradients = [gradient(grpo.grpo_loss(logps, old, ref, A, mask, **(base | v))[0], logps) for v in variants]
+    base = {
+        "ratio": "token",
+        "gate": "clip",
+        "agg": "seq",
+        "kl": "k3_ratio",
+        "beta": 0.04,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    }
+    variants = [
+        {},
+        {"ratio": "sequence"},
+        {"gate": "cispo", "clip_high": 1.05},
+        {"gate": "sapo"},
+        {"gate": "none"},
+        {"agg": "token"},
+        {"agg": "const", "max_length": 50},
+        {"kl": "k3"},
+        {"kl": "k2"},
+        {"kl": "reward"},
+        {"beta": 0.5},
+        {"clip_low": 0.01},
+        {"clip_high": 0.01},
+        {"delta": 1.25},
+    ]
+    gradients = [
+        gradient(grpo.grpo_loss(logps, old, ref, A, mask, **(base | v))[0], logps) for v in variants
+    ]
     for (i, a), (j, b) in itertools.combinations(enumerate(gradients), 2):
         assert not torch.allclose(a, b, rtol=1e-6, atol=1e-9), (variants[i], variants[j])
     r = torch.tensor([[0.0, 1.0, 2.0, 0.5], [1.0, 0.0, 0.0, 0.0]])
@@ -312,12 +421,21 @@ def test_every_option_changes_a_crafted_batch():
 
 # ---- arguments ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change,word", [({"num_generations": 1}, "num_generations"), ({"temperature": 0.0}, "temperature"),
-                                         ({"gate": "cispo"}, "ceiling"), ({"delta": 1.1}, "delta"),
-                                         ({"inner_epochs": 0}, "at least 1"), ({"mini_batches": 17}, "mini_batches 17"),
-                                         ({"kl": "reward", "scale": "none", "beta": 0.0}, "no KL to subtract"),
-                                         ({"kl": "reward", "scale": "group"}, "use --scale none"),
-                                         ({"kl": "reward", "scale": "batch"}, "use --scale none")])
+
+@pytest.mark.parametrize(
+    "change,word",
+    [
+        ({"num_generations": 1}, "num_generations"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"gate": "cispo"}, "ceiling"),
+        ({"delta": 1.1}, "delta"),
+        ({"inner_epochs": 0}, "at least 1"),
+        ({"mini_batches": 17}, "mini_batches 17"),
+        ({"kl": "reward", "scale": "none", "beta": 0.0}, "no KL to subtract"),
+        ({"kl": "reward", "scale": "group"}, "use --scale none"),
+        ({"kl": "reward", "scale": "batch"}, "use --scale none"),
+    ],
+)
 def test_meaningless_combinations_are_refused_by_name(change, word):
     """Stops: a run of hours with an objective that cannot work."""
     args = grpo.Args(model="m", data="d", out="o")
@@ -328,13 +446,23 @@ def test_meaningless_combinations_are_refused_by_name(change, word):
 
 def test_flags_that_change_nothing_are_told():
     """Stops: a GSPO-against-GRPO ablation of two equal runs, because one step per rollout has ratio 1; and false alarms."""
+
     def told(**flags) -> list[str]:
-        return [s.split()[0] for s in grpo.idle_flags(grpo.Args(model="m", data="d", out="o", **flags))]
+        return [
+            s.split()[0] for s in grpo.idle_flags(grpo.Args(model="m", data="d", out="o", **flags))
+        ]
 
     assert told() == told(scale="none", agg="token", lr=1e-5, beta=0.1) == []
     assert told(ratio="sequence", clip_high=0.28) == ["--ratio", "--clip_high"]
-    assert told(ratio="sequence", clip_high=0.28, mini_batches=2) == told(gate="sapo", inner_epochs=2) == []
-    assert told(gate="sapo", clip_low=0.1, clip_high=0.3, inner_epochs=2) == ["--clip_low", "--clip_high"]
+    assert (
+        told(ratio="sequence", clip_high=0.28, mini_batches=2)
+        == told(gate="sapo", inner_epochs=2)
+        == []
+    )
+    assert told(gate="sapo", clip_low=0.1, clip_high=0.3, inner_epochs=2) == [
+        "--clip_low",
+        "--clip_high",
+    ]
     assert told(beta=0.0, kl="k2") == ["--kl"] and told(max_steps=5, epochs=1.0) == ["--epochs"]
     assert told(eval_every=5) == ["--eval_every"] and told(eval_every=5, eval_data=["x"]) == []
 
@@ -345,7 +473,9 @@ def test_sampling_filters_are_refused_with_the_reason():
         grpo.refuse_sampling_filters(["grpo.py", "--top_k=50"])
 
 
-@pytest.mark.parametrize("schedule,middle", [("constant", 1.0), ("linear", 0.5 * (1 + 0.1)), ("cosine", 0.5 * (1 + 0.1))])
+@pytest.mark.parametrize(
+    "schedule,middle", [("constant", 1.0), ("linear", 0.5 * (1 + 0.1)), ("cosine", 0.5 * (1 + 0.1))]
+)
 def test_learning_rate_schedule(schedule, middle):
     """Stops: a rate of 0 in the first step, a warm-up that never ends, a floor that is not kept."""
     rates = [learning_rate(s, 110, 2.0, schedule, 10 / 110, 0.1) for s in range(110)]
@@ -357,21 +487,42 @@ def test_learning_rate_schedule(schedule, middle):
 
 def test_what_each_prompt_is_paid_for():
     """Stops a label-only policy being paid for tags, or a thinking one for a bare word."""
-    texts = ["happy", " Happy\n", "<think>a</think>\n<answer>happy</answer>", "happy.", "very happy", ""]
-    think, label = (grpo.score([[Completion(t, "happy", 5, True, 9, prompt) for t in texts]], ["a"],
-                               grpo.Args(model="", data="", out="", prompt=prompt), "cpu") for prompt in ("think", "label"))
-    assert think["accuracy"].tolist() == [[0, 0, 1, 0, 0, 0]] and think["format"].tolist() == [[0, 0, 1, 0, 0, 0]]
-    assert label["accuracy"].tolist() == [[1, 1, 0, 0, 0, 0]] and label["format"].tolist() == [[1, 1, 0, 0, 0, 0]]
+    texts = [
+        "happy",
+        " Happy\n",
+        "<think>a</think>\n<answer>happy</answer>",
+        "happy.",
+        "very happy",
+        "",
+    ]
+    think, label = (
+        grpo.score(
+            [[Completion(t, "happy", 5, True, 9, prompt) for t in texts]],
+            ["a"],
+            grpo.Args(model="", data="", out="", prompt=prompt),
+            "cpu",
+        )
+        for prompt in ("think", "label")
+    )
+    assert think["accuracy"].tolist() == [[0, 0, 1, 0, 0, 0]] and think["format"].tolist() == [
+        [0, 0, 1, 0, 0, 0]
+    ]
+    assert label["accuracy"].tolist() == [[1, 1, 0, 0, 0, 0]] and label["format"].tolist() == [
+        [1, 1, 0, 0, 0, 0]
+    ]
 
 
 @pytest.mark.parametrize("gate", ["clip", "none", "cispo", "sapo"])
 def test_importance_weights_multiply_the_objective_and_not_the_kl(gate):
     """Stops weights that also scale the pull to the reference, reach masked tokens, or get a gradient."""
     logps, old, ref, A, mask = crafted()
-    w = 0.5 + torch.rand(logps.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    w = 0.5 + torch.rand(
+        logps.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     high = 5.0 if gate == "cispo" else 0.2
-    of = lambda beta, weights: grpo.grpo_loss(logps, old, ref, A, mask, gate=gate, clip_high=high, agg="token", beta=beta,
-                                              weights=weights)[0]
+    of = lambda beta, weights: grpo.grpo_loss(
+        logps, old, ref, A, mask, gate=gate, clip_high=high, agg="token", beta=beta, weights=weights
+    )[0]
     plain, kl = of(0.0, None), of(1.0, None) - of(0.0, None)
     torch.testing.assert_close(of(1.0, w) - of(0.0, w), kl)
     torch.testing.assert_close(of(0.0, torch.full_like(w, 3.0)), 3 * plain)

@@ -1,4 +1,5 @@
 """The house: eight scripts on top, ops and lib below, programs beside them; arrows point one way."""
+
 import ast
 import re
 import subprocess
@@ -10,24 +11,48 @@ import transformers
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = {"grpo", "sft", "eval", "training", "model", "sampler", "data", "rewards"}
 BELOW = {"lib", "ops"}
-FLOORS = {"lib": {"lib"}, "ops": BELOW, "lesson": BELOW | {"lesson"}, "tools": BELOW | {"lesson", "tools"},
-          "toy": BELOW | {"lesson", "toy"}}
+FLOORS = {
+    "lib": {"lib"},
+    "ops": BELOW,
+    "lesson": BELOW | {"lesson"},
+    "tools": BELOW | {"lesson", "tools"},
+    "toy": BELOW | {"lesson", "toy"},
+}
 # What git knows: a user's own file, as mine.py with a reward in it, is not of the house.
-TRACKED = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+TRACKED = subprocess.run(
+    ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
+).stdout.split()
 PATTERNS = ("*.py", "lib/**/*.py", "ops/**/*.py", "tools/**/*.py", "toy/**/*.py")
-FILES = [f for pattern in PATTERNS for f in sorted(ROOT.glob(pattern))
-         if not TRACKED or str(f.relative_to(ROOT)) in TRACKED]
+FILES = [
+    f
+    for pattern in PATTERNS
+    for f in sorted(ROOT.glob(pattern))
+    if not TRACKED or str(f.relative_to(ROOT)) in TRACKED
+]
 
 
 def floor_of(module: str) -> str | None:
     """The floor that a module of ours is on; None for other people's."""
     first = module.split(".")[0]
-    return "lesson" if first in LESSON else first if first in ("lib", "ops", "tools", "toy", "tests") else None
+    return (
+        "lesson"
+        if first in LESSON
+        else first
+        if first in ("lib", "ops", "tools", "toy", "tests")
+        else None
+    )
 
 
 def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
-    found = [(node, alias.name) for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-    return found + [(node, node.module or "") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    found = [
+        (node, alias.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    ]
+    return found + [
+        (node, node.module or "") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+    ]
 
 
 def test_the_top_floor_is_the_lesson():
@@ -40,8 +65,11 @@ def test_no_package_of_ours_has_a_name_that_transformers_imports():
     ImportError where the package of that name is installed: transformers found ours."""
     ours = {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in FILES}
     wanted = re.compile(rf"^\s*(?:from|import) ({'|'.join(ours)})\b", re.MULTILINE)
-    theirs = [file for file in Path(transformers.__file__).parent.rglob("*.py")
-              if wanted.search(file.read_text(encoding="utf-8", errors="replace"))]
+    theirs = [
+        file
+        for file in Path(transformers.__file__).parent.rglob("*.py")
+        if wanted.search(file.read_text(encoding="utf-8", errors="replace"))
+    ]
     assert not theirs
 
 
@@ -53,8 +81,16 @@ def test_arrows_point_one_way(file):
     for _, module in imports(tree):
         assert floor_of(module) in {None, *FLOORS[mine]}, f"{file.name} ({mine}) imports {module}"
     body = [node for node in tree.body if not isinstance(node, ast.Expr)]
-    first = next((i for i, node in enumerate(body) if isinstance(node, ast.FunctionDef | ast.ClassDef)), len(body))
-    late = [node for node in body[first:] for _ in imports(node)[:1] if not isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    first = next(
+        (i for i, node in enumerate(body) if isinstance(node, ast.FunctionDef | ast.ClassDef)),
+        len(body),
+    )
+    late = [
+        node
+        for node in body[first:]
+        for _ in imports(node)[:1]
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
     assert not late, f"{file.name} imports at line {late[0].lineno}, after its first definition"
 
 

@@ -1,4 +1,5 @@
 """The model against the reference code's numbers, against transformers, and against slow twins."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,15 @@ from conftest import GOLDEN
 from grpo import grpo_loss
 from lib.common import AUDIO, PAD, VIDEO, UserError
 from lib.head import HeadLogps
-from model import Config, HumanOmni, causal_mask, embed, encode_once, frozen_reference, shared_prefix_attend
+from model import (
+    Config,
+    HumanOmni,
+    causal_mask,
+    embed,
+    encode_once,
+    frozen_reference,
+    shared_prefix_attend,
+)
 from sampler import generate
 
 INPUTS = ("input_ids", "frames", "mel", "question_ids", "question_mask")
@@ -23,8 +32,11 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
     """Name -> gradient of `loss` (zeros where it does not reach)."""
     model.zero_grad()
     loss.backward()
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-             for n, p in model.named_parameters() if p.requires_grad}
+    grads = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
     model.zero_grad()
     return grads
 
@@ -40,6 +52,7 @@ def assert_same_gradients(ours: dict, theirs: dict, tolerance: float = 1e-5) -> 
 # Parity with the reference
 # ------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def test_gate_and_tokens(model, forward):
     """Stops a projector that computes another function (eps, order of t h w, shifted frames), or a tower's wrong layer."""
@@ -53,15 +66,24 @@ def test_gate_and_tokens(model, forward):
     assert gate[0].diff().abs().min() > 0.05
 
 
-@pytest.mark.parametrize("ids, heard, golden", [("input_ids", True, "logits_last"),
-                                                ("input_ids_video_only", False, "logits_video_only_last")])
+@pytest.mark.parametrize(
+    "ids, heard, golden",
+    [("input_ids", True, "logits_last"), ("input_ids_video_only", False, "logits_video_only_last")],
+)
 @torch.no_grad()
 def test_logits(model, forward, ids, heard, golden):
     """Stops a decoder that is nearly Qwen2 (rope pairs, norm eps, missing bias), media tokens at the wrong place of the
     prompt, a video-only prompt that still hears something."""
-    logits = model(forward[ids], forward["frames"], forward["mel"] if heard else None, *(forward[k] for k in INPUTS[3:]))
+    logits = model(
+        forward[ids],
+        forward["frames"],
+        forward["mel"] if heard else None,
+        *(forward[k] for k in INPUTS[3:]),
+    )
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits[:, -forward[golden].shape[1]:], forward[golden], atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        logits[:, -forward[golden].shape[1] :], forward[golden], atol=5e-5, rtol=1e-4
+    )
 
 
 def test_greedy(model, prompt, forward):
@@ -75,7 +97,9 @@ def split_sft(forward) -> tuple[list, torch.Tensor, torch.Tensor]:
     """The golden SFT rows -> (prompt ids, targets (B, 1, T), lengths (B, 1))."""
     taught = forward["sft_labels"] != -100
     prompts = [row[~keep].tolist() for row, keep in zip(forward["sft_input_ids"], taught)]
-    targets = torch.stack([row[keep] for row, keep in zip(forward["sft_input_ids"], taught)])[:, None]
+    targets = torch.stack([row[keep] for row, keep in zip(forward["sft_input_ids"], taught)])[
+        :, None
+    ]
     return prompts, targets, torch.full((len(prompts), 1), targets.shape[2])
 
 
@@ -85,7 +109,7 @@ def test_sft_loss(model, forward):
     logits = model(forward["sft_input_ids"], *(forward[k] for k in INPUTS[1:]))
     prompts, targets, lengths = split_sft(forward)
     T = targets.shape[2]
-    plain = F.cross_entropy(logits[:, -T - 1:-1].flatten(0, 1), targets.flatten())
+    plain = F.cross_entropy(logits[:, -T - 1 : -1].flatten(0, 1), targets.flatten())
     torch.testing.assert_close(plain, forward["sft_loss"], atol=1e-5, rtol=0)
 
     embeds, mask = model.embed_prompt(prompts, *(forward[k] for k in INPUTS[1:]))
@@ -103,9 +127,20 @@ def test_grpo_loss_and_every_gradient(fresh_model, forward, grpo_golden):
     torch.testing.assert_close(logps[mask], golden["logps"][mask], atol=5e-5, rtol=0)
     assert (logps[~mask] == 0).all() and (golden["logps"][~mask] != 0).any()
 
-    loss, metrics = grpo_loss(logps, logps.detach(), golden["ref_logps"], golden["advantages"], mask,
-                              ratio="token", gate="clip", clip_low=0.2, clip_high=0.2, agg="seq",
-                              beta=golden["beta"], kl="k3")
+    loss, metrics = grpo_loss(
+        logps,
+        logps.detach(),
+        golden["ref_logps"],
+        golden["advantages"],
+        mask,
+        ratio="token",
+        gate="clip",
+        clip_low=0.2,
+        clip_high=0.2,
+        agg="seq",
+        beta=golden["beta"],
+        kl="k3",
+    )
     torch.testing.assert_close(loss, golden["loss"], atol=2e-7, rtol=0)
     torch.testing.assert_close(metrics["kl"], golden["kl"][mask].mean(), atol=1e-6, rtol=0)
 
@@ -121,27 +156,63 @@ def test_grpo_loss_and_every_gradient(fresh_model, forward, grpo_golden):
 # The decoder alone, against transformers
 # ------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def qwen():
     """(our model, transformers' Qwen2) with the same random weights, another geometry than the golden one."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
-             "intermediate_size": 80, "vocab_size": 101, "rms_norm_eps": 1e-5, "rope_theta": 5000.0}
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-        **{k: v for k, v in shape.items() if k != "rope_theta"}, tie_word_embeddings=False, attn_implementation="eager",
-        rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]})).eval()
+    shape = {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "intermediate_size": 80,
+        "vocab_size": 101,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 5000.0,
+    }
+    theirs = transformers.Qwen2ForCausalLM(
+        transformers.Qwen2Config(
+            **{k: v for k, v in shape.items() if k != "rope_theta"},
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+            rope_parameters={"rope_type": "default", "rope_theta": shape["rope_theta"]},
+        )
+    ).eval()
     with torch.no_grad():
-        for name, p in theirs.named_parameters():        # norms and biases too: ones and zeros would hide faults
+        for (
+            name,
+            p,
+        ) in theirs.named_parameters():  # norms and biases too: ones and zeros would hide faults
             p.copy_(torch.randn_like(p) * 0.3 + ("norm" in name))
-    config = Config(**shape, mm_vision_tower="", mm_audio_tower="", mm_hidden_size=8, audio_hidden_size=8, head_dim=8,
-                    tie_word_embeddings=False)
-    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    ours = HumanOmni(config, transformers.SiglipVisionConfig(**small, image_size=16, patch_size=8),
-                     transformers.WhisperConfig(d_model=8, encoder_layers=1, encoder_attention_heads=1, encoder_ffn_dim=8),
-                     transformers.BertConfig(**small, vocab_size=8))
+    config = Config(
+        **shape,
+        mm_vision_tower="",
+        mm_audio_tower="",
+        mm_hidden_size=8,
+        audio_hidden_size=8,
+        head_dim=8,
+        tie_word_embeddings=False,
+    )
+    small = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    ours = HumanOmni(
+        config,
+        transformers.SiglipVisionConfig(**small, image_size=16, patch_size=8),
+        transformers.WhisperConfig(
+            d_model=8, encoder_layers=1, encoder_attention_heads=1, encoder_ffn_dim=8
+        ),
+        transformers.BertConfig(**small, vocab_size=8),
+    )
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not unexpected
-    assert not any(k.startswith(("model.layers", "model.embed", "model.norm", "lm_head")) for k in missing)
+    assert not any(
+        k.startswith(("model.layers", "model.embed", "model.norm", "lm_head")) for k in missing
+    )
     return ours, theirs
 
 
@@ -159,13 +230,14 @@ def test_decoder_equals_qwen2(qwen, side):
     got = ours.logits(ours.hidden(ours.model.embed_tokens(ids), mask))
     torch.testing.assert_close(got[mask], expected[mask], atol=2e-5, rtol=1e-4)
     see = causal_mask(mask)
-    assert see is None if side == "none" else bool(see.any(-1).all())       # no softmax of nothing
+    assert see is None if side == "none" else bool(see.any(-1).all())  # no softmax of nothing
     assert got.isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------
 # Shared prefix = repeated prefix
 # ------------------------------------------------------------------------------------------------
+
 
 def ragged(model, B=3, G=3, T=6, left=True):
     """Random embeddings of ragged prompts, padded on one side, and completions of ragged lengths."""
@@ -175,7 +247,7 @@ def ragged(model, B=3, G=3, T=6, left=True):
     mask = torch.arange(P) >= torch.tensor([0, 3, 5])[:B, None]
     mask = mask if left else mask.flip(1)
     completions = torch.randint(0, V, (B, G, T), generator=gen)
-    completions[0, 1] = V - 1                            # no word of the tokenizer, but a policy can sample it
+    completions[0, 1] = V - 1  # no word of the tokenizer, but a policy can sample it
     lengths = torch.randint(1, T + 1, (B, G), generator=gen)
     lengths[0, 0], lengths[-1, -1] = T, 1
     return embeds, mask, completions, lengths
@@ -190,13 +262,17 @@ def naive_logps(model, embeds, mask, completions, lengths, temperature=1.0):
             n = int(lengths[b, g])
             ids = completions[b, g, :n]
             x = torch.cat((embeds[b, mask[b]], model.model.embed_tokens(ids)))[None]
-            logits = model.logits(model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[0, -n - 1:-1]
+            logits = model.logits(model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[
+                0, -n - 1 : -1
+            ]
             policy = torch.distributions.Categorical(logits=logits / temperature)
             rows.append(F.pad(torch.stack((policy.log_prob(ids), policy.entropy())), (0, T - n)))
     return torch.stack(rows, 1).view(2, B, G, T)
 
 
-@pytest.mark.parametrize("temperature, T, left", [(1.0, 6, True), (0.7, 6, True), (1.0, 6, False), (1.0, 1, True)])
+@pytest.mark.parametrize(
+    "temperature, T, left", [(1.0, 6, True), (0.7, 6, True), (1.0, 6, False), (1.0, 1, True)]
+)
 def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature, T, left):
     """Stops siblings that see each other, wrong positions after the prompt, a lost gradient of the prompt, a prompt's last
     state read where its padding is, a crash where no token is ever read (label SFT: the bare word), an entropy of other
@@ -206,7 +282,10 @@ def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature, T, left)
     embeds, mask, completions, lengths = ragged(model, T=T, left=left)
     weights = torch.randn(completions.shape, generator=torch.Generator().manual_seed(5))
     results = []
-    for logps_of in (lambda *a: model.completion_logps(*a, with_entropy=True), lambda *a: naive_logps(model, *a)):
+    for logps_of in (
+        lambda *a: model.completion_logps(*a, with_entropy=True),
+        lambda *a: naive_logps(model, *a),
+    ):
         x = embeds.clone().requires_grad_()
         logps, entropies = logps_of(x, mask, completions, lengths, temperature)
         grads = gradients(model, (logps * weights).sum())
@@ -214,8 +293,10 @@ def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature, T, left)
     (ours, our_entropies, our_grads), (theirs, their_entropies, their_grads) = results
     assert relative(ours, theirs) < 1e-5 and relative(our_entropies, their_entropies) < 1e-5
     assert_same_gradients(our_grads, their_grads)
-    assert their_grads["embeds"][mask].abs().amin(-1).min() > 0      # the prompt is really part of the loss
-    assert not our_grads["embeds"][~mask].any()                      # and its padding is not
+    assert (
+        their_grads["embeds"][mask].abs().amin(-1).min() > 0
+    )  # the prompt is really part of the loss
+    assert not our_grads["embeds"][~mask].any()  # and its padding is not
 
 
 def test_attention_without_a_mask_equals_the_masked_form():
@@ -245,7 +326,9 @@ def test_checkpointed_layers_have_the_same_gradient(fresh_model):
     for model.checkpoint_layers in (False, True):
         x = embeds.clone().requires_grad_()
         calls, run = [], model.model.layers[0].mlp.forward
-        model.model.layers[0].mlp.forward = lambda x, run=run, calls=calls: calls.append(1) or run(x)
+        model.model.layers[0].mlp.forward = lambda x, run=run, calls=calls: (
+            calls.append(1) or run(x)
+        )
         logps = model.completion_logps(x, mask, completions, lengths)
         grads = gradients(model, logps.sum())
         del model.model.layers[0].mlp.forward
@@ -267,11 +350,13 @@ def test_past_the_length_nothing_counts(fresh_model):
     reference = gradients(model, logps.sum())
 
     # Other tokens past the end, also ids that no vocabulary has; two more columns; another prompt column.
-    junk = torch.where(outside, torch.tensor(10 ** 6), completions)
+    junk = torch.where(outside, torch.tensor(10**6), completions)
     junk = F.pad(junk, (0, 2), value=-100)
     wider = F.pad(embeds, (0, 0, 1, 0), value=9.0)
     again = model.completion_logps(wider, F.pad(mask, (1, 0)), junk, lengths)
-    assert relative(again[:, :, :-2].detach(), logps.detach()) < 1e-5 and (again[:, :, -2:] == 0).all()
+    assert (
+        relative(again[:, :, :-2].detach(), logps.detach()) < 1e-5 and (again[:, :, -2:] == 0).all()
+    )
     assert_same_gradients(gradients(model, again.sum()), reference)
 
     # The gradient of what is outside the mask alone is exactly zero, for every parameter.
@@ -282,6 +367,7 @@ def test_past_the_length_nothing_counts(fresh_model):
 # ------------------------------------------------------------------------------------------------
 # Log-probabilities and entropies
 # ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("temperature, chunk", [(1.0, 3), (0.7, 3), (0.7, 1), (0.7, 100)])
@@ -305,13 +391,17 @@ def test_the_head_equals_log_softmax_over_all_logits(dtype, tolerance, temperatu
         (logps * g).sum().backward()
         results.append((logps.detach(), entropies.detach(), x.grad, w.grad))
     for name, ours, theirs in zip(("logps", "entropy", "states", "weight"), *results):
-        assert relative(ours.double(), theirs) < (tolerance if name in ("states", "weight") else 1e-6), name
-    assert not results[0][2][2].any()                        # a row that counts nothing gets nothing
+        assert relative(ours.double(), theirs) < (
+            tolerance if name in ("states", "weight") else 1e-6
+        ), name
+    assert not results[0][2][2].any()  # a row that counts nothing gets nothing
 
 
 def test_logits_are_fp32_from_bf16_weights():
     """Stops logits rounded to bf16: rounding alone moves log-probabilities by 2e-2."""
-    model = HumanOmni.from_pretrained(GOLDEN / "humanomni", dtype=torch.bfloat16, say=lambda line: None)
+    model = HumanOmni.from_pretrained(
+        GOLDEN / "humanomni", dtype=torch.bfloat16, say=lambda line: None
+    )
     states = torch.randn(5, model.config.hidden_size).bfloat16()
     logits = model.logits(states)
     exact = (states.double() @ model.head_weight.double().T).detach()
@@ -322,6 +412,7 @@ def test_logits_are_fp32_from_bf16_weights():
 # Prompts of different kinds in one batch
 # ------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def test_mixed_batch_equals_each_alone(model, forward, processor):
     """Stops a clip's tokens landing in another row's prompt when some rows lack a modality."""
@@ -330,12 +421,14 @@ def test_mixed_batch_equals_each_alone(model, forward, processor):
     q = torch.tensor([processor.question(question)] * 3)
     frames, mel = forward["frames"] * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1, 1), forward["mel"]
     embeds, mask = model.embed_prompt(rows, frames, mel, q, torch.ones_like(q))
-    alone = [model.embed_prompt(rows[:1], None, mel[:1], q[:1], torch.ones_like(q[:1])),
-             model.embed_prompt(rows[1:2], frames[:1], mel[1:], q[:1], torch.ones_like(q[:1])),
-             model.embed_prompt(rows[2:], frames[1:], None, q[:1], torch.ones_like(q[:1]))]
+    alone = [
+        model.embed_prompt(rows[:1], None, mel[:1], q[:1], torch.ones_like(q[:1])),
+        model.embed_prompt(rows[1:2], frames[:1], mel[1:], q[:1], torch.ones_like(q[:1])),
+        model.embed_prompt(rows[2:], frames[1:], None, q[:1], torch.ones_like(q[:1])),
+    ]
     for i, (one, one_mask) in enumerate(alone):
         assert one_mask.all() and int(mask[i].sum()) == one.shape[1]
-        assert mask[i, -1] and relative(embeds[i, mask[i]], one[0]) < 1e-5       # padded on the left
+        assert mask[i, -1] and relative(embeds[i, mask[i]], one[0]) < 1e-5  # padded on the left
     hidden = model.hidden(embeds, mask)
     for i, (one, one_mask) in enumerate(alone):
         assert relative(hidden[i, mask[i]], model.hidden(one, one_mask)[0]) < 2e-5
@@ -347,14 +440,18 @@ def test_the_question_moves_the_gate(model, forward, processor):
     questions = "which emotion?", "the characters emotion is the most obvious"
     short, long = (torch.tensor(processor.question(q)) for q in questions)
     ids = torch.zeros(2, max(len(short), len(long)), dtype=torch.long)
-    ids[0, :len(short)], ids[1, :len(long)] = short, long
+    ids[0, : len(short)], ids[1, : len(long)] = short, long
     mask = torch.arange(ids.shape[1]) < torch.tensor([[len(short)], [len(long)]])
     both = model.gate(ids, mask.long())
-    torch.testing.assert_close(both[:1], model.gate(short[None], torch.ones_like(short[None])), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        both[:1], model.gate(short[None], torch.ones_like(short[None])), atol=1e-6, rtol=0
+    )
     assert (both[0] - both[1]).abs().max() > 1e-4
     # An audio-only row before a video row: the video row's own question decides.
     rows = [[AUDIO, 5], [VIDEO, 5]]
-    embeds, kept = model.embed_prompt(rows, forward["frames"][:1], forward["mel"][:1], ids, mask.long())
+    embeds, kept = model.embed_prompt(
+        rows, forward["frames"][:1], forward["mel"][:1], ids, mask.long()
+    )
     video = model.model.mm_projector(model.encode_frames(forward["frames"][:1]), both[1:])
     torch.testing.assert_close(embeds[1, kept[1]][:-1], video[0], atol=1e-6, rtol=0)
 
@@ -380,6 +477,7 @@ def test_wrong_ids_are_named(model):
 # ------------------------------------------------------------------------------------------------
 # Training
 # ------------------------------------------------------------------------------------------------
+
 
 def test_train_leaves_dropout_off(fresh_model, forward):
     """Stops BERT's dropout making the policy differ from itself: the first ratio must be exactly 1."""
@@ -432,7 +530,9 @@ def test_encode_once_changes_nothing(fresh_model, forward, batch):
     with torch.no_grad():
         plain = model.embed_prompt(*(forward[k] for k in INPUTS))[0]
         torch.testing.assert_close(embed(model, once)[0], plain, atol=1e-6, rtol=0)
-    assert torch.equal(encode_once(model, once).vision, once.vision)        # a second time is harmless
+    assert torch.equal(encode_once(model, once).vision, once.vision)  # a second time is harmless
     model.set_trained(["vision"])
     kept = encode_once(model, batch)
-    assert kept.frames is batch.frames and kept.vision is None and embed(model, kept)[0].requires_grad
+    assert (
+        kept.frames is batch.frames and kept.vision is None and embed(model, kept)[0].requires_grad
+    )

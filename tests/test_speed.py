@@ -1,4 +1,5 @@
 """Work that is not done: counted operations against formulas from the geometry.  Never a wall time."""
+
 import collections
 import copy
 import dataclasses
@@ -57,13 +58,15 @@ def test_decoding_costs_a_token_and_not_a_prompt(model, prompt, monkeypatch):
     """Stops a cache that is not used, a prefix read per completion as a product of its own, a head over the past."""
     embeds, mask = prompt
     B, P = mask.shape
-    monkeypatch.setattr(model, "eos_ids", [-7])                          # never produced: all rows run to the end
+    monkeypatch.setattr(model, "eos_ids", [-7])  # never produced: all rows run to the end
     with torch.no_grad():
         prefill = flops(lambda: model.prefill(embeds, mask))
         counted = flops(lambda: sampler.generate(model, embeds, mask, G, T))
     rows, seen = B * G * (T - 1), P + min(T, sampler.SUFFIX_STEP["cpu"])
-    first = B * head_flops(model)                                        # one head for a group: it starts from one state
-    assert counted == prefill + first + rows * (linear_flops(model) + head_flops(model) + seen * pair_flops(model))
+    first = B * head_flops(model)  # one head for a group: it starts from one state
+    assert counted == prefill + first + rows * (
+        linear_flops(model) + head_flops(model) + seen * pair_flops(model)
+    )
 
 
 def test_the_loss_runs_the_prompt_once_and_the_head_on_completions(model, prompt):
@@ -71,14 +74,16 @@ def test_the_loss_runs_the_prompt_once_and_the_head_on_completions(model, prompt
     embeds, mask = prompt
     B, P = mask.shape
     completions, lengths = torch.randint(0, 300, (B, G, T)), torch.tensor([[5, 3, 1], [2, 5, 4]])
-    S = T - 1                                                            # the last token is predicted, never read
+    S = T - 1  # the last token is predicted, never read
     expected = B * (P + G * S) * linear_flops(model)
     expected += B * (P * P + G * S * (P + S)) * pair_flops(model)
-    expected += int(lengths.sum()) * head_flops(model)                   # not on padding either
+    expected += int(lengths.sum()) * head_flops(model)  # not on padding either
     with torch.no_grad():
         assert flops(lambda: model.completion_logps(embeds, mask, completions, lengths)) == expected
-        repeated = flops(lambda: model.logits(model.hidden(*(x.repeat_interleave(G, 0) for x in (embeds, mask)))))
-    assert repeated > 2 * expected                                       # what it replaces, even before the completions
+        repeated = flops(
+            lambda: model.logits(model.hidden(*(x.repeat_interleave(G, 0) for x in (embeds, mask))))
+        )
+    assert repeated > 2 * expected  # what it replaces, even before the completions
 
 
 def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
@@ -91,12 +96,21 @@ def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
         def run(media):
             calls[name] += len(media)
             return method(media)
+
         return run
 
     monkeypatch.setattr(model, "encode_frames", counted("vision", model.encode_frames))
     monkeypatch.setattr(model, "encode_audio", counted("audio", model.encode_audio))
     reference = grpo.frozen_reference(model)
-    args = grpo.Args(model="", data="", out="", num_generations=G, max_new_tokens=T, inner_epochs=2, micro_batch=1)
+    args = grpo.Args(
+        model="",
+        data="",
+        out="",
+        num_generations=G,
+        max_new_tokens=T,
+        inner_epochs=2,
+        micro_batch=1,
+    )
     ranks = start_ranks("cpu")
     samples = [Sample("a", None, "?", "happy", "happy", "video_audio")] * 2
     once = encode_once(model, batch.__class__(**(vars(batch) | {"samples": samples})))
@@ -105,7 +119,9 @@ def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
     rollout = grpo.roll_out(model, reference, decode, once, args, grpo.Clock())
     grpo.compare(rollout, args, ranks)
     rollout.advantages = torch.randn(2, G)
-    grpo.update(model, MasterAdamW(model.set_trained(), 0.0), once, rollout, args, ranks, 0.0, grpo.Meter())
+    grpo.update(
+        model, MasterAdamW(model.set_trained(), 0.0), once, rollout, args, ranks, 0.0, grpo.Meter()
+    )
     assert calls == {"vision": 2, "audio": 2}
 
 
@@ -115,13 +131,16 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_kept(model, prompt):
     completions = torch.randint(0, 300, (2, 20, 40))
     lengths = torch.full((2, 20), 40)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(tuple(x.shape)) or x, lambda x: x
+    ):
         model.completion_logps(embeds, mask, completions, lengths, with_entropy=True)
     V, D = model.config.vocab_size, model.config.hidden_size
-    assert {shape for shape in kept if V in shape} == {(V, D)}           # the head itself
+    assert {shape for shape in kept if V in shape} == {(V, D)}  # the head itself
 
 
 # ---- what a GPU would do: kernels of a decode step, passes of the head -----------------------------------
+
 
 class Operations(TorchDispatchMode):
     """Counts what would be a kernel on a GPU, and how often tensors of each size are read or written.  Views are nothing."""
@@ -135,8 +154,10 @@ class Operations(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if not function.is_view and name not in ("empty", "_unsafe_view"):
             self.kernels += 1
-            if name not in ("gather", "scatter_add_"):                   # these touch one entry a row
-                self.passes.update(x.numel() for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x))
+            if name not in ("gather", "scatter_add_"):  # these touch one entry a row
+                self.passes.update(
+                    x.numel() for x in tree_leaves((args, kwargs, out)) if torch.is_tensor(x)
+                )
         return out
 
 
@@ -152,13 +173,21 @@ def kernels_of_a_step(model, layers: int, kernels) -> int:
 
 def test_kernels_of_a_decode_step(model, monkeypatch):
     """Stops a step that grows: for a few rows, the number of kernels decides how long it takes on a GPU."""
-    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: x * self.weight)         # one kernel, as on a GPU
-    towers = model.model.vision_tower.config, model.model.audio_tower.config, model.model.bert_model.config
+    monkeypatch.setattr(
+        RMSNorm, "forward", lambda self, x: x * self.weight
+    )  # one kernel, as on a GPU
+    towers = (
+        model.model.vision_tower.config,
+        model.model.audio_tower.config,
+        model.model.bert_model.config,
+    )
     grouped = HumanOmni(dataclasses.replace(model.config, num_key_value_heads=2), *towers)
     grouped.eos_ids = model.eos_ids
     # Each of the two is two kernels, see tests/ops.
-    own = types.SimpleNamespace(rotate_write_attend=lambda qkv, *_: qkv[:, :, :-4].flatten(2) * 1 * 1,
-                                record=lambda logits, *_: logits[:1] * 1 * 1)
+    own = types.SimpleNamespace(
+        rotate_write_attend=lambda qkv, *_: qkv[:, :, :-4].flatten(2) * 1 * 1,
+        record=lambda logits, *_: logits[:1] * 1 * 1,
+    )
     counts = []
     for kernels in (None, own):
         one, two = (kernels_of_a_step(grouped, layers, kernels) for layers in (1, 2))
@@ -176,8 +205,10 @@ def test_passes_of_the_head(temperature, more):
     with Operations() as counted:
         logps, _ = HeadLogps.apply(states, weight, torch.arange(N), temperature, chunk, True)
         logps.sum().backward()
-    forward = 1 + 1 + 2 + 2 + 1 + 3 + 1        # logits; maximum; less it; exponentials; their sum; times logits; that sum
-    backward = 1 + 2 + 2 + 1 + 1               # logits; less the norm; exponentials; two products
+    forward = (
+        1 + 1 + 2 + 2 + 1 + 3 + 1
+    )  # logits; maximum; less it; exponentials; their sum; times logits; that sum
+    backward = 1 + 2 + 2 + 1 + 1  # logits; less the norm; exponentials; two products
     assert counted.passes[chunk * V] == (forward + backward + more) * N // chunk
     # The head's gradient: zeros once, read and written by each chunk.  The weight: read by each product of each chunk.
     assert counted.passes[V * D] == 2 + 2 * N // chunk + 3 * N // chunk

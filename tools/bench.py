@@ -27,6 +27,7 @@ this machine's rates; a model that fits into the processor's cache can beat its 
 
 Legend   B prompts   G completions per prompt   P prompt length   T completion length   D width   V vocabulary
 """
+
 import contextlib
 import copy
 import ctypes
@@ -72,105 +73,168 @@ from tools.sizes import (
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
-BETA, LR = 0.04, 1e-6               # the paper's weight of the KL; so small that every repetition meets the same weights
-MICRO_BATCH = 4                     # prompts per forward and backward in C, D and E
+BETA, LR = (
+    0.04,
+    1e-6,
+)  # the paper's weight of the KL; so small that every repetition meets the same weights
+MICRO_BATCH = 4  # prompts per forward and backward in C, D and E
 # What a correct arm stays under, in fp32; the ratio also in bf16, where sampler and trainer round at different places.
 MOST = {"max_dlogp": 1e-4, "relative_gradient_error": 1e-5}
 MOST_RATIO = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-ARMS = {"A": "faithful loop", "B": "HF static cache", "C": "ours, no sharing", "D": "ours", "E": "ours, compiled"}
+ARMS = {
+    "A": "faithful loop",
+    "B": "HF static cache",
+    "C": "ours, no sharing",
+    "D": "ours",
+    "E": "ours, compiled",
+}
 # In the order of a step.  `prefill` and `decode` are the two halves of sampling.
 SECTIONS = ("encode", "prefill", "decode", "reward", "reference", "train", "optimiser", "step")
 
 
 @dataclasses.dataclass
 class Args:
-    size: Literal["toy", "mid", "full"] = "toy"         # geometry of the model and shape of the step
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights; auto: float32 on cpu, bfloat16 on cuda
-    arms: list[str] = dataclasses.field(default_factory=list)  # which to run; none given: the size's
-    repeats: int = 5                        # after a round to warm up; A, B and C at most as often as the size says
-    ranks: bool = False                     # instead: two prompts on one process and on two, a thread each
-    out: str | None = None                  # json file; default: results/bench_MACHINE.json
+    size: Literal["toy", "mid", "full"] = "toy"  # geometry of the model and shape of the step
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # working weights; auto: float32 on cpu, bfloat16 on cuda
+    )
+    arms: list[str] = dataclasses.field(
+        default_factory=list
+    )  # which to run; none given: the size's
+    repeats: int = 5  # after a round to warm up; A, B and C at most as often as the size says
+    ranks: bool = False  # instead: two prompts on one process and on two, a thread each
+    out: str | None = None  # json file; default: results/bench_MACHINE.json
 
 
 # ------------------------------------------------------------------------------------------------
 # What every arm is given, and the arms
 # ------------------------------------------------------------------------------------------------
 
+
 def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
     """transformers' own Qwen2 around the same weight tensors: one update moves both, one backward fills the same .grad."""
-    with torch.device(model.device):                         # not .to(dtype): the rotary frequencies stay in fp32
-        hf = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**size.decoder, tie_word_embeddings=True))
+    with torch.device(model.device):  # not .to(dtype): the rotary frequencies stay in fp32
+        hf = transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(**size.decoder, tie_word_embeddings=True)
+        )
     weights = {name: p for name, p in model.named_parameters() if name.startswith(PARTS["decoder"])}
-    trained = model.head_weight.requires_grad                # `assign` makes them all trained
+    trained = model.head_weight.requires_grad  # `assign` makes them all trained
     hf.load_state_dict(weights | {"lm_head.weight": model.head_weight}, assign=True)
     return hf.requires_grad_(trained).eval()
 
 
 @dataclasses.dataclass
 class Bench:
-    models: dict[str, tuple]       # arm -> its view of (policy, reference): ours, or in A and B Hugging Face's
+    models: dict[
+        str, tuple
+    ]  # arm -> its view of (policy, reference): ours, or in A and B Hugging Face's
     optimizer: MasterAdamW
     tokenizer: Tokenizer
     ranks: Ranks
-    batch: PromptBatch             # of B prompts
-    mask: torch.Tensor             # (B, G, T) True on the tokens that count; the first of a group has them all
-    advantages: torch.Tensor       # (B, G)
-    completions: int               # of the whole step, on every rank: what the loss is divided by
+    batch: PromptBatch  # of B prompts
+    mask: torch.Tensor  # (B, G, T) True on the tokens that count; the first of a group has them all
+    advantages: torch.Tensor  # (B, G)
+    completions: int  # of the whole step, on every rank: what the loss is divided by
 
 
 def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
     """Models and one step's work.  Drawn on the CPU, so that the work is the same on every device."""
     model = build_model(size, ranks.device, dtype)
     reference = frozen_reference(model)
-    for name, p in reference.named_parameters():             # drifted: else the KL and its gradient are zero in every arm
+    for (
+        name,
+        p,
+    ) in (
+        reference.named_parameters()
+    ):  # drifted: else the KL and its gradient are zero in every arm
         if name.startswith(PARTS["decoder"]) and p.dim() == 2:
             p.add_(torch.randn_like(p) * 5e-3)
     ours, theirs = (model, reference), (qwen2_of(model, size), qwen2_of(reference, size))
     views = {"A": theirs, "B": theirs, "C": ours, "D": ours}
     if "E" in arms:
-        views["E"] = tuple(copy.copy(m) for m in ours)       # the same modules, but compiled
+        views["E"] = tuple(copy.copy(m) for m in ours)  # the same modules, but compiled
         for twin in views["E"]:
             twin.compile_layers()
 
     gen, B, G, T = torch.Generator().manual_seed(SEED), size.B, size.G, size.T
     lengths = torch.randint(max(1, T // 2), T + 1, (B, G), generator=gen)
-    lengths[:, 0] = T                                        # somebody always needs the last step
+    lengths[:, 0] = T  # somebody always needs the last step
     batch = random_batch(size, B, gen, dtype).to(ranks.device)
     A = advantages(torch.rand(B, G, generator=gen)).to(ranks.device)
-    words = models.WordLevel({f"w{i}": i for i in range(size.decoder["vocab_size"])}, unk_token="w0")
-    return Bench(views, MasterAdamW([p for p in model.parameters() if p.requires_grad], LR), Tokenizer(words), ranks, batch,
-                 (torch.arange(T) < lengths[..., None]).to(ranks.device), A, B * G)
+    words = models.WordLevel(
+        {f"w{i}": i for i in range(size.decoder["vocab_size"])}, unk_token="w0"
+    )
+    return Bench(
+        views,
+        MasterAdamW([p for p in model.parameters() if p.requires_grad], LR),
+        Tokenizer(words),
+        ranks,
+        batch,
+        (torch.arange(T) < lengths[..., None]).to(ranks.device),
+        A,
+        B * G,
+    )
 
 
-def sample(b: Bench, arm: str, embeds: torch.Tensor, G: int, T: int, laps: Laps, *, greedy=False, top_k=0, prompts=None):
+def sample(
+    b: Bench,
+    arm: str,
+    embeds: torch.Tensor,
+    G: int,
+    T: int,
+    laps: Laps,
+    *,
+    greedy=False,
+    top_k=0,
+    prompts=None,
+):
     """embeds (B, P, D), `prompts` their identities -> ids (B, G, T), and where our sampler ran their log-probabilities."""
     model, B, logps = b.models[arm][0], len(embeds), None
     if arm in "AB":
         asked = transformers.GenerationConfig(
-            max_new_tokens=T, num_return_sequences=G, do_sample=not greedy, top_k=None if greedy else top_k, temperature=1.0,
-            eos_token_id=None, pad_token_id=0, cache_implementation="static" if arm == "B" else None)
+            max_new_tokens=T,
+            num_return_sequences=G,
+            do_sample=not greedy,
+            top_k=None if greedy else top_k,
+            temperature=1.0,
+            eos_token_id=None,
+            pad_token_id=0,
+            cache_implementation="static" if arm == "B" else None,
+        )
 
-        def watch(ids, logits):                              # called at every token, the first time without ids
+        def watch(ids, logits):  # called at every token, the first time without ids
             if ids.shape[1] == 0:
                 laps.lap("prefill")
             return logits
 
-        ids = model.generate(inputs_embeds=embeds, attention_mask=embeds.new_ones(embeds.shape[:2], dtype=torch.long),
-                             generation_config=asked, logits_processor=transformers.LogitsProcessorList([watch]))
+        ids = model.generate(
+            inputs_embeds=embeds,
+            attention_mask=embeds.new_ones(embeds.shape[:2], dtype=torch.long),
+            generation_config=asked,
+            logits_processor=transformers.LogitsProcessorList([watch]),
+        )
     else:
-        copies = G if arm == "C" else 1                      # in C every completion is a prompt of its own
+        copies = G if arm == "C" else 1  # in C every completion is a prompt of its own
         embeds = embeds.repeat_interleave(copies, 0)
         prompts = [i * copies + g for i in prompts or range(B) for g in range(copies)]
 
-        def prefill(*args):                                  # `generate` calls it once, before the first token
+        def prefill(*args):  # `generate` calls it once, before the first token
             result = HumanOmni.prefill(model, *args)
             laps.lap("prefill")
             return result
 
         with mock.patch.object(model, "prefill", prefill):
-            ids, _, logps = generate(model, embeds, embeds.new_ones(embeds.shape[:2], dtype=torch.bool), G // copies, T,
-                                     seed=SEED, greedy=greedy, prompt_ids=prompts)
+            ids, _, logps = generate(
+                model,
+                embeds,
+                embeds.new_ones(embeds.shape[:2], dtype=torch.bool),
+                G // copies,
+                T,
+                seed=SEED,
+                greedy=greedy,
+                prompt_ids=prompts,
+            )
     laps.lap("decode")
     return ids.view(B, G, T), None if logps is None else logps.view(B, G, T)
 
@@ -185,9 +249,13 @@ def faithful_embeds(model: HumanOmni, batch: PromptBatch, laps: Laps) -> torch.T
 def faithful_logps(hf, embeds: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
     """embeds (G, P, D), completions (1, G, T) -> (1, G, T), from the logits of every position, also of the prompt's."""
     P, text = embeds.shape[1], hf.get_input_embeddings()(completions[0])
-    logits = hf(inputs_embeds=torch.cat((embeds, text.to(embeds.dtype)), 1), use_cache=False).logits   # (G, P + T, V)
-    rows = zip(logits[:, P - 1:-1], completions[0])
-    return torch.stack([row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in rows])[None]
+    logits = hf(
+        inputs_embeds=torch.cat((embeds, text.to(embeds.dtype)), 1), use_cache=False
+    ).logits  # (G, P + T, V)
+    rows = zip(logits[:, P - 1 : -1], completions[0])
+    return torch.stack(
+        [row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in rows]
+    )[None]
 
 
 def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
@@ -198,7 +266,9 @@ def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
     return ((loss * mask).sum(-1) / mask.sum(-1)).sum()
 
 
-def log_probs(b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_logps: torch.Tensor | None = None):
+def log_probs(
+    b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_logps: torch.Tensor | None = None
+):
     """Completions (B, G, T) -> their log-probabilities: the reference's; or, where those are given, the policy's.
 
     The policy's come with a backward pass: the gradient goes into the optimiser's sum.
@@ -206,20 +276,31 @@ def log_probs(b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_log
     learn, done, (B, G, T) = ref_logps is not None, [], completions.shape
     model, mine = (b.models[view][0 if learn else 1] for view in ("D", arm))
     size, copies = 1 if arm == "A" else MICRO_BATCH, G if arm == "C" else 1
-    for rows in (list(range(B))[i:i + size] for i in range(0, B, size)):
+    for rows in (list(range(B))[i : i + size] for i in range(0, B, size)):
         ids, mask = completions[rows], b.mask[rows]
         with torch.set_grad_enabled(learn):
             if arm == "A":
-                logps = faithful_logps(mine, faithful_embeds(model, b.batch.select(rows * G), laps), ids)
+                logps = faithful_logps(
+                    mine, faithful_embeds(model, b.batch.select(rows * G), laps), ids
+                )
             else:
-                embeds, real = (x.repeat_interleave(copies, 0) for x in embed(model, b.batch.select(rows)))
+                embeds, real = (
+                    x.repeat_interleave(copies, 0) for x in embed(model, b.batch.select(rows))
+                )
                 lengths = mask.sum(-1).view(-1, G // copies)
-                logps = mine.completion_logps(embeds, real, ids.reshape(-1, G // copies, T), lengths).view(-1, G, T)
+                logps = mine.completion_logps(
+                    embeds, real, ids.reshape(-1, G // copies, T), lengths
+                ).view(-1, G, T)
         done.append(logps.detach())
         if learn:
             given = ref_logps[rows], b.advantages[rows], mask
-            (faithful_loss(logps, *given) / b.completions if arm == "A" else
-             grpo_loss(logps, done[-1], *given, beta=BETA, kl="k3", denominator=b.completions)[0]).backward()
+            (
+                faithful_loss(logps, *given) / b.completions
+                if arm == "A"
+                else grpo_loss(
+                    logps, done[-1], *given, beta=BETA, kl="k3", denominator=b.completions
+                )[0]
+            ).backward()
             b.optimizer.collect()
         laps.lap("train" if learn else "reference")
     return torch.cat(done)
@@ -235,16 +316,36 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
         if arm != "A":
             b = dataclasses.replace(b, batch=encode_once(model, b.batch))
             laps.lap("" if arm == "B" else "encode")
-        if ids is None and arm == "A":                       # top_k: generate's default, which the reference leaves alone
-            ids = torch.cat([sample(b, "A", faithful_embeds(model, b.batch.select([i]), laps), G, T, laps, top_k=50)[0]
-                             for i in range(B)])
-        elif ids is None:                    # projectors and gate are part of the prefill, as they are in arm A
-            ids, sampled = sample(b, arm, embed(model, b.batch)[0], G, T, laps, prompts=b.batch.indices)
+        if (
+            ids is None and arm == "A"
+        ):  # top_k: generate's default, which the reference leaves alone
+            ids = torch.cat(
+                [
+                    sample(
+                        b,
+                        "A",
+                        faithful_embeds(model, b.batch.select([i]), laps),
+                        G,
+                        T,
+                        laps,
+                        top_k=50,
+                    )[0]
+                    for i in range(B)
+                ]
+            )
+        elif ids is None:  # projectors and gate are part of the prefill, as they are in arm A
+            ids, sampled = sample(
+                b, arm, embed(model, b.batch)[0], G, T, laps, prompts=b.batch.indices
+            )
     if arm == "B":
         return None, None, None, norm
-    texts = [b.tokenizer.decode_batch([row[:n] for row, n in zip(group, ns)])
-             for group, ns in zip(ids.tolist(), b.mask.sum(-1).tolist())]
-    _ = [rewards.accuracy(t, "happy") + rewards.format(t) for group in texts for t in group]   # thrown away
+    texts = [
+        b.tokenizer.decode_batch([row[:n] for row, n in zip(group, ns)])
+        for group, ns in zip(ids.tolist(), b.mask.sum(-1).tolist())
+    ]
+    _ = [
+        rewards.accuracy(t, "happy") + rewards.format(t) for group in texts for t in group
+    ]  # thrown away
     laps.lap("reward")
     ref_logps = log_probs(b, arm, ids, laps)
     logps = log_probs(b, arm, ids, laps, ref_logps)
@@ -258,31 +359,44 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
 # Gates: the same result, or the speed means nothing
 # ------------------------------------------------------------------------------------------------
 
+
 def check(b: Bench, arms: list[str]) -> dict[str, dict]:
     """arm -> its gates, against arm A.  `b` in fp32."""
     laps, results, gates, (_, G, T) = Laps(b.ranks.device), {}, {}, b.mask.shape
     with torch.no_grad():
-        embeds = faithful_embeds(b.models["D"][0], b.batch, laps)                   # (B, P, D)
-        completions, _ = sample(b, "D", embeds, G, T, laps)                         # (B, G, T)
+        embeds = faithful_embeds(b.models["D"][0], b.batch, laps)  # (B, P, D)
+        completions, _ = sample(b, "D", embeds, G, T, laps)  # (B, G, T)
     for arm in ("A", *(arm for arm in arms if arm != "A")):
-        with torch.no_grad():                                # a group of two, where the prompt may be shared
-            tokens, _ = sample(b, arm, embeds, 1 if arm in "AB" else 2, min(T, 32), laps, greedy=True)
+        with torch.no_grad():  # a group of two, where the prompt may be shared
+            tokens, _ = sample(
+                b, arm, embeds, 1 if arm in "AB" else 2, min(T, 32), laps, greedy=True
+            )
         logps, ref_logps, *_ = step(b, arm, laps, completions)
         results[arm] = tokens, logps, ref_logps, b.optimizer.flat.clone()
         b.optimizer.drop()
         yardstick = results["A"]
         gates[arm] = {"greedy_equal": bool((tokens == yardstick[0]).all())}
         if arm != "B":
-            off = [(mine - theirs)[b.mask].abs().max() for mine, theirs in zip(results[arm][1:3], yardstick[1:3])]
+            off = [
+                (mine - theirs)[b.mask].abs().max()
+                for mine, theirs in zip(results[arm][1:3], yardstick[1:3])
+            ]
             error = (results[arm][3] - yardstick[3]).norm() / yardstick[3].norm()
-            gates[arm] |= {"max_dlogp": float(torch.stack(off).max()), "relative_gradient_error": float(error)}
+            gates[arm] |= {
+                "max_dlogp": float(torch.stack(off).max()),
+                "relative_gradient_error": float(error),
+            }
         print(f"gates: arm {arm} {gate_text(gates[arm])}", flush=True)
     return {arm: gate for arm, gate in gates.items() if arm != "A"}
 
 
 def gates_hold(gates: dict[str, dict], dtype: torch.dtype) -> bool:
-    return all(g["greedy_equal"] and all(g.get(name, 0.0) < most for name, most in MOST.items())
-               and all(abs(r - 1) < MOST_RATIO[dtype] for r in g.get("ratio", ())) for g in gates.values())
+    return all(
+        g["greedy_equal"]
+        and all(g.get(name, 0.0) < most for name, most in MOST.items())
+        and all(abs(r - 1) < MOST_RATIO[dtype] for r in g.get("ratio", ()))
+        for g in gates.values()
+    )
 
 
 def gate_text(gate: dict) -> str:
@@ -290,14 +404,19 @@ def gate_text(gate: dict) -> str:
     words = f"greedy {'equal' if gate['greedy_equal'] else 'DIFFERS'}" if gate else "the yardstick"
     if "max_dlogp" in gate:
         words += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
-    return words + ("  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"]) if "ratio" in gate else "")
+    return words + (
+        "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"]) if "ratio" in gate else ""
+    )
 
 
 # ------------------------------------------------------------------------------------------------
 # Running the arms in turn, and telling
 # ------------------------------------------------------------------------------------------------
 
-def take_turns(runs: dict, repeats: dict[str, int], floor: dict[str, float], device: torch.device) -> dict[str, dict]:
+
+def take_turns(
+    runs: dict, repeats: dict[str, int], floor: dict[str, float], device: torch.device
+) -> dict[str, dict]:
     """arm -> function of Laps  ->  section -> arm -> the numbers of a table row.  Round 0 warms up.
 
     The arms take turns so that a slow minute of the machine falls on all of them.  On a CPU the arms with fewer repeats,
@@ -311,41 +430,67 @@ def take_turns(runs: dict, repeats: dict[str, int], floor: dict[str, float], dev
             continue
         if not turns[arm]:
             gc.collect()
-            with contextlib.suppress(OSError, AttributeError):           # glibc alone has it
+            with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
                 ctypes.CDLL(None).malloc_trim(0)
         laps = Laps(device)
         runs[arm](laps)
-        parts = {name: (laps.seconds[name], laps.peaks[name]) for name in SECTIONS if name in laps.seconds}
+        parts = {
+            name: (laps.seconds[name], laps.peaks[name])
+            for name in SECTIONS
+            if name in laps.seconds
+        }
         if "optimiser" in parts:
-            parts["step"] = sum(s for s, _ in parts.values()), max(peak for _, peak in parts.values())
+            parts["step"] = (
+                sum(s for s, _ in parts.values()),
+                max(peak for _, peak in parts.values()),
+            )
         turns[arm].append(parts)
     for name in SECTIONS:
         for arm, done in turns.items():
             if name in done[0]:
-                ms = [1e3 * parts[name][0] for parts in done[-repeats[arm]:]]
+                ms = [1e3 * parts[name][0] for parts in done[-repeats[arm] :]]
                 rows.setdefault(name, {})[arm] = {
-                    "median_ms": statistics.median(ms), "min_ms": min(ms), "repeats": len(ms),
-                    "peak_mb": done[0][name][1] / 2 ** 20,
-                    "percent_of_floor": 1e5 * floor[name] / statistics.median(ms) if floor.get(name) else None}
+                    "median_ms": statistics.median(ms),
+                    "min_ms": min(ms),
+                    "repeats": len(ms),
+                    "peak_mb": done[0][name][1] / 2**20,
+                    "percent_of_floor": 1e5 * floor[name] / statistics.median(ms)
+                    if floor.get(name)
+                    else None,
+                }
     return rows
 
 
-def sweep(b: Bench, size: Size, arms: list[str], repeats: int, rates: dict, gates: dict) -> list[dict]:
+def sweep(
+    b: Bench, size: Size, arms: list[str], repeats: int, rates: dict, gates: dict
+) -> list[dict]:
     """Decode alone, over the number of rows.  -> rows of a table"""
     model, T, table = b.models["D"][0], min(size.sweep, size.T), []
     with torch.no_grad():
-        prompt = faithful_embeds(model, b.batch.select([0]), Laps(b.ranks.device))                # (1, P, D)
+        prompt = faithful_embeds(model, b.batch.select([0]), Laps(b.ranks.device))  # (1, P, D)
         for rows in size.rows:
             B = max(1, rows // size.G)
             G, embeds = rows // B, prompt.repeat(B, 1, 1)
-            runs = {arm: functools.partial(sample, b, arm, embeds, G, T) for arm in arms
-                    if arm in "DE" or rows <= size.copied_rows}
+            runs = {
+                arm: functools.partial(sample, b, arm, embeds, G, T)
+                for arm in arms
+                if arm in "DE" or rows <= size.copied_rows
+            }
             floor = {"decode": decode_floor(model, embeds.shape[1], B, G, T, rates)}
             timed = take_turns(runs, dict.fromkeys(runs, repeats), floor, b.ranks.device)
             for arm, row in timed.get("decode", {}).items():
-                row |= {name: row[name] / (T - 1) for name in ("median_ms", "min_ms")}           # of one decode step
-                table.append({"rows": B * G, "arm": arm, **row, "tokens_per_second": 1e3 * B * G / row["median_ms"],
-                              "gates": gates.get(arm, {})})
+                row |= {
+                    name: row[name] / (T - 1) for name in ("median_ms", "min_ms")
+                }  # of one decode step
+                table.append(
+                    {
+                        "rows": B * G,
+                        "arm": arm,
+                        **row,
+                        "tokens_per_second": 1e3 * B * G / row["median_ms"],
+                        "gates": gates.get(arm, {}),
+                    }
+                )
     return table
 
 
@@ -354,27 +499,68 @@ def sweep(b: Bench, size: Size, arms: list[str], repeats: int, rates: dict, gate
 TARGETS = {
     ("mid", "cpu"): (
         ("whole step, times arm A's speed, at least", 4.0, ("step", "A"), ("step", "DE")),
-        ("decode, times the better Hugging Face generate's, at least", 1.5, ("decode", "AB"), ("decode", "DE")),
-        ("forward and backward, times the repeated form's (C), at least", 2.0, ("train", "C"), ("train", "DE"))),
+        (
+            "decode, times the better Hugging Face generate's, at least",
+            1.5,
+            ("decode", "AB"),
+            ("decode", "DE"),
+        ),
+        (
+            "forward and backward, times the repeated form's (C), at least",
+            2.0,
+            ("train", "C"),
+            ("train", "DE"),
+        ),
+    ),
     ("full", "cuda"): (
         ("decode ms a step at 16 rows, at most", 1.3, (16, "DE"), 1),
         ("decode ms a step at 64 rows, at most", 1.3, (64, "DE"), 1),
         ("decode tokens a second at 512 rows, at least", 140e3, 512e3, (512, "DE")),
-        ("decode at 64 rows, times Hugging Face generate's (A), at least", 10.0, (64, "A"), (64, "DE")),
-        ("forward and backward, times repeated prompts and all logits (A), at least", 2.5, ("train", "A"), ("train", "DE")),
+        (
+            "decode at 64 rows, times Hugging Face generate's (A), at least",
+            10.0,
+            (64, "A"),
+            (64, "DE"),
+        ),
+        (
+            "forward and backward, times repeated prompts and all logits (A), at least",
+            2.5,
+            ("train", "A"),
+            ("train", "DE"),
+        ),
         ("whole step of 8 x 8, seconds, at most", 0.75, ("step", "DE"), 1e3),
-        ("whole step, times arm A's speed, at least", 15.0, ("step", "A"), ("step", "DE")))}
+        ("whole step, times arm A's speed, at least", 15.0, ("step", "A"), ("step", "DE")),
+    ),
+}
 
 
 def judge(size: str, device: str, sections: dict, decode: list[dict]) -> list[dict]:
     """The targets of this size and device, met or not.  One whose arms were left out is not judged."""
-    ms = {(name, arm): row["median_ms"] for name, arms in sections.items() for arm, row in arms.items()}
+    ms = {
+        (name, arm): row["median_ms"]
+        for name, arms in sections.items()
+        for arm, row in arms.items()
+    }
     ms |= {(row["rows"], row["arm"]): row["median_ms"] for row in decode}
-    fewest = lambda x: min((ms.get((x[0], arm), math.inf) for arm in x[1]), default=0) if isinstance(x, tuple) else x
-    told = [{"target": words, "limit": limit, "value": fewest(over) / fewest(under)}
-            for words, limit, over, under in TARGETS.get((size, device), ())]
-    return [t | {"met": t["value"] >= t["limit"] if t["target"].endswith("at least") else t["value"] <= t["limit"]}
-            for t in told if 0 < t["value"] < math.inf]
+    fewest = lambda x: (
+        min((ms.get((x[0], arm), math.inf) for arm in x[1]), default=0)
+        if isinstance(x, tuple)
+        else x
+    )
+    told = [
+        {"target": words, "limit": limit, "value": fewest(over) / fewest(under)}
+        for words, limit, over, under in TARGETS.get((size, device), ())
+    ]
+    return [
+        t
+        | {
+            "met": t["value"] >= t["limit"]
+            if t["target"].endswith("at least")
+            else t["value"] <= t["limit"]
+        }
+        for t in told
+        if 0 < t["value"] < math.inf
+    ]
 
 
 def table(rows: list[dict]) -> None:
@@ -382,31 +568,59 @@ def table(rows: list[dict]) -> None:
     text = lambda x: f"{x:.2f}" if isinstance(x, float) else "-" if x is None else str(x)
     width = {key: max(len(text(x)) for x in (key, *(row[key] for row in rows))) for key in rows[0]}
     for row in [dict(zip(width, width)), *rows]:
-        print("  ".join(text(row[key]).ljust(n) if isinstance(rows[0][key], str) else text(row[key]).rjust(n)
-                        for key, n in width.items()).rstrip())
+        print(
+            "  ".join(
+                text(row[key]).ljust(n)
+                if isinstance(rows[0][key], str)
+                else text(row[key]).rjust(n)
+                for key, n in width.items()
+            ).rstrip()
+        )
     print()
 
 
 def tell(report: dict) -> None:
     named = lambda arm: {"arm": f"{arm} {ARMS[arm]}"}
     gates = lambda arm: {"gates": gate_text(report["gates"].get(arm, {}))}
-    print(f"\n{report['what']}\n{report['machine']}, {report['threads']} threads, torch {report['torch']}, "
-          f"{report['dtype']}; copy {report['rates']['bytes_per_second'] / 1e9:.1f} GB/s, "
-          f"matrix product {report['rates']['flops_per_second'] / 1e12:.3f} TFLOP/s\n")
-    table([{"section": name, **named(arm), **row, "x_first": next(iter(arms.values()))["median_ms"] / row["median_ms"],
-            **gates(arm)} for name, arms in report["sections"].items() for arm, row in arms.items()])
+    print(
+        f"\n{report['what']}\n{report['machine']}, {report['threads']} threads, torch {report['torch']}, "
+        f"{report['dtype']}; copy {report['rates']['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"matrix product {report['rates']['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
+    )
+    table(
+        [
+            {
+                "section": name,
+                **named(arm),
+                **row,
+                "x_first": next(iter(arms.values()))["median_ms"] / row["median_ms"],
+                **gates(arm),
+            }
+            for name, arms in report["sections"].items()
+            for arm, row in arms.items()
+        ]
+    )
     if report["decode"]:
         table([row | named(row["arm"]) | gates(row["arm"]) for row in report["decode"]])
     for t in report["targets"]:
         print(f"{'PASS' if t['met'] else 'FAIL'}  {t['target']} {t['limit']:g}: {t['value']:.3g}")
-    print(f"{'PASS' if report['gates_hold'] else 'FAIL'}  correctness gates; {report['seconds']:.0f} s in all")
+    print(
+        f"{'PASS' if report['gates_hold'] else 'FAIL'}  correctness gates; {report['seconds']:.0f} s in all"
+    )
 
 
 def save(args: Args, device: torch.device, dtype: torch.dtype, key: str, found: dict) -> dict:
     """What was found, with its circumstances, into the machine's json file; what that holds of other sizes stays."""
-    report = {"command": " ".join(("python", "-m", "tools.bench", *sys.argv[1:])), "machine": machine_name(device),
-              "date": datetime.date.today().isoformat(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "transformers": transformers.__version__, "dtype": str(dtype).removeprefix("torch."), "seed": SEED} | found
+    report = {
+        "command": " ".join(("python", "-m", "tools.bench", *sys.argv[1:])),
+        "machine": machine_name(device),
+        "date": datetime.date.today().isoformat(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": SEED,
+    } | found
     slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
     path = Path(args.out) if args.out else ROOT / "results" / f"bench_{slug}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -419,20 +633,27 @@ def save(args: Args, device: torch.device, dtype: torch.dtype, key: str, found: 
 # The programs: all arms; one process and two
 # ------------------------------------------------------------------------------------------------
 
+
 def bench(args: Args, size: Size) -> dict:
     start, ranks = time.perf_counter(), start_ranks(args.device)
     dtype = dtype_of(args.dtype, ranks.device)
     arms = [arm for arm in ARMS if arm in (args.arms or size.arms)]
     rates = machine_rates(ranks.device, dtype)
     # The gates need fp32, the clock wants the working dtype.
-    gates = check(set_up(dataclasses.replace(size, B=1, G=size.gate), arms, ranks, torch.float32), arms)
-    gc.collect()                                             # modules know each other in circles
+    gates = check(
+        set_up(dataclasses.replace(size, B=1, G=size.gate), arms, ranks, torch.float32), arms
+    )
+    gc.collect()  # modules know each other in circles
     b = set_up(size, arms, ranks, dtype)
     model, (B, G, T) = b.models["D"][0], b.mask.shape
     P = model.prompt_length(b.batch.input_ids)
-    count = lambda parts: sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts)) / 1e6
-    what = (f"{args.size}: decoder {count(PARTS['decoder']):.1f} M, towers {count(PARTS['vision'] + PARTS['audio']):.1f} M "
-            f"parameters; {B} prompts of {P} embeddings x {G} completions of {T} tokens")
+    count = lambda parts: (
+        sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts)) / 1e6
+    )
+    what = (
+        f"{args.size}: decoder {count(PARTS['decoder']):.1f} M, towers {count(PARTS['vision'] + PARTS['audio']):.1f} M "
+        f"parameters; {B} prompts of {P} embeddings x {G} completions of {T} tokens"
+    )
     print(what, flush=True)
 
     def run(arm: str, laps: Laps) -> None:
@@ -443,17 +664,45 @@ def bench(args: Args, size: Size) -> dict:
 
     slow, lengths = min(args.repeats, size.slow), b.mask.sum(-1).tolist()
     floor = floors(size, model, b.batch, lengths, P, len(b.optimizer.flat), rates)
-    sections = take_turns({arm: functools.partial(run, arm) for arm in arms},
-                          {arm: slow if arm in "ABC" else args.repeats for arm in arms}, floor, ranks.device)
+    sections = take_turns(
+        {arm: functools.partial(run, arm) for arm in arms},
+        {arm: slow if arm in "ABC" else args.repeats for arm in arms},
+        floor,
+        ranks.device,
+    )
     decode = sweep(b, size, arms, slow, rates, gates)
-    ladders = {name: [{"rung": ARMS[arm], "arm": arm, "ms": row["median_ms"],
-                       "ratio": next(iter(sections[name].values()))["median_ms"] / row["median_ms"]}
-                      for arm, row in sections[name].items()] for name in ("decode", "train") if name in sections}
-    report = save(args, ranks.device, dtype, args.size, {
-        "what": what, "rates": rates, "floors_ms": {name: 1e3 * s for name, s in floor.items()}, "gates": gates,
-        "shape": {"prompts": B, "generations": G, "tokens": T, "prefix": P, "lengths": lengths},
-        "gates_hold": gates_hold(gates, dtype), "sections": sections, "decode": decode, "ladders": ladders,
-        "targets": judge(args.size, ranks.device.type, sections, decode), "seconds": time.perf_counter() - start})
+    ladders = {
+        name: [
+            {
+                "rung": ARMS[arm],
+                "arm": arm,
+                "ms": row["median_ms"],
+                "ratio": next(iter(sections[name].values()))["median_ms"] / row["median_ms"],
+            }
+            for arm, row in sections[name].items()
+        ]
+        for name in ("decode", "train")
+        if name in sections
+    }
+    report = save(
+        args,
+        ranks.device,
+        dtype,
+        args.size,
+        {
+            "what": what,
+            "rates": rates,
+            "floors_ms": {name: 1e3 * s for name, s in floor.items()},
+            "gates": gates,
+            "shape": {"prompts": B, "generations": G, "tokens": T, "prefix": P, "lengths": lengths},
+            "gates_hold": gates_hold(gates, dtype),
+            "sections": sections,
+            "decode": decode,
+            "ladders": ladders,
+            "targets": judge(args.size, ranks.device.type, sections, decode),
+            "seconds": time.perf_counter() - start,
+        },
+    )
     tell(report)
     return report
 
@@ -461,34 +710,77 @@ def bench(args: Args, size: Size) -> dict:
 def one_of_ranks(args: Args, size: Size) -> None:
     """One of torchrun's processes: its share of two prompts, whole steps of arm D.  Rank 0 prints one line of json."""
     ranks, norms = start_ranks("cpu"), []
-    b, rows = set_up(dataclasses.replace(size, B=2), "D", ranks, torch.float32), [0, 1][ranks.rank::ranks.world]
-    b = dataclasses.replace(b, batch=b.batch.select(rows), mask=b.mask[rows], advantages=b.advantages[rows])
+    b, rows = (
+        set_up(dataclasses.replace(size, B=2), "D", ranks, torch.float32),
+        [0, 1][ranks.rank :: ranks.world],
+    )
+    b = dataclasses.replace(
+        b, batch=b.batch.select(rows), mask=b.mask[rows], advantages=b.advantages[rows]
+    )
 
     def run(laps: Laps) -> None:
         norms.append(step(b, "D", laps)[3])
-        ranks.barrier()                      # the next step starts together
+        ranks.barrier()  # the next step starts together
 
     row = take_turns({"D": run}, {"D": min(args.repeats, size.slow)}, {}, ranks.device)["step"]["D"]
-    ranks.say(json.dumps({"processes": ranks.world, "median_ms": row["median_ms"], "min_ms": row["min_ms"],
-                          "grad_norm": norms[-1]}))
+    ranks.say(
+        json.dumps(
+            {
+                "processes": ranks.world,
+                "median_ms": row["median_ms"],
+                "min_ms": row["min_ms"],
+                "grad_norm": norms[-1],
+            }
+        )
+    )
 
 
 def scaling(args: Args) -> dict:
     """The same two prompts on one process and on two, one thread each."""
-    runs, flags = [], ("-m", "tools.bench", "--ranks", "--size", args.size, "--repeats", str(args.repeats))
+    runs, flags = (
+        [],
+        ("-m", "tools.bench", "--ranks", "--size", args.size, "--repeats", str(args.repeats)),
+    )
     for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *flags]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={n}",
+            *flags,
+        ]
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         if done.returncode:
-            raise UserError(f"tools.bench --ranks: {n} process(es) ended with {done.returncode}; see their words above.")
+            raise UserError(
+                f"tools.bench --ranks: {n} process(es) ended with {done.returncode}; see their words above."
+            )
         runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
     table(runs)
     (one, two), (norm, again) = ([run[key] for run in runs] for key in ("median_ms", "grad_norm"))
     same = abs(norm - again) <= 1e-4 * norm
-    print(f"{'PASS' if same else 'FAIL'}  the same gradient; efficiency {50 * one / two:.1f} % of two cores")
-    return save(args, torch.device("cpu"), torch.float32, f"ranks_{args.size}", {
-        "threads": 1, "size": args.size, "runs": runs, "efficiency": one / (2 * two), "gates_hold": same})
+    print(
+        f"{'PASS' if same else 'FAIL'}  the same gradient; efficiency {50 * one / two:.1f} % of two cores"
+    )
+    return save(
+        args,
+        torch.device("cpu"),
+        torch.float32,
+        f"ranks_{args.size}",
+        {
+            "threads": 1,
+            "size": args.size,
+            "runs": runs,
+            "efficiency": one / (2 * two),
+            "gates_hold": same,
+        },
+    )
 
 
 def main(args: Args) -> None:

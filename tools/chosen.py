@@ -1,4 +1,5 @@
 """What tools/figures.py draws: results, clips, and the rules by which clips are chosen.  Nothing is chosen by hand."""
+
 import dataclasses
 import re
 from collections import Counter
@@ -12,13 +13,23 @@ from lib.common import UserError
 
 # name of a run -> its title and its colour; others get their name, and grey
 GREY = "#6b7280"
-MODELS = {"base": ("Base", GREY), "emer_sft": ("Cold start", GREY), "label_sft": ("Labels alone", GREY),
-          "r1": ("R1, the paper's reward", "#b45309"), "r1_conclusion": ("R1 + conclusion", "#1d4ed8")}
-PAPER_MODELS = {"HumanOmni-0.5B": "base", "EMER-SFT": "emer_sft", "MAFW-DFEW-SFT": "label_sft", "R1-Omni": "r1"}
+MODELS = {
+    "base": ("Base", GREY),
+    "emer_sft": ("Cold start", GREY),
+    "label_sft": ("Labels alone", GREY),
+    "r1": ("R1, the paper's reward", "#b45309"),
+    "r1_conclusion": ("R1 + conclusion", "#1d4ed8"),
+}
+PAPER_MODELS = {
+    "HumanOmni-0.5B": "base",
+    "EMER-SFT": "emer_sft",
+    "MAFW-DFEW-SFT": "label_sft",
+    "R1-Omni": "r1",
+}
 MAKE_TOY = "make it with python -m toy --out {}."
 # eval.py's notes of clips that were given without sound: "ID: no audio track: silence"
 SILENT = re.compile("(.*): (?:no audio|unreadable audio|a folder of frames)")
-Results = dict[str, dict[str, dict]]                 # name of a run -> data set -> what eval.py wrote
+Results = dict[str, dict[str, dict]]  # name of a run -> data set -> what eval.py wrote
 
 
 def title_of(name: str) -> str:
@@ -40,16 +51,24 @@ def read_results(args) -> Results:
         raise UserError(f"{folder} holds no results; " + MAKE_TOY.format(args.toy))
     for path in args.results:
         if not Path(path).exists():
-            raise UserError(f"--results {path} is missing; make it with python eval.py --model ... --data ... --out {path}.")
+            raise UserError(
+                f"--results {path} is missing; make it with python eval.py --model ... --data ... --out {path}."
+            )
     found = protocol.table_rows(args.results or [str(folder)])
-    for name, test_set, files in ((name, s, files) for name, row in found.items() for s, files in row.items()):
+    for name, test_set, files in (
+        (name, s, files) for name, row in found.items() for s, files in row.items()
+    ):
         if len(files) > 1:
-            raise UserError(f"{', '.join(files)} are all of {name} on {test_set}; give with --results one of them.")
+            raise UserError(
+                f"{', '.join(files)} are all of {name} on {test_set}; give with --results one of them."
+            )
         for p in next(iter(files.values()))["predictions"]:
             p |= {"text": str(p.get("text", "")), "concluded": p.get("concluded")}
     order = {name: i for i, name in enumerate(MODELS)}
-    return {name: {test_set: next(iter(files.values())) for test_set, files in found[name].items()}
-            for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))}
+    return {
+        name: {test_set: next(iter(files.values())) for test_set, files in found[name].items()}
+        for name in sorted(found, key=lambda name: (order.get(name, len(order)), name))
+    }
 
 
 def samples_of(result: dict, args) -> dict[str, Sample]:
@@ -58,7 +77,9 @@ def samples_of(result: dict, args) -> dict[str, Sample]:
     moved = Path(args.toy) / "data" / file.name
     file = moved if not args.results and moved.is_file() else file
     if not file.is_file():
-        raise UserError(f"the sample file {file} of the results is not there; start this where eval.py was started.")
+        raise UserError(
+            f"the sample file {file} of the results is not there; start this where eval.py was started."
+        )
     return {s.id: s for s in read_samples(file, args.media_root)}
 
 
@@ -80,7 +101,9 @@ def right(p: dict) -> bool:
 
 
 def sign(good: bool) -> str:
-    return "\u2713" if good else "\u2717"           # a tick or a cross: colour alone would not do for everybody
+    return (
+        "\u2713" if good else "\u2717"
+    )  # a tick or a cross: colour alone would not do for everybody
 
 
 def agrees(p: dict) -> bool:
@@ -94,46 +117,62 @@ def mended(results: Results) -> tuple[str, str]:
     The cold start is wrong, and concludes what it answers; R1 is right; its reasoning concludes another emotion; R1 with
     the reasoning paid is right, and for the stated reason.
     """
-    wishes = {"emer_sft": (lambda p: not right(p), agrees), "r1": (right, lambda p: p["concluded"] and not agrees(p)),
-              "r1_conclusion": (right, agrees)}
+    wishes = {
+        "emer_sft": (lambda p: not right(p), agrees),
+        "r1": (right, lambda p: p["concluded"] and not agrees(p)),
+        "r1_conclusion": (right, agrees),
+    }
     score = Counter()
     for name, test_sets in results.items():
         for test_set, result in test_sets.items():
             for p in result["predictions"]:
                 score[test_set, p["id"]] += sum(bool(wish(p)) for wish in wishes.get(name, ()))
-    return max(score, key=score.get)                 # the first of the largest
+    return max(score, key=score.get)  # the first of the largest
 
 
 def said_of(results: Results, test_set: str, clip: str) -> dict[str, dict]:
     """Name of a run -> its prediction for one clip."""
-    return {name: p for name, row in results.items() for p in row.get(test_set, {"predictions": []})["predictions"]
-            if p["id"] == clip}
+    return {
+        name: p
+        for name, row in results.items()
+        for p in row.get(test_set, {"predictions": []})["predictions"]
+        if p["id"] == clip
+    }
 
 
 def sample_of(results: Results, test_set: str, clip: str, args) -> Sample:
     result = next(row[test_set] for row in results.values() if test_set in row)
     sample = samples_of(result, args).get(clip)
     if sample is None:
-        raise UserError(f"the sample file {result['data']} has no clip {clip}, of which the results tell; evaluate again.")
+        raise UserError(
+            f"the sample file {result['data']} has no clip {clip}, of which the results tell; evaluate again."
+        )
     return sample
 
 
 @dataclasses.dataclass
 class Failure:
-    kind: str                  # disagree, sound or quote
-    bad: float                 # the larger, the worse; comparable within a kind
-    why: str                   # in words, where the conclusion does not say it
-    p: dict                    # the prediction
+    kind: str  # disagree, sound or quote
+    bad: float  # the larger, the worse; comparable within a kind
+    why: str  # in words, where the conclusion does not say it
+    p: dict  # the prediction
     sample: Sample
     test_set: str
-    invented: frozenset[str] = frozenset()       # words of the text
+    invented: frozenset[str] = frozenset()  # words of the text
 
 
 def cues_of(sample: Sample) -> dict[str, dict[str, str]]:
     """{"seen": {"brows": "raised", ...}, "heard": ...}; {} where the row does not list them."""
     cues = sample.row.get("cues")
-    return {sense: {cue: str(word) for cue, word in words.items()} for sense, words in cues.items()
-            if isinstance(words, dict)} if isinstance(cues, dict) else {}
+    return (
+        {
+            sense: {cue: str(word) for cue, word in words.items()}
+            for sense, words in cues.items()
+            if isinstance(words, dict)
+        }
+        if isinstance(cues, dict)
+        else {}
+    )
 
 
 def faults(p: dict, sample: Sample, test_set: str, silent: bool, known: set[str]) -> list[Failure]:
@@ -147,8 +186,13 @@ def faults(p: dict, sample: Sample, test_set: str, silent: bool, known: set[str]
         found.append(Failure("disagree", bad, "", p, sample, test_set))
     words = set(re.findall("[a-z]+", reasoning.reasoning_of(p["text"]).lower()))
     there = set() if silent else set(cues_of(sample).get("heard", {}).values())
-    invented = sorted((words & known) - there) if cues_of(sample) else \
-        sorted(words & reasoning.HEARD) if silent and reasoning.claims(p["text"])["heard"] else []
+    invented = (
+        sorted((words & known) - there)
+        if cues_of(sample)
+        else sorted(words & reasoning.HEARD)
+        if silent and reasoning.claims(p["text"])["heard"]
+        else []
+    )
     if invented:
         why = f"{'Heard in silence' if silent else 'Not in the sound'}: {', '.join(invented)}."
         found.append(Failure("sound", len(invented), why, p, sample, test_set, frozenset(invented)))
@@ -171,5 +215,7 @@ def failures(results: dict[str, dict], args) -> dict[str, list[Failure]]:
             if p["id"] in samples:
                 silent = bool(view.get("mute")) or view.get("modal") == "video" or p["id"] in noted
                 found += faults(p, samples[p["id"]], short(test_set), silent, known)
-    return {kind: sorted((f for f in found if f.kind == kind), key=lambda f: -f.bad)
-            for kind in ("disagree", "sound", "quote")}
+    return {
+        kind: sorted((f for f in found if f.kind == kind), key=lambda f: -f.bad)
+        for kind in ("disagree", "sound", "quote")
+    }

@@ -1,4 +1,5 @@
 """Drawing by hand: svg, PNG, text that stays text, and what Chromium makes of a page.  For tools/figures.py."""
+
 import base64
 import contextlib
 import html
@@ -17,25 +18,40 @@ from lib import media
 from lib.common import UserError, printable
 from lib.words import normalise
 
-GROUND, INK, SOFT, LINE, RIGHT, WRONG = "#fdfcf9", "#1c1f24", "#5b6470", "#ddd8cd", "#15803d", "#c0262d"
+GROUND, INK, SOFT, LINE, RIGHT, WRONG = (
+    "#fdfcf9",
+    "#1c1f24",
+    "#5b6470",
+    "#ddd8cd",
+    "#15803d",
+    "#c0262d",
+)
 BOLD, END = 'font-weight="700"', 'text-anchor="end"'
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 
 def png(image: np.ndarray, palette: np.ndarray | None = None) -> bytes:
     """uint8 (H, W, 3), or (H, W) with a palette uint8 (n, 3) -> a PNG file."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     h, w = image.shape[:2]
     rows = image.reshape(h, -1)
-    if palette is None:                              # each row less the one above, modulo 256: filter 2
+    if palette is None:  # each row less the one above, modulo 256: filter 2
         rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))
     kind = 2 if palette is None else 3
     rows = np.concatenate((np.full((h, 1), 0 if kind == 3 else 2, np.uint8), rows), 1)
     colours = b"" if palette is None else chunk(b"PLTE", palette.astype(np.uint8).tobytes())
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", w, h, 8, kind, 0, 0, 0)) + colours + \
-        chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">2I5B", w, h, 8, kind, 0, 0, 0))
+        + colours
+        + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
+        + chunk(b"IEND", b"")
+    )
 
 
 def reduce_colours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -45,10 +61,14 @@ def reduce_colours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     bins = (flat >> 3).astype(np.int64) @ (1 << 10, 1 << 5, 1)
     _, where, count = np.unique(bins, return_inverse=True, return_counts=True)
     where = where.reshape(-1)
-    means = np.stack([np.bincount(where, flat[:, c]) for c in range(3)], 1) / count[:, None]             # (bins, 3)
+    means = (
+        np.stack([np.bincount(where, flat[:, c]) for c in range(3)], 1) / count[:, None]
+    )  # (bins, 3)
     kept = np.argsort(-count, kind="stable")[:256]
-    nearest = ((means[:, None] - means[kept]) ** 2).sum(-1).argmin(1)                                    # (bins,)
-    return nearest[where].reshape(image.shape[:2]).astype(np.uint8), np.rint(means[kept]).astype(np.uint8)
+    nearest = ((means[:, None] - means[kept]) ** 2).sum(-1).argmin(1)  # (bins,)
+    return nearest[where].reshape(image.shape[:2]).astype(np.uint8), np.rint(means[kept]).astype(
+        np.uint8
+    )
 
 
 def data_uri(frame: np.ndarray, side: int = 160) -> str:
@@ -64,24 +84,41 @@ def escape(words: str) -> str:
 
 def mark(words: str, label: str, invented: set[str] = frozenset()) -> list[tuple[str, str]]:
     """A text in pieces -> (piece, "right" or "wrong" for an emotion, "invented", "tag" or "")."""
+
     def kind(piece: str) -> str:
         word = piece.lower()
         meant = normalise(word) if word.isalpha() else None
         if meant or word == label.lower():
             return "right" if label.lower() in (word, meant) else "wrong"
-        return "invented" if word in invented else "tag" if re.fullmatch("</?(think|answer)>", word) else ""
-    return [(piece, kind(piece)) for piece in re.findall(r"</?(?:think|answer)>|[a-zA-Z]+|[^a-zA-Z<]+|<", words)]
+        return (
+            "invented"
+            if word in invented
+            else "tag"
+            if re.fullmatch("</?(think|answer)>", word)
+            else ""
+        )
+
+    return [
+        (piece, kind(piece))
+        for piece in re.findall(r"</?(?:think|answer)>|[a-zA-Z]+|[^a-zA-Z<]+|<", words)
+    ]
 
 
 def text(x: float, y: float, words: str, size: int, fill: str = INK, more: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" {more}>{escape(words)}</text>'
 
 
-def marked(x: float, y: float, words: str, label: str, size: int, fill: str = INK, more: str = "") -> str:
+def marked(
+    x: float, y: float, words: str, label: str, size: int, fill: str = INK, more: str = ""
+) -> str:
     """A line of svg with its emotions coloured."""
     colours = {"right": RIGHT, "wrong": WRONG}
-    spans = "".join(f'<tspan fill="{colours[kind]}" font-weight="700">{escape(piece)}</tspan>' if kind in colours else
-                    escape(piece) for piece, kind in mark(words, label))
+    spans = "".join(
+        f'<tspan fill="{colours[kind]}" font-weight="700">{escape(piece)}</tspan>'
+        if kind in colours
+        else escape(piece)
+        for piece, kind in mark(words, label)
+    )
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" {more}>{spans}</text>'
 
 
@@ -92,20 +129,32 @@ def wrap(words: str, width: float, size: int) -> list[str]:
 
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     """A drawing with a ground of its own, so that it is as legible on a dark page."""
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-            f'font-family="{FONT}"><title>{escape(title)}</title><rect width="100%" height="100%" fill="{GROUND}"/>\n'
-            + "\n".join(parts) + "\n</svg>\n")
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'font-family="{FONT}"><title>{escape(title)}</title><rect width="100%" height="100%" fill="{GROUND}"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
 
 
-def waveform(audio: np.ndarray, x: float, y: float, w: float, h: float, fill: str = SOFT, bars: int = 40) -> str:
+def waveform(
+    audio: np.ndarray, x: float, y: float, w: float, h: float, fill: str = SOFT, bars: int = 40
+) -> str:
     """Sound as bars around y: the peak of each part, two thirds of full scale being as high as `h`."""
-    tall = [max(1.0, h * min(1.0, 1.5 * abs(part).max(initial=0))) for part in np.array_split(audio, bars)]
-    d = "".join(f"M{x + w * (i + 0.5) / bars:.1f} {y - bar / 2:.1f}v{bar:.1f}" for i, bar in enumerate(tall))
+    tall = [
+        max(1.0, h * min(1.0, 1.5 * abs(part).max(initial=0)))
+        for part in np.array_split(audio, bars)
+    ]
+    d = "".join(
+        f"M{x + w * (i + 0.5) / bars:.1f} {y - bar / 2:.1f}v{bar:.1f}" for i, bar in enumerate(tall)
+    )
     return f'<path d="{d}" stroke="{fill}" stroke-width="{0.55 * w / bars:.1f}"/>'
 
 
 def image(frame: np.ndarray, x: float, y: float, side: float) -> str:
-    return f'<image x="{x:.1f}" y="{y:.1f}" width="{side}" height="{side}" href="{data_uri(frame)}"/>'
+    return (
+        f'<image x="{x:.1f}" y="{y:.1f}" width="{side}" height="{side}" href="{data_uri(frame)}"/>'
+    )
 
 
 STYLE = """
@@ -143,31 +192,52 @@ svg { display: block; color: var(--soft); width: 100%; max-width: 44rem; height:
 
 
 def page(title: str, lead: str, body: list[str]) -> str:
-    return (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n<p class=soft>{lead}</p>\n"
-            + "\n".join(body) + "\n</html>\n")
+    return (
+        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n<p class=soft>{lead}</p>\n"
+        + "\n".join(body)
+        + "\n</html>\n"
+    )
 
 
 def html_text(words: str, label: str, invented: set[str] = frozenset()) -> str:
-    return "".join(f'<span class="{kind}">{escape(piece)}</span>' if kind else escape(piece)
-                   for piece, kind in mark(words, label, invented))
+    return "".join(
+        f'<span class="{kind}">{escape(piece)}</span>' if kind else escape(piece)
+        for piece, kind in mark(words, label, invented)
+    )
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-HEADLESS = ("--headless=new --no-sandbox --disable-gpu --hide-scrollbars --disable-background-networking "
-            "--disable-component-update --disable-sync").split()
+HEADLESS = (
+    "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
 
 
 def shoot(page: Path, size: tuple[int, int]) -> np.ndarray:
     """A page as headless Chromium shows it -> uint8 (H, W, 3).  Raises UserError."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
-        raise UserError(f"{page} is written, but no PNG of it: install Chromium ({', '.join(BROWSERS)} were looked for).")
+        raise UserError(
+            f"{page} is written, but no PNG of it: install Chromium ({', '.join(BROWSERS)} were looked for)."
+        )
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"
         with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run([browser, *HEADLESS, f"--user-data-dir={folder}/user", f"--window-size={size[0]},{size[1]}",
-                            f"--screenshot={shot}", page.resolve().as_uri()], capture_output=True, timeout=120)
+            subprocess.run(
+                [
+                    browser,
+                    *HEADLESS,
+                    f"--user-data-dir={folder}/user",
+                    f"--window-size={size[0]},{size[1]}",
+                    f"--screenshot={shot}",
+                    page.resolve().as_uri(),
+                ],
+                capture_output=True,
+                timeout=120,
+            )
         if not shot.exists():
-            raise UserError(f"{page} is written, but {browser} made no PNG of it; open the page in it and see why.")
+            raise UserError(
+                f"{page} is written, but {browser} made no PNG of it; open the page in it and see why."
+            )
         return media.read_clip(shot, 1, modal="video").frames[0]

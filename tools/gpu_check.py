@@ -14,6 +14,7 @@ not fail.
 
 What the stages check is in tools/gpu_stages.py.
 """
+
 import contextlib
 import dataclasses
 import datetime
@@ -37,11 +38,11 @@ POLL = 0.2  # seconds between two looks at the findings of a running stage
 
 @dataclasses.dataclass
 class Args:
-    size: Literal["toy", "full"] = "full"               # geometry of the model
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    seconds: float = 555.0                              # time for all stages; the last ones are cut
+    size: Literal["toy", "full"] = "full"  # geometry of the model
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    seconds: float = 555.0  # time for all stages; the last ones are cut
     stages: list[str] = dataclasses.field(default_factory=lambda: list(LIMITS))  # which to run
-    out: str | None = None                              # folder of the results; default: results/
+    out: str | None = None  # folder of the results; default: results/
 
 
 def machine() -> str:
@@ -82,12 +83,23 @@ class Findings:
         columns = ("stage", "check", "verdict", "found", "seconds")
         rows = [[str(row[key]).replace("|", "/") for key in columns] for row in self.read()]
         lines = ["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)]
-        write_text(self.path.with_suffix(".md"), f"# GPU check\n\n{self.about}\n\n" + "\n".join(lines) + "\n")
+        write_text(
+            self.path.with_suffix(".md"),
+            f"# GPU check\n\n{self.about}\n\n" + "\n".join(lines) + "\n",
+        )
 
 
-def add_finding(path: Path, stage: str, check: str, verdict: str, found: str, seconds: float) -> dict:
+def add_finding(
+    path: Path, stage: str, check: str, verdict: str, found: str, seconds: float
+) -> dict:
     """One more line of the findings, on the disk when this returns.  -> the line's values"""
-    row = {"stage": stage, "check": check, "verdict": verdict, "found": found, "seconds": round(seconds, 1)}
+    row = {
+        "stage": stage,
+        "check": check,
+        "verdict": verdict,
+        "found": found,
+        "seconds": round(seconds, 1),
+    }
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
         sync(file)
@@ -99,7 +111,9 @@ def run_stage(stage: str, command: list[str], limit: float, findings: Findings, 
     start = time.monotonic()
     log_start = log.stat().st_size if log.exists() else 0
     with open(log, "ab") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=ROOT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, cwd=ROOT, start_new_session=True
+        )
     try:
         while process.poll() is None and time.monotonic() - start < limit:
             time.sleep(POLL)
@@ -112,21 +126,38 @@ def run_stage(stage: str, command: list[str], limit: float, findings: Findings, 
         findings.write_table()
     seconds = time.monotonic() - start
     if killed:
-        cut = limit < LIMITS[stage]                  # not its own limit, but the end of --seconds
+        cut = limit < LIMITS[stage]  # not its own limit, but the end of --seconds
         why = "cut at the end of --seconds, after" if cut else "killed at its limit of"
         found = f"{why} {limit:.0f} s; the stacks of its threads are in {log.name}"
         findings.add(stage, "the stage itself", "cut" if cut else "WRONG", found, seconds)
     elif process.returncode:
         code = process.returncode
-        ended = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        ended = (
+            f"died by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit status {code}"
+        )
         tail = log.read_bytes()[log_start:].decode(errors="replace").split("\n")
         words = " ".join(" ".join(tail[-4:]).split())[-300:]
         findings.add(stage, "the stage itself", "WRONG", f"{ended}: {words}", seconds)
 
 
 def stage_command(stage: str, args: Args, findings: Path, limit: float) -> list[str]:
-    return [sys.executable, "-m", "tools.gpu_stages", "--stage", stage, "--size", args.size,
-            "--device", args.device, "--findings", str(findings), "--until", str(time.time() + limit)]
+    return [
+        sys.executable,
+        "-m",
+        "tools.gpu_stages",
+        "--stage",
+        stage,
+        "--size",
+        args.size,
+        "--device",
+        args.device,
+        "--findings",
+        str(findings),
+        "--until",
+        str(time.time() + limit),
+    ]
 
 
 def main(args: Args) -> None:
@@ -148,14 +179,19 @@ def main(args: Args) -> None:
     for stage in (s for s in LIMITS if s in args.stages):
         left = deadline - time.monotonic()
         if left < LEAST:
-            findings.add(stage, "the stage itself", "left out", f"{max(left, 0):.0f} s were left", 0.0)
+            findings.add(
+                stage, "the stage itself", "left out", f"{max(left, 0):.0f} s were left", 0.0
+            )
             continue
         limit = min(LIMITS[stage], left - 1)
         print(f"{stage}: at most {limit:.0f} s", flush=True)
         run_stage(stage, stage_command(stage, args, path, limit), limit, findings, log)
         for row in findings.read():
             if row["stage"] == stage:
-                print("  " + " | ".join(str(row[key]) for key in ("check", "verdict", "found", "seconds")))
+                print(
+                    "  "
+                    + " | ".join(str(row[key]) for key in ("check", "verdict", "found", "seconds"))
+                )
     print(f"written to {path}, .md and .log")
     sys.exit(any(row["verdict"] == "WRONG" for row in findings.read()))
 

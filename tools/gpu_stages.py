@@ -8,6 +8,7 @@ recorded as WRONG and the stage goes on; after a CUDA fault its later checks fai
 Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length   T completion length
          K key/value heads   R query heads per key head   d head size   V vocabulary
 """
+
 import dataclasses
 import faulthandler
 import math
@@ -46,16 +47,17 @@ SHAPES = {"toy": (32, 64, (16, 8, 32)), "full": (512, 960, (64, 16, 512, 8, 128)
 
 @dataclasses.dataclass
 class Args:
-    stage: Literal[tuple(LIMITS)]                       # what to check
-    findings: str                                       # jsonl file that gets a line for each finding
-    size: Literal["toy", "full"] = "full"               # geometry of the model
-    device: Literal["auto", "cpu", "cuda"] = "auto"     # auto: cuda where there is one
-    until: float = 0.0                                  # time.time() at which the parent kills this; 0: never
+    stage: Literal[tuple(LIMITS)]  # what to check
+    findings: str  # jsonl file that gets a line for each finding
+    size: Literal["toy", "full"] = "full"  # geometry of the model
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    until: float = 0.0  # time.time() at which the parent kills this; 0: never
 
 
 @dataclasses.dataclass
 class Stage:
     """What a stage's checks share."""
+
     args: Args
     ranks: Ranks
 
@@ -80,11 +82,18 @@ class Stage:
         start = time.perf_counter()
         try:
             found, verdict = run()
-            self.wait()                      # a kernel that failed says so at the next wait
+            self.wait()  # a kernel that failed says so at the next wait
         except Exception as error:
             found, verdict = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", False
         verdict = {True: "right", False: "WRONG"}.get(verdict, verdict)
-        row = add_finding(Path(self.args.findings), self.args.stage, what, verdict, found, time.perf_counter() - start)
+        row = add_finding(
+            Path(self.args.findings),
+            self.args.stage,
+            what,
+            verdict,
+            found,
+            time.perf_counter() - start,
+        )
         print(" | ".join(map(str, row.values())), flush=True)
 
 
@@ -98,6 +107,7 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
 # smoke: single operations against float64 or their twins
 # ------------------------------------------------------------------------------------------------
 
+
 def products(device) -> tuple[str, bool]:
     """Products with fp32 output, and fp32 convolutions: off by rounding alone."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -108,16 +118,23 @@ def products(device) -> tuple[str, bool]:
     add_product_(summed, a, b.t())
     sound = torch.randn(2, 80, 400, generator=gen).to(device)
     picture = torch.randn(2, 3, 56, 56, generator=gen).to(device)
-    taps1, taps2 = (torch.randn(*shape, generator=gen).to(device) for shape in ((96, 80, 3), (96, 3, 14, 14)))
+    taps1, taps2 = (
+        torch.randn(*shape, generator=gen).to(device) for shape in ((96, 80, 3), (96, 3, 14, 14))
+    )
     exact = a.double() @ b.double().t()
     errors = {
         "mm": relative_error(fp32_product(a, b), exact),
         "addmm": relative_error(summed, sums.double() + exact),
         "bmm": relative_error(decode_attention.scores(a[None], b[None])[0], exact),
         "conv1d": relative_error(F.conv1d(sound, taps1), F.conv1d(sound.double(), taps1.double())),
-        "conv2d": relative_error(F.conv2d(picture, taps2, stride=14),
-                                 F.conv2d(picture.double(), taps2.double(), stride=14))}
-    return ", ".join(f"{name} {error:.0e}" for name, error in errors.items()), max(errors.values()) < 1e-5
+        "conv2d": relative_error(
+            F.conv2d(picture, taps2, stride=14),
+            F.conv2d(picture.double(), taps2.double(), stride=14),
+        ),
+    }
+    return ", ".join(f"{name} {error:.0e}" for name, error in errors.items()), max(
+        errors.values()
+    ) < 1e-5
 
 
 def attention_twin(qkv, rope, prefix, suffix, bias, t) -> torch.Tensor:
@@ -125,13 +142,15 @@ def attention_twin(qkv, rope, prefix, suffix, bias, t) -> torch.Tensor:
     _, B, _, P, _ = prefix.shape
     q = sampler.rotate_and_write(qkv[0].unflatten(0, (B, -1)), rope.unbind(0), suffix, t)
     visible = bias.clone()
-    visible[..., P:P + int(t) + 1] = 0.0
+    visible[..., P : P + int(t) + 1] = 0.0
     return decode_attention.attend(q, prefix, suffix, visible, int(t) + 1).view(1, qkv.shape[1], -1)
 
 
 def record_twin(logits, u, tokens, logps, lengths, done, ends, t, temperature, greedy) -> None:
     """ops.sample_kernel.record in PyTorch, called as it is called."""
-    rows = types.SimpleNamespace(u=u, tokens=tokens, logps=logps, lengths=lengths, done=done, ends=ends, t=t)
+    rows = types.SimpleNamespace(
+        u=u, tokens=tokens, logps=logps, lengths=lengths, done=done, ends=ends, t=t
+    )
     sampler.record(rows, logits, temperature, greedy)
 
 
@@ -143,8 +162,13 @@ def kernels_here(device) -> types.SimpleNamespace:
 
 
 ATTENTION_SHAPES = [  # B, G, K, R, d, P, T, t
-    (8, 8, 2, 7, 64, 960, 512, 300), (2, 8, 2, 7, 64, 960, 512, 511), (64, 8, 2, 7, 64, 960, 64, 5),
-    (1, 1, 1, 1, 32, 5, 3, 0), (3, 12, 1, 4, 32, 130, 16, 9), (1, 16, 2, 8, 128, 2000, 80, 70)]
+    (8, 8, 2, 7, 64, 960, 512, 300),
+    (2, 8, 2, 7, 64, 960, 512, 511),
+    (64, 8, 2, 7, 64, 960, 64, 5),
+    (1, 1, 1, 1, 32, 5, 3, 0),
+    (3, 12, 1, 4, 32, 130, 16, 9),
+    (1, 16, 2, 8, 128, 2000, 80, 70),
+]
 
 
 def attention_kernels(device, attend=None) -> tuple[str, bool]:
@@ -163,9 +187,9 @@ def attention_kernels(device, attend=None) -> tuple[str, bool]:
             suffix, position = draw(2, B, K, g, T, d), torch.tensor([t], device=device)
             bias = torch.full((B, 1, 1, 1, P + T), -torch.inf, device=device)
             bias[..., :P] = 0.0
-            bias[0, ..., :P // 2] = -torch.inf               # a short prompt: spans without a key
+            bias[0, ..., : P // 2] = -torch.inf  # a short prompt: spans without a key
             given = [x.float().clone() for x in (qkv, rope, prefix, suffix)]
-            suffix[..., t:, :] = torch.nan                   # what is not yet written must not be read
+            suffix[..., t:, :] = torch.nan  # what is not yet written must not be read
             expected = attention_twin(*given, bias, position)
             ours = attend(qkv, rope, prefix, suffix, bias, position)
             error = relative_error(ours, expected)
@@ -199,14 +223,20 @@ def sampling_kernels(device, record=None) -> tuple[str, bool]:
         worst = max(worst, relative_error(both[0][1], both[1][1]))
     # Sums that are rounded differently put the borders between tokens up to 1e-8 apart.  With this seed no random number is
     # closer than 8e-7 to a border; with any seed, one draw in some thousands would be.
-    return f"{equal} of {count} tokens equal, log-probabilities off by {worst:.0e}", equal == count and worst < 1e-5
+    return (
+        f"{equal} of {count} tokens equal, log-probabilities off by {worst:.0e}",
+        equal == count and worst < 1e-5,
+    )
 
 
 def training_attention(device) -> tuple[str, bool]:
     """Training attention through flash (CausalBias) against an explicit mask in fp32: output and gradients."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     gen, S, P = torch.Generator().manual_seed(0), 60, 200
-    q, k, v = (torch.randn(4, n, heads, 64, generator=gen).to(device) for n, heads in ((S, 14), (P + S, 2), (P + S, 2)))
+    q, k, v = (
+        torch.randn(4, n, heads, 64, generator=gen).to(device)
+        for n, heads in ((S, 14), (P + S, 2), (P + S, 2))
+    )
     mask = torch.ones(S, P + S, dtype=torch.bool, device=device).tril(P)
     results = []
     for cast, bias in ((dtype, causal_lower_right(S, P + S)), (torch.float32, mask)):
@@ -220,8 +250,10 @@ def training_attention(device) -> tuple[str, bool]:
 
 def rates(stage: Stage) -> tuple[str, str]:
     found = machine_rates(stage.device, stage.dtype)
-    return (f"copy {found['bytes_per_second'] / 1e9:.0f} GB/s, product {found['flops_per_second'] / 1e12:.2f} TFLOP/s, "
-            f"{stage.dtype}"), "measured"
+    return (
+        f"copy {found['bytes_per_second'] / 1e9:.0f} GB/s, product {found['flops_per_second'] / 1e12:.2f} TFLOP/s, "
+        f"{stage.dtype}"
+    ), "measured"
 
 
 def smoke(stage: Stage) -> None:
@@ -235,9 +267,11 @@ def smoke(stage: Stage) -> None:
 
 def versions(stage: Stage) -> str:
     import transformers
+
     found = f"torch {torch.__version__}, transformers {transformers.__version__}"
     if stage.on_gpu:
         import triton
+
         free, total = torch.cuda.mem_get_info()
         found += f", triton {triton.__version__}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
         found += f", {os.environ.get('PYTORCH_ALLOC_CONF', 'allocator as set by the user')}"
@@ -248,6 +282,7 @@ def versions(stage: Stage) -> str:
 # full: the true size
 # ------------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 def decode(stage: Stage, model: HumanOmni, N: int, machine: dict) -> tuple[str, str]:
     """Mean time of a decode step over the last quarter of T, beside the time to read weights, keys and values once."""
@@ -255,15 +290,19 @@ def decode(stage: Stage, model: HumanOmni, N: int, machine: dict) -> tuple[str, 
     decoder = sampler.Decoder.of(model)
     rows = decoder.rows_for(model, N // GROUP, GROUP, P, T)
     first = T * 3 // 4
-    rows.start(model, torch.ones(N // GROUP, P, dtype=torch.bool, device=stage.device), [],
-               torch.rand(N // GROUP, GROUP, T, dtype=torch.float64, device=stage.device))
-    rows.tokens.zero_()                  # tokens of the vocabulary, which this model's end token is not
-    rows.prefix.normal_()                # zeros would be faster than what is real
+    rows.start(
+        model,
+        torch.ones(N // GROUP, P, dtype=torch.bool, device=stage.device),
+        [],
+        torch.rand(N // GROUP, GROUP, T, dtype=torch.float64, device=stage.device),
+    )
+    rows.tokens.zero_()  # tokens of the vocabulary, which this model's end token is not
+    rows.prefix.normal_()  # zeros would be faster than what is real
     rows.suffix.normal_()
     rows.t.fill_(first)
     stage.wait()
     start = time.perf_counter()
-    decoder.advance(model, rows, first, 1.0, False)                      # compiles and captures
+    decoder.advance(model, rows, first, 1.0, False)  # compiles and captures
     stage.wait()
     warm_up = time.perf_counter() - start
     start = time.perf_counter()
@@ -272,7 +311,9 @@ def decode(stage: Stage, model: HumanOmni, N: int, machine: dict) -> tuple[str, 
     stage.wait()
     ms = 1e3 * (time.perf_counter() - start) / (T - 2 - first)
     # The floor of all steps up to the last one, less that of the steps before the timed ones.
-    floors = [decode_floor(model, P, N // GROUP, GROUP, tokens, machine) for tokens in (first + 2, T)]
+    floors = [
+        decode_floor(model, P, N // GROUP, GROUP, tokens, machine) for tokens in (first + 2, T)
+    ]
     floor = 1e3 * (floors[1] - floors[0]) / (T - 2 - first)
     found = f"{ms:.3f} ms a step (floor {floor:.2f}), {1e3 * N / ms:.0f} tokens/s; first call {warm_up:.1f} s"
     return found, "measured"
@@ -286,12 +327,18 @@ def profile(stage: Stage, model: HumanOmni, N: int) -> tuple[str, str]:
     rows = decoder.rows_for(model, N // GROUP, GROUP, P, T)
     activity = torch.profiler.ProfilerActivity
     rows.t.fill_(T - steps - 2)
-    with torch.profiler.profile(activities=[activity.CUDA if stage.on_gpu else activity.CPU]) as seen:
+    with torch.profiler.profile(
+        activities=[activity.CUDA if stage.on_gpu else activity.CPU]
+    ) as seen:
         for t in range(T - steps - 2, T - 2):
             decoder.advance(model, rows, t, 1.0, False)
         stage.wait()
     name = "self_device_time_total" if stage.on_gpu else "self_cpu_time_total"
-    events = [(getattr(e, name) / steps, e.count / steps, e.key) for e in seen.key_averages() if getattr(e, name)]
+    events = [
+        (getattr(e, name) / steps, e.count / steps, e.key)
+        for e in seen.key_averages()
+        if getattr(e, name)
+    ]
     events.sort(reverse=True)
     path = Path(stage.args.findings).with_suffix(".profile.txt")
     lines = [f"{us:10.1f} us  {n:7.1f} launches  {key}" for us, n, key in events]
@@ -306,7 +353,9 @@ def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
     quantiles, and the update's peak memory is at most 1.15 times the estimate of tools.memory."""
     size, device, B, T = SIZES[stage.args.size], stage.device, 2, SHAPES[stage.args.size][0]
     reference, optimizer = frozen_reference(model), MasterAdamW(model.set_trained(), 1e-6)
-    flags = grpo.Args(model="", data="", out="", num_generations=GROUP, max_new_tokens=T, micro_batch=1)
+    flags = grpo.Args(
+        model="", data="", out="", num_generations=GROUP, max_new_tokens=T, micro_batch=1
+    )
     batch = random_batch(size, B, torch.Generator().manual_seed(0), model.dtype).to(device)
     batch, meter = encode_once(model, batch), grpo.Meter()
     rollout = grpo.roll_out(model, reference, mock.Mock(text=str), batch, flags, grpo.Clock())
@@ -314,37 +363,55 @@ def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
     rollout.rewards["accuracy"] = torch.arange(float(B * GROUP), device=device).view(B, GROUP) % 3
     grpo.compare(rollout, flags, stage.ranks)
     with torch.no_grad():
-        logps = torch.cat([
-            model.completion_logps(*embed(model, batch.select([b])), rollout.completions[b:b + 1], rollout.lengths[b:b + 1])
-            for b in range(B)])
+        logps = torch.cat(
+            [
+                model.completion_logps(
+                    *embed(model, batch.select([b])),
+                    rollout.completions[b : b + 1],
+                    rollout.lengths[b : b + 1],
+                )
+                for b in range(B)
+            ]
+        )
     if stage.on_gpu:
         torch.cuda.reset_peak_memory_stats()
     moved = grpo.update(model, optimizer, batch, rollout, flags, stage.ranks, 1e-6, meter)
     norm = grpo.Meter.join([meter.entries])["grad_norm"]
     quantiles = torch.tensor([0.01, 0.5, 0.99], device=device)
     ratio = (logps - rollout.logps)[rollout.mask].exp().quantile(quantiles).tolist()
-    found = f"gradient norm {norm:.3f}, ratio at 1, 50, 99 % {' / '.join(f'{r:.3f}' for r in ratio)}"
+    found = (
+        f"gradient norm {norm:.3f}, ratio at 1, 50, 99 % {' / '.join(f'{r:.3f}' for r in ratio)}"
+    )
     right = moved and norm > 0 and all(abs(r - 1) < 0.1 for r in ratio)
     if not stage.on_gpu:
         return f"{found}; memory is not measured", right
     expected = sum(peak(model, 1, GROUP, rollout.prompt_length, T, model.dtype).values())
     expected += sum(r.nbytes for r in sampler.Decoder.of(model).rows.values())
     measured = torch.cuda.max_memory_allocated()
-    return f"{found}; peak {measured / GIB:.1f} GiB, expected {expected / GIB:.1f}", right and measured < 1.15 * expected
+    return (
+        f"{found}; peak {measured / GIB:.1f} GiB, expected {expected / GIB:.1f}",
+        right and measured < 1.15 * expected,
+    )
 
 
 def compiler_counters() -> tuple[str, bool]:
     """Number of compiled graphs and of graph breaks; wrong if a function reached the limit of recompilations."""
     counters = torch._dynamo.utils.counters
     limits = sum(n for reason, n in counters["unimplemented"].items() if "limit" in reason)
-    graphs, breaks = counters["stats"].get("unique_graphs", 0), sum(counters["graph_break"].values())
-    return f"{graphs} graphs, {breaks} breaks, {limits} times at the limit of recompilations", not limits
+    graphs, breaks = (
+        counters["stats"].get("unique_graphs", 0),
+        sum(counters["graph_break"].values()),
+    )
+    return (
+        f"{graphs} graphs, {breaks} breaks, {limits} times at the limit of recompilations",
+        not limits,
+    )
 
 
 def full(stage: Stage) -> None:
     start = time.perf_counter()
     model = build_model(SIZES[stage.args.size], stage.device, stage.dtype)
-    model.eos_ids = [model.config.vocab_size]            # nothing ends: every completion has T tokens
+    model.eos_ids = [model.config.vocab_size]  # nothing ends: every completion has T tokens
     stage.wait()
     stage.check("model", lambda: (f"built in {time.perf_counter() - start:.1f} s", "measured"))
     machine = machine_rates(stage.device, stage.dtype)
@@ -363,13 +430,18 @@ def full(stage: Stage) -> None:
 # golden: the reference code's own numbers, and every way to run a decode step
 # ------------------------------------------------------------------------------------------------
 
+
 def golden_model(device, parts=("decoder",)) -> tuple[HumanOmni, torch.Tensor, torch.Tensor]:
     """The reference code's tiny checkpoint in fp32, and its prompts."""
-    model = HumanOmni.from_pretrained(GOLDEN / "humanomni", bert=GOLDEN / "bert", device=device, say=str)
-    model.eos_ids = [380, *range(0, 380, 12)]            # many, so that completions differ in length
+    model = HumanOmni.from_pretrained(
+        GOLDEN / "humanomni", bert=GOLDEN / "bert", device=device, say=str
+    )
+    model.eos_ids = [380, *range(0, 380, 12)]  # many, so that completions differ in length
     model.set_trained(parts)
     forward = torch.load(GOLDEN / "forward.pt", weights_only=True)
-    ids, frames, mel, *question = (forward[k] for k in ("input_ids", "frames", "mel", "question_ids", "question_mask"))
+    ids, frames, mel, *question = (
+        forward[k] for k in ("input_ids", "frames", "mel", "question_ids", "question_mask")
+    )
     media = (x.to(device) for x in (frames.float(), mel.float(), *question))
     return model, *model.embed_prompt(ids, *media)
 
@@ -381,11 +453,16 @@ def reference_parity(device) -> tuple[str, bool]:
     g = {k: v.to(device) if torch.is_tensor(v) else v for k, v in stored.items()}
     logps = model.completion_logps(embeds, mask, g["completions"], g["lengths"])
     inside = torch.arange(logps.shape[2], device=device) < g["lengths"][..., None]
-    loss, _ = grpo.grpo_loss(logps, logps.detach(), g["ref_logps"], g["advantages"], inside, beta=g["beta"], kl="k3")
+    loss, _ = grpo.grpo_loss(
+        logps, logps.detach(), g["ref_logps"], g["advantages"], inside, beta=g["beta"], kl="k3"
+    )
     loss.backward()
     ours, off = dict(model.named_parameters()), abs(float(loss.detach() - g["loss"]))
-    errors = [abs(float(ours[name].grad.norm()) - norm) / (norm + 1e-4) for name, norm in g["grad_norms"].items()]
-    worst = float(torch.tensor(errors).max())            # NaN if one of them is
+    errors = [
+        abs(float(ours[name].grad.norm()) - norm) / (norm + 1e-4)
+        for name, norm in g["grad_norms"].items()
+    ]
+    worst = float(torch.tensor(errors).max())  # NaN if one of them is
     return f"loss off by {off:.0e}, a norm by {worst:.0e}", off < 1e-5 and worst < 2e-3
 
 
@@ -396,7 +473,10 @@ def naive_tokens(device) -> dict[bool, torch.Tensor]:
     """greedy or sampled -> the tokens of the sampler's slow twin."""
     model, embeds, mask = golden_model(device)
     given = model, embeds.detach(), mask
-    return {greedy: sampler.generate_naive(*given, **GOLDEN_SAMPLING, greedy=greedy)[0] for greedy in (True, False)}
+    return {
+        greedy: sampler.generate_naive(*given, **GOLDEN_SAMPLING, greedy=greedy)[0]
+        for greedy in (True, False)
+    }
 
 
 def path_equals_naive(device, path: str, naive: dict[bool, torch.Tensor]) -> tuple[str, bool]:
@@ -404,8 +484,12 @@ def path_equals_naive(device, path: str, naive: dict[bool, torch.Tensor]) -> tup
     model, embeds, mask = golden_model(device)
     given = model, embeds.detach(), mask
     with mock.patch.dict(os.environ, {sampler.PATH_VARIABLE: path}):
-        equal = {("greedy" if greedy else "sampled"): torch.equal(
-            sampler.generate(*given, **GOLDEN_SAMPLING, greedy=greedy)[0], tokens) for greedy, tokens in naive.items()}
+        equal = {
+            ("greedy" if greedy else "sampled"): torch.equal(
+                sampler.generate(*given, **GOLDEN_SAMPLING, greedy=greedy)[0], tokens
+            )
+            for greedy, tokens in naive.items()
+        }
     return f"tokens equal: {equal}", len(equal) == 2 and all(equal.values())
 
 
@@ -421,23 +505,40 @@ def golden(stage: Stage) -> None:
     # The simplest first: what a failed capture or kernel leaves behind would fail the others, too.
     paths = sampler.DECODE_PATHS if stage.on_gpu else ["eager"]
     for path in paths:
-        stage.check(f"decode path {path}", lambda path=path: path_equals_naive(stage.device, path, naive))
+        stage.check(
+            f"decode path {path}", lambda path=path: path_equals_naive(stage.device, path, naive)
+        )
 
 
 # ------------------------------------------------------------------------------------------------
 # bench: side by side
 # ------------------------------------------------------------------------------------------------
 
+
 def side_by_side(stage: Stage, arms: str, rows: tuple[int, ...]) -> tuple[str, bool]:
     """tools.bench with few repeats; its own gates decide."""
     size = dataclasses.replace(SIZES[stage.args.size], rows=rows, slow=1)
     out = Path(stage.args.findings).with_suffix(f".bench_{arms}.json")
-    flags = bench.Args(size=stage.args.size, device=stage.device.type, repeats=1 + stage.on_gpu,
-                       arms=list(arms), out=str(out))
+    flags = bench.Args(
+        size=stage.args.size,
+        device=stage.device.type,
+        repeats=1 + stage.on_gpu,
+        arms=list(arms),
+        out=str(out),
+    )
     report = bench.bench(flags, size)
-    found = [f"step {arm} {row['median_ms']:.0f} ms" for arm, row in report["sections"].get("step", {}).items()]
-    found += [f"decode {row['arm']} {row['rows']} rows {row['median_ms']:.2f} ms" for row in report["decode"]]
-    found += [f"{'MET' if t['met'] else 'MISSED'} {t['target']} {t['limit']:g}: {t['value']:.3g}" for t in report["targets"]]
+    found = [
+        f"step {arm} {row['median_ms']:.0f} ms"
+        for arm, row in report["sections"].get("step", {}).items()
+    ]
+    found += [
+        f"decode {row['arm']} {row['rows']} rows {row['median_ms']:.2f} ms"
+        for row in report["decode"]
+    ]
+    found += [
+        f"{'MET' if t['met'] else 'MISSED'} {t['target']} {t['limit']:g}: {t['value']:.3g}"
+        for t in report["targets"]
+    ]
     return "; ".join(found), report["gates_hold"]
 
 
@@ -452,6 +553,7 @@ def bench_stage(stage: Stage) -> None:
 # ------------------------------------------------------------------------------------------------
 # ranks: several processes
 # ------------------------------------------------------------------------------------------------
+
 
 def one_rank(rank: int, world: int, backend: str, kind: str, store: str) -> None:
     """The collectives that training uses, then an optimizer step on gradients rank + 1, whose norm is known."""
@@ -496,11 +598,11 @@ STAGES = {"smoke": smoke, "full": full, "golden": golden, "bench": bench_stage, 
 
 
 def main(args: Args) -> None:
-    faulthandler.enable()                                # a crash leaves its stack in the log
+    faulthandler.enable()  # a crash leaves its stack in the log
     if args.until:
         left = args.until - time.time()
         faulthandler.dump_traceback_later(max(0.1, left - 3))
-        signal.alarm(max(1, int(left) + 5))              # ends this process also if the parent is dead
+        signal.alarm(max(1, int(left) + 5))  # ends this process also if the parent is dead
     STAGES[args.stage](Stage(args, start_ranks(args.device)))
 
 

@@ -6,6 +6,7 @@ a hub id is downloaded first; a tower that is one is only looked for among what 
     python -m tools.inspect runs/r1/latest
     python -m tools.inspect StarJiaxing/R1-Omni-0.5B --train decoder projectors gate bert
 """
+
 import dataclasses
 import sys
 from pathlib import Path
@@ -16,50 +17,68 @@ from lib.checkpoint import TOWERS, Plan, Stored, find_file, list_some, make_plan
 from lib.common import UserError, run_main
 from model import DEFAULT_TRAINED, PARTS, Config, HumanOmni
 
-USAGE = ("usage: python -m tools.inspect PATH [--vision_tower FOLDER] [--audio_tower FOLDER] [--bert FOLDER] "
-         f"[--train PART ...]\nparts: {', '.join(PARTS)}")
+USAGE = (
+    "usage: python -m tools.inspect PATH [--vision_tower FOLDER] [--audio_tower FOLDER] [--bert FOLDER] "
+    f"[--train PART ...]\nparts: {', '.join(PARTS)}"
+)
 
 
 @dataclasses.dataclass
 class Args:
-    model: str                              # checkpoint folder or hub id
-    vision_tower: str | None = None         # folder or hub id that replaces the checkpoint's vision tower
-    audio_tower: str | None = None          # the same for the audio tower
-    bert: str | None = None                 # folder or hub id of BERT's tokenizer, and of its weights if none are stored
-    train: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TRAINED))  # parts that would be trained
+    model: str  # checkpoint folder or hub id
+    vision_tower: str | None = None  # folder or hub id that replaces the checkpoint's vision tower
+    audio_tower: str | None = None  # the same for the audio tower
+    bert: str | None = (
+        None  # folder or hub id of BERT's tokenizer, and of its weights if none are stored
+    )
+    train: list[str] = dataclasses.field(
+        default_factory=lambda: list(DEFAULT_TRAINED)
+    )  # parts that would be trained
 
 
 @dataclasses.dataclass
 class Part:
     """A line of the table."""
-    name: str                  # of PARTS
+
+    name: str  # of PARTS
     parameters: int
-    trained: int               # how many of them would be trained
-    dtypes: str                # as stored; "?" for a tower that is not on this disk
-    bytes: int | None          # on disk, of a stock tower the whole model; None: not on this disk
-    origin: str                # where the weights come from
+    trained: int  # how many of them would be trained
+    dtypes: str  # as stored; "?" for a tower that is not on this disk
+    bytes: int | None  # on disk, of a stock tower the whole model; None: not on this disk
+    origin: str  # where the weights come from
 
 
 def size(bytes: int | None) -> str:
     if bytes is None:
         return "?"
-    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if bytes >= u or n == "kB")
+    unit, name = next(
+        (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if bytes >= u or n == "kB"
+    )
     return f"{bytes / unit:.2f} {name}"
 
 
 def stock_index(source: str) -> dict[str, Stored]:
     """The weights of a stock tower that are on this disk; {} where they would have to be downloaded."""
-    there = Path(source).is_dir() or isinstance(try_to_load_from_cache(source, "model.safetensors"), str)
+    there = Path(source).is_dir() or isinstance(
+        try_to_load_from_cache(source, "model.safetensors"), str
+    )
     return weight_index(source) if there else {}
 
 
 def describe_part(plan: Plan, name: str) -> Part:
     parameters = [p for key, p in plan.model.named_parameters() if key.startswith(PARTS[name])]
-    count, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    count, trained = (
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+    )
     if name in TOWERS and name not in plan.from_file:
         stored, origin = list(stock_index(plan.source[name]).values()), plan.source[name]
     else:
-        stored = [plan.index[key] for key, mine in plan.ours.items() if mine.startswith(PARTS[name]) and key in plan.index]
+        stored = [
+            plan.index[key]
+            for key, mine in plan.ours.items()
+            if mine.startswith(PARTS[name]) and key in plan.index
+        ]
         origin = list_some({s.file.name for s in stored}, 3)
     if not stored:
         return Part(name, count, trained, "?", None, f"{origin or 'nowhere'}: not on this disk")
@@ -70,13 +89,18 @@ def describe_part(plan: Plan, name: str) -> Part:
 def describe_head(plan: Plan) -> str:
     stored = "lm_head.weight" in plan.index
     if plan.model.config.tie_word_embeddings:
-        return "tied to the embedding, " + ("and stored all the same (that copy is not read)" if stored else "not stored")
+        return "tied to the embedding, " + (
+            "and stored all the same (that copy is not read)" if stored else "not stored"
+        )
     return "its own, " + ("stored" if stored else "missing")
 
 
 def report(plan: Plan, train: list[str]) -> str:
     """The whole text.  `train`: names of PARTS that would be trained."""
-    c, vision, audio, bert = plan.model.config, *(plan.towers[kind] for kind in ("vision", "audio", "bert"))
+    c, vision, audio, bert = (
+        plan.model.config,
+        *(plan.towers[kind] for kind in ("vision", "audio", "bert")),
+    )
     plan.model.set_trained(train)
     parts = [describe_part(plan, name) for name in PARTS]
     files = {s.file for s in plan.index.values()}
@@ -84,7 +108,8 @@ def report(plan: Plan, train: list[str]) -> str:
     unused = [key for key in plan.index if key.startswith(plan.ignored)]
     lines = [
         f"{plan.path}: {len(plan.index)} tensors in {list_some({f.name for f in files}, 3)}, "
-        f"{size(sum(f.stat().st_size for f in files))}", "",
+        f"{size(sum(f.stat().st_size for f in files))}",
+        "",
         f"decoder  {c.num_hidden_layers} layers, width {c.hidden_size}, MLP {c.intermediate_size}, {c.num_attention_heads} "
         f"query and {c.num_key_value_heads} key/value heads of {c.head_dim}, vocabulary {c.vocab_size}",
         f"head     {describe_head(plan)}",
@@ -94,13 +119,21 @@ def report(plan: Plan, train: list[str]) -> str:
         f"{audio.max_source_positions} states",
         f"bert     {bert.num_hidden_layers} layers, width {bert.hidden_size}, vocabulary {bert.vocab_size}",
         f"prompt   {plan.model.video_tokens} video tokens ({plan.model.num_frames} frames) + {plan.model.audio_tokens} "
-        "audio tokens + text", "",
-        f"{'part':<12}{'parameters':>12}{'trained':>12}  {'stored as':<18}{'on disk':>10}  from"]
-    lines += [f"{p.name:<12}{p.parameters:>12,}{p.trained:>12,}  {p.dtypes:<18}{size(p.bytes):>10}  {p.origin}"
-              for p in parts]
+        "audio tokens + text",
+        "",
+        f"{'part':<12}{'parameters':>12}{'trained':>12}  {'stored as':<18}{'on disk':>10}  from",
+    ]
+    lines += [
+        f"{p.name:<12}{p.parameters:>12,}{p.trained:>12,}  {p.dtypes:<18}{size(p.bytes):>10}  {p.origin}"
+        for p in parts
+    ]
     total, trained = sum(p.parameters for p in parts), sum(p.trained for p in parts)
     nothing = f"{len(unused)} tensors, {size(sum(plan.index[key].bytes for key in unused))} ({list_some(unused, 4)})"
-    lines += [f"{'together':<12}{total:>12,}{trained:>12,}", "", f"used by nothing: {nothing if unused else 'no tensor'}"]
+    lines += [
+        f"{'together':<12}{total:>12,}{trained:>12,}",
+        "",
+        f"used by nothing: {nothing if unused else 'no tensor'}",
+    ]
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ was made from: its flags and the SHA-256 of the files.  A stage whose result is 
 done again; delete its folder, or give --fresh, to repeat it.  The order of things is the paper's; the numbers are this
 little world's.
 """
+
 import dataclasses
 import json
 import os
@@ -39,45 +40,67 @@ from toy.humanomni import make_humanomni
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("toy_dfew_test", "toy_mafw_test", "toy_ravdess_test")
-MAX_NEW_TOKENS = 80        # the reasoning has about 62
-RL = {"prompts_per_step": 8, "num_generations": 8, "micro_batch": 8, "max_new_tokens": MAX_NEW_TOKENS, "lr": 6e-4,
-      "lr_floor": 0.1, "beta": 0.04}
-REASONED = ["accuracy", "format", "conclusion", "agreement=0.2"]      # the reasoning is paid too; why so: docs/ablations.md
+MAX_NEW_TOKENS = 80  # the reasoning has about 62
+RL = {
+    "prompts_per_step": 8,
+    "num_generations": 8,
+    "micro_batch": 8,
+    "max_new_tokens": MAX_NEW_TOKENS,
+    "lr": 6e-4,
+    "lr_floor": 0.1,
+    "beta": 0.04,
+}
+REASONED = [
+    "accuracy",
+    "format",
+    "conclusion",
+    "agreement=0.2",
+]  # the reasoning is paid too; why so: docs/ablations.md
 UNKNOWN = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
 
 
 @dataclasses.dataclass
 class Args:
-    out: str = "runs/toy"                   # everything goes here
-    data: str | None = None                 # the clips; default: OUT/data
-    seed: int = 0                           # of the weights and of every stage; the clips are always the same
-    scale: float = 1.0                      # size of the sets and length of the stages, for a quick look
-    modalities: bool = False                # also train label models on video alone and on audio alone
-    fresh: bool = False                     # repeat stages whose results are there (never the clips)
-    export: bool = False                    # write the cold start to toy/start, from which exercises and ablations go on
+    out: str = "runs/toy"  # everything goes here
+    data: str | None = None  # the clips; default: OUT/data
+    seed: int = 0  # of the weights and of every stage; the clips are always the same
+    scale: float = 1.0  # size of the sets and length of the stages, for a quick look
+    modalities: bool = False  # also train label models on video alone and on audio alone
+    fresh: bool = False  # repeat stages whose results are there (never the clips)
+    export: bool = (
+        False  # write the cold start to toy/start, from which exercises and ablations go on
+    )
 
 
 # ------------------------------------------------------------------------------------------------
 # The pipeline
 # ------------------------------------------------------------------------------------------------
 
+
 class Pipeline:
     """Runs the scripts and keeps the time."""
-    sets: tuple[str, ...] = SETS                     # that `evaluate` looks at
+
+    sets: tuple[str, ...] = SETS  # that `evaluate` looks at
 
     def __init__(self, args: Args):
         self.args, self.out = args, Path(args.out)
         self.data = Path(args.data) if args.data else self.out / "data"
         self.times_file = self.out / "times.json"
         self.made_file = self.out / "made_from.json"
-        self.seconds, self.made = (json.loads(f.read_text()) if f.exists() else {}
-                                   for f in (self.times_file, self.made_file))
+        self.seconds, self.made = (
+            json.loads(f.read_text()) if f.exists() else {}
+            for f in (self.times_file, self.made_file)
+        )
         self.writing = threading.Lock()
-        self.recorded: set[Path] = set()             # results of which is known what they were made from
+        self.recorded: set[Path] = set()  # results of which is known what they were made from
 
-    def stage(self, name: str, done: list[Path], inputs: dict[str, Path], flags: dict, work) -> None:
+    def stage(
+        self, name: str, done: list[Path], inputs: dict[str, Path], flags: dict, work
+    ) -> None:
         """Do `work` unless all of `done` are there, made from files like `inputs` under the same flags; keep the time."""
-        now = {flag: str(value) for flag, value in flags.items()} | {flag: digest(file) for flag, file in inputs.items()}
+        now = {flag: str(value) for flag, value in flags.items()} | {
+            flag: digest(file) for flag, file in inputs.items()
+        }
         missing = [f for f in done if not f.exists()]
         why = self.stale(name, now, inputs, missing)
         if not missing and not why:
@@ -87,7 +110,7 @@ class Pipeline:
             return
         print(f"== {name}" + (f": made anew, because {why}" if why else ""), flush=True)
         started = time.time()
-        self.note(name, None)                        # begun: what is there until it is done is no result
+        self.note(name, None)  # begun: what is there until it is done is no result
         work()
         self.note(name, now)
         self.recorded |= set(done)
@@ -105,10 +128,12 @@ class Pipeline:
             return f"{missing[0]} is missing" if known or (self.out / name).exists() else ""
         if self.args.fresh:
             return "of --fresh"
-        if not known:                                # an older toy made it, before anything that is on record
+        if not known:  # an older toy made it, before anything that is on record
             newer = [file for file in inputs.values() if file in self.recorded]
             return f"{newer[0]} was made after it" if newer else ""
-        changed = sorted(k for k in now.keys() | self.made[name] if now.get(k) != self.made[name].get(k))
+        changed = sorted(
+            k for k in now.keys() | self.made[name] if now.get(k) != self.made[name].get(k)
+        )
         return f"{', '.join(changed)} changed" if changed else ""
 
     def note(self, name: str, made: dict | None) -> None:
@@ -118,18 +143,35 @@ class Pipeline:
 
     def run(self, script: str, threads: int | None = None, quiet: bool = False, **flags) -> None:
         """`python SCRIPT --flag value ...`; True is a switch."""
-        words = script.split()                       # a script of ours, or "-m" and a program of ours
+        words = script.split()  # a script of ours, or "-m" and a program of ours
         for flag, value in flags.items():
-            words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [] if value is True else [str(value)])]
+            words += [
+                f"--{flag}",
+                *(
+                    map(str, value)
+                    if isinstance(value, list)
+                    else []
+                    if value is True
+                    else [str(value)]
+                ),
+            ]
         print("   python " + shlex.join(words), flush=True)
-        found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])      # from any folder
-        environment = dict(os.environ) | {"PYTHONPATH": found} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        found = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )  # from any folder
+        environment = (
+            dict(os.environ)
+            | {"PYTHONPATH": found}
+            | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        )
         shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
         if words[0] != "-m":
             words[0] = str(ROOT / words[0])
         result = subprocess.run([sys.executable, *words], env=environment, text=True, **shown)
         if result.returncode:
-            raise UserError(f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}")
+            raise UserError(
+                f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}"
+            )
 
     def clips(self) -> None:
         """They are never made anew: those of another world are refused."""
@@ -139,35 +181,75 @@ class Pipeline:
         if cues.exists():
             print(f"== clips: {cues} is there")
         else:
-            self.stage("clips", [cues], {}, {}, lambda: world.build(self.data, seed=0, scale=self.args.scale))
+            self.stage(
+                "clips",
+                [cues],
+                {},
+                {},
+                lambda: world.build(self.data, seed=0, scale=self.args.scale),
+            )
 
-    def train(self, name: str, script: str, model: Path, data: Path, how: dict = {}, **flags) -> None:   # noqa: B006
+    def train(
+        self, name: str, script: str, model: Path, data: Path, how: dict = {}, **flags
+    ) -> None:  # noqa: B006
         """One trained stage: OUT/name/latest.  `how`: threads and quiet, see `run`."""
         flags |= {"seed": self.args.seed}
 
         def work():
-            self.run(script, out=self.out / name, overwrite=True, model=model, data=data,
-                     feature_cache=self.out / "features", **how, **flags)
+            self.run(
+                script,
+                out=self.out / name,
+                overwrite=True,
+                model=model,
+                data=data,
+                feature_cache=self.out / "features",
+                **how,
+                **flags,
+            )
 
-        self.stage(name, [weights(self.out / name / "latest")], {"model": weights(model), "data": data}, flags, work)
+        self.stage(
+            name,
+            [weights(self.out / name / "latest")],
+            {"model": weights(model), "data": data},
+            flags,
+            work,
+        )
 
     def both(self, *stages: tuple[str, str, dict]) -> None:
         """Two trained stages side by side, a thread each: small products gain little from a second.  One bar is shown."""
         started, before = time.time(), dict(self.seconds)
         with ThreadPoolExecutor(len(stages)) as pool:
-            jobs = [pool.submit(self.train, name, script, how={"threads": 1, "quiet": i > 0}, **flags)
-                    for i, (name, script, flags) in enumerate(stages)]
+            jobs = [
+                pool.submit(self.train, name, script, how={"threads": 1, "quiet": i > 0}, **flags)
+                for i, (name, script, flags) in enumerate(stages)
+            ]
             [job.result() for job in jobs]
         for name, _, _ in stages:
-            if self.seconds.get(name) != before.get(name):                # made now: the time of both is that of the longer
+            if self.seconds.get(name) != before.get(
+                name
+            ):  # made now: the time of both is that of the longer
                 del self.seconds[name]
-                self.seconds[" and ".join(name for name, _, _ in stages)] = round(time.time() - started, 1)
+                self.seconds[" and ".join(name for name, _, _ in stages)] = round(
+                    time.time() - started, 1
+                )
 
     def evaluate(self, name: str, model: Path, **flags) -> None:
         """A model on the three test sets: OUT/eval/NAME.SET.json.  Two at a time, a thread each."""
+
         def one(s):
-            self.run("eval.py", threads=1, quiet=True, model=model, data=self.data / f"{s}.json", out=self.result(name, s),
-                     max_new_tokens=MAX_NEW_TOKENS, batch_size=50, feature_cache=self.out / "features", workers=1, **flags)
+            self.run(
+                "eval.py",
+                threads=1,
+                quiet=True,
+                model=model,
+                data=self.data / f"{s}.json",
+                out=self.result(name, s),
+                max_new_tokens=MAX_NEW_TOKENS,
+                batch_size=50,
+                feature_cache=self.out / "features",
+                workers=1,
+                **flags,
+            )
 
         def work():
             with ThreadPoolExecutor(2) as pool:
@@ -182,10 +264,17 @@ class Pipeline:
     def report(self, *names: str) -> None:
         """OUT/report.html: the runs beside one another.  Should it fail, what was measured is still there."""
         page, runs = self.out / "report.html", [self.out / name for name in names]
-        files = [self.result(name, s) for name in names for s in self.sets] + [run / "metrics.jsonl" for run in runs]
+        files = [self.result(name, s) for name in names for s in self.sets] + [
+            run / "metrics.jsonl" for run in runs
+        ]
         try:
-            self.stage("report", [page], {str(f.relative_to(self.out)): f for f in files}, {},
-                       lambda: self.run("-m tools.report", quiet=True, runs=runs, out=page))
+            self.stage(
+                "report",
+                [page],
+                {str(f.relative_to(self.out)): f for f in files},
+                {},
+                lambda: self.run("-m tools.report", quiet=True, runs=runs, out=page),
+            )
         except UserError as error:
             print(f"   {error}")
 
@@ -201,32 +290,86 @@ def build(p: Pipeline) -> None:
     """All stages, in the paper's order."""
     args, data = p.args, p.data
     p.clips()
-    p.stage("humanomni", [weights(p.out / "humanomni")], {"data": data / "cues.json"},
-            {"seed": args.seed, "scale": args.scale}, lambda: make_humanomni(p.out, data, args.seed, args.scale))
-    p.train("base", "sft.py", model=p.out / "humanomni", data=data / "toy_base_train.json", prompt="row", allow_labels=True,
-            train="decoder", max_steps=p.steps(500), batch_size=16, micro_batch=16, lr=2e-3)
-    labels = {"model": p.out / "base" / "latest", "data": data / "rl_train.json", "prompt": "label",
-              "max_steps": p.steps(300), "batch_size": 16, "micro_batch": 16, "lr": 1e-3}
-    p.both(("emer_sft", "sft.py", {"model": p.out / "base" / "latest", "data": data / "toy_emer_train.json",
-                                   "max_steps": p.steps(400), "batch_size": 8, "micro_batch": 8, "lr": 2e-3}),
-           ("label_sft", "sft.py", labels))
-    rl = {"model": p.out / "emer_sft" / "latest", "data": data / "rl_train.json", "max_steps": p.steps(240)} | RL
+    p.stage(
+        "humanomni",
+        [weights(p.out / "humanomni")],
+        {"data": data / "cues.json"},
+        {"seed": args.seed, "scale": args.scale},
+        lambda: make_humanomni(p.out, data, args.seed, args.scale),
+    )
+    p.train(
+        "base",
+        "sft.py",
+        model=p.out / "humanomni",
+        data=data / "toy_base_train.json",
+        prompt="row",
+        allow_labels=True,
+        train="decoder",
+        max_steps=p.steps(500),
+        batch_size=16,
+        micro_batch=16,
+        lr=2e-3,
+    )
+    labels = {
+        "model": p.out / "base" / "latest",
+        "data": data / "rl_train.json",
+        "prompt": "label",
+        "max_steps": p.steps(300),
+        "batch_size": 16,
+        "micro_batch": 16,
+        "lr": 1e-3,
+    }
+    p.both(
+        (
+            "emer_sft",
+            "sft.py",
+            {
+                "model": p.out / "base" / "latest",
+                "data": data / "toy_emer_train.json",
+                "max_steps": p.steps(400),
+                "batch_size": 8,
+                "micro_batch": 8,
+                "lr": 2e-3,
+            },
+        ),
+        ("label_sft", "sft.py", labels),
+    )
+    rl = {
+        "model": p.out / "emer_sft" / "latest",
+        "data": data / "rl_train.json",
+        "max_steps": p.steps(240),
+    } | RL
     p.both(("r1", "grpo.py", rl), ("r1_conclusion", "grpo.py", rl | {"rewards": REASONED}))
     if args.modalities:
-        p.both(*((f"label_{modal}", "sft.py", labels | {"modal": modal}) for modal in ("video", "audio")))
+        p.both(
+            *(
+                (f"label_{modal}", "sft.py", labels | {"modal": modal})
+                for modal in ("video", "audio")
+            )
+        )
     for name, (_, flags) in ROWS.items():
         if (p.out / name).exists():
             p.evaluate(name, p.out / name / "latest", **flags)
 
 
 # name of the stage -> its title in the table, flags of eval.py
-ROWS = {"base": ("base (described clips)", {}), "emer_sft": ("EMER-SFT (cold start)", {}),
-        "label_sft": ("MAFW-DFEW-SFT (labels)", {"prompt": "label"}), "r1": ("R1-Omni (the paper's reward)", {}),
-        "r1_conclusion": ("R1-Omni + conclusion", {}),
-        "label_video": ("labels, video alone", {"prompt": "label", "modal": "video"}),
-        "label_audio": ("labels, audio alone", {"prompt": "label", "modal": "audio"})}
-COLUMNS = {"epc": "EPC %", "eea": "EEA %", "fcr": "FCR %", "format_rate": "format %", "cue_recall": "cue recall %",
-           "cue_precision": "cue precision %"}
+ROWS = {
+    "base": ("base (described clips)", {}),
+    "emer_sft": ("EMER-SFT (cold start)", {}),
+    "label_sft": ("MAFW-DFEW-SFT (labels)", {"prompt": "label"}),
+    "r1": ("R1-Omni (the paper's reward)", {}),
+    "r1_conclusion": ("R1-Omni + conclusion", {}),
+    "label_video": ("labels, video alone", {"prompt": "label", "modal": "video"}),
+    "label_audio": ("labels, audio alone", {"prompt": "label", "modal": "audio"}),
+}
+COLUMNS = {
+    "epc": "EPC %",
+    "eea": "EEA %",
+    "fcr": "FCR %",
+    "format_rate": "format %",
+    "cue_recall": "cue recall %",
+    "cue_precision": "cue precision %",
+}
 
 
 def table(p: Pipeline) -> str:
@@ -240,11 +383,21 @@ def table(p: Pipeline) -> str:
         results = [json.loads(p.result(name, s).read_text()) for s in SETS]
         cells = [f"{r['war']:.2f}/{r['uar']:.2f}" for r in results]
         # Over the two sets in distribution and the one out of it, in that order.
-        cells += ["-" if "prompt" in flags else " / ".join(f"{r[key]:.0f}" for r in results) for key in COLUMNS]
+        cells += [
+            "-" if "prompt" in flags else " / ".join(f"{r[key]:.0f}" for r in results)
+            for key in COLUMNS
+        ]
         lines.append("| " + " | ".join([title, *cells]) + " |")
     times = ", ".join(f"{k} {v:.0f}" for k, v in p.seconds.items())
-    return "\n".join([*lines, "", f"Seconds: {times}; together {sum(p.seconds.values()):.0f} (seed {p.args.seed}, scale "
-                                  f"{p.args.scale:g}, {os.cpu_count()} cores, torch {torch.__version__}).", ""])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Seconds: {times}; together {sum(p.seconds.values()):.0f} (seed {p.args.seed}, scale "
+            f"{p.args.scale:g}, {os.cpu_count()} cores, torch {torch.__version__}).",
+            "",
+        ]
+    )
 
 
 def export(p: Pipeline, to: Path = ROOT / "toy" / "start") -> None:
@@ -252,7 +405,10 @@ def export(p: Pipeline, to: Path = ROOT / "toy" / "start") -> None:
     model = HumanOmni.from_pretrained(p.out / "emer_sft" / "latest", dtype=torch.bfloat16)
     for key, tower in (("mm_vision_tower", "siglip"), ("mm_audio_tower", "whisper")):
         (to / tower).mkdir(parents=True, exist_ok=True)
-        for file in ("config.json", "preprocessor_config.json"):         # the weights are in the checkpoint
+        for file in (
+            "config.json",
+            "preprocessor_config.json",
+        ):  # the weights are in the checkpoint
             shutil.copy(p.out / tower / file, to / tower / file)
         model.local_towers[key] = to / tower
     model.save_pretrained(to / "humanomni")
@@ -267,10 +423,14 @@ def main(args: Args) -> None:
     text = table(pipeline)
     write_text(pipeline.out / "table.md", text)
     pipeline.report("r1", "r1_conclusion")
-    print("\n" + text + f"\nwritten to {pipeline.out / 'table.md'}. Curves, and every text beside its clip: open "
-          f"{pipeline.out / 'report.html'} in a browser.")
+    print(
+        "\n"
+        + text
+        + f"\nwritten to {pipeline.out / 'table.md'}. Curves, and every text beside its clip: open "
+        f"{pipeline.out / 'report.html'} in a browser."
+    )
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")         # nothing here comes from a hub
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
     run_main(main, Args)

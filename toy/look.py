@@ -10,6 +10,7 @@
 
 Each stage is a call of the project's own scripts, printed as a user would type it; what is there is not done again.
 """
+
 import dataclasses
 import json
 import os
@@ -22,12 +23,12 @@ START = ROOT / "toy" / "start" / "humanomni"
 
 @dataclasses.dataclass
 class Args:
-    out: str = "runs/look"                  # everything goes here
-    data: str | None = None                 # the clips; default: OUT/data
-    seed: int = 0                           # of the two runs
-    steps: int = 56                         # of each
-    scale: float = 0.35                     # size of the sets
-    fresh: bool = False                     # repeat stages whose results are there
+    out: str = "runs/look"  # everything goes here
+    data: str | None = None  # the clips; default: OUT/data
+    seed: int = 0  # of the two runs
+    steps: int = 56  # of each
+    scale: float = 0.35  # size of the sets
+    fresh: bool = False  # repeat stages whose results are there
 
 
 class Look(Pipeline):
@@ -36,20 +37,29 @@ class Look(Pipeline):
 
 def mean(look: Look, name: str, key: str) -> float:
     """Of the two test sets, which are equally large."""
-    return sum(json.loads(look.result(name, s).read_text())[key] for s in look.sets) / len(look.sets)
+    return sum(json.loads(look.result(name, s).read_text())[key] for s in look.sets) / len(
+        look.sets
+    )
 
 
 def story(look: Look) -> str:
     """What happened, in three sentences, with the numbers of these runs."""
-    war, epc = ({name: mean(look, name, key) for name in ("start", "r1", "r1_conclusion")} for key in ("war", "epc"))
+    war, epc = (
+        {name: mean(look, name, key) for name in ("start", "r1", "r1_conclusion")}
+        for key in ("war", "epc")
+    )
     turn = lambda x, name: f"from {x['start']:.0f} to {x[name]:.0f} %"
     n = sum(json.loads(look.result("r1", s).read_text())["n"] for s in look.sets)
-    gain = lambda name: f"the accuracy {turn(war, name)}, and the share of texts whose reasoning concludes the answer " \
-                        f"{turn(epc, name)}."
-    return (f"With the paper's reward (answer and form), {look.args.steps} steps took {gain('r1')}\n"
-            f"With the reasoning paid for what it concludes, as many steps took {gain('r1_conclusion')}\n"
-            f"Both are greedy answers to {n} test clips that neither run has seen: a difference below "
-            f"{100 * (2 / n) ** 0.5:.0f} points may be chance.")
+    gain = lambda name: (
+        f"the accuracy {turn(war, name)}, and the share of texts whose reasoning concludes the answer "
+        f"{turn(epc, name)}."
+    )
+    return (
+        f"With the paper's reward (answer and form), {look.args.steps} steps took {gain('r1')}\n"
+        f"With the reasoning paid for what it concludes, as many steps took {gain('r1_conclusion')}\n"
+        f"Both are greedy answers to {n} test clips that neither run has seen: a difference below "
+        f"{100 * (2 / n) ** 0.5:.0f} points may be chance."
+    )
 
 
 def main(args: Args) -> None:
@@ -61,9 +71,11 @@ def main(args: Args) -> None:
     for name in ("r1", "r1_conclusion"):
         look.evaluate(name, look.out / name / "latest")
     look.report("r1", "r1_conclusion")
-    print(f"\n{story(look)}\n\nCurves, and every text beside its clip: open {look.out / 'report.html'} in a browser.")
+    print(
+        f"\n{story(look)}\n\nCurves, and every text beside its clip: open {look.out / 'report.html'} in a browser."
+    )
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")         # nothing here comes from a hub
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here comes from a hub
     run_main(main, Args)

@@ -1,4 +1,5 @@
 """Rewards that need the miniature's truth: python grpo.py ... --rewards accuracy format toy/rewards.py:evidence=0.5"""
+
 from toy.world import cue_scores
 
 

@@ -21,6 +21,7 @@ Interrupted builds resume; a clip depends only on (seed, set, split, index) and,
 Symbols: T frames, H W image rows and columns, N audio samples, K syllables,
          u v face coordinates (u right, v down, 1 = half a head), value = a cue as a number in [-1, 1].
 """
+
 import argparse
 import json
 import os
@@ -38,12 +39,12 @@ from lib.common import UserError, write_json
 from lib.media import SAMPLE_RATE, write_clip
 from lib.reasoning import reasoning_of
 
-VERSION = 2             # raise it when a change alters clips or texts: old folders are then refused
+VERSION = 2  # raise it when a change alters clips or texts: old folders are then refused
 SIZE, FPS, SECONDS = 64, 10, 2.0
 FRAMES, SAMPLES = round(FPS * SECONDS), round(SAMPLE_RATE * SECONDS)
-FLIP = 0.08             # chance that a cue of a clip is not at the typical level of its emotion
-JITTER = 0.15           # spread of a value within its level; levels stay apart by 0.45 or more
-MIN_CLIPS = 12          # of a split, however small the scale
+FLIP = 0.08  # chance that a cue of a clip is not at the typical level of its emotion
+JITTER = 0.15  # spread of a value within its level; levels stay apart by 0.45 or more
+MIN_CLIPS = 12  # of a split, however small the scale
 
 # ------------------------------------------------------------------------------------------------
 # Cues and emotions
@@ -80,11 +81,18 @@ VOICES = {  # any two differ in three cues or more
     "heavy": ("low", "flat", "slow", "soft", "clear"),
 }
 PAIRS = {
-    "happy": ("pleasant", "lively"), "neutral": ("pleasant", "level"), "calm": ("pleasant", "heavy"),
-    "surprise": ("wide", "lively"), "fear": ("wide", "tense"),
-    "angry": ("knit", "lively"), "anxious": ("knit", "tense"),
-    "contemptuous": ("knit", "level"), "disgust": ("knit", "heavy"),
-    "helpless": ("downcast", "tense"), "disappointed": ("downcast", "level"), "sad": ("downcast", "heavy"),
+    "happy": ("pleasant", "lively"),
+    "neutral": ("pleasant", "level"),
+    "calm": ("pleasant", "heavy"),
+    "surprise": ("wide", "lively"),
+    "fear": ("wide", "tense"),
+    "angry": ("knit", "lively"),
+    "anxious": ("knit", "tense"),
+    "contemptuous": ("knit", "level"),
+    "disgust": ("knit", "heavy"),
+    "helpless": ("downcast", "tense"),
+    "disappointed": ("downcast", "level"),
+    "sad": ("downcast", "heavy"),
 }
 EMOTIONS = {e: dict(zip(CUES, FACES[f] + VOICES[v])) for e, (f, v) in PAIRS.items()}
 
@@ -97,21 +105,71 @@ class Set:
     weights: dict[str, float] | None
     splits: dict[str, tuple[int, int]]
     style: str = "painted"
-    floor: int = 1          # fewest clips of a class in a split, where the split is large enough
+    floor: int = 1  # fewest clips of a class in a split, where the split is large enough
 
 
 SETS = {
-    "toy_dfew": Set({"happy": .17, "neutral": .17, "angry": .16, "sad": .15, "surprise": .14, "fear": .11,
-                     "disgust": .10}, {"train": (900, 150), "val": (100, 25), "test": (300, 60)}),
-    "toy_mafw": Set({"angry": .152, "disgust": .070, "fear": .068, "happy": .152, "neutral": .124, "sad": .160,
-                     "surprise": .117, "contemptuous": .026, "anxious": .100, "helpless": .029,
-                     "disappointed": .020}, {"train": (800, 150), "val": (100, 25), "test": (300, 60)}, floor=6),
+    "toy_dfew": Set(
+        {
+            "happy": 0.17,
+            "neutral": 0.17,
+            "angry": 0.16,
+            "sad": 0.15,
+            "surprise": 0.14,
+            "fear": 0.11,
+            "disgust": 0.10,
+        },
+        {"train": (900, 150), "val": (100, 25), "test": (300, 60)},
+    ),
+    "toy_mafw": Set(
+        {
+            "angry": 0.152,
+            "disgust": 0.070,
+            "fear": 0.068,
+            "happy": 0.152,
+            "neutral": 0.124,
+            "sad": 0.160,
+            "surprise": 0.117,
+            "contemptuous": 0.026,
+            "anxious": 0.100,
+            "helpless": 0.029,
+            "disappointed": 0.020,
+        },
+        {"train": (800, 150), "val": (100, 25), "test": (300, 60)},
+        floor=6,
+    ),
     # `calm` is in this set only, out of distribution in class as well as in drawing and speakers
-    "toy_ravdess": Set({"neutral": .5, "happy": 1, "sad": 1, "angry": 1, "fear": 1, "disgust": 1, "surprise": 1,
-                        "calm": 1}, {"test": (300, 24)}, style="outline"),
+    "toy_ravdess": Set(
+        {
+            "neutral": 0.5,
+            "happy": 1,
+            "sad": 1,
+            "angry": 1,
+            "fear": 1,
+            "disgust": 1,
+            "surprise": 1,
+            "calm": 1,
+        },
+        {"test": (300, 24)},
+        style="outline",
+    ),
     # the cold start is long-tailed on purpose: a balanced one leaves reinforcement learning no head-room
-    "toy_emer": Set({"happy": 89, "sad": 70, "angry": 45, "surprise": 25, "neutral": 2, "fear": 2, "disgust": 2,
-                     "anxious": 2, "disappointed": 1, "helpless": 1, "contemptuous": 1}, {"train": (240, 60)}),
+    "toy_emer": Set(
+        {
+            "happy": 89,
+            "sad": 70,
+            "angry": 45,
+            "surprise": 25,
+            "neutral": 2,
+            "fear": 2,
+            "disgust": 2,
+            "anxious": 2,
+            "disappointed": 1,
+            "helpless": 1,
+            "contemptuous": 1,
+        },
+        {"train": (240, 60)},
+    ),
     "toy_base": Set(None, {"train": (2400, 400), "val": (100, 25)}),
 }
 
@@ -121,7 +179,7 @@ class Clip:
     set: str
     split: str
     index: int
-    identity: int           # unique over all sets and splits
+    identity: int  # unique over all sets and splits
     label: str | None
     levels: dict[str, str]  # cue -> true level word
     values: tuple[float, ...]  # in the order of CUES
@@ -143,7 +201,7 @@ def quota(n: int, weights: dict[str, float], floor: int) -> dict[str, int]:
     """n clips shared out by weight (largest remainders), every class at least `floor` if n allows it."""
     share = {c: n * w / sum(weights.values()) for c, w in weights.items()}
     counts = {c: int(s) for c, s in share.items()}
-    for c in sorted(share, key=lambda c: counts[c] - share[c])[:n - sum(counts.values())]:
+    for c in sorted(share, key=lambda c: counts[c] - share[c])[: n - sum(counts.values())]:
         counts[c] += 1
     floor = min(floor, n // len(weights))
     while min(counts.values()) < floor:
@@ -152,7 +210,9 @@ def quota(n: int, weights: dict[str, float], floor: int) -> dict[str, int]:
     return counts
 
 
-def draw_levels(label: str | None, rng: np.random.Generator) -> tuple[dict[str, str], tuple[float, ...]]:
+def draw_levels(
+    label: str | None, rng: np.random.Generator
+) -> tuple[dict[str, str], tuple[float, ...]]:
     levels, values = {}, []
     for cue, words in CUES.items():
         if label is None:
@@ -175,7 +235,9 @@ def plan(seed: int, scale: float) -> list[Clip]:
             n = max(MIN_CLIPS, round(n * scale))
             labels = [None] * n
             if spec.weights:
-                labels = [c for c, k in quota(n, spec.weights, spec.floor).items() for _ in range(k)]
+                labels = [
+                    c for c, k in quota(n, spec.weights, spec.floor).items() for _ in range(k)
+                ]
                 labels = [labels[i] for i in stream(PLAN, seed, s, p).permutation(n)]
             for i, label in enumerate(labels):
                 rng = stream(LEVELS, seed, s, p, i)
@@ -204,19 +266,39 @@ def bayes_accuracy(name: str, cues: dict = CUES) -> float:
 # ------------------------------------------------------------------------------------------------
 # Text: what is seen and heard, in a vocabulary small enough that a cue word is one token
 
-QUESTION_LABEL = ("As an emotional recognition expert; throughout the video, which emotion conveyed by the "
-                  "characters is the most obvious to you?")
-THINK_SUFFIX = ("\nOutput the thinking process in <think> </think> and final emotion in "
-                "<answer> </answer> tags.")
+QUESTION_LABEL = (
+    "As an emotional recognition expert; throughout the video, which emotion conveyed by the "
+    "characters is the most obvious to you?"
+)
+THINK_SUFFIX = (
+    "\nOutput the thinking process in <think> </think> and final emotion in "
+    "<answer> </answer> tags."
+)
 QUESTION_CAPTION = "Describe what is seen and heard."
 MEDIA = "<video>\n<audio>\n"
 
-NOUNS = {"brows": "brows", "furrow": "forehead", "eyes": "eyes", "corners": "mouth corners", "lips": "lips",
-         "pitch": "pitch", "melody": "melody", "rate": "rate", "loudness": "volume", "breath": "tone"}
+NOUNS = {
+    "brows": "brows",
+    "furrow": "forehead",
+    "eyes": "eyes",
+    "corners": "mouth corners",
+    "lips": "lips",
+    "pitch": "pitch",
+    "melody": "melody",
+    "rate": "rate",
+    "loudness": "volume",
+    "breath": "tone",
+}
 PLURAL = {"brows", "eyes", "corners", "lips"}
-OPENERS = {"seen": ("In the video ", "On the face ", ""), "heard": ("In the audio ", "In the voice ", "")}
-CONCLUSIONS = ("All of this suggests that the emotion is {}.", "Taken together, the person seems {}.",
-               "Face and voice together point to {}.")
+OPENERS = {
+    "seen": ("In the video ", "On the face ", ""),
+    "heard": ("In the audio ", "In the voice ", ""),
+}
+CONCLUSIONS = (
+    "All of this suggests that the emotion is {}.",
+    "Taken together, the person seems {}.",
+    "Face and voice together point to {}.",
+)
 
 
 def describe(cues: dict, rng: np.random.Generator) -> str:
@@ -226,10 +308,14 @@ def describe(cues: dict, rng: np.random.Generator) -> str:
     """
     sentences = []
     for part, names in (("seen", list(SEEN)), ("heard", list(HEARD))):
-        if rng.random() < 0.5:  # two orders only: a free order costs a small model much and teaches nothing
+        if (
+            rng.random() < 0.5
+        ):  # two orders only: a free order costs a small model much and teaches nothing
             names.reverse()
         clauses = [f"the {NOUNS[c]} {cues[c]}" for c in names]
-        clauses[0] = f"the {NOUNS[names[0]]} {'are' if names[0] in PLURAL else 'is'} {cues[names[0]]}"
+        clauses[0] = (
+            f"the {NOUNS[names[0]]} {'are' if names[0] in PLURAL else 'is'} {cues[names[0]]}"
+        )
         text = rng.choice(OPENERS[part]) + ", ".join(clauses[:-1]) + " and " + clauses[-1] + "."
         sentences.append(text[0].upper() + text[1:])
     if rng.random() < 0.25:
@@ -259,8 +345,19 @@ def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
 # ------------------------------------------------------------------------------------------------
 # Drawing: signed distances with soft edges; the head once per clip, the moving parts per frame
 
-SKINS = np.array([[255, 224, 196], [241, 194, 155], [224, 172, 120], [196, 138, 98], [160, 104, 70], [130, 86, 62]])
-HAIRS = np.array([[40, 30, 28], [92, 58, 36], [150, 98, 48], [214, 178, 98], [150, 60, 36], [130, 130, 134]])
+SKINS = np.array(
+    [
+        [255, 224, 196],
+        [241, 194, 155],
+        [224, 172, 120],
+        [196, 138, 98],
+        [160, 104, 70],
+        [130, 86, 62],
+    ]
+)
+HAIRS = np.array(
+    [[40, 30, 28], [92, 58, 36], [150, 98, 48], [214, 178, 98], [150, 60, 36], [130, 130, 134]]
+)
 IRISES = np.array([[70, 45, 30], [60, 100, 150], [70, 120, 80], [110, 110, 115]])
 INK = np.array([28, 26, 34])
 ROWS, COLS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
@@ -275,13 +372,21 @@ def person(seed: int, identity: int, style: str) -> dict:
     if outline:  # flat pale colours of any hue, no one of the painted people has them
         skin, hair = rng.uniform(205, 250, 3), rng.uniform(120, 235, 3)
     return {
-        "outline": outline, "skin": skin.clip(0, 255), "hair": hair.clip(0, 255),
-        "iris": IRISES[rng.integers(len(IRISES))], "shirt": rng.uniform(40, 220, 3),
-        "width": rng.uniform(0.70, 0.86), "long_hair": rng.random() < 0.45, "hairline": rng.uniform(-0.86, -0.80),
-        "parting": rng.uniform(-0.25, 0.25), "glasses": rng.random() < 0.2, "brow": rng.uniform(0.045, 0.06),
+        "outline": outline,
+        "skin": skin.clip(0, 255),
+        "hair": hair.clip(0, 255),
+        "iris": IRISES[rng.integers(len(IRISES))],
+        "shirt": rng.uniform(40, 220, 3),
+        "width": rng.uniform(0.70, 0.86),
+        "long_hair": rng.random() < 0.45,
+        "hairline": rng.uniform(-0.86, -0.80),
+        "parting": rng.uniform(-0.25, 0.25),
+        "glasses": rng.random() < 0.2,
+        "brow": rng.uniform(0.045, 0.06),
         # half an octave lies between two pitch levels, so that these 0.16 octaves do not hide the cue
         "pitch": rng.uniform(-0.08, 0.08) + (0.04 if outline else 0.0),
-        "tract": rng.uniform(1.0, 1.2) if outline else rng.uniform(0.88, 1.08), "loud": rng.uniform(-1, 1),
+        "tract": rng.uniform(1.0, 1.2) if outline else rng.uniform(0.88, 1.08),
+        "loud": rng.uniform(-1, 1),
     }
 
 
@@ -315,7 +420,13 @@ def draw_head(who: dict, u, v, px: float, rng: np.random.Generator) -> np.ndarra
         paint(image, distance, color, px)
         if who["outline"]:
             paint(image, np.abs(distance) - 0.02, INK, px)
-    paint(image, ellipse(u, v - 0.2, 0.05, 0.09), INK if who["outline"] else who["skin"] * 0.72, px, 0.6)
+    paint(
+        image,
+        ellipse(u, v - 0.2, 0.05, 0.09),
+        INK if who["outline"] else who["skin"] * 0.72,
+        px,
+        0.6,
+    )
     if who["glasses"]:
         paint(image, np.abs(ellipse(np.abs(u) - 0.35, v + 0.05, 0.29, 0.27)) - 0.012, INK, px, 0.8)
     return image
@@ -387,12 +498,16 @@ def draw(values: np.ndarray, who: dict, speech: np.ndarray, rng: np.random.Gener
     head = draw_head(who, u, v, px, rng)
     video = np.repeat(head[None], FRAMES, axis=0)  # [H, W, 3] -> [T, H, W, 3]
     now = ease(values, rng).T[:, :, None, None]  # [T, 5] -> [5, T, 1, 1]
-    for draw_part, top, bottom, extra in ((draw_eyes, -0.95, 0.28, now[:3]),
-                                          (draw_mouth, 0.18, 0.95, (*now[3:], speech[:, None, None]))):
+    for draw_part, top, bottom, extra in (
+        (draw_eyes, -0.95, 0.28, now[:3]),
+        (draw_mouth, 0.18, 0.95, (*now[3:], speech[:, None, None])),
+    ):
         r = slice(max(0, int(cy + (top - 0.06) * px)), int(cy + (bottom + 0.06) * px))
         c = slice(int(cx - 0.78 * px), int(cx + 0.78 * px))
         draw_part(video[:, r, c], who, u[r, c], v[r, c], px, *extra)
-    video += rng.integers(-1, 2, (FRAMES, SIZE, SIZE, 1), np.int8)  # more noise than this bloats the file
+    video += rng.integers(
+        -1, 2, (FRAMES, SIZE, SIZE, 1), np.int8
+    )  # more noise than this bloats the file
     return np.clip(video, 0, 255).astype(np.uint8)
 
 
@@ -400,26 +515,36 @@ def draw(values: np.ndarray, who: dict, speech: np.ndarray, rng: np.random.Gener
 # Voice: a harmonic source and breath noise through vowel formants, cut into syllables
 
 FREQS = np.fft.rfftfreq(SAMPLES, 1 / SAMPLE_RATE).astype(np.float32)
-FORMANTS = np.array([[730, 1090, 2440], [530, 1840, 2480], [300, 2300, 3000], [570, 840, 2410], [440, 1020, 2240]],
-                    np.float32)  # a e i o u
+FORMANTS = np.array(
+    [[730, 1090, 2440], [530, 1840, 2480], [300, 2300, 3000], [570, 840, 2410], [440, 1020, 2240]],
+    np.float32,
+)  # a e i o u
 _n = np.arange(1, 21)[:, None]  # twenty harmonics stay below half the sample rate up to 400 Hz
 PULSE = (np.cos(2 * np.pi * _n * np.arange(2048) / 2048) / _n**1.2).sum(0).astype(np.float32)
 PULSE /= PULSE.std()
-SENTENCE = np.array([0.2, 1.2, -0.6, 0.9, -1.3, 0.6, -0.2, -0.8])  # accents of the one sentence of the outline people
+SENTENCE = np.array(
+    [0.2, 1.2, -0.6, 0.9, -1.3, 0.6, -0.2, -0.8]
+)  # accents of the one sentence of the outline people
 
 
-def synthesise(values: np.ndarray, who: dict, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def synthesise(
+    values: np.ndarray, who: dict, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """Heard values [5] -> samples [N] float32 in (-1, 1), speech envelope per frame [T] in [0, 1]."""
     pitch, melody, rate, loudness, breath = (float(value) for value in values)
     seconds = np.arange(SAMPLES, dtype=np.float32) / SAMPLE_RATE
-    beat = 4.6 * 2 ** (0.8 * rate) * seconds + (0.0 if who["outline"] else rng.uniform(0, 1))  # counts syllables
+    beat = 4.6 * 2 ** (0.8 * rate) * seconds + (
+        0.0 if who["outline"] else rng.uniform(0, 1)
+    )  # counts syllables
     syllable = beat.astype(np.int64)
     K = int(syllable[-1]) + 2
     if who["outline"]:
         accents, vowels = np.resize(SENTENCE, K), np.resize([0, 2, 4], K)
     else:
         accents, vowels = rng.standard_normal(K), np.resize(rng.permutation(5)[:3], K)
-    envelope = np.sin(np.pi * (beat - syllable)) ** 1.2 * np.resize(rng.uniform(0.8, 1.0, K), K)[syllable]
+    envelope = (
+        np.sin(np.pi * (beat - syllable)) ** 1.2 * np.resize(rng.uniform(0.8, 1.0, K), K)[syllable]
+    )
 
     # f0: unit-variance contour through the accents, so that melody alone sets the range (in octaves)
     contour = np.interp(beat, np.arange(K) + 0.5, accents)
@@ -437,11 +562,15 @@ def synthesise(values: np.ndarray, who: dict, rng: np.random.Generator) -> tuple
         for f, strength in zip(FORMANTS[vowel] * np.float32(who["tract"]), (1.0, 0.5, 0.25)):
             gain = gain + strength / np.sqrt(1 + ((FREQS - f) / (60 + 0.04 * f)) ** 2)
         sound = np.fft.irfft(spectrum * gain, SAMPLES)
-        voice += sound * (vowels[syllable] == vowel)  # switched where the envelope is zero: no click
+        voice += sound * (
+            vowels[syllable] == vowel
+        )  # switched where the envelope is zero: no click
     voice *= envelope
     voice *= 0.045 * 10 ** ((12 * loudness + who["loud"]) / 20) / np.sqrt((voice**2).mean())
     voice += 10 ** (rng.uniform(-72, -64) / 20) * rng.standard_normal(SAMPLES, dtype=np.float32)
-    return np.tanh(voice).astype(np.float32), envelope[:: SAMPLES // FRAMES][:FRAMES].astype(np.float32)
+    return np.tanh(voice).astype(np.float32), envelope[:: SAMPLES // FRAMES][:FRAMES].astype(
+        np.float32
+    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -451,11 +580,17 @@ def synthesise(values: np.ndarray, who: dict, rng: np.random.Generator) -> tuple
 def render(seed: int, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     """-> frames [T, H, W, 3] uint8, samples [N] float32"""
     names = list(SETS)
-    rng = stream(RENDER, seed, names.index(clip.set), list(SETS[clip.set].splits).index(clip.split), clip.index)
+    rng = stream(
+        RENDER,
+        seed,
+        names.index(clip.set),
+        list(SETS[clip.set].splits).index(clip.split),
+        clip.index,
+    )
     who = person(seed, clip.identity, SETS[clip.set].style)
     values = np.array(clip.values, np.float32)
-    samples, speech = synthesise(values[len(SEEN):], who, rng)
-    return draw(values[:len(SEEN)], who, speech, rng), samples
+    samples, speech = synthesise(values[len(SEEN) :], who, rng)
+    return draw(values[: len(SEEN)], who, speech, rng), samples
 
 
 def make(out: Path, seed: int, clip: Clip) -> None:
@@ -472,23 +607,37 @@ def row(seed: int, clip: Clip) -> dict:
     elif clip.set == "toy_emer":
         answer = cold_start_text(clip, rng)
     cues = {"seen": {c: clip.levels[c] for c in SEEN}, "heard": {c: clip.levels[c] for c in HEARD}}
-    return {"video": clip.path, "cues": cues,                    # the truth, for rewards and measures; no model sees it
-            "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    return {
+        "video": clip.path,
+        "cues": cues,  # the truth, for rewards and measures; no model sees it
+        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+    }
 
 
 def claim(out: Path, seed: int, scale: float) -> None:
     """Mark the folder as this world's, or refuse: clips of two worlds in one folder could not be told apart."""
-    world = {"version": VERSION, "seed": seed, "scale": scale, "size": SIZE, "fps": FPS, "seconds": SECONDS,
-             "sample_rate": SAMPLE_RATE}
+    world = {
+        "version": VERSION,
+        "seed": seed,
+        "scale": scale,
+        "size": SIZE,
+        "fps": FPS,
+        "seconds": SECONDS,
+        "sample_rate": SAMPLE_RATE,
+    }
     path = out / "world.json"
     if path.exists():
         found = json.loads(path.read_text())
         if found != world:
-            raise UserError(f"{out} holds another world ({found}, asked for {world}): delete the folder or "
-                            "choose another --out.")
+            raise UserError(
+                f"{out} holds another world ({found}, asked for {world}): delete the folder or "
+                "choose another --out."
+            )
         return
     if (out / "clips").exists():
-        raise UserError(f"{out} holds clips but no world.json: delete the folder or choose another --out.")
+        raise UserError(
+            f"{out} holds clips but no world.json: delete the folder or choose another --out."
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, world)
 
@@ -517,23 +666,32 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
         samples[f"rl_{split}"] = samples[f"toy_dfew_{split}"] + samples[f"toy_mafw_{split}"]
     for name, rows in samples.items():
         write_json(out / f"{name}.json", rows)
-    write_json(out / "cues.json", {clip.path: {**clip.levels, "values": clip.values} for clip in clips})
+    write_json(
+        out / "cues.json", {clip.path: {**clip.levels, "values": clip.values} for clip in clips}
+    )
 
 
 def check() -> None:
     print(f"{'ideal observer, %':20}{'both':>8}{'seen':>8}{'heard':>8}")
     for name, spec in SETS.items():
         if spec.weights:
-            print(f"{name:20}" + "".join(f"{100 * bayes_accuracy(name, c):8.1f}" for c in (CUES, SEEN, HEARD)))
+            print(
+                f"{name:20}"
+                + "".join(f"{100 * bayes_accuracy(name, c):8.1f}" for c in (CUES, SEEN, HEARD))
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of clips of every split")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="multiplies the number of clips of every split"
+    )
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument("--check", action="store_true", help="print what an ideal observer reaches, write nothing")
+    parser.add_argument(
+        "--check", action="store_true", help="print what an ideal observer reaches, write nothing"
+    )
     args = parser.parse_args()
     if args.check:
         return check()

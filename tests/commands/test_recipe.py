@@ -1,4 +1,5 @@
 """docs/recipe.md, command by command in its order, on invented data of the real layouts."""
+
 import re
 import shlex
 import shutil
@@ -13,15 +14,22 @@ from fake_datasets import build_all
 ROOT = Path(__file__).parents[2]
 
 # The commands are the recipe's; only their size is ours: a few clips, a few tokens, one process.
-SMALL = {"eval.py": "--limit 4 --max_new_tokens 3 --workers 0", "sft.py": "--max_steps 1 --batch_size 2 --workers 0",
-         "grpo.py": "--max_steps 2 --prompts_per_step 2 --num_generations 2 --max_new_tokens 3 --workers 0 "
-                    "--eval_limit 4"}
+SMALL = {
+    "eval.py": "--limit 4 --max_new_tokens 3 --workers 0",
+    "sft.py": "--max_steps 1 --batch_size 2 --workers 0",
+    "grpo.py": "--max_steps 2 --prompts_per_step 2 --num_generations 2 --max_new_tokens 3 --workers 0 "
+    "--eval_limit 4",
+}
 HUB = re.compile(r"StarJiaxing/[\w.-]+")
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    blocks = re.findall(
+        r"^```\n(.*?)^```", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    return [
+        line for block in blocks for line in block.splitlines() if line and not line.startswith("#")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +48,24 @@ def test_every_command_of_the_recipe_runs(place):
     lines = commands()
     assert len(lines) > 30
     for line in lines:
-        words = shlex.split(HUB.sub(str(GOLDEN / "humanomni"), re.sub(r"(?<= )/data\b", f"{place}/data", line)))
-        words = words[2:] if words[0] in ("torchrun", "python") and words[1].startswith("-") else words[1:]
+        words = shlex.split(
+            HUB.sub(str(GOLDEN / "humanomni"), re.sub(r"(?<= )/data\b", f"{place}/data", line))
+        )
+        words = (
+            words[2:]
+            if words[0] in ("torchrun", "python") and words[1].startswith("-")
+            else words[1:]
+        )
         script, flags = words[0], words[1:]
         out = flags[flags.index("--out") + 1] if "--out" in flags else None
         runs_model = "--model" in flags and not {"--clip"} & set(flags)
-        small = shlex.split(SMALL[script]) if runs_model else ["--max_new_tokens", "3"] if "--clip" in flags else []
+        small = (
+            shlex.split(SMALL[script])
+            if runs_model
+            else ["--max_new_tokens", "3"]
+            if "--clip" in flags
+            else []
+        )
         done = forkserver.shared().run(script, *flags, *small, cwd=place)
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
         assert done.stdout.strip() and (out is None or (place / out).exists()), line
@@ -64,15 +84,37 @@ def test_the_recipe_names_every_subcommand_and_job():
     text = "\n".join(commands())
     for name in ("dfew", "mafw", "ravdess", "emer", "mer2025", "r1omni", "split", "join", "check"):
         assert f"tools.convert {name} " in text
-    for flag in ("compare", "folds", "table", "modalities", "modal", "mute", "blank", "choices", "question", "prompt label",
-                 "drop_audio", "drop_video", "calm", "actors", "allow_missing", "resume", "keep", "clip"):
+    for flag in (
+        "compare",
+        "folds",
+        "table",
+        "modalities",
+        "modal",
+        "mute",
+        "blank",
+        "choices",
+        "question",
+        "prompt label",
+        "drop_audio",
+        "drop_video",
+        "calm",
+        "actors",
+        "allow_missing",
+        "resume",
+        "keep",
+        "clip",
+    ):
         assert f"--{flag}" in text, flag
     assert "tools.inspect" in text and "tools.doctor" in text
 
 
 def test_the_result_can_be_used_from_python(place, monkeypatch, capsys):
     """Stops: a way to use a model from Python that is shown and does not work."""
-    block = re.search(r"^```python\n(.*?)^```", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    block = re.search(
+        r"^```python\n(.*?)^```",
+        (ROOT / "docs" / "recipe.md").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )[1]
     monkeypatch.chdir(place)
     block = block.replace("/data/", f"{place}/data/").replace("Args(", "Args(max_new_tokens=3, ")
     exec(compile(block, "recipe", "exec"), {})

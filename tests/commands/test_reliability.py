@@ -2,6 +2,7 @@
 
 The measure is always the same: the run that was interrupted ends bit for bit as the one that was not.
 """
+
 import contextlib
 import dataclasses
 import json
@@ -31,6 +32,7 @@ from lib.run_folder import damage
 
 STEPS = 6
 
+
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "labels.json", list(LABELS.items()))
@@ -38,14 +40,40 @@ def labels(tmp_path_factory) -> Path:
 
 def flags(script: str, out: Path, labels: Path, *more) -> list[str]:
     """Six steps of two prompts over four clips: three epochs; a schedule that falls."""
-    own = {"grpo.py": ("--max_new_tokens", 5, "--num_generations", 3, "--prompts_per_step", 2),
-           "sft.py": ("--batch_size", 2, "--micro_batch", 1)}[script]
-    return [str(word) for word in (
-        "--model", GOLDEN / "humanomni", "--data", labels, "--media_root", MEDIA, "--out", out, "--max_steps", STEPS,
-        "--lr", 1e-3, "--schedule", "linear", "--workers", 0, "--save_every", 1, *own, *more)]
+    own = {
+        "grpo.py": ("--max_new_tokens", 5, "--num_generations", 3, "--prompts_per_step", 2),
+        "sft.py": ("--batch_size", 2, "--micro_batch", 1),
+    }[script]
+    return [
+        str(word)
+        for word in (
+            "--model",
+            GOLDEN / "humanomni",
+            "--data",
+            labels,
+            "--media_root",
+            MEDIA,
+            "--out",
+            out,
+            "--max_steps",
+            STEPS,
+            "--lr",
+            1e-3,
+            "--schedule",
+            "linear",
+            "--workers",
+            0,
+            "--save_every",
+            1,
+            *own,
+            *more,
+        )
+    ]
 
 
-def run(script: str, out: Path, labels: Path, *more, hook: str = "", **how) -> subprocess.CompletedProcess:
+def run(
+    script: str, out: Path, labels: Path, *more, hook: str = "", **how
+) -> subprocess.CompletedProcess:
     """`how`: see `call`."""
     return call(script, *flags(script, out, labels, *more), hook=MOVING + hook, **how)
 
@@ -55,14 +83,22 @@ def end_of(out: Path) -> dict:
     timed = ("time/", "tokens_per", "memory")
     rows = metrics(out)
     state = torch.load(out / "latest" / "trainer.pt", weights_only=True)
-    return {"weights": load_file(out / "latest" / "model.safetensors"), "adam": state["optimizer"]["adam"]["state"],
-            "step": state["step"], "metrics": [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows],
-            "rollouts": (out / "rollouts.jsonl").read_text() if (out / "rollouts.jsonl").exists() else ""}
+    return {
+        "weights": load_file(out / "latest" / "model.safetensors"),
+        "adam": state["optimizer"]["adam"]["state"],
+        "step": state["step"],
+        "metrics": [{k: v for k, v in r.items() if not k.startswith(timed)} for r in rows],
+        "rollouts": (out / "rollouts.jsonl").read_text()
+        if (out / "rollouts.jsonl").exists()
+        else "",
+    }
 
 
 def assert_same(a: dict, b: dict) -> None:
     """Bit for bit."""
-    assert a["step"] == b["step"] == STEPS and [r["step"] for r in a["metrics"]] == list(range(1, STEPS + 1))
+    assert a["step"] == b["step"] == STEPS and [r["step"] for r in a["metrics"]] == list(
+        range(1, STEPS + 1)
+    )
     assert a["metrics"] == b["metrics"] and a["rollouts"] == b["rollouts"]
     assert a["weights"].keys() == b["weights"].keys()
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
@@ -80,11 +116,14 @@ def whole(labels, tmp_path_factory) -> dict:
         ends[script] = end_of(folder / script)
     start = load_file(GOLDEN / "humanomni" / "model.safetensors")
     for end in ends.values():
-        assert max(float((end["weights"][k] - start[k]).abs().max()) for k in start) > 1e-4      # there is something to lose
+        assert (
+            max(float((end["weights"][k] - start[k]).abs().max()) for k in start) > 1e-4
+        )  # there is something to lose
     return ends
 
 
 # ---- stopping and going on -------------------------------------------------------------------------
+
 
 def at_step(step: int, action: str) -> str:
     """A hook: `action` is executed while the process books that step."""
@@ -104,13 +143,19 @@ def signal_at(step: int, *kinds: str) -> str:
     return at_step(step, "; ".join(f"os.kill(os.getpid(), signal.{kind})" for kind in kinds))
 
 
-@pytest.mark.parametrize("script, kind", [("grpo.py", "SIGTERM"), ("grpo.py", "SIGINT"), ("sft.py", "SIGTERM")])
+@pytest.mark.parametrize(
+    "script, kind", [("grpo.py", "SIGTERM"), ("grpo.py", "SIGINT"), ("sft.py", "SIGTERM")]
+)
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole, labels, tmp_path):
     """Stops: work lost to a scheduler's SIGTERM or to Ctrl-C; replayed data; Adam, schedule or reference reset on resume."""
     out = tmp_path / "run"
-    done = run(script, out, labels, "--save_every", 0, "--workers", 1, hook=signal_at(3, kind))     # `whole` has no worker
+    done = run(
+        script, out, labels, "--save_every", 0, "--workers", 1, hook=signal_at(3, kind)
+    )  # `whole` has no worker
     rows = [r["step"] for r in metrics(out)]
-    assert len(rows) in (3, 4) and (out / "latest").resolve().name == f"step_{len(rows)}"       # the flag is seen next step
+    assert (
+        len(rows) in (3, 4) and (out / "latest").resolve().name == f"step_{len(rows)}"
+    )  # the flag is seen next step
     command = shlex.split(done.stdout.strip().splitlines()[-1])
     assert command[0] == "python" and command[1].endswith(script) and command[-1] == "--resume"
     assert "resuming after step" in call(script, *command[2:], hook=MOVING).stdout
@@ -119,12 +164,25 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole
 
 def test_a_second_ctrl_c_ends_at_once(labels, tmp_path):
     """Stops: a second Ctrl-C that does nothing; and torchrun's SIGTERM, which follows its own, tearing the save."""
-    done = run("grpo.py", tmp_path / "twice", labels, hook=signal_at(3, "SIGTERM", "SIGINT"), check=False)
-    assert done.returncode == -signal.SIGINT and done.stderr.strip().endswith("Ctrl-C again ends at once, unsaved")
-    assert [r["step"] for r in metrics(tmp_path / "twice")] == [1, 2]                 # nor was the step ended
-    run("grpo.py", tmp_path / "term", labels, "--save_every", 0, hook=signal_at(3, "SIGINT", "SIGTERM", "SIGTERM"))
+    done = run(
+        "grpo.py", tmp_path / "twice", labels, hook=signal_at(3, "SIGTERM", "SIGINT"), check=False
+    )
+    assert done.returncode == -signal.SIGINT and done.stderr.strip().endswith(
+        "Ctrl-C again ends at once, unsaved"
+    )
+    assert [r["step"] for r in metrics(tmp_path / "twice")] == [1, 2]  # nor was the step ended
+    run(
+        "grpo.py",
+        tmp_path / "term",
+        labels,
+        "--save_every",
+        0,
+        hook=signal_at(3, "SIGINT", "SIGTERM", "SIGTERM"),
+    )
     steps = [r["step"] for r in metrics(tmp_path / "term")]
-    assert steps[-1] in (3, 4) and (tmp_path / "term" / "latest").resolve().name == f"step_{steps[-1]}"
+    assert (
+        steps[-1] in (3, 4) and (tmp_path / "term" / "latest").resolve().name == f"step_{steps[-1]}"
+    )
 
 
 def test_killed_at_twenty_random_moments(whole, labels, tmp_path):
@@ -141,8 +199,10 @@ def test_killed_at_twenty_random_moments(whole, labels, tmp_path):
         done = server.wait(job)
         assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
         kills += done.returncode != 0
-        lived = min(1.8, lived * 1.25)       # about a whole run
-        if done.returncode == 0:                 # it came to its end: that must be right too, and then from the start
+        lived = min(1.8, lived * 1.25)  # about a whole run
+        if (
+            done.returncode == 0
+        ):  # it came to its end: that must be right too, and then from the start
             assert_same(end_of(out), whole["grpo.py"])
             shutil.rmtree(out)
             more = ["--keep", 2]
@@ -182,12 +242,14 @@ def test_killed_at_every_kind_of_operation_of_a_save(whole, labels, tmp_path):
     out, n, kills = tmp_path / "run", 3, 0
     more: list[str] = []
     while kills < 25:
-        done = run("grpo.py", out, labels, "--keep", 1, *more, hook=KILL_IN_SAVE.format(n=n), check=False)
+        done = run(
+            "grpo.py", out, labels, "--keep", 1, *more, hook=KILL_IN_SAVE.format(n=n), check=False
+        )
         if done.returncode == 0:
             assert_same(end_of(out), whole["grpo.py"])
             break
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-        kills, n = kills + 1, n + 7              # another operation, and in time some progress
+        kills, n = kills + 1, n + 7  # another operation, and in time some progress
         latest = out / "latest"
         assert not latest.is_symlink() or damage(latest.resolve()) is None or not latest.exists()
         more = ["--resume"] if (out / "config.json").exists() else []
@@ -221,7 +283,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(harm, whole, labels, tmp_pat
     for checkpoint in (out / "checkpoints").iterdir():
         os.truncate(checkpoint / "trainer.pt", 1000)
     done = run("grpo.py", out, labels, "--max_steps", 4, "--resume", check=False)
-    assert done.returncode == 1 and "every checkpoint is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "every checkpoint is damaged" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
@@ -231,45 +297,77 @@ def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
     run("grpo.py", out, data, "--max_steps", 2)
     done = run("grpo.py", out, data, "--max_steps", 2, "--resume", "--lr", 1e-2, check=False)
     assert done.returncode == 1 and "--lr was 0.001 and is 0.01" in done.stderr
-    assert json.loads((out / "config.json").read_text())["lr"] == 1e-3                # nor was it noted as the run's
+    assert (
+        json.loads((out / "config.json").read_text())["lr"] == 1e-3
+    )  # nor was it noted as the run's
     write_rows(data, list((LABELS | {"wide.mp4": "sad"}).items()))
     done = run("grpo.py", out, data, "--max_steps", 3, "--resume", check=False)
-    assert done.returncode == 1 and "has other contents" in done.stderr and "--allow_changes" in done.stderr
+    assert (
+        done.returncode == 1
+        and "has other contents" in done.stderr
+        and "--allow_changes" in done.stderr
+    )
     done = run("grpo.py", out, data, "--max_steps", 3, "--resume", "--allow_changes")
     assert "schedule is stretched" in done.stdout and (out / "latest").resolve().name == "step_3"
 
 
 # ---- several ranks ---------------------------------------------------------------------------------
 
+
 def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path):
     """Stops: clips skipped or repeated because the number of GPUs changed between two parts of a run."""
     out = tmp_path / "run"
-    done = run("grpo.py", out, labels, "--save_every", 0, ranks=2, hook=signal_at(3, "SIGTERM"))   # torchrun ends well, too
+    done = run(
+        "grpo.py", out, labels, "--save_every", 0, ranks=2, hook=signal_at(3, "SIGTERM")
+    )  # torchrun ends well, too
     assert "torchrun --nproc_per_node=2" in done.stdout
     done = run("grpo.py", out, labels, "--save_every", 0, "--resume")
     assert "2 rank(s) before, 1 now" in done.stdout
     end = end_of(out)
     assert [r["step"] for r in end["metrics"]] == list(range(1, STEPS + 1))
     key = lambda r: (r["step"], r["clip"], r["completion"])
-    rows = [sorted(map(json.loads, e["rollouts"].splitlines()), key=key) for e in (end, whole["grpo.py"])]
+    rows = [
+        sorted(map(json.loads, e["rollouts"].splitlines()), key=key)
+        for e in (end, whole["grpo.py"])
+    ]
     assert [(key(r), r["text"]) for r in rows[0]] == [(key(r), r["text"]) for r in rows[1]]
-    for name in ("reward", "loss", "kl", "entropy", "grad_norm"):                     # of a step on two ranks, and on one
-        assert end["metrics"][0][name] == pytest.approx(whole["grpo.py"]["metrics"][0][name], rel=1e-6, abs=1e-7), name
+    for name in (
+        "reward",
+        "loss",
+        "kl",
+        "entropy",
+        "grad_norm",
+    ):  # of a step on two ranks, and on one
+        assert end["metrics"][0][name] == pytest.approx(
+            whole["grpo.py"]["metrics"][0][name], rel=1e-6, abs=1e-7
+        ), name
     for k, v in whole["grpo.py"]["weights"].items():
-        torch.testing.assert_close(end["weights"][k], v, atol=1e-4, rtol=0)       # sums in another order, six steps of 1e-3
+        torch.testing.assert_close(
+            end["weights"][k], v, atol=1e-4, rtol=0
+        )  # sums in another order, six steps of 1e-3
 
 
 def die_once(out: Path, step: int) -> str:
     """A hook: rank 1 is killed in the first attempt.  A file tells the attempts apart: torchrun counts an agent's own
     failures only."""
     died = f"pathlib.Path({str(out.with_suffix('.died'))!r})"
-    return at_step(step, f"if os.environ['RANK'] == '1' and not {died}.exists(): "
-                         f"{died}.touch(); os.kill(os.getpid(), signal.SIGKILL)")
+    return at_step(
+        step,
+        f"if os.environ['RANK'] == '1' and not {died}.exists(): "
+        f"{died}.touch(); os.kill(os.getpid(), signal.SIGKILL)",
+    )
 
 
 def test_a_dead_rank_ends_the_run_by_name(labels, tmp_path):
     """Stops: seven ranks that wait for ever for the eighth (`call` waits five minutes)."""
-    done = run("grpo.py", tmp_path / "dead", labels, ranks=2, hook=die_once(tmp_path / "dead", 4), check=False)
+    done = run(
+        "grpo.py",
+        tmp_path / "dead",
+        labels,
+        ranks=2,
+        hook=die_once(tmp_path / "dead", 4),
+        check=False,
+    )
     assert done.returncode != 0 and "rank      : 1" in done.stderr and "-9" in done.stderr
 
 
@@ -284,31 +382,58 @@ def test_a_restarted_rank_finds_the_living(monkeypatch):
         mine.rank = rank
         found[rank] = common.fresh_store()
 
-    for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):               # rank 0 may come first or last
+    for attempt, order in enumerate(
+        [(0, 1, 2), (2, 1, 0), (1, 0, 2)]
+    ):  # rank 0 may come first or last
         found: dict = {}
-        threads = [threading.Thread(target=start, args=(rank, found), daemon=True) for rank in order]
+        threads = [
+            threading.Thread(target=start, args=(rank, found), daemon=True) for rank in order
+        ]
         for thread in threads:
             thread.start()
             time.sleep(0.2)
         for thread in threads:
             thread.join(timeout=20)
-        assert len(found) == 3                                                        # else one waits for a dead rank
-        assert not any(store.check([f"address {rank}"]) for store in found.values() for rank in range(3))
+        assert len(found) == 3  # else one waits for a dead rank
+        assert not any(
+            store.check([f"address {rank}"]) for store in found.values() for rank in range(3)
+        )
         for rank, store in found.items():
             store.set(f"address {rank}", str(attempt))
-        assert all(store.get(f"address {r}") == str(attempt).encode() for store in found.values() for r in range(3))
+        assert all(
+            store.get(f"address {r}") == str(attempt).encode()
+            for store in found.values()
+            for r in range(3)
+        )
 
 
 def test_two_machines_are_one(labels, tmp_path):
     """Stops: a multi-node launch that splits the data, the seed or the writing by local rank; a restart by torchrun that
     hangs, or that starts the run anew instead of going on from its last checkpoint."""
     port, out = 20_000 + os.getpid() % 20_000, tmp_path / "nodes"
-    line = next(line for line in (ROOT / "docs" / "recipe.md").read_text().splitlines() if "--nnodes" in line)
+    line = next(
+        line
+        for line in (ROOT / "docs" / "recipe.md").read_text().splitlines()
+        if "--nnodes" in line
+    )
     words = shlex.split(line.replace("HOST:29500", f"127.0.0.1:{port}"))
-    assert words[0] == "torchrun" and {"--nnodes=2", "--max_restarts=3"} < set(words) and words[-1] == "--resume"
-    launch = (*words[1:words.index("grpo.py")], "--local_addr=127.0.0.1")
-    command, env = under_torchrun(tmp_path / "site", "grpo.py", *flags("grpo.py", out, labels), "--max_steps", 3, "--resume",
-                                  ranks=1, launch=launch, hook=MOVING + die_once(out, 3))
+    assert (
+        words[0] == "torchrun"
+        and {"--nnodes=2", "--max_restarts=3"} < set(words)
+        and words[-1] == "--resume"
+    )
+    launch = (*words[1 : words.index("grpo.py")], "--local_addr=127.0.0.1")
+    command, env = under_torchrun(
+        tmp_path / "site",
+        "grpo.py",
+        *flags("grpo.py", out, labels),
+        "--max_steps",
+        3,
+        "--resume",
+        ranks=1,
+        launch=launch,
+        hook=MOVING + die_once(out, 3),
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     agents = [subprocess.Popen(command, env=env, **pipes) for _ in range(2)]
     said = ""
@@ -316,7 +441,7 @@ def test_two_machines_are_one(labels, tmp_path):
         told, err = agent.communicate(timeout=300)
         assert agent.returncode == 0, err[-3000:]
         said += told
-    assert re.search(r"resuming after step [23] ", said)                              # one of them lost its rank
+    assert re.search(r"resuming after step [23] ", said)  # one of them lost its rank
     run("grpo.py", tmp_path / "one", labels, "--max_steps", 3, ranks=2)
     a, b = end_of(out), end_of(tmp_path / "one")
     assert a["metrics"] == b["metrics"] and a["rollouts"] == b["rollouts"]
@@ -324,6 +449,7 @@ def test_two_machines_are_one(labels, tmp_path):
 
 
 # ---- faults ----------------------------------------------------------------------------------------
+
 
 def poison(when: str, what: str = "nan") -> str:
     """A hook: an entry of the gradient is `what` in those of the optimiser's steps, `seen` = 1, 2 .., that `when` names."""
@@ -350,20 +476,40 @@ def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
         assert [r["grad_norm"] is None for r in rows] == [False, True, False, True, False, False]
         assert all(v.isfinite().all() for v in end_of(out)["weights"].values())
         assert rows[0]["loss"] == whole["grpo.py"]["metrics"][0]["loss"]
-    done = run("grpo.py", tmp_path / "stuck", labels, "--max_bad_steps", 3, check=False, hook=poison("seen > 1"))
-    assert done.returncode == 1 and "3 steps in a row" in done.stderr and "stopped after step 4" in done.stderr
+    done = run(
+        "grpo.py",
+        tmp_path / "stuck",
+        labels,
+        "--max_bad_steps",
+        3,
+        check=False,
+        hook=poison("seen > 1"),
+    )
+    assert (
+        done.returncode == 1
+        and "3 steps in a row" in done.stderr
+        and "stopped after step 4" in done.stderr
+    )
     assert (tmp_path / "stuck" / "latest").resolve().name == "step_4"
 
 
-def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_two_ranks_are_one_for_sft(labels, tmp_path):
+def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_two_ranks_are_one_for_sft(
+    labels, tmp_path
+):
     """Stops: ranks that part because one skipped and one did not; an SFT loss that is averaged per rank."""
     hook = poison("seen == 2 and os.environ.get('RANK', '1') == '1'")
     run("sft.py", tmp_path / "two", labels, "--save_every", 0, ranks=2, hook=hook)
     run("sft.py", tmp_path / "one", labels, "--save_every", 0, hook=hook)
     two, one = end_of(tmp_path / "two"), end_of(tmp_path / "one")
-    assert [r["skipped_steps"] for r in two["metrics"]] == [r["skipped_steps"] for r in one["metrics"]] == [0, 1, 1, 1, 1, 1]
+    assert (
+        [r["skipped_steps"] for r in two["metrics"]]
+        == [r["skipped_steps"] for r in one["metrics"]]
+        == [0, 1, 1, 1, 1, 1]
+    )
     for a, b in zip(one["metrics"], two["metrics"]):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["num_tokens"] == b["num_tokens"]
+        assert (
+            a["loss"] == pytest.approx(b["loss"], rel=1e-4) and a["num_tokens"] == b["num_tokens"]
+        )
     assert one["metrics"][0]["loss"] == pytest.approx(two["metrics"][0]["loss"], rel=1e-6)
     assert one["metrics"][0]["grad_norm"] == pytest.approx(two["metrics"][0]["grad_norm"], rel=1e-6)
     for k, v in one["weights"].items():
@@ -374,8 +520,13 @@ def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_two_ranks_are_one_for_
 def small_disk(folder: Path, megabytes: int):
     """A file system of that size, if this user may mount one."""
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
-                                           capture_output=True).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", folder],
+            capture_output=True,
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a small tmpfs")
     try:
         yield folder
@@ -386,21 +537,31 @@ def small_disk(folder: Path, megabytes: int):
 def test_a_full_disk_leaves_the_old_checkpoint_whole(whole, labels, tmp_path):
     """Stops: a full disk that tears the only checkpoint, loses rows, or is not told."""
     run("grpo.py", tmp_path / "size", labels, "--max_steps", 1)
-    one = sum(p.stat().st_size for p in (tmp_path / "size" / "latest").resolve().rglob("*")) / 2 ** 20
-    with small_disk(tmp_path / "disk", int(2.5 * one) + 1) as disk:                  # two checkpoints, not three
+    one = sum(p.stat().st_size for p in (tmp_path / "size" / "latest").resolve().rglob("*")) / 2**20
+    with small_disk(tmp_path / "disk", int(2.5 * one) + 1) as disk:  # two checkpoints, not three
         done = run("grpo.py", disk / "run", labels, check=False)
-        assert done.returncode == 1 and "cannot write" in done.stderr and "--resume" in done.stderr, done.stderr[-1500:]
-        assert "Traceback" not in done.stderr and damage((disk / "run" / "latest").resolve()) is None
+        assert (
+            done.returncode == 1 and "cannot write" in done.stderr and "--resume" in done.stderr
+        ), done.stderr[-1500:]
+        assert (
+            "Traceback" not in done.stderr and damage((disk / "run" / "latest").resolve()) is None
+        )
         assert (disk / "run" / "latest").resolve().name == "step_2"
-        shutil.rmtree(disk / "run" / "checkpoints" / "step_1")                        # room
+        shutil.rmtree(disk / "run" / "checkpoints" / "step_1")  # room
         run("grpo.py", disk / "run", labels, "--resume", "--keep", 1, "--on_save_error", "continue")
         assert_same(end_of(disk / "run"), whole["grpo.py"])
     with small_disk(tmp_path / "disk2", int(2.5 * one) + 1) as disk:
         done = run("grpo.py", disk / "run", labels, "--on_save_error", "continue")
         assert "training goes on" in done.stdout
         rows = [r["step"] for r in metrics(disk / "run")]
-        assert rows == list(range(1, STEPS + 1)) and (disk / "run" / "latest").resolve().name == "step_2"
-        assert sorted(p.name for p in (disk / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
+        assert (
+            rows == list(range(1, STEPS + 1))
+            and (disk / "run" / "latest").resolve().name == "step_2"
+        )
+        assert sorted(p.name for p in (disk / "run" / "checkpoints").iterdir()) == [
+            "step_1",
+            "step_2",
+        ]
 
 
 def test_log_rows_that_did_not_fit_are_written_later(tmp_path):
@@ -409,31 +570,45 @@ def test_log_rows_that_did_not_fit_are_written_later(tmp_path):
     from lib.run_folder import RunFolder
 
     folder = object.__new__(RunFolder)
-    folder.path, folder.ranks, folder.unwritten, folder.on_save_error = tmp_path / "gone", start_ranks("cpu"), {}, "continue"
+    folder.path, folder.ranks, folder.unwritten, folder.on_save_error = (
+        tmp_path / "gone",
+        start_ranks("cpu"),
+        {},
+        "continue",
+    )
     folder.append("metrics.jsonl", [{"step": 1}])
     folder.append("metrics.jsonl", [{"step": 2}])
     folder.path.mkdir()
     folder.append("metrics.jsonl", [{"step": 3}])
-    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n' and not folder.unwritten
+    assert (
+        folder.path / "metrics.jsonl"
+    ).read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n' and not folder.unwritten
 
 
 def test_out_of_gpu_memory_names_flags_that_exist():
     """Stops: advice to set a flag that is gone."""
     flags = set(re.findall(r"--(\w+)", OUT_OF_MEMORY))
-    assert {"num_generations", "max_new_tokens"} < flags <= {field.name for field in dataclasses.fields(grpo.Args)}
+    assert (
+        {"num_generations", "max_new_tokens"}
+        < flags
+        <= {field.name for field in dataclasses.fields(grpo.Args)}
+    )
 
 
 # ---- precision -------------------------------------------------------------------------------------
 
+
 def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
     """Stops: training on samples of another policy than the one that is trained."""
-    hook = ("import sampler\nmake = sampler.generate\n"
-            "def other(*args, **kwargs):\n"
-            "    completions, lengths, logps = make(*args, **kwargs)\n"
-            "    return completions, lengths, logps - 0.7\n"
-            "sampler.generate = other\n")
+    hook = (
+        "import sampler\nmake = sampler.generate\n"
+        "def other(*args, **kwargs):\n"
+        "    completions, lengths, logps = make(*args, **kwargs)\n"
+        "    return completions, lengths, logps - 0.7\n"
+        "sampler.generate = other\n"
+    )
     done = run("grpo.py", tmp_path / "off", labels, "--max_steps", 2, hook=hook)
-    assert "2 of 2 steps changed nothing" in done.stdout                  # or it looks trained
+    assert "2 of 2 steps changed nothing" in done.stdout  # or it looks trained
     rows = metrics(tmp_path / "off")
     assert [r["skipped_steps"] for r in rows] == [1, 2] and rows[0]["sampler_logp_diff/mean"] > 0.5
     run("grpo.py", tmp_path / "told", labels, "--max_steps", 2, "--max_logp_diff", 2, hook=hook)

@@ -1,4 +1,5 @@
 """grpo.py as a user runs it: rewards of their own, mini-batches, a start that must stay the start, words at the end."""
+
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,9 @@ MORE = ("--mini_batches", 2, "--prompts_per_step", 4)
 @pytest.fixture
 def labels(tmp_path) -> Path:
     rows = json.loads(write_rows(tmp_path / "labels.json", list(LABELS.items())).read_text())
-    (tmp_path / "labels.json").write_text(json.dumps([row | {"weight": i} for i, row in enumerate(rows)]))
+    (tmp_path / "labels.json").write_text(
+        json.dumps([row | {"weight": i} for i, row in enumerate(rows)])
+    )
     (tmp_path / "mine.py").write_text(REWARD)
     return tmp_path / "labels.json"
 
@@ -34,12 +37,25 @@ def test_mini_batches_and_own_rewards_go_on_and_spread_exactly(labels, tmp_path)
     assert whole["metrics"] == parts["metrics"] and whole["rollouts"] == parts["rollouts"]
     assert all((whole["weights"][k] == parts["weights"][k]).all() for k in whole["weights"])
     row = whole["metrics"][0]
-    assert row["reward"] == pytest.approx(row["rewards/accuracy/mean"] + 0.5 * row["rewards/odd/mean"]
-                                          + 0.1 * row["rewards/overlong/mean"], abs=1e-6)
+    assert row["reward"] == pytest.approx(
+        row["rewards/accuracy/mean"]
+        + 0.5 * row["rewards/odd/mean"]
+        + 0.1 * row["rewards/overlong/mean"],
+        abs=1e-6,
+    )
     assert row["rewards/odd/std"] > 0 and row["ratio/max"] > 1.0 and row["agreement"] == 0.0
     run("grpo.py", tmp_path / "two", labels, *flags, "--max_steps", 1, ranks=2)
     two = metrics(tmp_path / "two")[0]
-    for name in ("reward", "rewards/odd/mean", "loss", "kl", "entropy", "grad_norm", "ratio/max", "num_tokens"):
+    for name in (
+        "reward",
+        "rewards/odd/mean",
+        "loss",
+        "kl",
+        "entropy",
+        "grad_norm",
+        "ratio/max",
+        "num_tokens",
+    ):
         assert two[name] == pytest.approx(row[name], rel=1e-5, abs=1e-6), name
 
 
@@ -52,23 +68,58 @@ def test_a_run_goes_on_from_the_start_and_the_rewards_that_it_had(labels, tmp_pa
     run("grpo.py", tmp_path / "run", labels, *start)
     (tmp_path / "mine.py").write_text(REWARD.replace("% 3", "% 2"))
     done = run("grpo.py", tmp_path / "run", labels, *start, "--resume", check=False)
-    assert done.returncode == 1 and "a reward's file was edited" in done.stderr and "weights" not in done.stderr
+    assert (
+        done.returncode == 1
+        and "a reward's file was edited" in done.stderr
+        and "weights" not in done.stderr
+    )
     (tmp_path / "mine.py").write_text(REWARD)
     shutil.copy(tmp_path / "run" / "latest" / "model.safetensors", model / "model.safetensors")
     done = run("grpo.py", tmp_path / "run", labels, *start, "--resume", check=False)
-    assert done.returncode == 1 and f"{model} holds other weights than the run started from" in done.stderr
+    assert (
+        done.returncode == 1
+        and f"{model} holds other weights than the run started from" in done.stderr
+    )
     run("grpo.py", tmp_path / "run", labels, *start, "--resume", "--allow_changes")
 
 
 def test_another_size_of_step_goes_on_where_the_run_was(labels, tmp_path):
     """Stops: --allow_changes --prompts_per_step repeating data and random numbers: the position was step x size."""
-    run("grpo.py", tmp_path / "run", labels, "--prompts_per_step", 3, "--max_steps", 2, "--schedule", "constant")
-    run("grpo.py", tmp_path / "run", labels, "--prompts_per_step", 1, "--max_steps", 4, "--schedule", "constant", "--resume",
-        "--allow_changes")
+    run(
+        "grpo.py",
+        tmp_path / "run",
+        labels,
+        "--prompts_per_step",
+        3,
+        "--max_steps",
+        2,
+        "--schedule",
+        "constant",
+    )
+    run(
+        "grpo.py",
+        tmp_path / "run",
+        labels,
+        "--prompts_per_step",
+        1,
+        "--max_steps",
+        4,
+        "--schedule",
+        "constant",
+        "--resume",
+        "--allow_changes",
+    )
     assert [row["epoch"] for row in metrics(tmp_path / "run")] == [0.75, 1.5, 1.75, 2.0]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
-    clips = [[row["clip"] for row in rows if row["step"] == step and row["completion"] == 0] for step in (1, 2, 3, 4)]
-    assert sorted(clip for step in clips for clip in step) == sorted([*LABELS, *LABELS])     # two epochs
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    ]
+    clips = [
+        [row["clip"] for row in rows if row["step"] == step and row["completion"] == 0]
+        for step in (1, 2, 3, 4)
+    ]
+    assert sorted(clip for step in clips for clip in step) == sorted(
+        [*LABELS, *LABELS]
+    )  # two epochs
 
 
 def test_looking_on_changes_nothing_but_what_is_told(labels, tmp_path):
@@ -78,7 +129,9 @@ def test_looking_on_changes_nothing_but_what_is_told(labels, tmp_path):
     quiet = run("grpo.py", tmp_path / "quiet", labels, *flags, "--show_every", 0)
     told = run("grpo.py", tmp_path / "told", labels, *flags, "--show_every", 2, "--log_tokens")
     run("grpo.py", tmp_path / "two", labels, *flags, "--log_tokens", ranks=2)
-    read = lambda name: [json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+    read = lambda name: [
+        json.loads(line) for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()
+    ]
     rows, two = read("told"), read("two")
     assert [{k: v for k, v in row.items() if k != "tokens"} for row in rows] == read("quiet")
     assert "\n  + " not in quiet.stdout and told.stdout.count("\n  + ") == 1
@@ -87,36 +140,60 @@ def test_looking_on_changes_nothing_but_what_is_told(labels, tmp_path):
     for row, other in zip(sorted(rows, key=key), sorted(two, key=key), strict=True):
         assert len(row["tokens"]) == row["length"]
         pieces, logps, kls, _ = zip(*row["tokens"])
-        if all(piece.isascii() for piece in pieces):         # half a character has no text of its own
+        if all(piece.isascii() for piece in pieces):  # half a character has no text of its own
             assert "".join(pieces).startswith(row["text"])
-        if row["step"] == 1:                                 # before the first update: the reference is the policy
+        if row["step"] == 1:  # before the first update: the reference is the policy
             assert max(logps) <= 0 and max(map(abs, kls)) < 1e-3
             assert [t[:1] for t in row["tokens"]] == [t[:1] for t in other["tokens"]]
             for mine, theirs in zip(row["tokens"], other["tokens"]):
                 assert mine[1:] == pytest.approx(theirs[1:], abs=2e-4)
-    assert any(t[3] != 1 for row in rows for t in row["tokens"])         # the second pass is after a step
+    assert any(t[3] != 1 for row in rows for t in row["tokens"])  # the second pass is after a step
 
 
 def test_the_first_step_of_a_wrong_path_ends_the_run(labels, tmp_path):
     """Stops: a wrong --media_root that trains on nothing, exit 0, with the advice to lower --lr."""
     for script in ("grpo.py", "sft.py"):
-        done = run(script, tmp_path / script, labels, "--media_root", tmp_path / "nowhere", check=False)
+        done = run(
+            script, tmp_path / script, labels, "--media_root", tmp_path / "nowhere", check=False
+        )
         assert done.returncode == 1 and "Traceback" not in done.stderr
-        assert f"--media_root {tmp_path}/nowhere: none of the first step's 2 clips can be read; the first: " in done.stderr
+        assert (
+            f"--media_root {tmp_path}/nowhere: none of the first step's 2 clips can be read; the first: "
+            in done.stderr
+        )
         assert "no such file" in done.stderr and not (tmp_path / script / "latest").exists()
 
 
 def test_what_a_run_says(labels, tmp_path):
     """Stops: a finished run that looks cut off and says nothing; a step larger than the data, unseen."""
-    done = run("grpo.py", tmp_path / "run", labels, "--max_steps", 2, "--prompts_per_step", 5, "--clip_high", 0.28)
+    done = run(
+        "grpo.py",
+        tmp_path / "run",
+        labels,
+        "--max_steps",
+        2,
+        "--prompts_per_step",
+        5,
+        "--clip_high",
+        0.28,
+    )
     assert f"done: 2 steps. The model is {tmp_path}/run/latest" in done.stdout
-    assert f"python -m tools.doctor {tmp_path}/run" in done.stdout and "100%" in done.stderr and "2/2" in done.stderr
-    assert "a step takes 5 samples" in done.stdout and "note: --clip_high 0.28 changes nothing" in done.stdout
+    assert (
+        f"python -m tools.doctor {tmp_path}/run" in done.stdout
+        and "100%" in done.stderr
+        and "2/2" in done.stderr
+    )
+    assert (
+        "a step takes 5 samples" in done.stdout
+        and "note: --clip_high 0.28 changes nothing" in done.stdout
+    )
 
 
 def test_a_reward_that_is_no_number_ends_the_run_by_name(labels, tmp_path):
     """Stops: one NaN that refuses every step and ends with the advice to lower --lr, or lands in rollouts.jsonl."""
-    (tmp_path / "mine.py").write_text("def odd(c):\n    return float('inf') if c.text.count('e') != 5 else 1\n")
+    (tmp_path / "mine.py").write_text(
+        "def odd(c):\n    return float('inf') if c.text.count('e') != 5 else 1\n"
+    )
     done = run("grpo.py", tmp_path / "run", labels, *rewards(labels), check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert any(f"--rewards odd: gave inf for {clip}" in done.stderr for clip in LABELS)

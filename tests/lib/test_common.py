@@ -1,4 +1,5 @@
 """Arguments and their help, and whether results can be written."""
+
 import dataclasses
 import importlib
 import re
@@ -14,9 +15,14 @@ from lib.common import UserError, check_writable, parse_args, read_comments
 from toy import __main__ as toy
 
 LESSON = [grpo.Args, sft.Args, eval_script.Args]
-TOOLS = [value for file in sorted((Path(__file__).parents[2] / "tools").glob("[a-z]*.py"))
-         for value in vars(importlib.import_module(f"tools.{file.stem}")).values()
-         if isinstance(value, type) and value.__name__.endswith("Args") and value.__module__.startswith("tools")]
+TOOLS = [
+    value
+    for file in sorted((Path(__file__).parents[2] / "tools").glob("[a-z]*.py"))
+    for value in vars(importlib.import_module(f"tools.{file.stem}")).values()
+    if isinstance(value, type)
+    and value.__name__.endswith("Args")
+    and value.__module__.startswith("tools")
+]
 
 
 def help_of(cls, capsys, monkeypatch) -> dict[str, dict[str, str]]:
@@ -26,7 +32,7 @@ def help_of(cls, capsys, monkeypatch) -> dict[str, dict[str, str]]:
         parse_args(cls, ["--help"])
     sections: dict[str, dict[str, str]] = {}
     text = capsys.readouterr().out
-    for line in text[text.index("\noptions:\n"):].splitlines():      # behind the script's docstring
+    for line in text[text.index("\noptions:\n") :].splitlines():  # behind the script's docstring
         if re.fullmatch(r"\w.*:", line):
             flags = sections.setdefault(line[:-1], {})
         elif found := re.match(r"  --(\w+)(?: [A-Z_]+| \[.*?\]| \{.*?\})?(?:  +(.*))?$", line):
@@ -37,7 +43,9 @@ def help_of(cls, capsys, monkeypatch) -> dict[str, dict[str, str]]:
     return sections
 
 
-@pytest.mark.parametrize("cls", [*LESSON, toy.Args, *TOOLS], ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+@pytest.mark.parametrize(
+    "cls", [*LESSON, toy.Args, *TOOLS], ids=lambda cls: f"{cls.__module__}.{cls.__name__}"
+)
 def test_every_flag_is_explained_and_many_are_grouped(cls, capsys, monkeypatch):
     """Stops a flag without help, and a list of sixty in which nobody finds one."""
     sections = help_of(cls, capsys, monkeypatch)
@@ -45,14 +53,21 @@ def test_every_flag_is_explained_and_many_are_grouped(cls, capsys, monkeypatch):
     assert set(told) == {f.name for f in dataclasses.fields(cls)}
     assert all(len(text) > 5 for text in told.values()), told
     if cls in LESSON:
-        assert not sections.pop("options") and len(sections) >= 5 and all(len(flags) <= 14 for flags in sections.values())
+        assert (
+            not sections.pop("options")
+            and len(sections) >= 5
+            and all(len(flags) <= 14 for flags in sections.values())
+        )
 
 
 def test_choices_of_the_objective_are_explained():
     """Stops an option of the objective of which the help says only that it exists."""
     told, groups = read_comments(grpo.Args)
-    choices = {f.name: f.type.__args__ for f in dataclasses.fields(grpo.Args)
-               if groups[f.name].startswith("objective") and getattr(f.type, "__origin__", None) is Literal}
+    choices = {
+        f.name: f.type.__args__
+        for f in dataclasses.fields(grpo.Args)
+        if groups[f.name].startswith("objective") and getattr(f.type, "__origin__", None) is Literal
+    }
     assert {"baseline", "scale", "ratio", "gate", "agg", "kl"} <= choices.keys()
     for name, values in choices.items():
         for value in values:
@@ -62,31 +77,43 @@ def test_choices_of_the_objective_are_explained():
 @dataclasses.dataclass(kw_only=True)
 class Base:
     """For the test below."""
+
     # -- first
-    a: int = 3                              # of apples, at 100 %
-        # one: a line of its own
+    a: int = 3  # of apples, at 100 %
+    # one: a line of its own
     # a comment of the code, not of a flag
-    b: float = 0.0                          # rate; 0: off
+    b: float = 0.0  # rate; 0: off
     # -- second
-    c: str                                  # needed
+    c: str  # needed
     d: list[str] = dataclasses.field(default_factory=lambda: ["x", "y"])  # words
-    e: int = 0                              # seed
+    e: int = 0  # seed
 
 
 @dataclasses.dataclass(kw_only=True)
 class Derived(Base):
     a: int = 5
-    b: float = 0.5                          # another rate; 0: off
+    b: float = 0.5  # another rate; 0: off
     # -- second
-    f: Literal["u", "v"] = "u"              # a choice
-    g: str | None = None                    # a file
+    f: Literal["u", "v"] = "u"  # a choice
+    g: str | None = None  # a file
 
 
 def test_help_by_hand(capsys, monkeypatch):
     """Stops a redefined flag that leaves its group or loses its help, and defaults that are none or not shown."""
-    assert help_of(Derived, capsys, monkeypatch) == {"options": {}, "first": {
-        "a": "of apples, at 100 % (5)\none: a line of its own", "b": "another rate; 0: off (0.5)"}, "second": {
-        "c": "needed", "d": "words (x y)", "e": "seed (0)", "f": "a choice (u)", "g": "a file"}}
+    assert help_of(Derived, capsys, monkeypatch) == {
+        "options": {},
+        "first": {
+            "a": "of apples, at 100 % (5)\none: a line of its own",
+            "b": "another rate; 0: off (0.5)",
+        },
+        "second": {
+            "c": "needed",
+            "d": "words (x y)",
+            "e": "seed (0)",
+            "f": "a choice (u)",
+            "g": "a file",
+        },
+    }
     assert help_of(Base, capsys, monkeypatch)["first"]["b"] == "rate; 0: off"
     assert parse_args(Derived, ["--c", "z", "--d", "q"]) == Derived(c="z", d=["q"])
 
@@ -98,12 +125,21 @@ def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path):
     check_writable(tmp_path / "new" / "file.json")
     check_writable(tmp_path, "--out")
     check_writable(tmp_path / "file")
-    for path, flag, why in (("file", "--out", "it is no folder"), ("file/below", "--out", "Not a directory"),
-                            ("file/below", "", "Not a directory"), (".", "", "it is a folder")):
+    for path, flag, why in (
+        ("file", "--out", "it is no folder"),
+        ("file/below", "--out", "Not a directory"),
+        ("file/below", "", "Not a directory"),
+        (".", "", "it is a folder"),
+    ):
         advice = "give --out a folder" if flag else "name a file in a folder"
-        with pytest.raises(UserError, match=f"^cannot write {tmp_path / path}: {why}.*; {advice} that can be written.$"):
+        with pytest.raises(
+            UserError,
+            match=f"^cannot write {tmp_path / path}: {why}.*; {advice} that can be written.$",
+        ):
             check_writable(tmp_path / path, flag)
-    if Path("/proc/self").exists():          # a place where even root can make nothing
+    if Path("/proc/self").exists():  # a place where even root can make nothing
         with pytest.raises(UserError, match=r"^cannot write /proc/a: .*give --out"):
             check_writable("/proc/a", "--out")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (
+        tmp_path / "file"
+    ).read_text() == "kept"

@@ -1,4 +1,5 @@
 """--log: a mirror of metrics.jsonl, which never decides anything."""
+
 import json
 import sys
 from types import ModuleType, SimpleNamespace
@@ -24,19 +25,33 @@ def fake(monkeypatch, kind: str, broken_at: int | None = None) -> list:
 
     module = ModuleType(kind)
     if kind == "tensorboard":
-        writer = SimpleNamespace(add_scalar=lambda name, value, step: log({name: value}, step), flush=lambda: None)
+        writer = SimpleNamespace(
+            add_scalar=lambda name, value, step: log({name: value}, step), flush=lambda: None
+        )
         module.SummaryWriter = lambda log_dir: got.append(("init", log_dir)) or writer
     else:
         module.init = lambda **words: got.append(("init", words)) or SimpleNamespace(log=log)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if kind == "tensorboard" else kind, module)
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard" if kind == "tensorboard" else kind, module
+    )
     return got
 
 
 def folder(path, kind: str, monkeypatch, rank: int = 0) -> RunFolder:
     data = path / "data.json"
     data.write_text("[]")
-    config = {"out": str(path / "my run"), "log": kind, "model": "m", "data": str(data), "feature_cache": None,
-              "resume": False, "overwrite": True, "keep": 0, "on_save_error": "stop", "rewards": []}
+    config = {
+        "out": str(path / "my run"),
+        "log": kind,
+        "model": "m",
+        "data": str(data),
+        "feature_cache": None,
+        "resume": False,
+        "overwrite": True,
+        "keep": 0,
+        "on_save_error": "stop",
+        "rewards": [],
+    }
     monkeypatch.setattr("lib.run_folder.dataclasses.asdict", dict)
     args = type("A", (dict,), {"__getattr__": dict.__getitem__})(config)
     ranks = Ranks(rank, 1, torch.device("cpu"))
@@ -51,14 +66,21 @@ def test_a_tracker_gets_the_numbers_of_every_row(kind, tmp_path, monkeypatch):
     run = folder(tmp_path, kind, monkeypatch)
     for row in ROWS:
         run.append("metrics.jsonl", [row])
-    run.append("rollouts.jsonl", [{"step": 1, "advantage": 2.0}])              # texts are no curve
+    run.append("rollouts.jsonl", [{"step": 1, "advantage": 2.0}])  # texts are no curve
     assert got[1:] == [(0, {"eval/dfew/war": 61.5}), (1, {"reward": 1.25})]
-    assert [json.loads(line) for line in (tmp_path / "my run" / "metrics.jsonl").read_text().splitlines()] == ROWS
+    assert [
+        json.loads(line)
+        for line in (tmp_path / "my run" / "metrics.jsonl").read_text().splitlines()
+    ] == ROWS
     if kind == "tensorboard":
         assert got[0] == ("init", str(tmp_path / "my run" / "tensorboard"))
     else:
         words = got[0][1]
-        assert words["project"] == "r1-omni" and words["resume"] == "allow" and words["config"]["model"] == "m"
+        assert (
+            words["project"] == "r1-omni"
+            and words["resume"] == "allow"
+            and words["config"]["model"] == "m"
+        )
         assert words["name"].startswith("my_run-") and not set(words["name"]) & set("/\\#?%: ")
         other = tmp_path / "other"
         other.mkdir()

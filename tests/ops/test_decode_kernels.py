@@ -246,7 +246,8 @@ def compile() -> None:
     from ops import decode_kernel, sample_kernel
 
     fixed = dict.fromkeys(
-        ("bias", "partial_max_total", "partial_values", "logits", "maxima", "rests", "logps"), "*fp32"
+        ("bias", "partial_max_total", "partial_values", "logits", "maxima", "rests", "logps"),
+        "*fp32",
     )
     fixed |= dict.fromkeys(("tokens", "lengths", "end_tokens", "position"), "*i64")
     fixed |= {"done": "*i1", "uniforms": "*fp64", "scale": "fp32", "temperature": "fp32"}
@@ -274,7 +275,8 @@ def compile() -> None:
         even = [
             i
             for i, name in enumerate(kernel.arg_names)
-            if signature[name].startswith("*") or name in ("qkv_stride", "sine_offset", "span_length", "V")
+            if signature[name].startswith("*")
+            or name in ("qkv_stride", "sine_offset", "span_length", "V")
         ]
         source = ASTSource(
             kernel,
@@ -328,7 +330,10 @@ def launches() -> None:
 
     # Strides that the kernels do not know are refused: they would read another row's numbers.
     wider = torch.cat((qkv, qkv), 2)[:, :, : qkv.shape[2]]
-    for given in ((wider, *others), (qkv, others[0].expand_as(others[0]).transpose(1, 4), *others[1:])):
+    for given in (
+        (wider, *others),
+        (qkv, others[0].expand_as(others[0]).transpose(1, 4), *others[1:]),
+    ):
         with pytest.raises(AssertionError, match="contiguous"):
             decode_kernel.rotate_write_attend(*given)
 

@@ -1,4 +1,5 @@
 """The runner of ablations: what is done once, what is recorded, what the table says.  No run is made."""
+
 import json
 import math
 import re
@@ -20,10 +21,19 @@ def place(tmp_path, monkeypatch):
         jobs.append((row.name, seed))
         if (row.name, seed) == ("beta0", 1):
             raise RuntimeError("out of patience")
-        return {"seconds": 5, "war/toy_dfew": {"paper": 80.0, "agreement": 82.0, "beta0": 70.0}[row.name] + seed}
+        return {
+            "seconds": 5,
+            "war/toy_dfew": {"paper": 80.0, "agreement": 82.0, "beta0": 70.0}[row.name] + seed,
+        }
 
     monkeypatch.setattr(ablate, "measure", measure)
-    args = ablate.Args(toy=str(tmp_path / "toy"), csv=str(tmp_path / "a.csv"), seeds=[0, 1], only=["paper", "beta0"], jobs=2)
+    args = ablate.Args(
+        toy=str(tmp_path / "toy"),
+        csv=str(tmp_path / "a.csv"),
+        seeds=[0, 1],
+        only=["paper", "beta0"],
+        jobs=2,
+    )
     return args, jobs
 
 
@@ -34,8 +44,15 @@ def test_what_is_done_is_skipped_and_what_crashed_is_kept(place, capsys, tmp_pat
     assert sorted(jobs) == [("beta0", 0), ("beta0", 1), ("paper", 0), ("paper", 1)]
     lines = ablate.read_lines(tmp_path / "a.csv")
     assert [(x["name"], x["seed"], x["status"]) for x in lines] == [
-        ("paper", "0", "ok"), ("paper", "1", "ok"), ("beta0", "0", "ok"), ("beta0", "1", "crashed: out of patience")]
-    assert all(x["commit"] and "cores" in x["machine"] for x in lines) and lines[2]["flags"] == "--beta 0"
+        ("paper", "0", "ok"),
+        ("paper", "1", "ok"),
+        ("beta0", "0", "ok"),
+        ("beta0", "1", "crashed: out of patience"),
+    ]
+    assert (
+        all(x["commit"] and "cores" in x["machine"] for x in lines)
+        and lines[2]["flags"] == "--beta 0"
+    )
     assert "beta0 seed 1: crashed: out of patience" in capsys.readouterr().out
     jobs.clear()
     ablate.main(args)
@@ -43,22 +60,35 @@ def test_what_is_done_is_skipped_and_what_crashed_is_kept(place, capsys, tmp_pat
     args.again, args.only = True, ["paper", "beta0", "agreement"]
     ablate.main(args)
     assert sorted(jobs) == [("agreement", 0), ("agreement", 1), ("beta0", 1)]
-    assert [x["name"] for x in ablate.read_lines(tmp_path / "a.csv")] == ["paper"] * 2 + ["agreement"] * 2 + ["beta0"] * 2
+    assert [x["name"] for x in ablate.read_lines(tmp_path / "a.csv")] == ["paper"] * 2 + [
+        "agreement"
+    ] * 2 + ["beta0"] * 2
 
 
 def test_the_tables_have_means_spreads_and_paired_differences():
     """Stops: a difference of means over other seeds, a spread of the population, a crash that counts, another set's cell."""
     values = {"paper": {0: 80.0, 1: 84.0, 2: 90.0}, "agreement": {0: 81.0, 1: 87.0}}
-    lines = [{"name": n, "seed": str(s), "status": "ok", "war/toy_dfew": str(v), "war/toy_mafw": "50.25"}
-             for n, seeds in values.items() for s, v in seeds.items()]
+    lines = [
+        {"name": n, "seed": str(s), "status": "ok", "war/toy_dfew": str(v), "war/toy_mafw": "50.25"}
+        for n, seeds in values.items()
+        for s, v in seeds.items()
+    ]
     lines += [{"name": "agreement", "seed": "2", "status": "crashed: x", "war/toy_dfew": "0"}]
     text = ablate.table([dict.fromkeys(ablate.HEAD, "") | line for line in lines])
-    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     assert rows[0][:4] == ["", "seeds", "WAR", "EPC"]
     mean, sd = (80 + 84 + 90) / 3, math.sqrt(sum((v - 254 / 3) ** 2 for v in (80, 84, 90)) / 2)
     assert rows[2][:4] == ["paper", "3", f"{mean:.1f} ± {sd:.1f} / 50.2 ± 0.0 / -", "- / - / -"]
     assert rows[3][:3] == ["agreement", "2", "84.0 ± 4.2 / 50.2 ± 0.0 / -"]
-    assert rows[-1][:3] == ["agreement", "2", "+2.0 ± 1.0 / +0.0 ± 0.0 / -"]       # (1, 3): sd sqrt 2, standard error 1
+    assert rows[-1][:3] == [
+        "agreement",
+        "2",
+        "+2.0 ± 1.0 / +0.0 ± 0.0 / -",
+    ]  # (1, 3): sd sqrt 2, standard error 1
     assert [row[0] for row in rows[8:]] == ["less the first row", "---", "agreement"]
     assert "agreement seed 2: crashed: x" in text
 
@@ -69,14 +99,24 @@ def test_the_page_shows_what_the_csv_holds():
     page = (ablate.ROOT / "docs" / "ablations.md").read_text()
     assert ablate.fill(page, lines) == page
     made = ablate.tables(lines)["main"][1].values()
-    assert [row for row in made if row not in page.splitlines()] == [], "a row of the csv is not on the page"
+    assert [row for row in made if row not in page.splitlines()] == [], (
+        "a row of the csv is not on the page"
+    )
 
 
 def test_runs_stop_where_a_word_is_lost():
     """Stops the page's stairs (none, one, two or three of seven words lost) outliving runs that stand between them."""
-    rows = [row for row in ablate.read_lines(ablate.ROOT / "results" / "ablations.csv")
-            if row["status"] == "ok" and row["name"] not in ("bare words", "no cold start")]
-    stairs = {(92, 96): (91, 97), (82, 85): (78, 82), (66, 69): (65, 68), (58, 62): (53, 57)}          # WAR: UAR
+    rows = [
+        row
+        for row in ablate.read_lines(ablate.ROOT / "results" / "ablations.csv")
+        if row["status"] == "ok" and row["name"] not in ("bare words", "no cold start")
+    ]
+    stairs = {
+        (92, 96): (91, 97),
+        (82, 85): (78, 82),
+        (66, 69): (65, 68),
+        (58, 62): (53, 57),
+    }  # WAR: UAR
     found = dict.fromkeys(stairs, 0)
     for row in rows:
         war, uar = round(float(row["war/toy_dfew"])), round(float(row["uar/toy_dfew"]))
@@ -85,19 +125,26 @@ def test_runs_stop_where_a_word_is_lost():
         found[stair] += 1
     text = " ".join((ablate.ROOT / "docs" / "ablations.md").read_text().split())
     told = re.findall(r"(\d+) (?:end on toy-dfew )?with (?:WAR )?(\d+) to (\d+)", text)
-    assert {(int(low), int(high)): int(n) for n, low, high in told} == found and f"Of {len(rows)} runs" in text
+    assert {
+        (int(low), int(high)): int(n) for n, low, high in told
+    } == found and f"Of {len(rows)} runs" in text
 
 
 def test_a_page_is_filled_below_its_marks(tmp_path):
     """Stops text that is lost beside a table, a row that was not asked for, an old row that stays."""
-    lines = [dict.fromkeys(ablate.HEAD, "") | {"name": name, "seed": "0", "status": "ok", "war/mute": "50"}
-             for name in ("paper", "beta0")]
+    lines = [
+        dict.fromkeys(ablate.HEAD, "")
+        | {"name": name, "seed": "0", "status": "ok", "war/mute": "50"}
+        for name in ("paper", "beta0")
+    ]
     page = "before\n\n<!-- more: beta0; none yet -->\n| old |\n|---|\n\n3 of 9 runs\n"
     head, rows = ablate.tables(lines)["more"]
-    assert ablate.fill(page, lines) == (f"before\n\n<!-- more: beta0; none yet -->\n{head}\n{rows['beta0']}\n\n"
-                                        f"2 of {4 * len(ablate.ROWS)} runs\n")
+    assert ablate.fill(page, lines) == (
+        f"before\n\n<!-- more: beta0; none yet -->\n{head}\n{rows['beta0']}\n\n"
+        f"2 of {4 * len(ablate.ROWS)} runs\n"
+    )
     assert "50.0 / -" in rows["beta0"] and rows["paper"] in ablate.fill("<!-- more: * -->\n", lines)
-    ablate.write_lines(tmp_path / "a.csv", lines)                        # and the flag does it, runs nothing
+    ablate.write_lines(tmp_path / "a.csv", lines)  # and the flag does it, runs nothing
     (tmp_path / "page.md").write_text(page)
     ablate.main(ablate.Args(csv=str(tmp_path / "a.csv"), page=str(tmp_path / "page.md")))
     assert (tmp_path / "page.md").read_text() == ablate.fill(page, lines)
@@ -107,15 +154,25 @@ def test_numbers_are_those_of_the_result_files(tmp_path):
     """Stops: a column that shows another set's rate, or the muted clips' score under the blanked ones' name."""
     for k, name in enumerate((*ablate.SETS, "mute", "blank")):
         result = {rate: 10 * k + i for i, rate in enumerate(ablate.RATES)}
-        (tmp_path / f"{name}.json").write_text(json.dumps(result | {"cues_heard_claimed": k, "cues_seen_claimed": -k}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(result | {"cues_heard_claimed": k, "cues_seen_claimed": -k})
+        )
     (tmp_path / "run").mkdir()
-    rows = [{"step": i, "reward": 1, "completions/mean_length": i, "rewards/accuracy/mean": 0.5} for i in range(1, 41)]
+    rows = [
+        {"step": i, "reward": 1, "completions/mean_length": i, "rewards/accuracy/mean": 0.5}
+        for i in range(1, 41)
+    ]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     got = ablate.numbers(tmp_path)
     assert set(got) == set(ablate.COLUMNS)
     assert [got[f"war/{s}"] for s in ablate.SETS] == [0, 10, 20] and got["epc/toy_ravdess"] == 22
-    assert (got["war/mute"], got["war/blank"], got["heard_when_mute"], got["seen_when_blank"]) == (30, 40, 3, -4)
-    assert got["length"] == 30.5 and got["accuracy_train"] == 0.5                   # of the last twenty steps
+    assert (got["war/mute"], got["war/blank"], got["heard_when_mute"], got["seen_when_blank"]) == (
+        30,
+        40,
+        3,
+        -4,
+    )
+    assert got["length"] == 30.5 and got["accuracy_train"] == 0.5  # of the last twenty steps
 
 
 def test_what_cannot_work_is_told(place, tmp_path):
@@ -134,9 +191,19 @@ def test_every_row_is_a_command_that_parses():
     import grpo
     import sft
     from lib.common import parse_args
+
     for row in ablate.ROWS:
         module = {"grpo.py": grpo, "sft.py": sft}[row.script]
-        words = ["--model", "m", "--data", "d", "--out", "o", *ablate.COMMON[row.script].split(), *row.flags.split()]
+        words = [
+            "--model",
+            "m",
+            "--data",
+            "d",
+            "--out",
+            "o",
+            *ablate.COMMON[row.script].split(),
+            *row.flags.split(),
+        ]
         args = parse_args(module.Args, words)
         if module is grpo:
             grpo.check_objective(args)

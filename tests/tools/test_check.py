@@ -1,4 +1,5 @@
 """The check of every clip before a run: what it finds, and that one clip cannot end it."""
+
 import json
 import os
 import re
@@ -17,9 +18,16 @@ from tools import check
 
 def write_rows(folder: Path, *names: str) -> Path:
     """A row for each "clip", or "clip <video>" for one without sound."""
-    rows = [{"video": clip, "conversations": [{"from": "human", "value": f"{media or '<video><audio>'}\nWhich?"},
-                                              {"from": "gpt", "value": "happy"}]}
-            for clip, _, media in (name.partition(" ") for name in names)]
+    rows = [
+        {
+            "video": clip,
+            "conversations": [
+                {"from": "human", "value": f"{media or '<video><audio>'}\nWhich?"},
+                {"from": "gpt", "value": "happy"},
+            ],
+        }
+        for clip, _, media in (name.partition(" ") for name in names)
+    ]
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
 
@@ -35,30 +43,50 @@ def found(report: dict, kind: str) -> dict[str, str]:
 
 def test_every_fault_is_found(tmp_path, capsys):
     """Stops a fault going unseen until the run that trips over it, and a sound clip being called faulty."""
-    for name, sort in {"good": {}, "mute": {"seconds": 0}, "zeros": {"level": 0.0}, "short": {"frames": 7},
-                       "both": {"frames": 2, "seconds": 0}}.items():
+    for name, sort in {
+        "good": {},
+        "mute": {"seconds": 0},
+        "zeros": {"level": 0.0},
+        "short": {"frames": 7},
+        "both": {"frames": 2, "seconds": 0},
+    }.items():
         fake.write_clip(tmp_path / f"{name}.mp4", **sort)
     (tmp_path / "text.mp4").write_text("404 not found\n" * 50)
     content = fake.write_clip(tmp_path / "whole.mp4", frames=40).read_bytes()
-    (tmp_path / "cut.mp4").write_bytes(content[:len(content) // 2])
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
     # An avi has its index at the end too, but its packets can be read without.
     damaged = bytearray(fake.write_clip(tmp_path / "long.avi", frames=40, seconds=0).read_bytes())
     at = [i for i in range(len(damaged)) if damaged.startswith(b"00dc", i)][20]
-    damaged[at + 8:at + 300] = bytes(292)
+    damaged[at + 8 : at + 300] = bytes(292)
     (tmp_path / "damaged.avi").write_bytes(damaged)
-    file = write_rows(tmp_path, "good.mp4", "mute.mp4", "zeros.mp4", "short.mp4", "both.mp4", "text.mp4", "cut.mp4",
-                      "damaged.avi", "gone.mp4", "good.mp4")
+    file = write_rows(
+        tmp_path,
+        "good.mp4",
+        "mute.mp4",
+        "zeros.mp4",
+        "short.mp4",
+        "both.mp4",
+        "text.mp4",
+        "cut.mp4",
+        "damaged.avi",
+        "gone.mp4",
+        "good.mp4",
+    )
     for workers in (1, 3):
         report = checked(file, workers=workers)
         assert report["clips"] == 9 and report["good"] == 1
         bad = found(report, "bad")
-        assert list(bad) == ["text.mp4", "cut.mp4", "gone.mp4"] and "no such file" in bad["gone.mp4"]
+        assert (
+            list(bad) == ["text.mp4", "cut.mp4", "gone.mp4"] and "no such file" in bad["gone.mp4"]
+        )
         assert all(str(tmp_path / name) in reason for name, reason in bad.items())
         silent = found(report, "silent")
         assert list(silent) == ["mute.mp4", "zeros.mp4", "both.mp4", "damaged.avi"]
         assert "no audio track" in silent["mute.mp4"] and "zeros" in silent["zeros.mp4"]
-        assert found(report, "short") == {"short.mp4": "7 frames, 8 are taken: some twice",
-                                          "both.mp4": "2 frames, 8 are taken: some twice"}
+        assert found(report, "short") == {
+            "short.mp4": "7 frames, 8 are taken: some twice",
+            "both.mp4": "2 frames, 8 are taken: some twice",
+        }
         assert list(found(report, "degraded")) == ["damaged.avi"]
     printed = capsys.readouterr().out
     assert re.search(r"^bad +3   first: text.mp4: ", printed, re.M)
@@ -72,8 +100,14 @@ def test_check_asks_only_for_what_the_row_has(tmp_path):
     """Stops a video-only row being called silent, and a sound file being called short."""
     fake.write_clip(tmp_path / "mute.mp4", seconds=0)
     fake.write_clip(tmp_path / "heard.mp4", frames=1)
-    report = checked(write_rows(tmp_path, "mute.mp4 <video>", "heard.mp4 <audio>", "mute.mp4"), workers=1)
-    assert report["clips"] == 3 and report["good"] == 2 and list(found(report, "silent")) == ["mute.mp4"]
+    report = checked(
+        write_rows(tmp_path, "mute.mp4 <video>", "heard.mp4 <audio>", "mute.mp4"), workers=1
+    )
+    assert (
+        report["clips"] == 3
+        and report["good"] == 2
+        and list(found(report, "silent")) == ["mute.mp4"]
+    )
 
 
 def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
@@ -97,8 +131,14 @@ def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
     for workers in (1, 2, 20):
         report = checked(write_rows(tmp_path, *names), workers=workers)
         killed = dict.fromkeys(("0", "5", "6", "11"), "reading it ended the process (exit code -9)")
-        told = killed | {"7": "reading it ended the process (exit code 3)", "8": "MemoryError: of the test", "9": "told"}
-        assert found(report, "bad") == {f"{n}.mp4": f"{tmp_path / n}.mp4: {told[n]}" for n in sorted(told, key=int)}
+        told = killed | {
+            "7": "reading it ended the process (exit code 3)",
+            "8": "MemoryError: of the test",
+            "9": "told",
+        }
+        assert found(report, "bad") == {
+            f"{n}.mp4": f"{tmp_path / n}.mp4: {told[n]}" for n in sorted(told, key=int)
+        }
         assert report["good"] == 5
 
 
@@ -106,8 +146,20 @@ def test_the_real_command(tmp_path):
     """Stops the real command failing where the functions work: two copies of a module, processes, exit status."""
     fake.link_clips(tmp_path, ["a.mp4", "b.mp4"])
     report = tmp_path / "new" / "report.json"
-    command = [sys.executable, "-m", "tools.convert", "check", "--data", write_rows(tmp_path, "a.mp4", "b.mp4", "c.mp4"),
-               "--out", report]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=Path(check.__file__).parents[1])
+    command = [
+        sys.executable,
+        "-m",
+        "tools.convert",
+        "check",
+        "--data",
+        write_rows(tmp_path, "a.mp4", "b.mp4", "c.mp4"),
+        "--out",
+        report,
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, cwd=Path(check.__file__).parents[1]
+    )
     assert done.returncode == 0, done.stderr
-    assert "2 of them without a fault" in done.stdout and list(found(json.loads(report.read_text()), "bad")) == ["c.mp4"]
+    assert "2 of them without a fault" in done.stdout and list(
+        found(json.loads(report.read_text()), "bad")
+    ) == ["c.mp4"]

@@ -1,4 +1,5 @@
 """Data sets become sample files, on invented copies of the official size; what is joined and split."""
+
 import json
 import random
 import re
@@ -16,16 +17,28 @@ from lib.media import read_clip
 from tools import convert
 
 # MAFW's words and ours, typed apart from convert.py.
-OURS = {"anger": "angry", "disgust": "disgust", "fear": "fear", "happiness": "happy", "neutral": "neutral",
-        "sadness": "sad", "surprise": "surprise", "contempt": "contemptuous", "anxiety": "anxious",
-        "helplessness": "helpless", "disappointment": "disappointed"}
+OURS = {
+    "anger": "angry",
+    "disgust": "disgust",
+    "fear": "fear",
+    "happiness": "happy",
+    "neutral": "neutral",
+    "sadness": "sad",
+    "surprise": "surprise",
+    "contempt": "contemptuous",
+    "anxiety": "anxious",
+    "helplessness": "helpless",
+    "disappointment": "disappointed",
+}
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sets")
     fake.build_all(root)
-    mute = root / "MAFW/data/clips" / fake.mafw_folds()[0]["train"][0][0]        # one of 21 without a sound track
+    mute = (
+        root / "MAFW/data/clips" / fake.mafw_folds()[0]["train"][0][0]
+    )  # one of 21 without a sound track
     mute.unlink()
     fake.write_clip(mute, seconds=0)
     return root
@@ -34,7 +47,9 @@ def sets(tmp_path_factory) -> Path:
 def run(command: str, **flags) -> list:
     """A converter's samples, as data.read_samples sees them with the default --media_root."""
     function, args_cls = convert.COMMANDS[command]
-    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    flags = {
+        name: str(value) if isinstance(value, Path) else value for name, value in flags.items()
+    }
     function(args_cls(**flags))
     return read_samples(flags["out"], flags.get("media_root", flags.get("root")))
 
@@ -53,23 +68,43 @@ def refused(*said: str, command: str, **flags) -> str:
 @pytest.fixture
 def little(tmp_path, monkeypatch):
     """little(list, clips, official numbers) -> the flags that convert this data set of a few clips."""
-    def make(lines: str | bytes, clips, official: dict[str, int], fold: int = 1, name: str = "dfew", **flags) -> dict:
+
+    def make(
+        lines: str | bytes,
+        clips,
+        official: dict[str, int],
+        fold: int = 1,
+        name: str = "dfew",
+        **flags,
+    ) -> dict:
         monkeypatch.setitem(convert.FOLD_1, (name, "train"), official)
-        monkeypatch.setitem(convert.TESTS, name, (0, 0, sum(official.values())))        # what fold 2 trains on
+        monkeypatch.setitem(
+            convert.TESTS, name, (0, 0, sum(official.values()))
+        )  # what fold 2 trains on
         file = fake.dfew_list(tmp_path, fold, "train")
         if name == "mafw":
-            file = fake.mafw_list(tmp_path, fold, "train", "with_caption" if flags else "no_caption")
+            file = fake.mafw_list(
+                tmp_path, fold, "train", "with_caption" if flags else "no_caption"
+            )
         file.parent.mkdir(parents=True)
         header = b"video_name,label\n" if name == "dfew" else b""
         file.write_bytes(lines if isinstance(lines, bytes) else header + lines.encode())
         fake.link_clips(tmp_path, list(clips))
-        return {"command": name, "root": tmp_path, "fold": fold, "part": "train", "out": tmp_path / "a.json"} | flags
+        return {
+            "command": name,
+            "root": tmp_path,
+            "fold": fold,
+            "part": "train",
+            "out": tmp_path / "a.json",
+        } | flags
+
     return make
 
 
 # ------------------------------------------------------------------------------------------------
 # DFEW and MAFW
 # ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("name", ["dfew", "mafw"])
 def test_all_official_folds(name, sets, tmp_path):
@@ -80,18 +115,29 @@ def test_all_official_folds(name, sets, tmp_path):
     for number, fold in enumerate(fake.dfew_folds() if name == "dfew" else fake.mafw_folds(), 1):
         ids = {}
         for part, rows in fold.items():
-            samples = run(name, root=root, fold=number, part=part, out=tmp_path / f"{number}_{part}.json")
+            samples = run(
+                name, root=root, fold=number, part=part, out=tmp_path / f"{number}_{part}.json"
+            )
             if name == "dfew":
                 expected = [(fake.dfew_path(clip), word) for clip, word in rows]
             else:
                 expected = [(f"data/clips/{clip}", OURS[word]) for clip, word in rows]
             assert [(s.id, s.answer) for s in samples] == expected
-            assert {(s.dataset, s.modal) for s in samples} == {(f"{name}/fold{number}/{part}", "video_audio")}
+            assert {(s.dataset, s.modal) for s in samples} == {
+                (f"{name}/fold{number}/{part}", "video_audio")
+            }
             ids[part] = {s.id for s in samples}
-        assert not ids["train"] & ids["test"] and len(ids["train"] | ids["test"]) == sum(convert.TESTS[name])
+        assert not ids["train"] & ids["test"] and len(ids["train"] | ids["test"]) == sum(
+            convert.TESTS[name]
+        )
         assert len(ids["test"]) == convert.TESTS[name][number - 1]
         tests += ids["test"]
-    assert len(tests) == len(set(tests)) == sum(convert.TESTS[name]) == {"dfew": 11_697, "mafw": 9_172}[name]
+    assert (
+        len(tests)
+        == len(set(tests))
+        == sum(convert.TESTS[name])
+        == {"dfew": 11_697, "mafw": 9_172}[name]
+    )
 
 
 def test_a_row(sets, tmp_path, capsys):
@@ -101,10 +147,17 @@ def test_a_row(sets, tmp_path, capsys):
     clip = fake.dfew_folds()[0]["test"][0][0]
     assert json.loads(out.read_text())[0] == {
         "video": f"Clip/original/part_{(clip - 1) // 1600 + 1}/{clip}.mp4",
-        "conversations": [{"from": "human", "value": f"<video>\n<audio>\n{QUESTION}{THINK}"},
-                          {"from": "gpt", "value": "happy"}],
-        "dataset": "dfew/fold1/test"}
-    assert samples[0].question == QUESTION + THINK and samples[0].modal == "video_audio" and samples[0].target == "happy"
+        "conversations": [
+            {"from": "human", "value": f"<video>\n<audio>\n{QUESTION}{THINK}"},
+            {"from": "gpt", "value": "happy"},
+        ],
+        "dataset": "dfew/fold1/test",
+    }
+    assert (
+        samples[0].question == QUESTION + THINK
+        and samples[0].modal == "video_audio"
+        and samples[0].target == "happy"
+    )
     assert samples[0].clip.exists() and read_clip(samples[0].clip).has_audio
     printed = capsys.readouterr().out
     assert re.search(r"^ +official +listed +found$", printed, re.M)
@@ -117,29 +170,48 @@ def test_flat_layout(little, capsys):
     """Stops a DFEW without part folders being refused, and padded files of another clip being taken for it."""
     clips = (f"videos/{name}" for name in ("1.mp4", "10001.mp4", "00001.mp4", "10001.avi", "5.mp4"))
     samples = run(**little("1,1\n10001,2\n", clips, {"happy": 1, "sad": 1}))
-    assert [(s.id, s.answer) for s in samples] == [("videos/1.mp4", "happy"), ("videos/10001.mp4", "sad")]
-    assert "note: no clip at all of 5 classes: surprise, neutral, angry, disgust, fear" in capsys.readouterr().out
+    assert [(s.id, s.answer) for s in samples] == [
+        ("videos/1.mp4", "happy"),
+        ("videos/10001.mp4", "sad"),
+    ]
+    assert (
+        "note: no clip at all of 5 classes: surprise, neutral, angry, disgust, fear"
+        in capsys.readouterr().out
+    )
 
 
 def test_missing_clips(little, tmp_path, capsys):
     """Stops an incomplete folder giving a smaller data set unseen; avis of cropped faces, without sound, filling the gap."""
-    clips = (f"Clip/{name}" for name in ("original/part_1/1.mp4", "clip_224x224_avi/10001.avi", "faces/10001.mp4"))
+    clips = (
+        f"Clip/{name}"
+        for name in ("original/part_1/1.mp4", "clip_224x224_avi/10001.avi", "faces/10001.mp4")
+    )
     flags = little("1,1\n10001,2\n3,1\n", clips, {"happy": 2, "sad": 1})
     told = f"2 of its 3 clips are not below {tmp_path}: 10001, 3"
     refused(f"set_1.csv: {told}. Nothing was written", "--allow_missing", **flags)
     printed = capsys.readouterr().out
-    assert re.search(r"^happy +2 +2 +1$", printed, re.M) and re.search(r"^all +3 +3 +1$", printed, re.M)
+    assert re.search(r"^happy +2 +2 +1$", printed, re.M) and re.search(
+        r"^all +3 +3 +1$", printed, re.M
+    )
     assert f"note: {told}" in printed
     assert [s.clip.stem for s in run(**flags, allow_missing=tmp_path / "missing.txt")] == ["1"]
     assert (tmp_path / "missing.txt").read_text() == "10001\n3\n"
 
 
-@pytest.mark.parametrize("fold, lines, told", [
-    (1, "1,1\n2,1\n", "it lacks clips of the official list (fear 0 instead of 1)"),
-    (1, "1,1\n2,1\n3,7\n4,7\n", "it has more clips of the official list (fear 2 instead of 1)"),
-    (1, "1,1\n2,7\n3,7\n", "it has more clips of the official list (happy 1 instead of 2, fear 2 instead of 1)"),
-    (2, "1,1\n2,1\n", "it lacks clips of the official list (all 2 instead of 3)"),
-    (2, "1,1\n2,1\n3,7\n4,7\n", "it has more clips of the official list (all 4 instead of 3)")])
+@pytest.mark.parametrize(
+    "fold, lines, told",
+    [
+        (1, "1,1\n2,1\n", "it lacks clips of the official list (fear 0 instead of 1)"),
+        (1, "1,1\n2,1\n3,7\n4,7\n", "it has more clips of the official list (fear 2 instead of 1)"),
+        (
+            1,
+            "1,1\n2,7\n3,7\n",
+            "it has more clips of the official list (happy 1 instead of 2, fear 2 instead of 1)",
+        ),
+        (2, "1,1\n2,1\n", "it lacks clips of the official list (all 2 instead of 3)"),
+        (2, "1,1\n2,1\n3,7\n4,7\n", "it has more clips of the official list (all 4 instead of 3)"),
+    ],
+)
 def test_lists_of_another_size(fold, lines, told, little, tmp_path):
     """Stops a list that lost or gained lines, or whose labels were touched: its numbers compare with nobody's."""
     flags = little(lines, (f"videos/{i}.mp4" for i in range(1, 5)), {"happy": 2, "fear": 1}, fold)
@@ -147,29 +219,46 @@ def test_lists_of_another_size(fold, lines, told, little, tmp_path):
     if "lacks" in told:
         assert len(run(**flags, allow_missing=tmp_path / "missing.txt")) == 2
     else:
-        refused("use the list as it is distributed", **flags, allow_missing=tmp_path / "missing.txt")
+        refused(
+            "use the list as it is distributed", **flags, allow_missing=tmp_path / "missing.txt"
+        )
 
 
-@pytest.mark.parametrize("name, lines, said", [
-    ("dfew", "1,1\nabc,2\n", "line 3: the clip 'abc' is not a number; expected video_name,label as in 1600,3"),
-    ("dfew", "1,1\n2,0\n", "line 3: label 0. This is a repackaged copy that counts from 0"),
-    ("dfew", "1,8\n", "line 2: the label '8' is not a number from 1 (happy) to 7 (fear)"),
-    ("dfew", "\n1,happy\n", "line 3: the label 'happy'"),
-    ("dfew", "1\n", "line 2: has 1 values, expected 2 (video_name,label)"),
-    ("dfew", "1,1,1\n", "line 2: has 3 values, expected 2"),
-    ("dfew", "1,1\n2,1\n1,3\n", "line 4: the clip 1 is listed as neutral, but with another label"),
-    ("dfew", '1,1\n"2,1\n3,1\n', "a quotation mark is opened and never closed"),
-    ("dfew", b"1,1\n2,1\n", "line 1: expected the columns video_name, label; found 1, 1"),
-    ("dfew", b"video_name;label\n1;1\n", "line 1: expected the columns"),
-    ("dfew", b"video_name,label\n1,1\n\xff\xfe,1\n", "line 3: is not utf-8 text"),
-    ("dfew", b"\n \n", "is empty, expected a header with video_name, label"),
-    ("mafw", "00001.mp4 anger\n00002.mp4 3\n", "line 2: '00002.mp4 3' is no clip and label; expected 00025.mp4 anger; the"),
-    ("mafw", "00001.mp4 happy\n", "never a number"),
-    ("mafw", "00001.mp4 anger fear\n", "line 1: '00001.mp4 anger fear' is no clip and label"),
-    ("mafw", "\n00001.mp4\n", "line 2: '00001.mp4' is no clip and label"),
-    ("mafw", "anger 00001.mp4\n", "line 1: 'anger 00001.mp4' is no clip and label"),
-    ("mafw", "00001.mp4 anger\n00001.mp4 fear\n", "line 2: the clip 00001 is listed as fear"),
-])
+@pytest.mark.parametrize(
+    "name, lines, said",
+    [
+        (
+            "dfew",
+            "1,1\nabc,2\n",
+            "line 3: the clip 'abc' is not a number; expected video_name,label as in 1600,3",
+        ),
+        ("dfew", "1,1\n2,0\n", "line 3: label 0. This is a repackaged copy that counts from 0"),
+        ("dfew", "1,8\n", "line 2: the label '8' is not a number from 1 (happy) to 7 (fear)"),
+        ("dfew", "\n1,happy\n", "line 3: the label 'happy'"),
+        ("dfew", "1\n", "line 2: has 1 values, expected 2 (video_name,label)"),
+        ("dfew", "1,1,1\n", "line 2: has 3 values, expected 2"),
+        (
+            "dfew",
+            "1,1\n2,1\n1,3\n",
+            "line 4: the clip 1 is listed as neutral, but with another label",
+        ),
+        ("dfew", '1,1\n"2,1\n3,1\n', "a quotation mark is opened and never closed"),
+        ("dfew", b"1,1\n2,1\n", "line 1: expected the columns video_name, label; found 1, 1"),
+        ("dfew", b"video_name;label\n1;1\n", "line 1: expected the columns"),
+        ("dfew", b"video_name,label\n1,1\n\xff\xfe,1\n", "line 3: is not utf-8 text"),
+        ("dfew", b"\n \n", "is empty, expected a header with video_name, label"),
+        (
+            "mafw",
+            "00001.mp4 anger\n00002.mp4 3\n",
+            "line 2: '00002.mp4 3' is no clip and label; expected 00025.mp4 anger; the",
+        ),
+        ("mafw", "00001.mp4 happy\n", "never a number"),
+        ("mafw", "00001.mp4 anger fear\n", "line 1: '00001.mp4 anger fear' is no clip and label"),
+        ("mafw", "\n00001.mp4\n", "line 2: '00001.mp4' is no clip and label"),
+        ("mafw", "anger 00001.mp4\n", "line 1: 'anger 00001.mp4' is no clip and label"),
+        ("mafw", "00001.mp4 anger\n00001.mp4 fear\n", "line 2: the clip 00001 is listed as fear"),
+    ],
+)
 def test_bad_lines(name, lines, said, little):
     """Stops a damaged list, a copy that counts from 0, or ids of classes (their orders differ) being read as something, or
     refused without the line to blame."""
@@ -180,24 +269,40 @@ def test_untidy_lists_are_read(little, capsys):
     """Stops a list that went through a spreadsheet (mark, CRLF, quotes, spaces, empty lines) being misread."""
     lines = b'\xef\xbb\xbfvideo_name,label\r\n"1","1"\r\n 22 , "7" \r\n\r\n"00003" ,7,\r\n22,7\r\n,\r\n\r\n'
     samples = run(**little(lines, (f"videos/{n}.mp4" for n in (1, 22, 3)), {"happy": 1, "fear": 2}))
-    assert [(s.clip.stem, s.answer) for s in samples] == [("1", "happy"), ("22", "fear"), ("3", "fear")]
+    assert [(s.clip.stem, s.answer) for s in samples] == [
+        ("1", "happy"),
+        ("22", "fear"),
+        ("3", "fear"),
+    ]
     printed = capsys.readouterr().out
-    assert re.search(r"note: 1 lines repeat a clip and were left out; the first is .*set_1.csv line 6$", printed, re.M)
+    assert re.search(
+        r"note: 1 lines repeat a clip and were left out; the first is .*set_1.csv line 6$",
+        printed,
+        re.M,
+    )
 
 
 def test_a_clip_in_train_and_test(little):
     """Stops a leak: a list that was mixed up trains on what it tests."""
     flags = little("1,1\n2,1\n", ["videos/1.mp4", "videos/2.mp4"], {"happy": 2})
-    fake.write_csv(fake.dfew_list(flags["root"], 1, "test"), [("video_name", "label"), (3, 1), (2, 1)])
+    fake.write_csv(
+        fake.dfew_list(flags["root"], 1, "test"), [("video_name", "label"), (3, 1), (2, 1)]
+    )
     for part in ("train", "test"):
-        refused("1 clips are in train and test of fold 1 (the first: 2", "set_1.csv line 3", **flags | {"part": part})
+        refused(
+            "1 clips are in train and test of fold 1 (the first: 2",
+            "set_1.csv line 3",
+            **flags | {"part": part},
+        )
 
 
 def test_two_files_of_one_name(little):
     """Stops one of two files being picked at random where a copy lies about."""
     flags = little("1,1\n", ["Clip/original/part_1/1.mp4", "Clip/original/cut/1.mp4"], {"happy": 1})
     refused("1 clips are there more than once", "part_1/1.mp4", "cut/1.mp4", "--clips", **flags)
-    assert [s.id for s in run(**flags, clips="Clip/original/part_1")] == ["Clip/original/part_1/1.mp4"]
+    assert [s.id for s in run(**flags, clips="Clip/original/part_1")] == [
+        "Clip/original/part_1/1.mp4"
+    ]
 
 
 def test_wrong_flags(sets, tmp_path):
@@ -210,17 +315,35 @@ def test_wrong_flags(sets, tmp_path):
     (tmp_path / "file").write_text("")
     refused("cannot write", command="dfew", **flags | {"out": tmp_path / "file" / "a.json"})
     refused("cannot write", command="dfew", **flags, allow_missing=tmp_path)
-    refused("lists 1440 clips that can be used, and none", "is it the right folder", command="ravdess", root=tmp_path,
-            out=tmp_path / "a.json")
+    refused(
+        "lists 1440 clips that can be used, and none",
+        "is it the right folder",
+        command="ravdess",
+        root=tmp_path,
+        out=tmp_path / "a.json",
+    )
 
 
 def test_mafw_with_captions(sets, tmp_path, little, capsys):
     """Stops the captioned lists (GB18030, tabs, no neutral clips) being misread, or held to the others' numbers."""
     for number, fold in enumerate(fake.mafw_folds()[:2], 1):
-        samples = run("mafw", root=sets / "MAFW", fold=number, part="train", with_caption=True, out=tmp_path / "a.json")
-        assert [(s.clip.name, s.answer) for s in samples] == [(c, OURS[w]) for c, w in fold["train"] if w != "neutral"]
+        samples = run(
+            "mafw",
+            root=sets / "MAFW",
+            fold=number,
+            part="train",
+            with_caption=True,
+            out=tmp_path / "a.json",
+        )
+        assert [(s.clip.name, s.answer) for s in samples] == [
+            (c, OURS[w]) for c, w in fold["train"] if w != "neutral"
+        ]
     assert "note: no clip at all of 1 classes: neutral" in capsys.readouterr().out
-    lines = "00001.mp4\tanger\t<br>生气。\t<br>Angry, said with anger.\n00002.mp4\t4\t<br>好\n".encode("gb18030")
+    lines = (
+        "00001.mp4\tanger\t<br>生气。\t<br>Angry, said with anger.\n00002.mp4\t4\t<br>好\n".encode(
+            "gb18030"
+        )
+    )
     (tmp_path / "a.json").unlink()
     refused("line 2", "with tabs between", **little(lines, [], {}, name="mafw", with_caption=True))
 
@@ -229,26 +352,49 @@ def test_mafw_with_captions(sets, tmp_path, little, capsys):
 # RAVDESS
 # ------------------------------------------------------------------------------------------------
 
+
 def test_ravdess(sets, tmp_path, capsys):
     """Stops a code being read as another emotion, and songs or silent pictures being taken."""
     samples = run("ravdess", root=sets / "RAVDESS", out=tmp_path / "a.json")
-    words = dict(zip(("01", "02", "03", "04", "05", "06", "07", "08"),
-                     ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")))
-    assert len({s.id for s in samples}) == len(samples) == 1440 and {s.dataset for s in samples} == {"ravdess"}
+    words = dict(
+        zip(
+            ("01", "02", "03", "04", "05", "06", "07", "08"),
+            ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise"),
+        )
+    )
+    assert len({s.id for s in samples}) == len(samples) == 1440 and {
+        s.dataset for s in samples
+    } == {"ravdess"}
     for sample in samples:
         fields = sample.clip.stem.split("-")
-        assert fields[:2] == ["01", "01"] and words[fields[2]] == sample.answer and sample.clip.exists()
+        assert (
+            fields[:2] == ["01", "01"]
+            and words[fields[2]] == sample.answer
+            and sample.clip.exists()
+        )
         assert sample.id == f"Actor_{fields[6]}/{sample.clip.name}"
-    assert Counter(s.answer for s in samples) == {word: 96 if word == "neutral" else 192 for word in words.values()}
-    assert Counter(s.clip.stem[-2:] for s in samples) == {f"{actor:02}": 60 for actor in range(1, 25)}
+    assert Counter(s.answer for s in samples) == {
+        word: 96 if word == "neutral" else 192 for word in words.values()
+    }
+    assert Counter(s.clip.stem[-2:] for s in samples) == {
+        f"{actor:02}": 60 for actor in range(1, 25)
+    }
     assert "note: 48 other clips" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("calm, expected", [("keep", {"neutral": 12, "calm": 24}), ("neutral", {"neutral": 36}),
-                                            ("drop", {"neutral": 12})])
+@pytest.mark.parametrize(
+    "calm, expected",
+    [
+        ("keep", {"neutral": 12, "calm": 24}),
+        ("neutral", {"neutral": 36}),
+        ("drop", {"neutral": 12}),
+    ],
+)
 def test_calm_and_actors(calm, expected, sets, tmp_path):
     """Stops calm, which no training set has, landing in another class than the one that was asked for."""
-    samples = run("ravdess", root=sets / "RAVDESS", calm=calm, actors=[1, 24, 7], out=tmp_path / "a.json")
+    samples = run(
+        "ravdess", root=sets / "RAVDESS", calm=calm, actors=[1, 24, 7], out=tmp_path / "a.json"
+    )
     others = dict.fromkeys(("happy", "sad", "angry", "fear", "disgust", "surprise"), 24)
     assert Counter(s.answer for s in samples) == expected | others
     assert {s.clip.stem[-2:] for s in samples} == {"01", "07", "24"}
@@ -257,16 +403,26 @@ def test_calm_and_actors(calm, expected, sets, tmp_path):
 def test_ravdess_faults(tmp_path):
     """Stops a missing clip of an actor or a misnamed file being passed over."""
     names = [name for name, (_, actor) in convert.ravdess_names().items() if actor == 3]
-    fake.link_clips(tmp_path, [f"Actor_03/{name}.mp4" for name in names if not name.startswith("01-01-05-02-02-02")])
+    fake.link_clips(
+        tmp_path,
+        [f"Actor_03/{name}.mp4" for name in names if not name.startswith("01-01-05-02-02-02")],
+    )
     flags = {"command": "ravdess", "root": tmp_path, "out": tmp_path / "a.json"}
     refused("1 of its 60 clips", "--allow_missing", **flags, actors=[3])
     assert len(run(**flags, actors=[3], allow_missing=tmp_path / "missing.txt")) == 59
     assert (tmp_path / "missing.txt").read_text() == "01-01-05-02-02-02-03\n"
     (tmp_path / "a.json").unlink()
     refused("--actors 25", "1 to 24", **flags, actors=[3, 25])
-    for name in ("01-01-09-01-01-01-03", "01-01-01-02-01-01-03", "01-01-03-01-01-03", "01-01-03-01-01-01-3"):
+    for name in (
+        "01-01-09-01-01-01-03",
+        "01-01-01-02-01-01-03",
+        "01-01-03-01-01-03",
+        "01-01-03-01-01-01-3",
+    ):
         fake.link_clips(tmp_path, [f"Actor_03/{name}.mp4"])
-        refused(f"{name}.mp4", "is no name of RAVDESS", "01-01-03-02-01-02-24.mp4", **flags, actors=[3])
+        refused(
+            f"{name}.mp4", "is no name of RAVDESS", "01-01-03-02-01-02-24.mp4", **flags, actors=[3]
+        )
         (tmp_path / f"Actor_03/{name}.mp4").unlink()
 
 
@@ -274,57 +430,130 @@ def test_ravdess_faults(tmp_path):
 # EMER and MER2025
 # ------------------------------------------------------------------------------------------------
 
+
 def test_emer(sets, tmp_path, capsys):
     """Stops reasoning joined with another clip's label, and words outside the vocabulary."""
     samples = run("emer", root=sets / "EMER", out=tmp_path / "a.json")
-    assert Counter(s.answer for s in samples) == {"happy": 56, "anxious": 56, "angry": 55, "sad": 55, "surprise": 55}
+    assert Counter(s.answer for s in samples) == {
+        "happy": 56,
+        "anxious": 56,
+        "angry": 55,
+        "sad": 55,
+        "surprise": 55,
+    }
     assert "note: 55 clips have no label of the vocabulary: left out" in capsys.readouterr().out
     for sample in samples:
         reason = fake.REASON.format(sample.clip.stem)
         assert sample.target == f"<think>{reason}</think>\n<answer>{sample.answer}</answer>"
-        assert rewards.format(sample.target) == 1 and sample.clip.exists() and sample.dataset == "emer"
-    by_discrete = run("emer", root=sets / "EMER", labels=["label-disdim.csv"], out=tmp_path / "b.json")
-    assert Counter(s.answer for s in by_discrete) == {"happy": 56, "anxious": 56, "angry": 55, "sad": 55, "surprise": 55,
-                                                      "neutral": 55}
-    assert {s.id: s.answer for s in samples}.items() <= {s.id: s.answer for s in by_discrete}.items()
+        assert (
+            rewards.format(sample.target) == 1 and sample.clip.exists() and sample.dataset == "emer"
+        )
+    by_discrete = run(
+        "emer", root=sets / "EMER", labels=["label-disdim.csv"], out=tmp_path / "b.json"
+    )
+    assert Counter(s.answer for s in by_discrete) == {
+        "happy": 56,
+        "anxious": 56,
+        "angry": 55,
+        "sad": 55,
+        "surprise": 55,
+        "neutral": 55,
+    }
+    assert {s.id: s.answer for s in samples}.items() <= {
+        s.id: s.answer for s in by_discrete
+    }.items()
 
 
 def test_which_label_and_who_is_left_out(tmp_path, capsys):
     """Stops the open words winning over the discrete label, and a clip vanishing without being counted."""
     fake.link_clips(tmp_path, [f"video/{name}.mp4" for name in "abcdefgh"])
-    fake.write_csv(tmp_path / "final-EMER-reason.csv", [
-        ("name", "chinese", "english"), *((name, "", f"Why {name}.") for name in "abcd"), ("e", "", ""), ("f", "", "Why."),
-        ("g", "", "Why <answer>sad</answer>."), ("h", "", "Why.<|im_end|>"), ("z", "", "Gone."), ("a", "", "Why a.")])
-    fake.write_csv(tmp_path / "open.csv", [("name", "openset"), ("a", "['sad', 'happy']"), ("b", "['not happy', 'Furious']"),
-                                           ("c", "proud, worried"), ("d", "[]"), *((name, "['sad']") for name in "eghyz")])
-    fake.write_csv(tmp_path / "discrete.csv", [("name", "discrete", "valence"), ("a", "happy", "1"), ("b", "", "1"),
-                                               ("d", "odd", "")])
-    flags = {"command": "emer", "root": tmp_path, "labels": ["open.csv", "discrete.csv"], "out": tmp_path / "out.json"}
+    fake.write_csv(
+        tmp_path / "final-EMER-reason.csv",
+        [
+            ("name", "chinese", "english"),
+            *((name, "", f"Why {name}.") for name in "abcd"),
+            ("e", "", ""),
+            ("f", "", "Why."),
+            ("g", "", "Why <answer>sad</answer>."),
+            ("h", "", "Why.<|im_end|>"),
+            ("z", "", "Gone."),
+            ("a", "", "Why a."),
+        ],
+    )
+    fake.write_csv(
+        tmp_path / "open.csv",
+        [
+            ("name", "openset"),
+            ("a", "['sad', 'happy']"),
+            ("b", "['not happy', 'Furious']"),
+            ("c", "proud, worried"),
+            ("d", "[]"),
+            *((name, "['sad']") for name in "eghyz"),
+        ],
+    )
+    fake.write_csv(
+        tmp_path / "discrete.csv",
+        [("name", "discrete", "valence"), ("a", "happy", "1"), ("b", "", "1"), ("d", "odd", "")],
+    )
+    flags = {
+        "command": "emer",
+        "root": tmp_path,
+        "labels": ["open.csv", "discrete.csv"],
+        "out": tmp_path / "out.json",
+    }
     refused("final-EMER-reason.csv: 1 of its 4 clips", **flags)
     capsys.readouterr()
     samples = run(**flags, allow_missing=tmp_path / "missing.txt")
-    assert [(s.clip.stem, s.answer) for s in samples] == [("a", "happy"), ("b", "angry"), ("c", "anxious")]
+    assert [(s.clip.stem, s.answer) for s in samples] == [
+        ("a", "happy"),
+        ("b", "angry"),
+        ("c", "anxious"),
+    ]
     printed = capsys.readouterr().out
-    for note in ("1 lines repeat a clip", "1 clips have no reasoning", "1 clips are in no file of labels",
-                 "1 clips have no label of the vocabulary", "2 clips have tags or chat markup in their reasoning",
-                 "1 clips have a label, but no row of reasoning"):
+    for note in (
+        "1 lines repeat a clip",
+        "1 clips have no reasoning",
+        "1 clips are in no file of labels",
+        "1 clips have no label of the vocabulary",
+        "2 clips have tags or chat markup in their reasoning",
+        "1 clips have a label, but no row of reasoning",
+    ):
         assert f"note: {note}" in printed
     assert (tmp_path / "missing.txt").read_text() == "z\n"
 
 
-@pytest.mark.parametrize("rows, said", [
-    ([("name", "chinese"), ("a", "x")], "line 1: expected the columns name, english; found name, chinese"),
-    ([("name", "english"), ("a", "x", "y")], "line 2: has 3 values, expected 2 (name,english); a text with commas"),
-    ([("name", "english"), ("a", "two\nlines"), ("a", "other")], "line 4: the clip a is listed as happy, but with another"),
-    ([("name", "english"), ("b", "x")], "lists 0 clips that can be used"),
-])
+@pytest.mark.parametrize(
+    "rows, said",
+    [
+        (
+            [("name", "chinese"), ("a", "x")],
+            "line 1: expected the columns name, english; found name, chinese",
+        ),
+        (
+            [("name", "english"), ("a", "x", "y")],
+            "line 2: has 3 values, expected 2 (name,english); a text with commas",
+        ),
+        (
+            [("name", "english"), ("a", "two\nlines"), ("a", "other")],
+            "line 4: the clip a is listed as happy, but with another",
+        ),
+        ([("name", "english"), ("b", "x")], "lists 0 clips that can be used"),
+    ],
+)
 def test_bad_reasons(rows, said, tmp_path):
     """Stops a text being cut at a comma, and two texts of one clip; lines are counted as an editor does."""
     fake.write_csv(tmp_path / "final-EMER-reason.csv", rows)
-    fake.write_csv(tmp_path / "final-openset-english.csv", [("name", "openset"), ("a", "['happy']")])
+    fake.write_csv(
+        tmp_path / "final-openset-english.csv", [("name", "openset"), ("a", "['happy']")]
+    )
     refused("final-EMER-reason.csv", said, command="emer", root=tmp_path, out=tmp_path / "a.json")
-    refused("final-EMER-reason.csv line 1: expected the columns name, discrete or openset", command="emer", root=tmp_path,
-            labels=["final-EMER-reason.csv"], out=tmp_path / "a.json")
+    refused(
+        "final-EMER-reason.csv line 1: expected the columns name, discrete or openset",
+        command="emer",
+        root=tmp_path,
+        labels=["final-EMER-reason.csv"],
+        out=tmp_path / "a.json",
+    )
 
 
 @pytest.mark.parametrize("subset, rows", [("ovmerd", 332), ("mercaptionplus", 600)])
@@ -334,20 +563,41 @@ def test_mer2025(subset, rows, sets, tmp_path):
     assert len(samples) == rows - rows // 6 and {s.dataset for s in samples} == {"mer2025"}
     lines = (sets / "MER2025" / f"track2_train_{subset}.csv").read_text().splitlines()[1:]
     openset = dict(line.split(",", 1) for line in lines)
-    mean = {"happy": "happy", "anxious": "worried", "angry": "angry", "sad": "sad", "surprise": "surprised"}
+    mean = {
+        "happy": "happy",
+        "anxious": "worried",
+        "angry": "angry",
+        "sad": "sad",
+        "surprise": "surprised",
+    }
     for sample in samples:
-        assert mean[sample.answer] in openset[sample.clip.stem] and sample.clip.stem in sample.target
+        assert (
+            mean[sample.answer] in openset[sample.clip.stem] and sample.clip.stem in sample.target
+        )
 
 
 # ------------------------------------------------------------------------------------------------
 # R1-Omni's files
 # ------------------------------------------------------------------------------------------------
 
+
 def rows_file(path: Path, *rows: tuple) -> Path:
     """(video, target[, dataset]) each."""
-    path.write_text(json.dumps([{"video": video, "conversations": [{"from": "human", "value": "<video>\nWhich one?"},
-                                                                   {"from": "gpt", "value": target}]}
-                                | ({"dataset": dataset[0]} if dataset else {}) for video, target, *dataset in rows]))
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "video": video,
+                    "conversations": [
+                        {"from": "human", "value": "<video>\nWhich one?"},
+                        {"from": "gpt", "value": target},
+                    ],
+                }
+                | ({"dataset": dataset[0]} if dataset else {})
+                for video, target, *dataset in rows
+            ]
+        )
+    )
     return path
 
 
@@ -359,39 +609,73 @@ def test_r1omni(sets, tmp_path):
     for sample, row in zip(samples, rows):
         said = row["conversations"][1]["value"]
         assert sample.answer == sample.target == OURS.get(said, said)
-        assert sample.clip.name == Path(row["video"]).name and sample.clip.exists() and sample.dataset == "r1omni"
+        assert (
+            sample.clip.name == Path(row["video"]).name
+            and sample.clip.exists()
+            and sample.dataset == "r1omni"
+        )
         assert sample.id.split("/")[0] == ("DFEW" if "DFEW" in row["video"] else "MAFW")
-        assert sample.question == "Which emotion is the most obvious? Think first." and sample.modal == "video_audio"
+        assert (
+            sample.question == "Which emotion is the most obvious? Think first."
+            and sample.modal == "video_audio"
+        )
 
 
 def test_paths_of_another_machine(tmp_path, capsys):
     """Stops a guess where two files fit, or where the only namesake is of another data set."""
     root = tmp_path / "sets"
-    fake.link_clips(root, ["DFEW/part_1/1.mp4", "MAFW/clips/1.mp4", "MAFW/clips/2.mp4", "MAFW/copy/2.mp4", "x/a/3.mp4",
-                           "x/b/3.mp4", "x/b/4.MP4", "x/5.mp4"])
-    data = rows_file(tmp_path / "theirs.json",
-                     ("/mnt/DFEW_all/1.mp4", "Happiness"), (r"D:\them\mafw\clips\1.mp4", "anger"),
-                     ("/mnt/dfew/2.mp4", "sad"), ("/mnt/3.mp4", "sad"), ("/mnt/b/3.mp4", "calm"),
-                     ("/mnt/4.mp4", "<think>Anger, no.</think>\n<answer>Anger</answer>"),
-                     ("/mnt/b/3.mp4", "He is happy to be there.", "theirs"), ("/mnt/dfew/5.mp4", "fear."))
+    fake.link_clips(
+        root,
+        [
+            "DFEW/part_1/1.mp4",
+            "MAFW/clips/1.mp4",
+            "MAFW/clips/2.mp4",
+            "MAFW/copy/2.mp4",
+            "x/a/3.mp4",
+            "x/b/3.mp4",
+            "x/b/4.MP4",
+            "x/5.mp4",
+        ],
+    )
+    data = rows_file(
+        tmp_path / "theirs.json",
+        ("/mnt/DFEW_all/1.mp4", "Happiness"),
+        (r"D:\them\mafw\clips\1.mp4", "anger"),
+        ("/mnt/dfew/2.mp4", "sad"),
+        ("/mnt/3.mp4", "sad"),
+        ("/mnt/b/3.mp4", "calm"),
+        ("/mnt/4.mp4", "<think>Anger, no.</think>\n<answer>Anger</answer>"),
+        ("/mnt/b/3.mp4", "He is happy to be there.", "theirs"),
+        ("/mnt/dfew/5.mp4", "fear."),
+    )
     flags = {"command": "r1omni", "data": data, "root": root, "out": tmp_path / "a.json"}
     refused(str(data), "2 of its 8 clips", **flags)
     capsys.readouterr()
     samples = run(**flags, allow_missing=tmp_path / "missing.txt")
     assert [(s.id, s.target) for s in samples] == [
-        ("DFEW/part_1/1.mp4", "happy"), ("MAFW/clips/1.mp4", "angry"), ("x/b/3.mp4", "calm"),
-        ("x/b/4.MP4", "<think>Anger, no.</think>\n<answer>angry</answer>"), ("x/b/3.mp4", "He is happy to be there."),
-        ("x/5.mp4", "fear")]
-    assert {s.modal for s in samples} == {"video"} and [s.dataset for s in samples] == ["r1omni"] * 4 + ["theirs", "r1omni"]
+        ("DFEW/part_1/1.mp4", "happy"),
+        ("MAFW/clips/1.mp4", "angry"),
+        ("x/b/3.mp4", "calm"),
+        ("x/b/4.MP4", "<think>Anger, no.</think>\n<answer>angry</answer>"),
+        ("x/b/3.mp4", "He is happy to be there."),
+        ("x/5.mp4", "fear"),
+    ]
+    assert {s.modal for s in samples} == {"video"} and [s.dataset for s in samples] == [
+        "r1omni"
+    ] * 4 + ["theirs", "r1omni"]
     assert (tmp_path / "missing.txt").read_text() == "/mnt/dfew/2.mp4\n/mnt/3.mp4\n"
     printed = capsys.readouterr().out
     assert "note: 1 paths fit several files equally well" in printed
     assert "note: 1 clips stand in several rows, which are kept: x/b/3.mp4" in printed
-    assert "note: labels outside the vocabulary are kept as they are: He is happy to be there., calm" in printed
+    assert (
+        "note: labels outside the vocabulary are kept as they are: He is happy to be there., calm"
+        in printed
+    )
 
 
 def test_how_a_path_is_matched():
     """Stops folders far from the file outweighing those next to it, and a tie where they could decide."""
+
     def best(path: str, *files: str) -> list[str]:
         return [str(file) for file in convert.best_matches(path, [Path(file) for file in files])]
 
@@ -405,11 +689,17 @@ def test_how_a_path_is_matched():
 # Join and split
 # ------------------------------------------------------------------------------------------------
 
+
 def test_two_data_sets_are_joined(sets, tmp_path, capsys):
     """Stops sets that cannot be trained on together: rows lost, paths that start from two folders, a clip twice, a test."""
     files = {name: tmp_path / f"{name}.json" for name in ("mafw", "dfew")}
-    rows = [row for name, file in files.items()
-            for row in run(name, root=sets / name.upper(), media_root=sets, fold=1, part="train", out=file)]
+    rows = [
+        row
+        for name, file in files.items()
+        for row in run(
+            name, root=sets / name.upper(), media_root=sets, fold=1, part="train", out=file
+        )
+    ]
     assert rows[0].id.startswith("MAFW/data/clips/") and rows[0].clip.exists()
     flags = {"command": "join", "out": tmp_path / "mafw_dfew.json"}
     together = run(**flags, data=[str(file) for file in files.values()], media_root=str(sets))
@@ -419,19 +709,34 @@ def test_two_data_sets_are_joined(sets, tmp_path, capsys):
     for name, root, part in (("alone", sets / "DFEW", "train"), ("fold1_test", sets, "test")):
         files[name] = tmp_path / f"{name}.json"
         run("dfew", root=sets / "DFEW", media_root=root, fold=1, part=part, out=files[name])
-    for names, said in ((["dfew", "mafw", "alone"], "alone.json: 9356 of its 9356 rows have no clip under --media_root"),
-                        (["dfew", "fold1_test"], "2341 rows are of a test part"), (["dfew", "dfew"], "all different files"),
-                        ([], "give one sample file or more")):
+    for names, said in (
+        (
+            ["dfew", "mafw", "alone"],
+            "alone.json: 9356 of its 9356 rows have no clip under --media_root",
+        ),
+        (["dfew", "fold1_test"], "2341 rows are of a test part"),
+        (["dfew", "dfew"], "all different files"),
+        ([], "give one sample file or more"),
+    ):
         refused(said, **flags, data=[str(files[name]) for name in names], media_root=str(sets))
     (tmp_path / "copy.json").write_text(files["mafw"].read_text())
-    refused("7333 clips are in two of", "(say MAFW/", **flags, data=[str(files["mafw"]), str(tmp_path / "copy.json")])
+    refused(
+        "7333 clips are in two of",
+        "(say MAFW/",
+        **flags,
+        data=[str(files["mafw"]), str(tmp_path / "copy.json")],
+    )
     with pytest.raises(UserError, match="and others to write"):
         run("join", data=[str(files["mafw"])], out=files["mafw"])
 
 
 def cut(*files: Path, tag: str = "", **flags) -> tuple[list, list]:
     train, val = (files[0].with_name(f"{side}{tag}.json") for side in ("train", "val"))
-    convert.split(convert.SplitArgs(data=[str(file) for file in files], train=str(train), val=str(val), **flags))
+    convert.split(
+        convert.SplitArgs(
+            data=[str(file) for file in files], train=str(train), val=str(val), **flags
+        )
+    )
     return read_samples(train), read_samples(val)
 
 
@@ -449,7 +754,9 @@ def test_split_of_a_data_set(sets, tmp_path, capsys):
     printed = capsys.readouterr().out
     ids = {s.id for s in val}
     assert len(val) == 100 and [s.id for s in train] == [s.id for s in whole if s.id not in ids]
-    assert [vars(s) | {"clip": 0} for s in val] == [vars(s) | {"clip": 0} for s in whole if s.id in ids]
+    assert [vars(s) | {"clip": 0} for s in val] == [
+        vars(s) | {"clip": 0} for s in whole if s.id in ids
+    ]
     counts = Counter(s.answer for s in val)
     for word, count in Counter(s.answer for s in whole).items():
         assert abs(counts[word] - 100 * count / 1440) < 1
@@ -458,7 +765,7 @@ def test_split_of_a_data_set(sets, tmp_path, capsys):
 
     assert [s.id for s in cut(tmp_path / "whole.json", tag="2", n=100)[1]] == [s.id for s in val]
     other = {s.id for s in cut(tmp_path / "whole.json", tag="3", n=100, seed=1)[1]}
-    assert len(other & ids) < 25                      # 7 by chance
+    assert len(other & ids) < 25  # 7 by chance
     assert len(cut(tmp_path / "whole.json", tag="4", share=0.05)[1]) == 72
     rows = json.loads((tmp_path / "whole.json").read_text())
     random.Random(0).shuffle(rows)
@@ -469,11 +776,21 @@ def test_split_of_a_data_set(sets, tmp_path, capsys):
 def test_split_of_two_data_sets(tmp_path):
     """Stops validation clips that come from one of the two sets only: each class is drawn from both in proportion."""
     files, start = [], 0
-    sets = {"dfew": {"happy": 200, "sad": 90, "fear": 60}, "mafw": {"happy": 100, "sad": 110, "anxious": 40}}
+    sets = {
+        "dfew": {"happy": 200, "sad": 90, "fear": 60},
+        "mafw": {"happy": 100, "sad": 110, "anxious": 40},
+    }
     for name, sizes in sets.items():
         labels = [label for label, count in sizes.items() for _ in range(count)]
-        files.append(rows_file(tmp_path / f"{name}.json", *((f"{start + i}.mp4", label, f"{name}/fold1/train")
-                                                            for i, label in enumerate(labels))))
+        files.append(
+            rows_file(
+                tmp_path / f"{name}.json",
+                *(
+                    (f"{start + i}.mp4", label, f"{name}/fold1/train")
+                    for i, label in enumerate(labels)
+                ),
+            )
+        )
         start += len(labels)
     for seed in range(5):
         train, val = cut(*files, tag=str(seed), n=60, seed=seed)
@@ -487,28 +804,45 @@ def test_quotas():
     """Stops a rare class ending on one side only, and sums that are off by one."""
     rng, free = random.Random(0), 0
     for _ in range(500):
-        sizes = {str(c): rng.choice((1, 2, 3, rng.randint(1, 400))) for c in range(rng.randint(1, 12))}
+        sizes = {
+            str(c): rng.choice((1, 2, 3, rng.randint(1, 400))) for c in range(rng.randint(1, 12))
+        }
         low, high = sum(min(1, s - 1) for s in sizes.values()), sum(s - 1 for s in sizes.values())
         n = rng.randint(low, high)
         taken = convert.quotas(sizes, n)
         assert sum(taken.values()) == n and taken.keys() == sizes.keys()
         assert all(min(1, sizes[c] - 1) <= taken[c] <= sizes[c] - 1 for c in sizes)
         share = {c: n * size / sum(sizes.values()) for c, size in sizes.items()}
-        if all(1 <= share[c] <= sizes[c] - 1 for c in sizes):                                   # no bound is in the way
+        if all(1 <= share[c] <= sizes[c] - 1 for c in sizes):  # no bound is in the way
             free += 1
             assert all(abs(taken[c] - share[c]) < 1 for c in sizes)
     assert free > 20
-    assert convert.quotas({"happy": 90, "fear": 9, "calm": 1}, 10) == {"happy": 9, "fear": 1, "calm": 0}
+    assert convert.quotas({"happy": 90, "fear": 9, "calm": 1}, 10) == {
+        "happy": 9,
+        "fear": 1,
+        "calm": 0,
+    }
 
 
 def test_small_and_repeated(tmp_path):
     """Stops a clip with two texts standing on both sides, and a class of one clip leaving training."""
-    file = rows_file(tmp_path / "rows.json", *((f"{i}.mp4", "happy") for i in range(6)), ("7.mp4", "fear"), ("8.mp4", "sad"),
-                     ("9.mp4", "sad"), ("3.mp4", "<think>x</think><answer>happy</answer>"))
+    file = rows_file(
+        tmp_path / "rows.json",
+        *((f"{i}.mp4", "happy") for i in range(6)),
+        ("7.mp4", "fear"),
+        ("8.mp4", "sad"),
+        ("9.mp4", "sad"),
+        ("3.mp4", "<think>x</think><answer>happy</answer>"),
+    )
     for seed in range(20):
         train, val = cut(file, tag=str(seed), n=4, seed=seed)
         sides = [{s.id for s in train}, {s.id for s in val}]
-        assert not sides[0] & sides[1] and len(sides[1]) == 4 and len(train) + len(val) == 10 and "7.mp4" in sides[0]
+        assert (
+            not sides[0] & sides[1]
+            and len(sides[1]) == 4
+            and len(train) + len(val) == 10
+            and "7.mp4" in sides[0]
+        )
         assert len({"8.mp4", "9.mp4"} & sides[1]) == 1
     uncut(file, n=1, said="1 validation clips: must be 2 to 6")
     uncut(file, n=7, said="must be 2 to 6")
@@ -519,13 +853,24 @@ def test_a_test_part_is_never_validation(sets, tmp_path):
     """Stops checkpoints being chosen on the test set, which is then no test."""
     for name in ("dfew", "mafw"):
         run(name, root=sets / name.upper(), fold=3, part="test", out=tmp_path / f"{name}.json")
-    uncut(tmp_path / "dfew.json", n=100, said=r"dfew.json: 2340 rows are of a test part \(.* of dfew/fold3/test\)")
-    good, fold2, one = (rows_file(tmp_path / f"{fold}.json", *((f"{fold}{i}.mp4", "sad", f"mafw/fold{fold}/train")
-                                                               for i in range(9)), *last)
-                        for fold, last in ((3, ()), (2, ()), (1, [("x.mp4", "sad", "mafw/fold1/test")])))
+    uncut(
+        tmp_path / "dfew.json",
+        n=100,
+        said=r"dfew.json: 2340 rows are of a test part \(.* of dfew/fold3/test\)",
+    )
+    good, fold2, one = (
+        rows_file(
+            tmp_path / f"{fold}.json",
+            *((f"{fold}{i}.mp4", "sad", f"mafw/fold{fold}/train") for i in range(9)),
+            *last,
+        )
+        for fold, last in ((3, ()), (2, ()), (1, [("x.mp4", "sad", "mafw/fold1/test")]))
+    )
     cut(good, n=2)
     uncut(good, tmp_path / "mafw.json", n=2, said="mafw.json: 1833 rows are of a test part")
-    uncut(good, fold2, n=2, said="mafw/fold2 and mafw/fold3: what one fold trains on another tests on")
+    uncut(
+        good, fold2, n=2, said="mafw/fold2 and mafw/fold3: what one fold trains on another tests on"
+    )
     uncut(one, n=2, said="1 rows are of a test part")
 
 
@@ -538,9 +883,15 @@ def test_split_flags(tmp_path, capsys):
     uncut(tmp_path / "none.json", n=3, said="none.json")
     for train, val in (("rows.json", "v.json"), ("t.json", "rows.json"), ("t.json", "t.json")):
         with pytest.raises(UserError, match="different files"):
-            convert.split(convert.SplitArgs(data=[str(file)], train=str(tmp_path / train), val=str(tmp_path / val), n=3))
+            convert.split(
+                convert.SplitArgs(
+                    data=[str(file)], train=str(tmp_path / train), val=str(tmp_path / val), n=3
+                )
+            )
     with pytest.raises(UserError, match="cannot write"):
-        convert.split(convert.SplitArgs(data=[str(file)], train=str(tmp_path / "t"), val=str(tmp_path), n=3))
+        convert.split(
+            convert.SplitArgs(data=[str(file)], train=str(tmp_path / "t"), val=str(tmp_path), n=3)
+        )
     cut(file, n=3)
     assert "note: 9 rows do not say which data set" in capsys.readouterr().out
 
@@ -549,15 +900,28 @@ def test_split_flags(tmp_path, capsys):
 # The command line
 # ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("words, status, said", [
-    ([], 2, "usage: python -m tools.convert COMMAND"), (["--help"], 0, "usage: python -m tools.convert COMMAND"),
-    (["dfwe"], 2, "error: there is no command dfwe."),
-    (["dfew", "--help"], 0, "usage: python -m tools.convert dfew [-h] --root ROOT"),
-    (["mafw", "--fold", "1"], 2, "required: --root"),
-    (["ravdess", "--root", "none", "--out", "x.json", "--calm", "no"], 2, "invalid choice"),
-    (["dfew", "--root", "none", "--fold", "1", "--part", "val", "--out", "x.json"], 2, "invalid choice: 'val'"),
-    (["ravdess", "--root", "none", "--out", "x.json", "--actors", "1", "5"], 1, "error: --root none: no such folder."),
-])
+
+@pytest.mark.parametrize(
+    "words, status, said",
+    [
+        ([], 2, "usage: python -m tools.convert COMMAND"),
+        (["--help"], 0, "usage: python -m tools.convert COMMAND"),
+        (["dfwe"], 2, "error: there is no command dfwe."),
+        (["dfew", "--help"], 0, "usage: python -m tools.convert dfew [-h] --root ROOT"),
+        (["mafw", "--fold", "1"], 2, "required: --root"),
+        (["ravdess", "--root", "none", "--out", "x.json", "--calm", "no"], 2, "invalid choice"),
+        (
+            ["dfew", "--root", "none", "--fold", "1", "--part", "val", "--out", "x.json"],
+            2,
+            "invalid choice: 'val'",
+        ),
+        (
+            ["ravdess", "--root", "none", "--out", "x.json", "--actors", "1", "5"],
+            1,
+            "error: --root none: no such folder.",
+        ),
+    ],
+)
 def test_usage(words, status, said, monkeypatch, capsys, tmp_path):
     """Stops a mistyped command ending in a traceback, or in success."""
     monkeypatch.chdir(tmp_path)

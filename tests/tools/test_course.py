@@ -1,4 +1,5 @@
 """The course: each exercise's check fails before it is solved and for each typical mistake, and holds for the solution."""
+
 import dataclasses
 import os
 import re
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COURSE = ROOT / "docs" / "course"
 EXERCISES = sorted(int(f.stem[2:]) for f in (ROOT / "tools" / "exercises").glob("ex[0-9][0-9].py"))
 PATCHES = sorted(COURSE.glob("*/*.patch"))
-CODE = ("*.py", "ops", "lib", "tools", "toy", "docs")           # all that a check or a patch reads
+CODE = ("*.py", "ops", "lib", "tools", "toy", "docs")  # all that a check or a patch reads
 
 
 @pytest.fixture(scope="session")
@@ -27,10 +28,14 @@ def sources(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("sources")
     for entry in (e for pattern in CODE for e in ROOT.glob(pattern)):
         if entry.is_dir():
-            shutil.copytree(entry, place / entry.name, ignore=shutil.ignore_patterns("__pycache__", "start"))
+            shutil.copytree(
+                entry, place / entry.name, ignore=shutil.ignore_patterns("__pycache__", "start")
+            )
         else:
             shutil.copy(entry, place)
-    (place / "toy" / "start").symlink_to(ROOT / "toy" / "start")         # weights, that no exercise changes
+    (place / "toy" / "start").symlink_to(
+        ROOT / "toy" / "start"
+    )  # weights, that no exercise changes
     return place
 
 
@@ -40,8 +45,13 @@ def copy_of(sources: Path, place: Path) -> Path:
 
 def apply(place: Path, *patches: Path) -> None:
     for patch in patches:
-        done = subprocess.run(["git", "apply", patch], cwd=place, capture_output=True, text=True,
-                              env=os.environ | {"GIT_CEILING_DIRECTORIES": str(place.parent)})
+        done = subprocess.run(
+            ["git", "apply", patch],
+            cwd=place,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"GIT_CEILING_DIRECTORIES": str(place.parent)},
+        )
         assert done.returncode == 0, f"{patch.name}: {done.stderr}"
 
 
@@ -57,8 +67,12 @@ sys.path[:] = [{place!r}, *(p for p in sys.path if p != {here!r})]
 
 def start(place: Path, *words) -> forkserver.Job:
     """`python -m tools.check_exercise ...` in the copy at `place`, in a fork: nothing is imported twice but the project."""
-    return forkserver.shared().start("tools.check_exercise", *words, hook=THERE.format(here=str(ROOT), place=str(place)),
-                                     cwd=place)
+    return forkserver.shared().start(
+        "tools.check_exercise",
+        *words,
+        hook=THERE.format(here=str(ROOT), place=str(place)),
+        cwd=place,
+    )
 
 
 def tool(place: Path, *words) -> subprocess.CompletedProcess:
@@ -76,9 +90,13 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
     begin, solution = begin_of(n), COURSE / "solutions" / f"{n:02}.patch"
     mutants = sorted((COURSE / "mutants").glob(f"{n:02}_*.patch"))
     assert len(mutants) >= 3
-    states = [("begin", begin), ("solution", [*begin, solution]), *((m.stem, [*begin, m]) for m in mutants)]
+    states = [
+        ("begin", begin),
+        ("solution", [*begin, solution]),
+        *((m.stem, [*begin, m]) for m in mutants),
+    ]
     sentences, failed = set(), set()
-    for pair in (states[i:i + 2] for i in range(0, len(states), 2)):     # two at a time
+    for pair in (states[i : i + 2] for i in range(0, len(states), 2)):  # two at a time
         jobs = []
         for state, patches in pair:
             place = copy_of(sources, tmp_path / state)
@@ -90,12 +108,15 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
             found = re.findall(r"^(ok|not yet) +(.+)", said, re.MULTILINE)
             missed = {sentence for verdict, sentence in found if verdict != "ok"}
             assert found and "Traceback" not in said, f"{state}: {said}"
-            assert (done.returncode, not missed) == ((0, True) if state == "solution" else (1, False)), f"{state}: {said}"
+            assert (done.returncode, not missed) == (
+                (0, True) if state == "solution" else (1, False)
+            ), f"{state}: {said}"
             sentences, failed = sentences | {sentence for _, sentence in found}, failed | missed
     assert sentences == failed, f"no mistake fails: {sentences - failed}"
 
 
 # ---- the tool ----------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("git", ["repository", "part of one", "none"])
 def test_there_and_back(git, sources, tmp_path):
@@ -104,7 +125,11 @@ def test_there_and_back(git, sources, tmp_path):
     if git != "none":
         whole = place if git == "repository" else tmp_path
         (place / ".gitignore").write_text("runs/\n")
-        for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"]):
+        for words in (
+            ["init", "-q"],
+            ["add", "-A"],
+            ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"],
+        ):
             subprocess.run(["git", *words], cwd=whole, check=True)
     before = {name: (place / name).read_text() for name in ("grpo.py", "sampler.py")}
 
@@ -120,12 +145,14 @@ def test_there_and_back(git, sources, tmp_path):
     assert (place / "sampler.py").read_text() == before["sampler.py"]
     apply(place, place / "runs" / "course" / "05-before-back.patch")
     assert (place / "sampler.py").read_text() == mine
-    assert "05-before-back-2.patch" in tool(place, 5, "--back").stdout   # the first one is still there
+    assert (
+        "05-before-back-2.patch" in tool(place, 5, "--back").stdout
+    )  # the first one is still there
     assert "Nothing to put back" in tool(place, 5, "--back").stdout
 
-    own = place / "runs" / "course" / "ex03.py"                          # an exercise that adds a file
+    own = place / "runs" / "course" / "ex03.py"  # an exercise that adds a file
     assert "Yours to change too: grpo.py." in tool(place, 3, "--begin").stdout
-    for flag in ("--begin", "--back"):                                   # half of 3 would go, or stay
+    for flag in ("--begin", "--back"):  # half of 3 would go, or stay
         done = tool(place, 4, flag)
         assert done.returncode == 1 and "exercise 3 is open: first put it back with" in done.stderr
     own.write_text(own.read_text() + "\nmine = 1\n")
@@ -135,7 +162,7 @@ def test_there_and_back(git, sources, tmp_path):
     assert own.read_text() == mine and (place / "grpo.py").read_text() == before["grpo.py"]
     own.unlink()
 
-    mine = place / "mine.py"                                             # 9 and 10 both ask for one
+    mine = place / "mine.py"  # 9 and 10 both ask for one
     for n in (9, 10):
         assert tool(place, n, "--begin").returncode == 0
         mine.write_text("# mine\n")
@@ -149,14 +176,18 @@ def test_without_git_nothing_is_guessed(sources, tmp_path):
     """Stops --back emptying files of which nobody knows what they were."""
     place = copy_of(sources, tmp_path / "ours")
     done = tool(place, 5, "--back")
-    assert done.returncode == 1 and "no git repository" in done.stderr and "sampler.py" in done.stderr
+    assert (
+        done.returncode == 1 and "no git repository" in done.stderr and "sampler.py" in done.stderr
+    )
 
 
-FAULTY = {"loop": ("while True:\n        pass", "did not end within 1 seconds"),
-          "crash": ("import os\n    os.kill(os.getpid(), 11)", "ended Python itself (SIGSEGV)"),
-          "leaves": ("raise SystemExit(0)", "SystemExit"),
-          "error": ("import mine\n    mine.f()", "mine.py, line 2: ZeroDivisionError"),
-          "silent": ("pass", "")}
+FAULTY = {
+    "loop": ("while True:\n        pass", "did not end within 1 seconds"),
+    "crash": ("import os\n    os.kill(os.getpid(), 11)", "ended Python itself (SIGSEGV)"),
+    "leaves": ("raise SystemExit(0)", "SystemExit"),
+    "error": ("import mine\n    mine.f()", "mine.py, line 2: ZeroDivisionError"),
+    "silent": ("pass", ""),
+}
 
 
 @pytest.mark.parametrize("fault", FAULTY)
@@ -165,11 +196,16 @@ def test_what_goes_wrong_in_a_check_is_told(fault, sources, tmp_path):
     place = copy_of(sources, tmp_path / "ours")
     body, told = FAULTY[fault]
     (place / "tools" / "exercises" / "ex90.py").write_text(
-        f'def check_first():\n    """First."""\n\n\ndef check_second():\n    """Second."""\n    {body}\n')
+        f'def check_first():\n    """First."""\n\n\ndef check_second():\n    """Second."""\n    {body}\n'
+    )
     (place / "mine.py").write_text("def f():\n    return 1 / 0\n")
     file = place / "tools" / "check_exercise.py"
-    file.write_text(file.read_text().replace("LIMIT = 120 ", "LIMIT = 1 " if fault == "loop" else "LIMIT = 60 "))
-    (place / "tools" / "exercises" / "__init__.py").write_text("")       # imports nothing: the limit is for the loop alone
+    file.write_text(
+        file.read_text().replace("LIMIT = 120 ", "LIMIT = 1 " if fault == "loop" else "LIMIT = 60 ")
+    )
+    (place / "tools" / "exercises" / "__init__.py").write_text(
+        ""
+    )  # imports nothing: the limit is for the loop alone
     done = tool(place, 90)
     assert "ok       First." in done.stdout and told in done.stdout, done.stdout + done.stderr
     assert done.returncode == (0 if fault == "silent" else 1)
@@ -182,12 +218,21 @@ def test_scripts_that_cannot_be_imported(sources, tmp_path):
     (place / "sampler.py").write_text("def broken(:\n" + (place / "sampler.py").read_text())
     done = tool(place, 5, "--here")
     assert done.returncode == 1 and "not yet  the scripts cannot be imported" in done.stdout
-    assert "sampler.py, line 1: SyntaxError" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert (
+        "sampler.py, line 1: SyntaxError" in done.stdout
+        and "Traceback" not in done.stdout + done.stderr
+    )
 
 
-@pytest.mark.parametrize("words, told", [
-    ((0,), "there is no exercise 0; there are 1, 2"), ((2, "--begin", "--back"), "give one of"),
-    ((5, "--runs", "docs"), "no run folder"), ((2, "--here", "--runs", "."), "leave --runs out")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ((0,), "there is no exercise 0; there are 1, 2"),
+        ((2, "--begin", "--back"), "give one of"),
+        ((5, "--runs", "docs"), "no run folder"),
+        ((2, "--here", "--runs", "."), "leave --runs out"),
+    ],
+)
 def test_wrong_flags_are_told(words, told, sources, tmp_path):
     """Stops a traceback, or a grade, for what was not asked rightly."""
     place = copy_of(sources, tmp_path / "ours")
@@ -205,13 +250,19 @@ def test_every_exercise_has_a_page_and_every_page_is_listed():
     """Stops an exercise that nobody can find, and a patch of no exercise."""
     listed = (COURSE / "README.md").read_text()
     assert [int(p.name[:2]) for p in PAGES] == EXERCISES
-    for page in PAGES:                       # and its minutes are the page's: "40 minutes, 4 of them machine"
-        assert re.search(rf"\({page.name}\) \| (\d+) \| (\d+) \|", listed).groups() == \
-            re.search(r"^(\d+) minutes, (\d+) of them machine", page.read_text(), re.MULTILINE).groups(), page.name
+    for page in PAGES:  # and its minutes are the page's: "40 minutes, 4 of them machine"
+        assert (
+            re.search(rf"\({page.name}\) \| (\d+) \| (\d+) \|", listed).groups()
+            == re.search(
+                r"^(\d+) minutes, (\d+) of them machine", page.read_text(), re.MULTILINE
+            ).groups()
+        ), page.name
     assert {int(p.name[:2]) for p in PATCHES} <= set(EXERCISES)
 
 
-@pytest.mark.parametrize("page", [*PAGES, COURSE / "README.md", COURSE / "lecturer.md"], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "page", [*PAGES, COURSE / "README.md", COURSE / "lecturer.md"], ids=lambda p: p.stem
+)
 def test_pages_name_what_exists(page):
     """Stops a command of a page that fails on a flag or a file that was renamed."""
     text = page.read_text()
@@ -223,8 +274,12 @@ def test_pages_name_what_exists(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (COURSE / target).exists(), target
     for name in re.findall(r"python (?:-m )?([\w.]+)", text):
-        assert name == "pytest" or (ROOT / name).exists() or (ROOT / (name.replace(".", "/") + ".py")).exists() \
-            or (ROOT / name / "__main__.py").exists(), name
+        assert (
+            name == "pytest"
+            or (ROOT / name).exists()
+            or (ROOT / (name.replace(".", "/") + ".py")).exists()
+            or (ROOT / name / "__main__.py").exists()
+        ), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
@@ -232,6 +287,17 @@ def test_pages_have_one_form(page):
     """Stops a page without a prediction, a number or a check; and one that is longer than a sitting."""
     lines = page.read_text().splitlines()
     titles = [line[3:] for line in lines if line.startswith("## ")]
-    for title in ("Goal", "Predict first", "What to change", "Run", "Expected result", "The check", "Going further"):
+    for title in (
+        "Goal",
+        "Predict first",
+        "What to change",
+        "Run",
+        "Expected result",
+        "The check",
+        "Going further",
+    ):
         assert title in titles, title
-    assert len(lines) <= 80 and f"python -m tools.check_exercise {int(page.name[:2])}" in page.read_text()
+    assert (
+        len(lines) <= 80
+        and f"python -m tools.check_exercise {int(page.name[:2])}" in page.read_text()
+    )

@@ -2,6 +2,7 @@
 
 The synthetic run is the miniature's in its numbers: 8 clips a step, 8 completions each, accuracy from 0.59 to 0.83.
 """
+
 import json
 import math
 import random
@@ -22,23 +23,60 @@ from tools.doctor import REMEDIES
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
-CONFIG = {"dtype": "float32", "lr": 1e-5, "schedule": "linear", "max_steps": 240, "epochs": 2.0, "prompts_per_step": 8,
-          "num_generations": 8, "max_new_tokens": 160, "inner_epochs": 1, "beta": 0.04, "agg": "seq", "workers": 2,
-          "prompt": "think"}
+CONFIG = {
+    "dtype": "float32",
+    "lr": 1e-5,
+    "schedule": "linear",
+    "max_steps": 240,
+    "epochs": 2.0,
+    "prompts_per_step": 8,
+    "num_generations": 8,
+    "max_new_tokens": 160,
+    "inner_epochs": 1,
+    "beta": 0.04,
+    "agg": "seq",
+    "workers": 2,
+    "prompt": "think",
+}
 
 
 def healthy_row(step: int, done: float, rng: random.Random) -> dict:
     """A row of metrics.jsonl; `done` 0 .. 1."""
     near = lambda a, b, spread: a + (b - a) * done + spread * rng.uniform(-1, 1)
-    accuracy, form, kl = near(0.59, 0.83, 0.1), min(1.0, near(0.89, 0.98, 0.02)), near(0.13, 0.04, 0.02)
-    return {"step": step, "epoch": round(step / 100, 4), "lr": 1e-5 * (1 - 0.9 * done), "loss": 0.04 * kl * near(1, 1, 0.2),
-            "entropy": near(0.15, 0.13, 0.02), "ratio/mean": 1.0, "ratio/max": 1.0, "kl": kl,
-            "sampler_logp_diff/mean": 2e-6, "grad_norm": near(1.0, 0.8, 0.5), "reward": accuracy + form,
-            "rewards/accuracy/mean": accuracy, "rewards/format/mean": form, "frac_reward_zero_std": near(0.3, 0.62, 0.1),
-            "frac_reward_zero_std/all_right": near(0.25, 0.55, 0.05), "frac_reward_zero_std/all_wrong": 0.05,
-            "completions/mean_length": near(65, 65, 2), "completions/clipped_ratio": 0.01, "unique_completions": 0.9,
-            "num_tokens": near(4160, 4160, 100), "skipped_samples": 0, "skipped_steps": 0, "memory_gb": 1.0,
-            "time/load": 0.01, "time/generate": near(0.5, 0.45, 0.05), "time/train": 0.4, "time/save": 0.0}
+    accuracy, form, kl = (
+        near(0.59, 0.83, 0.1),
+        min(1.0, near(0.89, 0.98, 0.02)),
+        near(0.13, 0.04, 0.02),
+    )
+    return {
+        "step": step,
+        "epoch": round(step / 100, 4),
+        "lr": 1e-5 * (1 - 0.9 * done),
+        "loss": 0.04 * kl * near(1, 1, 0.2),
+        "entropy": near(0.15, 0.13, 0.02),
+        "ratio/mean": 1.0,
+        "ratio/max": 1.0,
+        "kl": kl,
+        "sampler_logp_diff/mean": 2e-6,
+        "grad_norm": near(1.0, 0.8, 0.5),
+        "reward": accuracy + form,
+        "rewards/accuracy/mean": accuracy,
+        "rewards/format/mean": form,
+        "frac_reward_zero_std": near(0.3, 0.62, 0.1),
+        "frac_reward_zero_std/all_right": near(0.25, 0.55, 0.05),
+        "frac_reward_zero_std/all_wrong": 0.05,
+        "completions/mean_length": near(65, 65, 2),
+        "completions/clipped_ratio": 0.01,
+        "unique_completions": 0.9,
+        "num_tokens": near(4160, 4160, 100),
+        "skipped_samples": 0,
+        "skipped_steps": 0,
+        "memory_gb": 1.0,
+        "time/load": 0.01,
+        "time/generate": near(0.5, 0.45, 0.05),
+        "time/train": 0.4,
+        "time/save": 0.0,
+    }
 
 
 def healthy_rollouts(step: int, done: float, rng: random.Random) -> list[dict]:
@@ -47,29 +85,50 @@ def healthy_rollouts(step: int, done: float, rng: random.Random) -> list[dict]:
         label = rng.choice(WORDS)
         for g in range(8):
             word = label if rng.random() < 0.59 + 0.24 * done else rng.choice(WORDS)
-            rows.append({"step": step, "clip": f"{clip}.mp4", "prompt": "?", "answer": label, "completion": g,
-                         "text": f"<think>seen {g}</think>\n<answer>{word.capitalize()}</answer>",
-                         "rewards": {"accuracy": float(word == label), "format": 1.0}, "advantage": 0.0})
+            rows.append(
+                {
+                    "step": step,
+                    "clip": f"{clip}.mp4",
+                    "prompt": "?",
+                    "answer": label,
+                    "completion": g,
+                    "text": f"<think>seen {g}</think>\n<answer>{word.capitalize()}</answer>",
+                    "rewards": {"accuracy": float(word == label), "format": 1.0},
+                    "advantage": 0.0,
+                }
+            )
     return rows
 
 
-nothing = lambda *_: None            # edits no row
+nothing = lambda *_: None  # edits no row
 
 
-def write_run(folder: Path, steps: int = 40, edit=nothing, edit_rollout=nothing, seed: int = 0, rollouts: bool = False,
-              **config) -> Path:
+def write_run(
+    folder: Path,
+    steps: int = 40,
+    edit=nothing,
+    edit_rollout=nothing,
+    seed: int = 0,
+    rollouts: bool = False,
+    **config,
+) -> Path:
     """A healthy run, each row passed to `edit(row, done)` and `edit_rollout(row, rng)` before it is written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     rng = random.Random(seed)
-    with open(folder / "metrics.jsonl", "w") as metrics, open(folder / "rollouts.jsonl", "w") as texts:
+    with (
+        open(folder / "metrics.jsonl", "w") as metrics,
+        open(folder / "rollouts.jsonl", "w") as texts,
+    ):
         metrics.write(json.dumps({"step": 0, "eval/toy/war": 62.0, "eval/toy/uar": 58.0}) + "\n")
         for step in range(1, steps + 1):
             done = (step - 1) / max(1, steps - 1)
             row = healthy_row(step, done, rng) | ({"eval/toy/war": 88.0} if step == steps else {})
             edit(row, done)
             metrics.write(json.dumps(row) + "\n")
-            for line in healthy_rollouts(step, done, rng) if rollouts or edit_rollout is not nothing else []:
+            for line in (
+                healthy_rollouts(step, done, rng) if rollouts or edit_rollout is not nothing else []
+            ):
                 edit_rollout(line, rng)
                 texts.write(json.dumps(line) + "\n")
     return folder
@@ -78,10 +137,23 @@ def write_run(folder: Path, steps: int = 40, edit=nothing, edit_rollout=nothing,
 def write_sft(folder: Path, steps: int, loss=lambda done: 3 - 2.5 * done) -> Path:
     """A run of sft.py: no rollouts, a few metrics; time/load includes the towers."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"dtype": "float32", "lr": 1e-5, "batch_size": 8, "max_steps": steps}))
+    (folder / "config.json").write_text(
+        json.dumps({"dtype": "float32", "lr": 1e-5, "batch_size": 8, "max_steps": steps})
+    )
     rng = random.Random(1)
-    rows = [{"step": step, "lr": 1e-5, "loss": loss(step / steps) + rng.uniform(-0.1, 0.1), "grad_norm": 1.0,
-             "num_tokens": 500.0, "skipped_samples": 0, "time/load": 1.0, "time/train": 1.0} for step in range(1, steps + 1)]
+    rows = [
+        {
+            "step": step,
+            "lr": 1e-5,
+            "loss": loss(step / steps) + rng.uniform(-0.1, 0.1),
+            "grad_norm": 1.0,
+            "num_tokens": 500.0,
+            "skipped_samples": 0,
+            "time/load": 1.0,
+            "time/train": 1.0,
+        }
+        for step in range(1, steps + 1)
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
@@ -96,8 +168,13 @@ def names(folder: Path) -> list[str]:
 
 def put(**metrics):
     """An edit that sets metrics; a function gets how much of the run is done.  `__` in a name is a slash."""
+
     def edit(row: dict, done: float) -> None:
-        row |= {name.replace("__", "/"): value(done) if callable(value) else value for name, value in metrics.items()}
+        row |= {
+            name.replace("__", "/"): value(done) if callable(value) else value
+            for name, value in metrics.items()
+        }
+
     return edit
 
 
@@ -112,33 +189,74 @@ def test_a_healthy_run_is_found_healthy(tmp_path, steps, seed):
 
 def test_stretches():
     """Stops stretches that overlap, are shorter than the noise, or so long that they blur what happens now."""
-    for n, stretch in ((1, 1), (5, 3), (20, 10), (40, 10), (44, 11), (240, 60), (400, 100), (5000, 100)):
+    for n, stretch in (
+        (1, 1),
+        (5, 3),
+        (20, 10),
+        (40, 10),
+        (44, 11),
+        (240, 60),
+        (400, 100),
+        (5000, 100),
+    ):
         run = doctor.Run(Path(), {}, [{"step": step} for step in range(1, n + 1)])
-        assert (run.early, run.late) == (run.rows[:stretch], run.rows[n - stretch:])
+        assert (run.early, run.late) == (run.rows[:stretch], run.rows[n - stretch :])
 
 
 say = "<think>x</think><answer>{}</answer>".format
 DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right", "/all_wrong"))
 
 
-@pytest.mark.parametrize("config, edit", [
-    ({"prompt": "label"}, put(completions__mean_length=2.0, unique_completions=0.2, entropy=0.5)),
-    ({"inner_epochs": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
-    ({"mini_batches": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
-    ({"dtype": "bfloat16", "max_steps": 1000}, put(sampler_logp_diff__mean=0.02)),
-    ({"beta": 0.0}, lambda row, done: (row.update(loss=1e-7, kl=None), row["step"] % 3 or row.update(      # dead: no update
-        {DEAD: 1.0, "grad_norm": 0.0, "entropy": None, "ratio/max": None, "ratio/mean": None}))),
-    ({"agg": "token"}, put(loss=-0.2)), ({"gate": "cispo"}, put(loss=-0.2)), ({"is_cap": 2.0}, put(loss=-0.2)),
-    ({"rewards": ["overlong=0.5", "my.py:f=-1"]}, lambda row, done: [row.pop(x) for x in (doctor.ACCURACY, doctor.FORMAT)]),
-])
+@pytest.mark.parametrize(
+    "config, edit",
+    [
+        (
+            {"prompt": "label"},
+            put(completions__mean_length=2.0, unique_completions=0.2, entropy=0.5),
+        ),
+        ({"inner_epochs": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
+        ({"mini_batches": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
+        ({"dtype": "bfloat16", "max_steps": 1000}, put(sampler_logp_diff__mean=0.02)),
+        (
+            {"beta": 0.0},
+            lambda row, done: (
+                row.update(loss=1e-7, kl=None),
+                row["step"] % 3
+                or row.update(  # dead: no update
+                    {
+                        DEAD: 1.0,
+                        "grad_norm": 0.0,
+                        "entropy": None,
+                        "ratio/max": None,
+                        "ratio/mean": None,
+                    }
+                ),
+            ),
+        ),
+        ({"agg": "token"}, put(loss=-0.2)),
+        ({"gate": "cispo"}, put(loss=-0.2)),
+        ({"is_cap": 2.0}, put(loss=-0.2)),
+        (
+            {"rewards": ["overlong=0.5", "my.py:f=-1"]},
+            lambda row, done: [row.pop(x) for x in (doctor.ACCURACY, doctor.FORMAT)],
+        ),
+    ],
+)
 def test_other_healthy_settings(config, edit, tmp_path):
     """Stops thresholds that know one setting only: bare words, several updates, bf16, no KL, a loss that need not be 0,
     rewards that are neither accuracy nor format."""
+
     def rollout(row: dict, rng) -> None:
         if "prompt" in config:
             row["text"] = re.sub(".*<answer>|</answer>", "", row["text"], flags=re.DOTALL)
-        if "rewards" in config:              # what the policy says is its own affair, and weights are not in the log
-            row |= {"rewards": {"overlong": rng.random(), "f": rng.random()}, "advantage": rng.random(), "text": say("sad")}
+        if (
+            "rewards" in config
+        ):  # what the policy says is its own affair, and weights are not in the log
+            row |= {
+                "rewards": {"overlong": rng.random(), "f": rng.random()},
+                "advantage": rng.random(),
+                "text": say("sad"),
+            }
 
     assert names(write_run(tmp_path, 120, edit, rollout, **config)) == []
 
@@ -156,55 +274,96 @@ CASES = [
     ("ratio/max", None, 1.0, 1.0000001, "ratio off", {}),
     ("ratio/max", None, 1.0, 0.9999999, "ratio off", {}),
     ("ratio/max", None, 1.001, 0.999, "ratio off", {"inner_epochs": 2}),
-    ("ratio/mean", None, 1 - 2 ** -24, 1 - 1.1e-6, "ratio off", {}),
+    ("ratio/mean", None, 1 - 2**-24, 1 - 1.1e-6, "ratio off", {}),
     ("sampler_logp_diff/mean", None, 1e-3, 1.1e-3, "sampler and trainer disagree", {}),
-    ("sampler_logp_diff/mean", None, 0.05, 0.051, "sampler and trainer disagree", {"dtype": "bfloat16", "lr": 1e-3}),
-    ("loss", None, 0.009, -0.09, "loss off", {}),                             # ten times beta x kl is between
+    (
+        "sampler_logp_diff/mean",
+        None,
+        0.05,
+        0.051,
+        "sampler and trainer disagree",
+        {"dtype": "bfloat16", "lr": 1e-3},
+    ),
+    ("loss", None, 0.009, -0.09, "loss off", {}),  # ten times beta x kl is between
     ("lr", None, 0.0099, 0.0101, "learning rate too large", {}),
-    ("skipped_samples", None, 16, 17, "clips skipped", {}),                   # of 40 x 8
+    ("skipped_samples", None, 16, 17, "clips skipped", {}),  # of 40 x 8
     ("reward", 1.0, 0.951, 0.949, "reward falls", {}),
     ("kl", 0.5, 1.0, 1.01, "KL runs away", {"beta": 0}),
-    ("kl", 0.2, 0.55, 0.7, "KL runs away", {"beta": 0}),                      # three times, above 0.5
+    ("kl", 0.2, 0.55, 0.7, "KL runs away", {"beta": 0}),  # three times, above 0.5
     ("kl", 0.1, 0.45, 0.55, "KL runs away", {"beta": 0}),
     ("grad_norm", None, 1e-9, 0.0, "no gradient", {}),
     ("rewards/format/mean", 0.9, 0.5, 0.49, "format lost", {}),
     ("rewards/format/mean", None, 0.5, 0.49, "format never learned", {}),
-    ("rewards/format/mean", 0.25, 0.36, 0.34, "format never learned", {}),    # rising by 0.1 is being learned
+    (
+        "rewards/format/mean",
+        0.25,
+        0.36,
+        0.34,
+        "format never learned",
+        {},
+    ),  # rising by 0.1 is being learned
     ("completions/clipped_ratio", None, 0.1, 0.11, "completions cut off", {}),
     (DEAD, None, 0.9, 0.91, "groups all wrong", {WRONG: 0.5}),
     (DEAD, None, 0.9, 0.91, "groups all right", {RIGHT: 0.5}),
     (DEAD, None, 0.9, 0.91, "groups without differences", {RIGHT: 0.4, WRONG: 0.4}),
     ("kl", None, 1e-9, 0.0, "policy does not move", {}),
-    ("entropy", None, math.log(2) / 60, math.log(2) / 70, "completions are copies", {}),      # at a length of 65 +- 2
-    ("unique_completions", None, (1 + 7 * 0.15) / 8 + 1e-9, (1 + 7 * 0.15) / 8 - 1e-3, "completions are copies", {}),
+    (
+        "entropy",
+        None,
+        math.log(2) / 60,
+        math.log(2) / 70,
+        "completions are copies",
+        {},
+    ),  # at a length of 65 +- 2
+    (
+        "unique_completions",
+        None,
+        (1 + 7 * 0.15) / 8 + 1e-9,
+        (1 + 7 * 0.15) / 8 - 1e-3,
+        "completions are copies",
+        {},
+    ),
     ("agreement", None, 0.51, 0.49, "reasoning left behind", {"rewards/accuracy/mean": 0.6}),
     ("completions/mean_length", 60, 89, 91, "rambling", {"rewards/accuracy/mean": 0.6}),
     ("completions/mean_length", 60, 31, 29, "reasoning shrinks", {}),
     ("ratio/max", None, 1.01, 1.0, "inner passes do nothing", {"mini_batches": 2}),
-    ("time/load", None, 0.09, 0.11, "waiting for data", {}),                  # of about 0.9 s without it
+    ("time/load", None, 0.09, 0.11, "waiting for data", {}),  # of about 0.9 s without it
     ("num_tokens", 4000, 4500, 4300, "steps get slower", {}),
 ]
 
 
 @pytest.mark.parametrize("metric, before, well, ill, name, also", CASES)
-def test_a_fault_alone_is_found_alone_and_from_its_threshold_on(metric, before, well, ill, name, also, tmp_path):
+def test_a_fault_alone_is_found_alone_and_from_its_threshold_on(
+    metric, before, well, ill, name, also, tmp_path
+):
     """Stops a rule that is blind or fires on another's fault, a threshold that is off by its own size, a sign that is
     turned, >= for >, or stretches that are mixed up."""
     for value, expected in ((well, []), (ill, [name])):
+
         def edit(row: dict, done: float, value=value) -> None:
             late = row["step"] > 30
             row |= {RIGHT: 0.3, "loss": 0.0} | {key: x for key, x in also.items() if key in row}
             row[metric] = value if late or before is None else before
             if before is not None:
-                row |= {"entropy": 0.3} | ({"time/generate": 2.0} if metric == "num_tokens" and late else {})
-        found = diagnose(write_run(tmp_path, 40, edit, **{key: x for key, x in also.items() if "/" not in key}))
+                row |= {"entropy": 0.3} | (
+                    {"time/generate": 2.0} if metric == "num_tokens" and late else {}
+                )
+
+        found = diagnose(
+            write_run(tmp_path, 40, edit, **{key: x for key, x in also.items() if "/" not in key})
+        )
         assert [finding.name for finding in found] == expected, value
     assert len(found[0].numbers.get(metric, (0, 0))) == 2 and REMEDIES[name]
 
 
-@pytest.mark.parametrize("fault, told", [
-    (lambda A, r: A, []), (lambda A, r: -A, ["advantages turned"]),
-    (lambda A, r: A + r.mean(1, keepdim=True), ["advantages not centred"])])
+@pytest.mark.parametrize(
+    "fault, told",
+    [
+        (lambda A, r: A, []),
+        (lambda A, r: -A, ["advantages turned"]),
+        (lambda A, r: A + r.mean(1, keepdim=True), ["advantages not centred"]),
+    ],
+)
 @pytest.mark.parametrize("baseline, scale", [("mean", "group"), ("loo", "batch"), ("mean", "none")])
 def test_faults_of_the_objective_are_told_at_the_first_step(fault, told, baseline, scale, tmp_path):
     """Stops a sign that is turned, or a mean that is not subtracted, from passing as a bad cold start: rows as our own
@@ -219,6 +378,7 @@ def test_faults_of_the_objective_are_told_at_the_first_step(fault, told, baselin
     def edit_rollout(row: dict, rng) -> None:
         reward, advantage = next(cells)
         row |= {"rewards": {"accuracy": reward}, "advantage": round(advantage, 6)}
+
     folder = write_run(tmp_path, 1, put(loss=loss, kl=0.0), edit_rollout)
     assert names(folder) == told
     (folder / "rollouts.jsonl").unlink()
@@ -228,27 +388,58 @@ def test_faults_of_the_objective_are_told_at_the_first_step(fault, told, baselin
 def test_causes_stand_before_symptoms_or_instead(tmp_path):
     """Stops advice against what only follows: more tokens for a policy that its learning rate destroyed, a better cold
     start for one that unlearns, a limit for texts that never had the format."""
-    wrong = {DEAD: 1.0, WRONG: 1.0, RIGHT: 0.0, "rewards/accuracy/mean": 0.0, "loss": 0.0, "entropy": 0.001}
-    destroyed = put(**wrong, completions__clipped_ratio=lambda done: 1.0 * (done > 0), reward=lambda done: 1.7 * (not done),
-                    rewards__format__mean=lambda done: 1.0 * (not done), kl=lambda done: 9.0 * (done > 0))
+    wrong = {
+        DEAD: 1.0,
+        WRONG: 1.0,
+        RIGHT: 0.0,
+        "rewards/accuracy/mean": 0.0,
+        "loss": 0.0,
+        "entropy": 0.001,
+    }
+    destroyed = put(
+        **wrong,
+        completions__clipped_ratio=lambda done: 1.0 * (done > 0),
+        reward=lambda done: 1.7 * (not done),
+        rewards__format__mean=lambda done: 1.0 * (not done),
+        kl=lambda done: 9.0 * (done > 0),
+    )
     assert names(write_run(tmp_path, 40, destroyed, lr=0.05)) == ["learning rate too large"]
-    finding, = diagnose(write_run(tmp_path, 40, destroyed, lr=0.005))
+    (finding,) = diagnose(write_run(tmp_path, 40, destroyed, lr=0.005))
     assert finding.name == "learning rate too large" and "is 9 nats" in finding.sentence
-    unlearns = put(**wrong, reward=lambda done: max(0.0, 1.7 - 5 * done), rewards__format__mean=lambda done: 1 - done,
-                   completions__clipped_ratio=lambda done: done / 2)
+    unlearns = put(
+        **wrong,
+        reward=lambda done: max(0.0, 1.7 - 5 * done),
+        rewards__format__mean=lambda done: 1 - done,
+        completions__clipped_ratio=lambda done: done / 2,
+    )
     assert names(write_run(tmp_path, 40, unlearns)) == ["reward falls"]
-    nothing_at_all = put(**wrong | {"entropy": 2.0}, reward=0.0, rewards__format__mean=0.0, grad_norm=0.0, kl=0.0,
-                         completions__clipped_ratio=1.0)
+    nothing_at_all = put(
+        **wrong | {"entropy": 2.0},
+        reward=0.0,
+        rewards__format__mean=0.0,
+        grad_norm=0.0,
+        kl=0.0,
+        completions__clipped_ratio=1.0,
+    )
 
     def babble(row: dict, rng) -> None:
         row |= {"text": "look look", "rewards": {"accuracy": 0.0, "format": 0.0}}
 
     def begin(row: dict, rng) -> None:
         row |= {"text": "<think>I look and look", "rewards": {"accuracy": 0.0, "format": 0.0}}
-    assert names(write_run(tmp_path, 15, nothing_at_all, babble)) == ["format never learned", "groups all wrong"]
-    assert names(write_run(tmp_path, 40, nothing_at_all, begin)) == ["completions cut off", "groups all wrong"]
-    assert names(write_run(tmp_path, 4, nothing_at_all, begin)) == []   # one wave of bad luck is no verdict
-    for prompts, expected in ((1, []), (2, ["groups all wrong"])):      # nor are ten groups
+
+    assert names(write_run(tmp_path, 15, nothing_at_all, babble)) == [
+        "format never learned",
+        "groups all wrong",
+    ]
+    assert names(write_run(tmp_path, 40, nothing_at_all, begin)) == [
+        "completions cut off",
+        "groups all wrong",
+    ]
+    assert (
+        names(write_run(tmp_path, 4, nothing_at_all, begin)) == []
+    )  # one wave of bad luck is no verdict
+    for prompts, expected in ((1, []), (2, ["groups all wrong"])):  # nor are ten groups
         folder = write_run(tmp_path, 40, nothing_at_all, begin, prompts_per_step=prompts)
         assert names(folder) == ["completions cut off", *expected]
     assert names(write_run(tmp_path, 40, put(kl=0.0, loss=0.0, grad_norm=0.0))) == ["no gradient"]
@@ -256,39 +447,90 @@ def test_causes_stand_before_symptoms_or_instead(tmp_path):
 
 def test_steps_that_changed_nothing_say_why(tmp_path):
     """Stops one advice for three causes: no clip, a refused step, a gradient that is not finite; or for a bad clip none."""
-    for name, fields in {"no usable clip": {"num_tokens": None, "grad_norm": 0.0}, "steps refused": {},
-                         "gradient not finite": {"grad_norm": None}}.items():
+    for name, fields in {
+        "no usable clip": {"num_tokens": None, "grad_norm": 0.0},
+        "steps refused": {},
+        "gradient not finite": {"grad_norm": None},
+    }.items():
+
         def edit(row: dict, done: float, fields=fields) -> None:
             row["skipped_steps"] = row["step"] // 10
             if row["step"] % 10 == 0:
                 del row["grad_norm"]
                 row |= fields
-        finding, = diagnose(write_run(tmp_path, 40, edit))
-        assert finding.name == name and f"4 of 40 steps changed nothing: {name} (4)" in finding.sentence
+
+        (finding,) = diagnose(write_run(tmp_path, 40, edit))
+        assert (
+            finding.name == name
+            and f"4 of 40 steps changed nothing: {name} (4)" in finding.sentence
+        )
     one = put(skipped_steps=lambda done: int(done > 0.5))
-    assert names(write_run(tmp_path, 50, one)) == [] and names(write_run(tmp_path, 49, one)) == ["gradient not finite"]
+    assert names(write_run(tmp_path, 50, one)) == [] and names(write_run(tmp_path, 49, one)) == [
+        "gradient not finite"
+    ]
     folder = write_run(tmp_path, 40, put(skipped_samples=100))
-    (folder / "skipped.jsonl").write_text(json.dumps({"step": 1, "id": "a.mp4", "reason": "a.mp4: no such file"}) + "\n")
-    finding, = diagnose(folder)
-    assert "31% of the clips (100 of 320)" in finding.sentence and "a.mp4: no such file" in finding.sentence
+    (folder / "skipped.jsonl").write_text(
+        json.dumps({"step": 1, "id": "a.mp4", "reason": "a.mp4: no such file"}) + "\n"
+    )
+    (finding,) = diagnose(folder)
+    assert (
+        "31% of the clips (100 of 320)" in finding.sentence
+        and "a.mp4: no such file" in finding.sentence
+    )
 
 
-@pytest.mark.parametrize("edit, expected", [
-    (lambda row, rng: {"text": say("Neutral")} if rng.random() < 0.95 else {}, "one word for everything"),
-    (lambda row, rng: {"text": say("Neutral"), "answer": "neutral"} if row["clip"] > "0" or row["step"] % 3 else {}, None),
-    (lambda row, rng: {"text": say("sad") if row["clip"] < "5" and row["completion"] == 0 else "<think>"},       # 50 of 640
-     "one word for everything"),
-    (lambda row, rng: {"text": say("sad") if row["clip"] < "4" and row["completion"] == 0 else "<think>"}, None),        # 40
-    (lambda row, rng: {"text": say("happy" if rng.random() < 0.5 else rng.choice(WORDS)),        # half of answers and clips
-                       "answer": "happy" if row["clip"] < "4" else row["answer"]}, "accuracy at chance"),
-    (lambda row, rng: {"text": row["text"].replace("Fear", "Sad")}, "labels never said"),
-    (lambda row, rng: {"text": row["text"].replace("Fear", "Sad")} if rng.random() > 0.03 else {}, None),
-])
+@pytest.mark.parametrize(
+    "edit, expected",
+    [
+        (
+            lambda row, rng: {"text": say("Neutral")} if rng.random() < 0.95 else {},
+            "one word for everything",
+        ),
+        (
+            lambda row, rng: (
+                {"text": say("Neutral"), "answer": "neutral"}
+                if row["clip"] > "0" or row["step"] % 3
+                else {}
+            ),
+            None,
+        ),
+        (
+            lambda row, rng: {
+                "text": say("sad") if row["clip"] < "5" and row["completion"] == 0 else "<think>"
+            },  # 50 of 640
+            "one word for everything",
+        ),
+        (
+            lambda row, rng: {
+                "text": say("sad") if row["clip"] < "4" and row["completion"] == 0 else "<think>"
+            },
+            None,
+        ),  # 40
+        (
+            lambda row, rng: {
+                "text": say(
+                    "happy" if rng.random() < 0.5 else rng.choice(WORDS)
+                ),  # half of answers and clips
+                "answer": "happy" if row["clip"] < "4" else row["answer"],
+            },
+            "accuracy at chance",
+        ),
+        (lambda row, rng: {"text": row["text"].replace("Fear", "Sad")}, "labels never said"),
+        (
+            lambda row, rng: (
+                {"text": row["text"].replace("Fear", "Sad")} if rng.random() > 0.03 else {}
+            ),
+            None,
+        ),
+    ],
+)
 def test_answers(edit, expected, tmp_path):
     """Stops one word for everything from passing as half-learned; a frequent label, or a few answers among many that were
     cut off, from being taken for it; accuracy above 1 / 7 from being taken for learning where one label is frequent; and
     rare words from being lost without a word."""
-    found = diagnose(write_run(tmp_path, 40, edit_rollout=lambda row, rng: row.update(edit(row, rng))))
+    found = diagnose(
+        write_run(tmp_path, 40, edit_rollout=lambda row, rng: row.update(edit(row, rng)))
+    )
     assert [finding.name for finding in found] == [expected] * (expected is not None)
     if expected == "labels never said":
         assert "'fear'" in found[0].sentence and "'sad'" not in found[0].sentence
@@ -297,6 +539,7 @@ def test_answers(edit, expected, tmp_path):
 @pytest.mark.parametrize("kept, expected", [(0.02, ["labels never said"]), (0.1, [])])
 def test_a_word_that_gets_lost_on_the_way(kept, expected, tmp_path):
     """Stops a word that was said at first and is all but lost by now from counting as known."""
+
     def lose(row, rng):
         if row["step"] > 40 and rng.random() > kept:
             row["text"] = row["text"].replace("Fear", "Sad")
@@ -308,23 +551,36 @@ def test_kappa_is_measured_against_shuffled_answers():
     """Stops a formula that forgets completions without an answer, against shuffling itself."""
     rng = random.Random(0)
     labels = rng.choices(WORDS[:3], (5, 2, 1), k=2000)
-    said = [label if rng.random() < 0.3 else word for label, word in
-            zip(labels, rng.choices((*WORDS[:4], ""), (4, 3, 1, 1, 2), k=2000))]
+    said = [
+        label if rng.random() < 0.3 else word
+        for label, word in zip(labels, rng.choices((*WORDS[:4], ""), (4, 3, 1, 1, 2), k=2000))
+    ]
     right = lambda said: sum(a == b for a, b in zip(labels, said)) / 2000
     chance = sum(right(rng.sample(said, 2000)) for _ in range(50)) / 50
-    rows = [{"step": 1, "answer": a, "completion": 0, "text": f"<answer>{b}</answer>"} for a, b in zip(labels, said)]
+    rows = [
+        {"step": 1, "answer": a, "completion": 0, "text": f"<answer>{b}</answer>"}
+        for a, b in zip(labels, said)
+    ]
     whole, _ = doctor.count_answers(iter(rows), 1, {})
     assert whole.kappa == pytest.approx((right(said) - chance) / (1 - chance), abs=0.003)
-    assert whole.right == sum(a == b for a, b in zip(labels, said)) and whole.said.total() == sum(map(bool, said))
+    assert whole.right == sum(a == b for a, b in zip(labels, said)) and whole.said.total() == sum(
+        map(bool, said)
+    )
 
 
 def test_a_reward_that_rises_while_the_evaluation_falls(tmp_path):
     """Stops over-optimisation from being praised; and noise of an evaluation from being called that."""
+
     def at(**wars):
-        return lambda row, done: row.update({"eval/toy/war": wars[f"s{row['step']}"]} if f"s{row['step']}" in wars else {})
+        return lambda row, done: row.update(
+            {"eval/toy/war": wars[f"s{row['step']}"]} if f"s{row['step']}" in wars else {}
+        )
+
     assert names(write_run(tmp_path, 40, at(s40=50.0))) == ["eval falls"]
     assert names(write_run(tmp_path, 40, at(s40=57.5))) == []
-    finding, = diagnose(write_run(tmp_path, 40, at(s20=80.0, s30=75.0, s40=70.0)))      # the best is in the middle
+    (finding,) = diagnose(
+        write_run(tmp_path, 40, at(s20=80.0, s30=75.0, s40=70.0))
+    )  # the best is in the middle
     assert "from 80.0 (step 20) to 70.0 (step 40)" in finding.sentence
     still = put(eval__toy__war=lambda done: 62 - 12 * done, reward=1.5)
     assert names(write_run(tmp_path, 40, still)) == []
@@ -333,20 +589,34 @@ def test_a_reward_that_rises_while_the_evaluation_falls(tmp_path):
 def test_standing_still_is_told_from_noise(tmp_path):
     """Stops a trend that is only noise from being called progress, slow progress from being called none, and a fall from
     being lost in the spread that it makes itself."""
+
     def around(name: str, a: float, b: float):
         rng = random.Random(1)
         return lambda row, done: row.update({name: a + (b - a) * done + rng.uniform(-0.2, 0.2)})
+
     accuracy = "rewards/accuracy/mean"
     for seed in range(3):
-        assert names(write_run(tmp_path, 200, around(accuracy, 0.5, 0.5), seed=seed)) == ["no progress"]
+        assert names(write_run(tmp_path, 200, around(accuracy, 0.5, 0.5), seed=seed)) == [
+            "no progress"
+        ]
     assert names(write_run(tmp_path, 200, around(accuracy, 0.5, 0.65))) == []
     assert names(write_run(tmp_path, 99, around(accuracy, 0.5, 0.5))) == []
-    assert names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97))) == []     # nothing to gain
+    assert (
+        names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97))) == []
+    )  # nothing to gain
     assert names(write_run(tmp_path, 120, around(accuracy, 0.8, 0.4))) == ["reward falls"]
-    for fall, expected in ((0.18, []), (0.2, ["reward falls"])):        # 3 x sqrt(2 x (2 x 0.1)^2 / 2 / 10) = 0.19
-        zigzag = lambda row, done, fall=fall: row.update(reward=1 + 0.1 * (-1) ** row["step"] - fall * (row["step"] > 10))
+    for fall, expected in (
+        (0.18, []),
+        (0.2, ["reward falls"]),
+    ):  # 3 x sqrt(2 x (2 x 0.1)^2 / 2 / 10) = 0.19
+        zigzag = lambda row, done, fall=fall: row.update(
+            reward=1 + 0.1 * (-1) ** row["step"] - fall * (row["step"] > 10)
+        )
         assert names(write_run(tmp_path, 20, zigzag)) == expected
-    assert [names(write_run(tmp_path, n, put(reward=lambda done: 1 - done))) for n in (9, 10)] == [[], ["reward falls"]]
+    assert [names(write_run(tmp_path, n, put(reward=lambda done: 1 - done))) for n in (9, 10)] == [
+        [],
+        ["reward falls"],
+    ]
     first_steps = put(reward=lambda done: max(0.0, 1.7 - 8 * done))
     assert names(write_run(tmp_path, 40, first_steps)) == ["reward falls"]
     assert names(write_sft(tmp_path, 200, lambda done: 1.0)) == ["no progress"]
@@ -356,8 +626,10 @@ def test_standing_still_is_told_from_noise(tmp_path):
 def test_gradient_spikes(tmp_path):
     """Stops a single spike from alarming, and steps without gradient from lowering the median."""
     for n, expected in ((100, []), (9, ["gradient spikes"])):
+
         def edit(row: dict, done: float, n=n) -> None:
             row["grad_norm"] = 50.0 if row["step"] % n == 1 else float(row["step"] % 3 > 0)
+
         assert names(write_run(tmp_path, 100, edit)) == expected
 
 
@@ -365,9 +637,15 @@ def test_half_a_spacing_is_what_rounding_says(tmp_path):
     """Stops an exponent that is off by one, against rounding itself; and a length that forgets --epochs or inner passes."""
     for half, dtype in ((doctor.HALF_FP32, torch.float32), (doctor.HALF_BF16, torch.bfloat16)):
         weight = torch.tensor(doctor.WEIGHT).to(dtype).double()
-        assert [bool((weight + x * half).to(dtype).double() != weight) for x in (0.99, 1.01)] == [False, True]
-    for lr, expected in ((0.9 * 2 ** -14 / 80, ["learning rate too small"]), (1.1 * 2 ** -14 / 80, [])):
-        for length in ({"max_steps": 40}, {"max_steps": 0, "epochs": 0.4}):             # 1 epoch is 100 steps here
+        assert [bool((weight + x * half).to(dtype).double() != weight) for x in (0.99, 1.01)] == [
+            False,
+            True,
+        ]
+    for lr, expected in ((0.9 * 2**-14 / 80, ["learning rate too small"]), (1.1 * 2**-14 / 80, [])):
+        for length in (
+            {"max_steps": 40},
+            {"max_steps": 0, "epochs": 0.4},
+        ):  # 1 epoch is 100 steps here
             config = length | {"lr": lr, "dtype": "bfloat16", "inner_epochs": 2}
             assert names(write_run(tmp_path, 3, put(lr=lr), **config)) == expected
     for lr, expected in ((5e-10, ["learning rate too small"]), (1e-9, [])):
@@ -378,14 +656,24 @@ def test_half_a_spacing_is_what_rounding_says(tmp_path):
 # Files as they are met, and the command
 # ------------------------------------------------------------------------------------------------
 
+
 def test_a_torn_last_line_nulls_and_missing_metrics(tmp_path):
     """Stops a crash while the run goes on: the last line may be half written, within a character even."""
+
     def gaps(row: dict, done: float) -> None:
         if row["step"] % 4 == 0:
             row |= {"kl": None, "entropy": None, "loss": None}
         if row["step"] % 5 == 0:
-            for name in ("kl", "ratio/max", "time/load", "grad_norm", "unique_completions", "epoch"):
+            for name in (
+                "kl",
+                "ratio/max",
+                "time/load",
+                "grad_norm",
+                "unique_completions",
+                "epoch",
+            ):
                 del row[name]
+
     folder = write_run(tmp_path, 40, gaps, rollouts=True)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         with open(folder / name, "ab") as file:
@@ -398,18 +686,46 @@ def test_garbage_is_no_crash(tmp_path):
     """Stops tracebacks, and control characters that would steer the terminal: whatever value stands where a number or a
     text was expected, there is a report."""
     rng = random.Random(0)
-    junk = [None, True, False, 0, -1, 3, 10 ** 400, 1e308, -1e99, 1e-320, float("nan"), float("inf"), "", "\x1b[2Jx",
-            "\ud800", [], [1], {}, {"a": 1}]
+    junk = [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        3,
+        10**400,
+        1e308,
+        -1e99,
+        1e-320,
+        float("nan"),
+        float("inf"),
+        "",
+        "\x1b[2Jx",
+        "\ud800",
+        [],
+        [1],
+        {},
+        {"a": 1},
+    ]
 
     def spoil(row: dict, *_) -> None:
         for key in rng.sample(sorted(row), 3):
             row[key] = rng.choice(junk)
+
     for attempt in range(60):
         config = {key: rng.choice(junk) for key in rng.sample(sorted(CONFIG), 4)}
-        folder = write_run(tmp_path, rng.choice((1, 3, 22, 120)), spoil, spoil if attempt % 6 == 0 else nothing, **config)
+        folder = write_run(
+            tmp_path,
+            rng.choice((1, 3, 22, 120)),
+            spoil,
+            spoil if attempt % 6 == 0 else nothing,
+            **config,
+        )
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('[]\n3\nnull\n{"step": "x"}\n' + "[" * 100_000 + "\n{}\n")
-        (folder / "skipped.jsonl").write_text(json.dumps({"id": "\x1b[31m.mp4", "reason": "\x07"}) + "\n")
+        (folder / "skipped.jsonl").write_text(
+            json.dumps({"id": "\x1b[31m.mp4", "reason": "\x07"}) + "\n"
+        )
         run = doctor.read_run(folder)
         text = doctor.report(run, doctor.examine(run))
         assert all(c.isprintable() or c == "\n" for c in text)
@@ -421,13 +737,22 @@ def test_rollouts_are_streamed(tmp_path, monkeypatch):
     folder = write_run(tmp_path, 2)
     with open(folder / "rollouts.jsonl", "w") as file:
         for i in range(4000):
-            row = {"step": 1, "answer": "sad", "completion": 0, "text": f"<answer>{i}</answer>" + "x" * 2000}
+            row = {
+                "step": 1,
+                "answer": "sad",
+                "completion": 0,
+                "text": f"<answer>{i}</answer>" + "x" * 2000,
+            }
             file.write(json.dumps(row) + "\n")
     tracemalloc.start()
     run = doctor.read_run(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert run.answers.completions == 4000 and len(run.answers.said) == 51 and run.answers.said["(other answers)"] == 3950
+    assert (
+        run.answers.completions == 4000
+        and len(run.answers.said) == 51
+        and run.answers.said["(other answers)"] == 3950
+    )
     assert peak < 1e6 < (folder / "rollouts.jsonl").stat().st_size / 8
 
 
@@ -439,20 +764,32 @@ def test_no_run_folder_is_a_sentence(tmp_path):
     """Stops a traceback, or a diagnosis of a folder that is none: a checkpoint's folder says whose it is."""
     run = write_run(tmp_path / "run", 3)
     (run / "checkpoints/step_3").mkdir(parents=True)
-    (run / "checkpoints/step_3/config.json").write_text('{"model_type": "HumanOmni_qwen2", "hidden_size": 32}')
+    (run / "checkpoints/step_3/config.json").write_text(
+        '{"model_type": "HumanOmni_qwen2", "hidden_size": 32}'
+    )
     (run / "latest").symlink_to("checkpoints/step_3")
     for text in ("{", "[]", "{}"):
         (tmp_path / text).mkdir()
         (tmp_path / text / "config.json").write_text(text)
-    for words, said in [((run / "latest",), f"this is a checkpoint; give the run folder: {run}."),
-                        ((run / "checkpoints",), f"no config.json; give the run folder: {run}."),
-                        ((run / "metrics.jsonl",), f"a file; give the run folder: {run}."),
-                        ((tmp_path / "none",), "no such folder; give the run folder: --out of grpo.py or sft.py."),
-                        ((tmp_path / "{",), "cannot be read"), ((tmp_path / "[]",), "does not hold a run's settings"),
-                        ((tmp_path / "{}",), "does not hold a run's settings"),
-                        ((), "usage: python -m tools.doctor RUN"), ((run, run), "usage"), (("--model",), "usage")]:
+    for words, said in [
+        ((run / "latest",), f"this is a checkpoint; give the run folder: {run}."),
+        ((run / "checkpoints",), f"no config.json; give the run folder: {run}."),
+        ((run / "metrics.jsonl",), f"a file; give the run folder: {run}."),
+        ((tmp_path / "none",), "no such folder; give the run folder: --out of grpo.py or sft.py."),
+        ((tmp_path / "{",), "cannot be read"),
+        ((tmp_path / "[]",), "does not hold a run's settings"),
+        ((tmp_path / "{}",), "does not hold a run's settings"),
+        ((), "usage: python -m tools.doctor RUN"),
+        ((run, run), "usage"),
+        (("--model",), "usage"),
+    ]:
         bad = call(*words)
-        assert bad.returncode == 2 and bad.stdout == "" and bad.stderr.count("\n") == 1 and said in bad.stderr
+        assert (
+            bad.returncode == 2
+            and bad.stdout == ""
+            and bad.stderr.count("\n") == 1
+            and said in bad.stderr
+        )
     (run / "metrics.jsonl").unlink()
     (run / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl cannot be read"):
@@ -467,12 +804,17 @@ def test_the_command(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     told = re.findall(r"^\d+\. .*", done.stdout, re.MULTILINE)
     assert told == ["1. ratio off", "2. completions cut off", "3. waiting for data"]
-    assert "50% of the completions" in done.stdout and "completions/clipped_ratio 0.5 -> 0.5" in done.stdout
+    assert (
+        "50% of the completions" in done.stdout
+        and "completions/clipped_ratio 0.5 -> 0.5" in done.stdout
+    )
     assert "step 40 of 240" in done.stdout and "Nothing is wrong" not in done.stdout
 
     well = call(write_run(tmp_path / "well", 40))
     assert well.returncode == 0 and "Nothing is wrong that the rules know of" in well.stdout
-    assert re.search(r"steps +1 to 10 +31 to 40\n", well.stdout) and re.search(r"ratio/max +1 +1\n", well.stdout)
+    assert re.search(r"steps +1 to 10 +31 to 40\n", well.stdout) and re.search(
+        r"ratio/max +1 +1\n", well.stdout
+    )
     assert "wait for 20 steps" in call(write_run(tmp_path / "few", 3)).stdout
 
     start = write_run(tmp_path / "start", 0)
@@ -481,7 +823,11 @@ def test_the_command(tmp_path):
         log.unlink()
     assert call(start).returncode == 0 and "just started" in call(start).stdout
 
-    piped = subprocess.Popen([sys.executable, "-m", "tools.doctor", sick], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
-    piped.stdout.close()                     # before a word is written
+    piped = subprocess.Popen(
+        [sys.executable, "-m", "tools.doctor", sick],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    piped.stdout.close()  # before a word is written
     assert piped.stderr.read() == b"" and piped.wait() == 0

@@ -1,4 +1,5 @@
 """The acceptance on a GPU, as far as a CPU can run it: the supervisor with stages that go wrong, and every check."""
+
 import contextlib
 import json
 import os
@@ -21,6 +22,7 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 
 # ---- the supervisor -----------------------------------------------------------------------------
 
+
 def program(body: str) -> str:
     """A stage that finds one thing and then does `body`."""
     return f"""
@@ -34,19 +36,30 @@ gpu_stages.main(gpu_stages.Args(stage="smoke", findings=sys.argv[1], device="cpu
 """
 
 
-BODIES = {"hangs": "time.sleep(600)", "dies": "os.kill(os.getpid(), signal.SIGSEGV)", "raises": "1 / 0",
-          "ends": "s.check('second', lambda: ('more', True))",
-          "has a check that raises": "s.check('bad', lambda: 1 / 0); s.check('second', lambda: ('more', True))"}
+BODIES = {
+    "hangs": "time.sleep(600)",
+    "dies": "os.kill(os.getpid(), signal.SIGSEGV)",
+    "raises": "1 / 0",
+    "ends": "s.check('second', lambda: ('more', True))",
+    "has a check that raises": "s.check('bad', lambda: 1 / 0); s.check('second', lambda: ('more', True))",
+}
 
 
 @pytest.fixture
 def supervise(tmp_path, monkeypatch):
     """-> the findings of a run whose stages do what BODIES say, its exit status, its table, its log"""
+
     def supervise(*kinds, seconds=100.0, limit=90.0):
         bodies = dict(zip(gpu_check.LIMITS, kinds))
 
         def command(stage, args, path, left):
-            return [sys.executable, "-c", program(BODIES[bodies[stage]]), str(path), str(time.time() + left)]
+            return [
+                sys.executable,
+                "-c",
+                program(BODIES[bodies[stage]]),
+                str(path),
+                str(time.time() + left),
+            ]
 
         monkeypatch.setattr(gpu_check, "stage_command", command)
         monkeypatch.setattr(gpu_check, "LIMITS", dict.fromkeys(bodies, limit))
@@ -57,7 +70,12 @@ def supervise(tmp_path, monkeypatch):
         table, log = (tmp_path / "gpu_cpu.md").read_text(), tmp_path / "gpu_cpu.log"
         log = log.read_text() if log.exists() else ""
         assert table.count("\n| ") == 2 + len(rows)
-        return [(row["check"], row["verdict"], row["found"]) for row in rows], ended.value.code, table, log
+        return (
+            [(row["check"], row["verdict"], row["found"]) for row in rows],
+            ended.value.code,
+            table,
+            log,
+        )
 
     before = signal.getsignal(signal.SIGTERM)
     yield supervise
@@ -69,10 +87,16 @@ def test_what_goes_wrong_in_a_stage_does_not_touch_the_others(supervise):
     rows, status, *_ = supervise("dies", "raises", "has a check that raises", "ends")
     first = ("first", "measured", "something")
     assert [rows[i] for i in (0, 2, 4, 7)] == [first] * 4 and status == 1
-    assert rows[1] == ("the stage itself", "WRONG", rows[1][2]) and rows[1][2].startswith("died by SIGSEGV")
+    assert rows[1] == ("the stage itself", "WRONG", rows[1][2]) and rows[1][2].startswith(
+        "died by SIGSEGV"
+    )
     assert rows[3][:2] == ("the stage itself", "WRONG")
     assert "exit status 1" in rows[3][2] and "ZeroDivisionError: division by zero" in rows[3][2]
-    assert rows[5] == ("bad", "WRONG", "ZeroDivisionError: division by zero") and rows[6] == ("second", "right", "more")
+    assert rows[5] == ("bad", "WRONG", "ZeroDivisionError: division by zero") and rows[6] == (
+        "second",
+        "right",
+        "more",
+    )
     assert rows[8] == ("second", "right", "more") and len(rows) == 9
 
 
@@ -82,15 +106,19 @@ def test_a_stage_that_hangs_is_killed_and_its_stack_kept(supervise):
     rows, status, _, log = supervise("hangs", "ends", limit=25.0)
     assert time.monotonic() - start < 60
     assert rows[0] == ("first", "measured", "something")
-    assert rows[1][:2] == ("the stage itself", "WRONG") and "killed at its limit of 25 s" in rows[1][2]
+    assert (
+        rows[1][:2] == ("the stage itself", "WRONG") and "killed at its limit of 25 s" in rows[1][2]
+    )
     assert rows[3] == ("second", "right", "more") and status == 1
-    assert "Timeout (0:00:" in log and 'in stage' in log             # the stack of the thread that slept
+    assert "Timeout (0:00:" in log and "in stage" in log  # the stack of the thread that slept
 
 
 def test_what_does_not_fit_is_left_out_and_said(supervise):
     """Stops a run over its time, whose findings are lost with the machine; and a silent gap in the table."""
     rows, status, table, _ = supervise("ends", "ends", seconds=gpu_check.LEAST - 1)
-    assert [row[:2] for row in rows] == [("the stage itself", "left out")] * 2 and "left out" in table
+    assert [row[:2] for row in rows] == [
+        ("the stage itself", "left out")
+    ] * 2 and "left out" in table
     assert status == 0
     with pytest.raises(UserError, match="--stages nccl"):
         gpu_check.main(gpu_check.Args(stages=["nccl"]))
@@ -109,11 +137,25 @@ def processes_that_name(path: Path) -> list[int]:
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_the_findings_so_far_are_there(tmp_path, kind):
     """Stops findings that are only written at the end.  A polite signal also ends the running stage."""
-    command = [sys.executable, "-m", "tools.gpu_check", "--device", "cpu", "--size", "toy", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "tools.gpu_check",
+        "--device",
+        "cpu",
+        "--size",
+        "toy",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     findings = tmp_path / "gpu_cpu.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (findings.exists() and findings.read_text().count("\n") >= 2):
+    while time.monotonic() < deadline and not (
+        findings.exists() and findings.read_text().count("\n") >= 2
+    ):
         time.sleep(0.05)
     process.send_signal(kind)
     assert process.wait(30) == (143 if kind == signal.SIGTERM else -signal.SIGKILL)
@@ -122,7 +164,7 @@ def test_killed_half_way_the_findings_so_far_are_there(tmp_path, kind):
     if kind == signal.SIGTERM:
         assert findings.with_suffix(".md").read_text().count("\n| smoke") >= 2
         assert not processes_that_name(findings)
-    for pid in processes_that_name(findings):                        # these end by an alarm of their own, later
+    for pid in processes_that_name(findings):  # these end by an alarm of their own, later
         os.kill(pid, signal.SIGKILL)
 
 
@@ -139,54 +181,72 @@ def test_a_half_written_line_is_left_out_of_the_table(tmp_path):
 
 # ---- the checks ---------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def findings(tmp_path):
     """-> check -> verdict, of a stage that runs in this process"""
+
     def findings(stage: str) -> dict:
         path = tmp_path / "findings.jsonl"
         path.unlink(missing_ok=True)
         args = gpu_stages.Args(stage=stage, findings=str(path), size="toy", device="cpu")
         gpu_stages.STAGES[stage](gpu_stages.Stage(args, CPU))
-        return {row["check"]: row["verdict"] for row in map(json.loads, path.read_text().splitlines())}
+        return {
+            row["check"]: row["verdict"] for row in map(json.loads, path.read_text().splitlines())
+        }
 
     return findings
 
 
 EXPECTED = {  # stage -> (checks that are right, checks that are measured)
-    "smoke": (4, 2), "full": (2, 5), "golden": (2, 1), "bench": (2, 0), "ranks": (1, 0)}
+    "smoke": (4, 2),
+    "full": (2, 5),
+    "golden": (2, 1),
+    "bench": (2, 0),
+    "ranks": (1, 0),
+}
 
 
 @pytest.mark.parametrize("stage", gpu_check.LIMITS)
 def test_every_stage_runs_without_a_gpu(findings, stage):
     """Stops a first hour on a GPU that is spent on repairing the check."""
     verdicts = list(findings(stage).values())
-    assert (verdicts.count("right"), verdicts.count("measured")) == EXPECTED[stage] and len(verdicts) == sum(EXPECTED[stage])
+    assert (verdicts.count("right"), verdicts.count("measured")) == EXPECTED[stage] and len(
+        verdicts
+    ) == sum(EXPECTED[stage])
 
 
 def test_what_is_wrong_is_found(findings, monkeypatch):
     """Stops checks that cannot fail: each meets the fault that it is there for."""
     device, choose = CPU.device, sampler.choose
 
-    def blind(qkv, rope, prefix, suffix, bias, t):                   # does not see what the bias hides
-        return gpu_stages.attention_twin(qkv, rope, prefix, suffix, torch.where(bias < 0, 0.0, bias), t)
+    def blind(qkv, rope, prefix, suffix, bias, t):  # does not see what the bias hides
+        return gpu_stages.attention_twin(
+            qkv, rope, prefix, suffix, torch.where(bias < 0, 0.0, bias), t
+        )
 
-    def unwritten(qkv, rope, prefix, suffix, bias, t):               # attends, and forgets to write the cache
+    def unwritten(qkv, rope, prefix, suffix, bias, t):  # attends, and forgets to write the cache
         return gpu_stages.attention_twin(qkv, rope, prefix, suffix.clone(), bias, t)
 
-    def shifted(logits, u, *rest):                                   # another random number
+    def shifted(logits, u, *rest):  # another random number
         return gpu_stages.record_twin(logits, (u + 0.5) % 1, *rest)
 
-    def rounded(x, w, real=torch.conv1d):                            # as TF32 does, a little more
+    def rounded(x, w, real=torch.conv1d):  # as TF32 does, a little more
         return real(x.bfloat16().to(x) if x.dtype == torch.float32 else x, w)
 
     assert gpu_stages.attention_kernels(device)[1] and gpu_stages.sampling_kernels(device)[1]
-    assert not gpu_stages.attention_kernels(device, blind)[1] and not gpu_stages.attention_kernels(device, unwritten)[1]
+    assert (
+        not gpu_stages.attention_kernels(device, blind)[1]
+        and not gpu_stages.attention_kernels(device, unwritten)[1]
+    )
     assert not gpu_stages.sampling_kernels(device, shifted)[1]
     with monkeypatch.context() as wrong:
         wrong.setattr(gpu_stages.F, "conv1d", rounded)
         assert not gpu_stages.products(device)[1]
     with monkeypatch.context() as wrong:
-        wrong.setattr(gpu_stages, "causal_lower_right", lambda S, L: torch.ones(S, L, dtype=torch.bool).tril())
+        wrong.setattr(
+            gpu_stages, "causal_lower_right", lambda S, L: torch.ones(S, L, dtype=torch.bool).tril()
+        )
         assert not gpu_stages.training_attention(device)[1]
     other = dict.fromkeys((True, False), torch.zeros(2, gpu_stages.GROUP, 48, dtype=torch.long))
     assert not gpu_stages.path_equals_naive(device, "eager", other)[1]
@@ -194,10 +254,12 @@ def test_what_is_wrong_is_found(findings, monkeypatch):
         loss = gpu_stages.grpo.grpo_loss
         wrong.setattr(gpu_stages.grpo, "grpo_loss", lambda *a, **k: loss(*a, **k | {"beta": 9.0}))
         assert not gpu_stages.reference_parity(device)[1]
-    with monkeypatch.context() as wrong:                             # a sampler that is not the trainer's policy
+    with monkeypatch.context() as wrong:  # a sampler that is not the trainer's policy
         wrong.setattr(sampler, "choose", lambda logits, *a: choose(logits * 3, *a))
         assert findings("full")["one GRPO step"] == "WRONG"
-    monkeypatch.setitem(torch._dynamo.utils.counters["unimplemented"], "Dynamo recompile limit exceeded", 1)
+    monkeypatch.setitem(
+        torch._dynamo.utils.counters["unimplemented"], "Dynamo recompile limit exceeded", 1
+    )
     assert not gpu_stages.compiler_counters()[1]
 
 
@@ -206,7 +268,11 @@ def test_one_process_really_calls_the_collectives(monkeypatch, tmp_path):
     called = []
     for name in ("all_reduce", "all_gather_object", "barrier"):
         real = getattr(torch.distributed, name)
-        monkeypatch.setattr(torch.distributed, name, lambda *a, real=real, name=name: called.append(name) or real(*a))
+        monkeypatch.setattr(
+            torch.distributed,
+            name,
+            lambda *a, real=real, name=name: called.append(name) or real(*a),
+        )
     gpu_stages.one_rank(0, 1, "gloo", "cpu", str(tmp_path / "store"))
     assert called == ["all_reduce", "all_gather_object", "barrier"]
 
@@ -214,5 +280,7 @@ def test_one_process_really_calls_the_collectives(monkeypatch, tmp_path):
 def test_nothing_but_reading_clips_needs_av():
     """Stops checks and benchmarks that cannot run on a GPU machine because it has no FFmpeg."""
     code = "import sys; sys.modules['av'] = None\nimport grpo, sft, eval, tools.bench, tools.gpu_check, tools.gpu_stages"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
+    )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,5 @@
 """The means of a run's numbers."""
+
 import json
 
 import pytest
@@ -17,8 +18,17 @@ def run(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("steps, kl, norm, n", [([1, -1], 30, 8 / 3, 5), ([1, 2], 15, 1.5, 2), ([-2, -1], 45, 5, 2),
-                                                ([2, -3], 25, 2, 2), ([3, 4], 35, None, 2), ([8, 9], None, None, 0)])
+@pytest.mark.parametrize(
+    "steps, kl, norm, n",
+    [
+        ([1, -1], 30, 8 / 3, 5),
+        ([1, 2], 15, 1.5, 2),
+        ([-2, -1], 45, 5, 2),
+        ([2, -3], 25, 2, 2),
+        ([3, 4], 35, None, 2),
+        ([8, 9], None, None, 0),
+    ],
+)
 def test_steps_are_counted_from_either_end(run, steps, kl, norm, n):
     """Stops a step too many or too few at either end, and a refused step counted as 0."""
     assert means(run, ["kl", "grad_norm"], steps) == ([kl, norm], n)
@@ -28,11 +38,19 @@ def test_runs_stand_below_each_other(run, capsys):
     """Stops a number under another one's head."""
     main(Args([str(run), str(run)], ["grad_norm", "kl"], [1, 2]))
     assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["steps", "grad_norm", "kl"], [str(run), "2", "1.5", "15"], [str(run), "2", "1.5", "15"]]
+        ["steps", "grad_norm", "kl"],
+        [str(run), "2", "1.5", "15"],
+        [str(run), "2", "1.5", "15"],
+    ]
 
 
-@pytest.mark.parametrize("of, steps, told", [(["kll"], [1, -1], "--of kll: not in .*there are grad_norm, kl, step"),
-                                             (["kl"], [1], "--steps: give two numbers")])
+@pytest.mark.parametrize(
+    "of, steps, told",
+    [
+        (["kll"], [1, -1], "--of kll: not in .*there are grad_norm, kl, step"),
+        (["kl"], [1], "--steps: give two numbers"),
+    ],
+)
 def test_what_is_not_there_is_told(run, of, steps, told):
     """Stops a typing error that is answered with nothing."""
     with pytest.raises(UserError, match=told):

@@ -1,4 +1,5 @@
 """The rehearsal at the true size: its geometry without memory, and the whole of it on a tiny geometry."""
+
 import json
 import math
 import resource
@@ -13,7 +14,16 @@ from test_bench import TINY
 
 from lib.common import UserError
 from tools import rehearsal
-from tools.rehearsal import PUBLISHED, Args, check_geometry, count, measure, meta_model, rehearse, write_configs
+from tools.rehearsal import (
+    PUBLISHED,
+    Args,
+    check_geometry,
+    count,
+    measure,
+    meta_model,
+    rehearse,
+    write_configs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +39,21 @@ def tiny(released):
     """Another size is published from now on, for the whole module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rehearsal.SIZES, "full", TINY)
-        patch.setattr(rehearsal, "TOKENS", (8, 16))          # 8 frames of 2 x 2 patches, halved; 50 states, three a token
-        millions = {"decoder": 0.0882, "video projector": 0.177, "audio projector": 0.006, "gate": 0.0717, "bert": 0.0107,
-                    "vision": 0.06, "audio": 0.01}
-        patch.setattr(rehearsal, "PUBLISHED", {part: (PUBLISHED[part][0], n) for part, n in millions.items()})
+        patch.setattr(
+            rehearsal, "TOKENS", (8, 16)
+        )  # 8 frames of 2 x 2 patches, halved; 50 states, three a token
+        millions = {
+            "decoder": 0.0882,
+            "video projector": 0.177,
+            "audio projector": 0.006,
+            "gate": 0.0717,
+            "bert": 0.0107,
+            "vision": 0.06,
+            "audio": 0.01,
+        }
+        patch.setattr(
+            rehearsal, "PUBLISHED", {part: (PUBLISHED[part][0], n) for part, n in millions.items()}
+        )
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
@@ -44,16 +65,22 @@ def test_the_released_geometry(released):
     parts = count(model)
     D, inner, L, V, Q, KV = 896, 4864, 24, 151936, 14 * 64, 2 * 64
     layer = D * (Q + 2 * KV) + Q + 2 * KV + Q * D + 3 * D * inner + 2 * D
-    assert parts["decoder"] == V * D + L * layer + D == 494_032_768      # Qwen2.5-0.5B's own count
+    assert parts["decoder"] == V * D + L * layer + D == 494_032_768  # Qwen2.5-0.5B's own count
     assert parts["audio projector"] == 1280 * D + D + D * D + D
     assert parts["gate"] == 768 * 3584 + 3584 + 3584 * 3 + 3
     published = {"video projector": 34.8, "bert": 109.5, "vision": 92.9, "audio": 637}
     for part, said in published.items():
-        assert float(f"{parts[part] / 1e6:.{0 if part == 'audio' else 1}f}") == said == PUBLISHED[part][1], part
-    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())       # no parameter in none, none in two
+        assert (
+            float(f"{parts[part] / 1e6:.{0 if part == 'audio' else 1}f}")
+            == said
+            == PUBLISHED[part][1]
+        ), part
+    assert sum(parts.values()) == sum(
+        p.numel() for p in model.parameters()
+    )  # no parameter in none, none in two
     assert sum(key.startswith("model.mm_projector.") for key in model.state_dict()) == 126
     assert (model.video_tokens, model.audio_tokens) == (392, 500) == rehearsal.TOKENS
-    check_geometry(model, out)                                           # 392 and 500 as the modules make them, too
+    check_geometry(model, out)  # 392 and 500 as the modules make them, too
 
 
 def test_the_check_of_the_geometry_can_fail(released, tmp_path):
@@ -73,13 +100,28 @@ def test_released_configuration(released):
     config = json.loads((released[0] / "humanomni" / "config.json").read_text())
     golden = json.loads((GOLDEN / "humanomni" / "config.json").read_text())
     # The golden one was written by the reference code itself; it has another geometry, and nothing else is changed.
-    stated = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-              "intermediate_size": 4864, "vocab_size": 151936, "max_position_embeddings": 32768, "max_window_layers": 24,
-              "torch_dtype": "bfloat16", "mm_hidden_size": 768, "audio_hidden_size": 1280}
+    stated = {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 24,
+        "torch_dtype": "bfloat16",
+        "mm_hidden_size": 768,
+        "audio_hidden_size": 1280,
+    }
     assert config == golden | stated and config["rope_theta"] == 1e6
-    for name, said in (("siglip", {"text_config": 768, "vision_config": 768}), ("whisper", {"decoder_layers": 32})):
+    for name, said in (
+        ("siglip", {"text_config": 768, "vision_config": 768}),
+        ("whisper", {"decoder_layers": 32}),
+    ):
         tower = json.loads((released[0] / name / "config.json").read_text())
-        assert {key: tower[key]["hidden_size"] if name == "siglip" else tower[key] for key in said} == said
+        assert {
+            key: tower[key]["hidden_size"] if name == "siglip" else tower[key] for key in said
+        } == said
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +134,24 @@ def rehearsed(tiny, tmp_path_factory):
 
 def test_the_report_tells_what_ran(rehearsed):
     """Stops a report without a command or with numbers of none, and a command that does nothing."""
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]]
-             for line in (rehearsed / "report.md").read_text().splitlines() if line.startswith("|")]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in (rehearsed / "report.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     parts = {row[0]: float(row[1]) for row in lines if row[0] in PUBLISHED}
     assert parts.keys() == PUBLISHED.keys() and parts["gate"] == 0.07
     runs = [row for row in lines if row[0].startswith("`python")]
-    assert [row[0].split()[1:3] for row in runs] == [["-m", "tools.inspect"], ["eval.py", "--model"], ["grpo.py", "--model"]]
+    assert [row[0].split()[1:3] for row in runs] == [
+        ["-m", "tools.inspect"],
+        ["eval.py", "--model"],
+        ["grpo.py", "--model"],
+    ]
     assert [row[1] for row in runs] == ["unread", "bfloat16", "bfloat16"]
     for row in runs:
-        assert float(row[2]) > 1 and float(row[3]) > 1 and 0.2 < float(row[4]) < 4      # torch alone takes 0.3 GiB
+        assert (
+            float(row[2]) > 1 and float(row[3]) > 1 and 0.2 < float(row[4]) < 4
+        )  # torch alone takes 0.3 GiB
     row = json.loads((rehearsed / "model" / "grpo_bfloat16" / "metrics.jsonl").read_text())
     assert row["step"] == 1 and row["completions/max_length"] <= 8 and math.isfinite(row["loss"])
     assert f"sampler and loss differ by {row['sampler_logp_diff/max']:.1e}" in runs[2][5]
@@ -112,21 +163,36 @@ def test_the_report_tells_what_ran(rehearsed):
 
 def test_released_layout(rehearsed):
     """Stops a rehearsal of files that look unlike the released ones: towers inside, fp32, a stored head."""
-    ours = {"embed_tokens", "layers", "norm", "mm_projector", "audio_projector", "bert_gate", "bert_model"}
-    layout = {"humanomni": (1, torch.bfloat16, ours),
-              "siglip": (0, torch.float32, {"logit_bias", "logit_scale", "text_model", "vision_model"}),
-              "whisper": (1, torch.float16, {"encoder", "decoder"})}
+    ours = {
+        "embed_tokens",
+        "layers",
+        "norm",
+        "mm_projector",
+        "audio_projector",
+        "bert_gate",
+        "bert_model",
+    }
+    layout = {
+        "humanomni": (1, torch.bfloat16, ours),
+        "siglip": (0, torch.float32, {"logit_bias", "logit_scale", "text_model", "vision_model"}),
+        "whisper": (1, torch.float16, {"encoder", "decoder"}),
+    }
     for name, (level, dtype, parts) in layout.items():
         own = load_file(rehearsed / "model" / name / "model.safetensors")
-        assert {key.split(".")[level] for key in own} == parts and {x.dtype for x in own.values()} == {dtype}, name
+        assert {key.split(".")[level] for key in own} == parts and {
+            x.dtype for x in own.values()
+        } == {dtype}, name
     assert not (rehearsed / "model" / "bert" / "model.safetensors").exists()
     own = load_file(rehearsed / "model" / "humanomni" / "model.safetensors")
-    assert (own["model.norm.weight"] == 1).all() and (own["model.mm_projector.s1_video.b1.conv1.bn.weight"] == 1).all()
+    assert (own["model.norm.weight"] == 1).all() and (
+        own["model.mm_projector.s1_video.b1.conv1.bn.weight"] == 1
+    ).all()
     assert own["model.embed_tokens.weight"].float().std() == pytest.approx(0.02, rel=0.02)
 
 
 def test_what_is_tidied_up(tiny, tmp_path, monkeypatch):
     """Stops gigabytes left behind, also after a failure, and logs or report, or anybody's files, that go with them."""
+
     def run_commands(out, dtypes):
         assert dtypes == ["bfloat16", "float32"]
         (out / "eval_float32.log").write_text("said")
@@ -147,11 +213,16 @@ def test_what_is_tidied_up(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "c" / "model" / "mine").is_dir()
 
 
-@pytest.mark.parametrize("lacks, said", [("disk", "14 GB of disk and 13 GB"), ("memory", "18 GB of memory and 9 GB")])
+@pytest.mark.parametrize(
+    "lacks, said", [("disk", "14 GB of disk and 13 GB"), ("memory", "18 GB of memory and 9 GB")]
+)
 def test_too_little_room(released, monkeypatch, lacks, said):
     """Stops a full disk or a killed process after minutes of writing: one sentence at the start, with README's numbers."""
     out, model = released
-    disk, memory = SimpleNamespace(free=13e9 if lacks == "disk" else 14e9), "9000000" if lacks == "memory" else "18000000"
+    disk, memory = (
+        SimpleNamespace(free=13e9 if lacks == "disk" else 14e9),
+        "9000000" if lacks == "memory" else "18000000",
+    )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     monkeypatch.setattr(rehearsal, "proc", lambda file, name: f"{memory} kB")
     with pytest.raises(UserError, match=said):
@@ -167,7 +238,11 @@ def test_peak_memory_is_the_childs(tmp_path):
     large = int(max(1.5e9, 1.2 * 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     script.write_text(f"x = bytearray({large}); del x\nprint('large')")
     _, seconds, _, peak = measure(tmp_path / "child.log", script)
-    assert large < peak * 2 ** 30 < large + 1e8 and seconds > 0 and (tmp_path / "child.log").read_text() == "large\n"
+    assert (
+        large < peak * 2**30 < large + 1e8
+        and seconds > 0
+        and (tmp_path / "child.log").read_text() == "large\n"
+    )
     script.write_text("raise SystemExit('last words')")
     with pytest.raises(UserError, match="last words"):
         measure(tmp_path / "child.log", script)

@@ -1,4 +1,5 @@
 """The page about runs: what is filled in against the files it was read from, and the page itself in a headless Chromium."""
+
 import base64
 import contextlib
 import json
@@ -22,15 +23,27 @@ from tools import report
 from tools.report import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-FLAGS = ("--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-         "--disable-component-update --disable-sync --hide-scrollbars --autoplay-policy=no-user-gesture-required").split()
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --hide-scrollbars --autoplay-policy=no-user-gesture-required"
+).split()
 EVIL = '</script><script>window.pwned = 1</script><img src=x onerror="window.pwned = 1"> \u202eevil \u0000 \ud800'
 STEPS = range(1, 13)
 
 
 def completion(step, clip, label, k, text, right, A, **more):
-    return {"step": step, "clip": clip, "prompt": "Which?", "answer": label, "completion": k, "text": text, "advantage": A,
-            "rewards": {"accuracy": float(right), "format": 1.0}, "length": 9, "finished": True} | more
+    return {
+        "step": step,
+        "clip": clip,
+        "prompt": "Which?",
+        "answer": label,
+        "completion": k,
+        "text": text,
+        "advantage": A,
+        "rewards": {"accuracy": float(right), "format": 1.0},
+        "length": 9,
+        "finished": True,
+    } | more
 
 
 def text_of(think: str, answer: str) -> str:
@@ -40,24 +53,41 @@ def text_of(think: str, answer: str) -> str:
 def make_run(folder: Path, rows: list[dict], metrics: list[dict], **config) -> Path:
     """A run folder whose logs end in a half-written line."""
     folder.mkdir(parents=True)
-    plain = {"lr": 1e-3, "num_generations": 3, "out": f"runs/{folder.name}", "data": "runs/data/rl.json", "prompt": "think",
-             "model": "runs/sft/latest", "rewards": ["accuracy", "format=0.5"], "max_new_tokens": 50, "max_steps": 20}
+    plain = {
+        "lr": 1e-3,
+        "num_generations": 3,
+        "out": f"runs/{folder.name}",
+        "data": "runs/data/rl.json",
+        "prompt": "think",
+        "model": "runs/sft/latest",
+        "rewards": ["accuracy", "format=0.5"],
+        "max_new_tokens": 50,
+        "max_steps": 20,
+    }
     (folder / "config.json").write_text(json.dumps(plain | config))
     for name, logged in (("metrics", metrics), ("rollouts", rows)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged) + '{"step": 99, "rew')
+        (folder / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in logged) + '{"step": 99, "rew'
+        )
     return folder
 
 
 def make_rollouts() -> list[dict]:
     draw, rows = random.Random(0), []
     for step in STEPS:
-        for clip, label in ((f"c{step % 4}.mp4", "happy"), ("gone.mp4", "sad"), ("large.mp4", "fear")):
+        for clip, label in (
+            (f"c{step % 4}.mp4", "happy"),
+            ("gone.mp4", "sad"),
+            ("large.mp4", "fear"),
+        ):
             right = [draw.random() < 0.6 for _ in range(3)]
             for k, good in enumerate(right):
                 said = label if good else "angry"
                 text = text_of(said if draw.random() < 0.7 else "happy", said)
                 A = 0.0 if len(set(right)) == 1 else 1.25 if good else -0.5
-                rows.append(completion(step, clip, label, k, text, good, A, finished=draw.random() < 0.9))
+                rows.append(
+                    completion(step, clip, label, k, text, good, A, finished=draw.random() < 0.9)
+                )
     return rows
 
 
@@ -79,25 +109,57 @@ def runs(tmp_path_factory) -> Path:
     cues = {"seen": {"brows": "raised", "lips": "open"}, "heard": {"pitch": "high", "rate": "low"}}
     quiet = cues | {"heard": {"pitch": "high", "rate": "slow"}}
     turns = [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "happy"}]
-    samples = [{"video": f"{name}.mp4", "conversations": turns, "cues": cues if name == "c0" else quiet}
-               for name in ("c0", "c1", "c2", "c3", "large", "gone")]
+    samples = [
+        {"video": f"{name}.mp4", "conversations": turns, "cues": cues if name == "c0" else quiet}
+        for name in ("c0", "c1", "c2", "c3", "large", "gone")
+    ]
     (runs / "data/rl.json").write_text(json.dumps(samples))
-    metrics = [{"step": s, "reward": (s * 7 % 5) / 4, "kl": s / 100 if s != 3 else None, "time/train": 2.0, "time/load": 0.5}
-               for s in STEPS]
-    make_run(runs / "sft", [], [{"step": s, "loss": 1 / s, "time/train": 3.0} for s in (1, 2)], model="hub/start")
+    metrics = [
+        {
+            "step": s,
+            "reward": (s * 7 % 5) / 4,
+            "kl": s / 100 if s != 3 else None,
+            "time/train": 2.0,
+            "time/load": 0.5,
+        }
+        for s in STEPS
+    ]
+    make_run(
+        runs / "sft",
+        [],
+        [{"step": s, "loss": 1 / s, "time/train": 3.0} for s in (1, 2)],
+        model="hub/start",
+    )
     (runs / "sft/latest").mkdir()
-    run = make_run(runs / "r1", make_rollouts(), [{"step": 0, "eval/val/war": 20.0}, *metrics[:-1],
-                                                  metrics[-1] | {"eval/val/war": 60.0}])
-    predictions = [{"id": f"c{i}.mp4", "answer": "happy", "predicted": word, "text": text_of("happy", word), "format": 1.0}
-                   for i, word in enumerate(("happy", "sad", "happy", "sad"))]
+    run = make_run(
+        runs / "r1",
+        make_rollouts(),
+        [{"step": 0, "eval/val/war": 20.0}, *metrics[:-1], metrics[-1] | {"eval/val/war": 60.0}],
+    )
+    predictions = [
+        {
+            "id": f"c{i}.mp4",
+            "answer": "happy",
+            "predicted": word,
+            "text": text_of("happy", word),
+            "format": 1.0,
+        }
+        for i, word in enumerate(("happy", "sad", "happy", "sad"))
+    ]
     result = dict.fromkeys(("war", "uar", "war_normalised", "uar_normalised"), 50.0) | {
-        "n": 4, "data": "runs/data/rl.json", "war_ci": [10.0, 90.0], "predictions": predictions,
-        "confusion": {"happy": {"happy": 2, "other": 2}}}
+        "n": 4,
+        "data": "runs/data/rl.json",
+        "war_ci": [10.0, 90.0],
+        "predictions": predictions,
+        "confusion": {"happy": {"happy": 2, "other": 2}},
+    }
     (runs / "eval").mkdir()
     for name in ("r1", "r10"):
         (runs / f"eval/{name}.rl.json").write_text(json.dumps(result))
     settings = {"full": result, "mute": result | {"war": 25.0}, "blank": result | {"war": 30.0}}
-    (run / "settings.json").write_text(json.dumps({"data": "runs/data/rl.json", "modalities": settings}))
+    (run / "settings.json").write_text(
+        json.dumps({"data": "runs/data/rl.json", "modalities": settings})
+    )
     return runs
 
 
@@ -111,16 +173,47 @@ def test_what_was_logged_is_what_stands_in_the_page(runs, tmp_path):
     content = filled(write_report([runs / "r1"], tmp_path / "p.html"))
     run, source = content["runs"][0], content["sources"][0]
     assert run["steps"] == [*STEPS] and run["every"] == 1
-    assert run["metrics"] == {"reward": [(s * 7 % 5) / 4 for s in STEPS], "time/train": [2.0] * 12, "time/load": [0.5] * 12,
-                              "kl": [None if s == 3 else s / 100 for s in STEPS]}
+    assert run["metrics"] == {
+        "reward": [(s * 7 % 5) / 4 for s in STEPS],
+        "time/train": [2.0] * 12,
+        "time/load": [0.5] * 12,
+        "kl": [None if s == 3 else s / 100 for s in STEPS],
+    }
     assert run["evals"] == {"eval/val/war": [[0, 20.0], [12, 60.0]]}
-    assert [(s["name"], s["steps"], s["seconds"]) for s in run["stages"]] == [("sft", 2, 6.0), ("r1", 12, 30.0)]
+    assert [(s["name"], s["steps"], s["seconds"]) for s in run["stages"]] == [
+        ("sft", 2, 6.0),
+        ("r1", 12, 30.0),
+    ]
     assert source["seen"] == len(source["groups"]) == 36 and source["bad"] == 0
-    assert source["weights"] == {"accuracy": 1.0, "format": 0.5} and source["rewards"] == ["accuracy", "format"]
-    got = [(g["step"], content["clips"][g["clip"]]["id"], c["text"], c["rewards"], c["advantage"], c["cut"], c["torn"])
-           for g in source["groups"] for c in g["all"]]
-    assert got == [(r["step"], r["clip"], r["text"], [*r["rewards"].values()], r["advantage"], not r["finished"], is_torn(r))
-                   for r in make_rollouts()]
+    assert source["weights"] == {"accuracy": 1.0, "format": 0.5} and source["rewards"] == [
+        "accuracy",
+        "format",
+    ]
+    got = [
+        (
+            g["step"],
+            content["clips"][g["clip"]]["id"],
+            c["text"],
+            c["rewards"],
+            c["advantage"],
+            c["cut"],
+            c["torn"],
+        )
+        for g in source["groups"]
+        for c in g["all"]
+    ]
+    assert got == [
+        (
+            r["step"],
+            r["clip"],
+            r["text"],
+            [*r["rewards"].values()],
+            r["advantage"],
+            not r["finished"],
+            is_torn(r),
+        )
+        for r in make_rollouts()
+    ]
 
 
 def test_long_curves_are_means_of_neighbours(tmp_path, monkeypatch):
@@ -128,30 +221,46 @@ def test_long_curves_are_means_of_neighbours(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "POINTS", 4)
     run = make_run(tmp_path / "r", [], [{"step": s, "reward": s} for s in range(1, 11)])
     got = filled(write_report([run], tmp_path / "p.html"))["runs"][0]
-    assert (got["steps"], got["every"], got["metrics"]["reward"]) == ([3, 6, 9, 10], 3, [2, 5, 8, 10])
+    assert (got["steps"], got["every"], got["metrics"]["reward"]) == (
+        [3, 6, 9, 10],
+        3,
+        [2, 5, 8, 10],
+    )
 
 
 def test_clips_are_embedded_linked_or_gone(runs, tmp_path, monkeypatch):
     """Stops a large clip in the page, a link that leads nowhere, a run that was moved and loses its clips."""
     moved = tmp_path / "elsewhere/runs"
     shutil.copytree(runs, moved)
-    monkeypatch.chdir(runs.parent)           # where runs/data is another run's
-    clips = {clip["id"]: clip for clip in filled(write_report([moved / "r1"], tmp_path / "out/p.html"))["clips"]}
+    monkeypatch.chdir(runs.parent)  # where runs/data is another run's
+    clips = {
+        clip["id"]: clip
+        for clip in filled(write_report([moved / "r1"], tmp_path / "out/p.html"))["clips"]
+    }
     assert base64.b64decode(clips["c1.mp4"]["file"]) == (runs / "data/c1.mp4").read_bytes()
     assert "file" not in clips["large.mp4"]
     assert (tmp_path / "out" / clips["large.mp4"]["href"]).samefile(moved / "data/large.mp4")
     assert not clips["gone.mp4"].keys() & {"file", "href", "strip"}
     assert base64.b64decode(clips["c1.mp4"]["strip"]).startswith(b"\xff\xd8")
     wave = clips["c1.mp4"]["wave"]
-    assert len(wave) == report.BARS and max(wave) == 100 and max(wave[:10]) < 15         # the tone grows from silence
-    assert clips["c1.mp4"]["seen"] == ["open", "raised"] and clips["c1.mp4"]["heard"] == ["high", "slow"]
+    assert (
+        len(wave) == report.BARS and max(wave) == 100 and max(wave[:10]) < 15
+    )  # the tone grows from silence
+    assert clips["c1.mp4"]["seen"] == ["open", "raised"] and clips["c1.mp4"]["heard"] == [
+        "high",
+        "slow",
+    ]
 
 
 def test_results_beside_the_run_and_given_ones(runs, tmp_path):
     """Stops the results of r10 beside r1, a setting that is lost, answers that are not side by side."""
     content = filled(write_report([runs / "r1"], tmp_path / "p.html"))
     assert sorted((r["by"], r["run"], *r["rates"]["war"]) for r in content["results"]) == [
-        ("r1", 0, 50, 10, 90), ("r1", 0, 50, 10, 90), ("r1 (blank)", 0, 30, 10, 90), ("r1 (mute)", 0, 25, 10, 90)]
+        ("r1", 0, 50, 10, 90),
+        ("r1", 0, 50, 10, 90),
+        ("r1 (blank)", 0, 30, 10, 90),
+        ("r1 (mute)", 0, 25, 10, 90),
+    ]
     answers = content["sources"][1]
     assert [c["by"] for c in answers["groups"][0]["all"]] == [r["by"] for r in content["results"]]
     assert sorted(g["all"][0]["rewards"][0] for g in answers["groups"]) == [0, 0, 1, 1]
@@ -163,17 +272,31 @@ def test_fifty_thousand_rollouts_are_thinned_by_rule(tmp_path):
     """Stops a page that nobody can open, steps that are missing in it, clips that cannot be followed over the steps."""
     live = lambda step: step % 3 > 0
     name = lambda step, b: f"clip{(step * 10 + b) % 1000}.mp4"
-    rows = [completion(s, name(s, b), "happy", k, text_of("happy", "happy") + " x" * 60, live(s) and k % 2, 0.0)
-            for s in range(1, 626) for b in range(10) for k in range(8)]
-    page = write_report([make_run(tmp_path / "r", rows, [{"step": s} for s in range(1, 626)])], tmp_path / "p.html")
+    rows = [
+        completion(
+            s, name(s, b), "happy", k, text_of("happy", "happy") + " x" * 60, live(s) and k % 2, 0.0
+        )
+        for s in range(1, 626)
+        for b in range(10)
+        for k in range(8)
+    ]
+    page = write_report(
+        [make_run(tmp_path / "r", rows, [{"step": s} for s in range(1, 626)])], tmp_path / "p.html"
+    )
     content = filled(page)
     source, clips = content["sources"][0], content["clips"]
     assert len(rows) == 50_000 and source["seen"] == 6250 and 1500 < len(source["groups"]) < 3500
     assert report.ROLLOUT_BYTES * 0.8 < page.stat().st_size < report.ROLLOUT_BYTES * 1.1
     kept = {(g["step"], clips[g["clip"]]["id"]) for g in source["groups"]}
-    for part in range(50):                   # of the clips that stay by name the highest draws, of the others the live ones
+    for part in range(
+        50
+    ):  # of the clips that stay by name the highest draws, of the others the live ones
         steps = [s for s in range(1, 626) if (s - 1) * 50 // 625 == part]
-        here = [((s, name(s, b)) in kept, live(s), zlib.crc32(name(s, b).encode())) for s in steps for b in range(10)]
+        here = [
+            ((s, name(s, b)) in kept, live(s), zlib.crc32(name(s, b).encode()))
+            for s in steps
+            for b in range(10)
+        ]
         by_name = [(drawn, stays) for stays, _, drawn in here if drawn % 2]
         assert min(d for d, stays in by_name if stays) > max(d for d, stays in by_name if not stays)
         others = {(stays, alive) for stays, alive, drawn in here if drawn % 2 == 0}
@@ -182,20 +305,49 @@ def test_fifty_thousand_rollouts_are_thinned_by_rule(tmp_path):
 
 def hostile(folder: Path) -> Path:
     nan, inf = float("nan"), float("inf")
-    rows = [completion(s, "<b>../x.mp4", "<i>happy</i>", k, EVIL + "x" * 50_000 * (k == 1), nan if k else 1, inf,
-                       prompt=EVIL, tokens=[["<b>", -1, nan, 1.0], 3] if k else "no") for s in (1, 2) for k in (0, 1, 2)]
-    metrics = [{"step": 1, "<img src=x onerror=alert(1)>": 1, "reward": 1e99, "kl": "x"}, {"step": 2, "reward": nan}]
-    return make_run(folder, [*rows, {"step": "x"}, {"step": 1, "clip": 3}, {"rewards": []}], metrics, question=EVIL,
-                    rewards=["accuracy", "<b>=x", 3], media_root=7, model=EVIL)
+    rows = [
+        completion(
+            s,
+            "<b>../x.mp4",
+            "<i>happy</i>",
+            k,
+            EVIL + "x" * 50_000 * (k == 1),
+            nan if k else 1,
+            inf,
+            prompt=EVIL,
+            tokens=[["<b>", -1, nan, 1.0], 3] if k else "no",
+        )
+        for s in (1, 2)
+        for k in (0, 1, 2)
+    ]
+    metrics = [
+        {"step": 1, "<img src=x onerror=alert(1)>": 1, "reward": 1e99, "kl": "x"},
+        {"step": 2, "reward": nan},
+    ]
+    return make_run(
+        folder,
+        [*rows, {"step": "x"}, {"step": 1, "clip": 3}, {"rewards": []}],
+        metrics,
+        question=EVIL,
+        rewards=["accuracy", "<b>=x", 3],
+        media_root=7,
+        model=EVIL,
+    )
 
 
 def test_hostile_texts_cannot_leave_the_data(tmp_path):
     """Stops a text that ends the script, NaN in JSON, a lone surrogate that cannot be written, a text of any length."""
     page = write_report([hostile(tmp_path / "a/r"), hostile(tmp_path / "b/r")], tmp_path / "p.html")
-    assert page.read_text().count("<") == Path(report.__file__).with_suffix(".html").read_text().count("<")
+    assert page.read_text().count("<") == Path(report.__file__).with_suffix(
+        ".html"
+    ).read_text().count("<")
     content = filled(page)
     source = content["sources"][0]
-    assert [run["name"] for run in content["runs"]] == ["a/r", "b/r"] and source["bad"] == 3 and len(source["groups"]) == 2
+    assert (
+        [run["name"] for run in content["runs"]] == ["a/r", "b/r"]
+        and source["bad"] == 3
+        and len(source["groups"]) == 2
+    )
     first, second, _ = source["groups"][0]["all"]
     assert first["text"] == EVIL and first["advantage"] is None and second["rewards"][0] is None
     assert len(second["text"]) < report.LONGEST + 60 and "characters are left out" in second["text"]
@@ -210,12 +362,21 @@ def test_errors_are_a_sentence(runs, tmp_path):
         write_report([runs / "r1"], tmp_path / "p.html", [runs / "data/rl.json"])
     with pytest.raises(UserError, match="cannot write"):
         write_report([runs / "r1"], runs / "r1/config.json/p.html")
-    told = subprocess.run([sys.executable, "-m", "tools.report", runs / "sft", "--out", tmp_path / "sft.html"], text=True,
-                          capture_output=True, cwd=Path(report.__file__).parents[1])
-    assert told.stdout.startswith(f"{tmp_path / 'sft.html'}: 0.0 MB") and not told.stderr and filled(tmp_path / "sft.html")
+    told = subprocess.run(
+        [sys.executable, "-m", "tools.report", runs / "sft", "--out", tmp_path / "sft.html"],
+        text=True,
+        capture_output=True,
+        cwd=Path(report.__file__).parents[1],
+    )
+    assert (
+        told.stdout.startswith(f"{tmp_path / 'sft.html'}: 0.0 MB")
+        and not told.stderr
+        and filled(tmp_path / "sft.html")
+    )
 
 
 # ---- the page, in a browser ----------------------------------------------------------------------
+
 
 class Browser:
     """Chromium by the WebDriver protocol of chromedriver: HTTP and JSON, nothing to install."""
@@ -224,22 +385,34 @@ class Browser:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.process = subprocess.Popen([DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [DRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         self.base = f"http://127.0.0.1:{port}"
-        options = {"goog:chromeOptions": {"binary": CHROMIUM, "args": [*FLAGS, f"--user-data-dir={folder}"]},
-                   "goog:loggingPrefs": {"browser": "ALL"}}
+        options = {
+            "goog:chromeOptions": {
+                "binary": CHROMIUM,
+                "args": [*FLAGS, f"--user-data-dir={folder}"],
+            },
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         self.wait(lambda: self.call("GET", "/status"))
-        self.base += "/session/" + self.call("POST", "/session", {"capabilities": {"alwaysMatch": options}})["sessionId"]
+        self.base += (
+            "/session/"
+            + self.call("POST", "/session", {"capabilities": {"alwaysMatch": options}})["sessionId"]
+        )
 
     def call(self, method: str, path: str, body: dict | None = None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
+        request = urllib.request.Request(
+            self.base + path, data, {"Content-Type": "application/json"}, method=method
+        )
         with urllib.request.urlopen(request, timeout=100) as answer:
             return json.load(answer)["value"]
 
     def wait(self, ready) -> None:
         for _ in range(300):
-            with contextlib.suppress(OSError):           # not listening yet
+            with contextlib.suppress(OSError):  # not listening yet
                 if ready():
                     return
             time.sleep(0.1)
@@ -247,37 +420,61 @@ class Browser:
 
     def open(self, page: Path, width: int = 1400, dark: bool = False) -> None:
         for cmd, params in (
-                ("setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}),
-                ("setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": ("light", "dark")[dark]}]})):
+            (
+                "setDeviceMetricsOverride",
+                {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+            ),
+            (
+                "setEmulatedMedia",
+                {"features": [{"name": "prefers-color-scheme", "value": ("light", "dark")[dark]}]},
+            ),
+        ):
             self.call("POST", "/goog/cdp/execute", {"cmd": f"Emulation.{cmd}", "params": params})
         self.call("POST", "/url", {"url": page.resolve().as_uri()})
 
     def js(self, expression: str, *args):
-        return self.call("POST", "/execute/sync", {"script": f"return {expression}", "args": list(args)})
+        return self.call(
+            "POST", "/execute/sync", {"script": f"return {expression}", "args": list(args)}
+        )
 
     def texts(self, selector: str) -> list[str]:
-        return self.js("[...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector)
+        return self.js(
+            "[...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector
+        )
 
     def errors(self) -> list[str]:
-        return [entry for entry in self.call("POST", "/se/log", {"type": "browser"}) if entry["level"] == "SEVERE"]
+        return [
+            entry
+            for entry in self.call("POST", "/se/log", {"type": "browser"})
+            if entry["level"] == "SEVERE"
+        ]
 
     def press(self, *keys: str) -> None:
         for key in keys:
-            self.js("document.activeElement.dispatchEvent(new KeyboardEvent('keydown', "
-                    "{key: arguments[0], bubbles: true}))", key)
+            self.js(
+                "document.activeElement.dispatchEvent(new KeyboardEvent('keydown', "
+                "{key: arguments[0], bubbles: true}))",
+                key,
+            )
 
     def choose(self, **values: str) -> str:
         """Set controls, one after the other.  -> how many groups are left, as the page says it"""
         for name, value in values.items():
-            self.js("(([id, value]) => { const e = document.getElementById(id); e.value = value; "
-                    "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind)); })(arguments)", name, value)
+            self.js(
+                "(([id, value]) => { const e = document.getElementById(id); e.value = value; "
+                "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind)); })(arguments)",
+                name,
+                value,
+            )
         return self.texts("#count")[0]
 
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
     if not (CHROMIUM and DRIVER):
-        pytest.skip("the page is not tested: no chromium and chromedriver here (Debian: chromium, chromium-driver)")
+        pytest.skip(
+            "the page is not tested: no chromium and chromedriver here (Debian: chromium, chromium-driver)"
+        )
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
     try:
@@ -302,20 +499,29 @@ def page(runs, tmp_path_factory) -> Path:
 def test_curves_go_through_the_logged_points(browser, page):
     """Stops a curve that is upside down, beside its axis, or not drawn; a value under the pointer that is another step's."""
     browser.open(page)
-    drawn = browser.js("[...document.querySelectorAll('[data-metric]')].map(f => [f.dataset.metric, "
-                       "f.querySelector('svg').dataset.domain, f.querySelector('path.raw').getAttribute('d')])")
+    drawn = browser.js(
+        "[...document.querySelectorAll('[data-metric]')].map(f => [f.dataset.metric, "
+        "f.querySelector('svg').dataset.domain, f.querySelector('path.raw').getAttribute('d')])"
+    )
     curves = {name: (domain, path) for name, domain, path in drawn}
-    for name, want in (("reward", [(s, (s * 7 % 5) / 4) for s in STEPS]), ("eval/val/war", [(0, 20), (12, 60)]),
-                       ("kl", [(s, s / 100) for s in STEPS if s != 3])):
+    for name, want in (
+        ("reward", [(s, (s * 7 % 5) / 4) for s in STEPS]),
+        ("eval/val/war", [(0, 20), (12, 60)]),
+        ("kl", [(s, s / 100) for s in STEPS if s != 3]),
+    ):
         first, last, low, high = map(float, curves[name][0].split())
         points = [map(float, point.split()) for point in curves[name][1][1:].split("L")]
-        got = [(first + (x - 46) / 280 * (last - first), low + (150 - y) / 142 * (high - low)) for x, y in points]
+        got = [
+            (first + (x - 46) / 280 * (last - first), low + (150 - y) / 142 * (high - low))
+            for x, y in points
+        ]
         np.testing.assert_allclose(got, want, atol=2e-4 * max(high - low, last - first))
     browser.js("document.querySelector('[data-metric=reward] svg').focus()")
     browser.press("ArrowRight", "ArrowRight")
     assert browser.texts("#tip") == ["step 2r1: 1"]
-    assert browser.js("[...document.querySelectorAll('[data-phase]')].map(p => p.dataset.phase)") == [
-        "time/train", "time/load", "time/train"]
+    assert browser.js(
+        "[...document.querySelectorAll('[data-phase]')].map(p => p.dataset.phase)"
+    ) == ["time/train", "time/load", "time/train"]
 
 
 def test_filters_leave_what_a_brute_force_count_leaves(browser, page):
@@ -326,14 +532,19 @@ def test_filters_leave_what_a_brute_force_count_leaves(browser, page):
         groups.setdefault((row["step"], row["clip"]), []).append(row)
     reward = lambda g: sum(r["rewards"]["accuracy"] + 0.5 for r in g) / 3
     alive = lambda g: any(r["advantage"] for r in g)
-    cases = [({"emotion": "sad"}, lambda g: g[0]["answer"] == "sad"), ({"kind": "dead"}, lambda g: not alive(g)),
-             ({"kind": "alive"}, alive), ({"kind": "cut"}, lambda g: not all(r["finished"] for r in g)),
-             ({"whole": "disagree"}, lambda g: any(map(is_torn, g))),
-             ({"whole": "agree"}, lambda g: not any(map(is_torn, g))),
-             ({"least": "0.8"}, lambda g: reward(g) >= 0.8), ({"most": "0.8"}, lambda g: reward(g) <= 0.8),
-             ({"reach": "1"}, lambda g: max(abs(r["advantage"]) for r in g) >= 1),
-             ({"search": "IS SAD"}, lambda g: any("is sad" in r["text"] for r in g)),
-             ({"search": "c1.mp4", "kind": "alive"}, lambda g: g[0]["clip"] == "c1.mp4" and alive(g))]
+    cases = [
+        ({"emotion": "sad"}, lambda g: g[0]["answer"] == "sad"),
+        ({"kind": "dead"}, lambda g: not alive(g)),
+        ({"kind": "alive"}, alive),
+        ({"kind": "cut"}, lambda g: not all(r["finished"] for r in g)),
+        ({"whole": "disagree"}, lambda g: any(map(is_torn, g))),
+        ({"whole": "agree"}, lambda g: not any(map(is_torn, g))),
+        ({"least": "0.8"}, lambda g: reward(g) >= 0.8),
+        ({"most": "0.8"}, lambda g: reward(g) <= 0.8),
+        ({"reach": "1"}, lambda g: max(abs(r["advantage"]) for r in g) >= 1),
+        ({"search": "IS SAD"}, lambda g: any("is sad" in r["text"] for r in g)),
+        ({"search": "c1.mp4", "kind": "alive"}, lambda g: g[0]["clip"] == "c1.mp4" and alive(g)),
+    ]
     open_ = dict.fromkeys(("emotion", "kind", "whole", "least", "most", "reach", "search"), "")
     for values, keep in cases:
         n = sum(map(keep, groups.values()))
@@ -347,7 +558,10 @@ def test_a_clip_plays_beside_its_marked_texts(browser, page):
     """Stops a video that does not play, marks on the wrong words, the settings of an evaluation apart."""
     browser.open(page)
     browser.choose(search="c1.mp4")
-    assert (browser.texts("#completions .seen"), browser.texts("#completions .absent")) == (["raised"] * 3, ["low"] * 3)
+    assert (browser.texts("#completions .seen"), browser.texts("#completions .absent")) == (
+        ["raised"] * 3,
+        ["low"] * 3,
+    )
     torn = [row["step"] for row in make_rollouts() if row["clip"] == "c1.mp4" and is_torn(row)]
     browser.choose(whole="disagree")
     assert len(browser.texts("#completions .against")) == 2 * torn.count(min(torn))
@@ -361,12 +575,16 @@ def test_a_clip_plays_beside_its_marked_texts(browser, page):
 def test_keys_step_through_it(browser, page):
     """Stops keys that do nothing, move while one types, or lose the clip that was to stay."""
     browser.open(page)
-    at = lambda: tuple(browser.js("['step', 'name'].map(id => document.getElementById(id).selectedOptions[0].textContent)"))
+    at = lambda: tuple(
+        browser.js(
+            "['step', 'name'].map(id => document.getElementById(id).selectedOptions[0].textContent)"
+        )
+    )
     assert at() == ("1", "c1.mp4")
     browser.press("ArrowRight", "j")
     assert at() == ("2", "gone.mp4")
     browser.press("k", "ArrowLeft", "c", "ArrowRight")
-    assert at() == ("5", "c1.mp4")           # where c1 comes again
+    assert at() == ("5", "c1.mp4")  # where c1 comes again
     browser.press("/", "ArrowLeft")
     assert browser.js("document.activeElement.id") == "search" and at() == ("5", "c1.mp4")
     browser.js("document.activeElement.blur()")
@@ -403,7 +621,9 @@ def test_hostile_texts_stay_text(browser, tmp_path):
     """Stops a text, a name or a setting that is read as HTML, and a hidden character that turns what is read."""
     runs = [hostile(tmp_path / "<img src=x onerror=alert(1)>"), hostile(tmp_path / "b")]
     browser.open(write_report(runs, tmp_path / "p.html"))
-    assert browser.js("[window.pwned ?? 0, document.querySelectorAll('main :is(b, i, script, [src=x])').length]") == [0, 0]
+    assert browser.js(
+        "[window.pwned ?? 0, document.querySelectorAll('main :is(b, i, script, [src=x])').length]"
+    ) == [0, 0]
     assert browser.texts("#completions .text")[0] == EVIL[:-9] + "⟨U+202E⟩evil ⟨U+0000⟩ ⟨U+D800⟩"
     browser.choose(colour="KL")
     assert browser.texts("#completions .text")[1] == "<b>"
@@ -418,5 +638,12 @@ def test_runs_that_have_only_begun_open_too(browser, tmp_path):
         browser.open(write_report(runs, tmp_path / "p.html"))
         browser.press("ArrowRight", "j")
         assert browser.js("[...document.querySelectorAll('section')].map(s => s.id)") == [
-            "findings", "curves", "time", "results", "rollouts", "configuration", "limits"]
+            "findings",
+            "curves",
+            "time",
+            "results",
+            "rollouts",
+            "configuration",
+            "limits",
+        ]
         assert len(browser.texts("#completions article")) == (one in runs)

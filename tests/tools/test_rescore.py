@@ -1,4 +1,5 @@
 """Rescoring a run: the run's own rewards give the run's own numbers; others are counted by hand."""
+
 import json
 import subprocess
 import sys
@@ -10,21 +11,44 @@ from lib.common import UserError
 from tools.rescore import Args, rescore
 
 ROOT = Path(__file__).parents[2]
-TORN, WHOLE = "<think>so sad</think><answer>happy</answer>", "<think>so happy</think><answer>happy</answer>"
+TORN, WHOLE = (
+    "<think>so sad</think><answer>happy</answer>",
+    "<think>so happy</think><answer>happy</answer>",
+)
 
 
 @pytest.fixture
 def run(tmp_path):
     """Two steps of one clip, two completions each: a torn text beside a whole one, then two alike."""
     texts = [(1, TORN), (1, WHOLE), (2, WHOLE), (2, WHOLE)]
-    rows = [{"step": step, "clip": "a.mp4", "answer": "happy", "completion": i % 2, "text": text, "length": 5,
-             "finished": True, "rewards": {"accuracy": 1.0, "length": 0.2 * (i == 0)}} for i, (step, text) in
-            enumerate(texts)]
+    rows = [
+        {
+            "step": step,
+            "clip": "a.mp4",
+            "answer": "happy",
+            "completion": i % 2,
+            "text": text,
+            "length": 5,
+            "finished": True,
+            "rewards": {"accuracy": 1.0, "length": 0.2 * (i == 0)},
+        }
+        for i, (step, text) in enumerate(texts)
+    ]
     (tmp_path / "rollouts.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "happy"}]
-    (tmp_path / "data.json").write_text(json.dumps([{"video": "a.mp4", "weight": 3, "conversations": turns}]))
-    (tmp_path / "config.json").write_text(json.dumps({"data": str(tmp_path / "data.json"), "prompt": "think",
-                                                      "max_new_tokens": 10, "rewards": ["accuracy"]}))
+    (tmp_path / "data.json").write_text(
+        json.dumps([{"video": "a.mp4", "weight": 3, "conversations": turns}])
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "data": str(tmp_path / "data.json"),
+                "prompt": "think",
+                "max_new_tokens": 10,
+                "rewards": ["accuracy"],
+            }
+        )
+    )
     (tmp_path / "mine.py").write_text("def weight(c): return c.row['weight'] + c.limit\n")
     return tmp_path
 
@@ -34,8 +58,10 @@ def test_other_rewards_by_hand(run):
     got = rescore(Args(str(run), ["accuracy", "agreement=0.5", f"{run}/mine.py:weight"]))
     assert (got["steps"], got["completions"]) == (2, 4)
     assert got["means"] == {"accuracy": 1.0, "agreement": 0.75, "weight": 13.0}
-    assert got["alive"] == 0.5 and got["alive_before"] == 0.5             # step 1: by agreement; before: by length
-    assert got["other_best"] == 0.5                                       # there the torn text was best, now the whole one
+    assert (
+        got["alive"] == 0.5 and got["alive_before"] == 0.5
+    )  # step 1: by agreement; before: by length
+    assert got["other_best"] == 0.5  # there the torn text was best, now the whole one
     assert rescore(Args(str(run), ["accuracy", "agreement"], last=1))["alive"] == 0.0
     assert rescore(Args(str(run), ["accuracy"]))["other_best"] == 0.0
 

@@ -1,4 +1,5 @@
 """The first look: what it says is what its result files say."""
+
 import json
 
 from test_toy import SCALE, forked
@@ -9,22 +10,35 @@ from toy import look
 def test_the_story_is_that_of_the_result_files(tmp_path):
     """Stops a rate of another run, a mean over one set alone, and a gain that is told where there was a loss."""
     (tmp_path / "eval").mkdir()
-    rates = {"start": (70, 74, 80, 90), "r1": (86, 82, 61, 59), "r1_conclusion": (69, 71, 97, 95)}       # war x 2, epc x 2
+    rates = {
+        "start": (70, 74, 80, 90),
+        "r1": (86, 82, 61, 59),
+        "r1_conclusion": (69, 71, 97, 95),
+    }  # war x 2, epc x 2
     for name, (a, b, c, d) in rates.items():
         for test_set, war, epc in (("toy_dfew_test", a, c), ("toy_mafw_test", b, d)):
             file = tmp_path / "eval" / f"{name}.{test_set}.json"
             file.write_text(json.dumps({"war": war, "epc": epc, "n": 100}))
     first, second, third = look.story(look.Look(look.Args(out=str(tmp_path), steps=56))).split("\n")
-    assert first.startswith("With the paper's reward") and second.startswith("With the reasoning paid")
-    assert "56 steps took the accuracy from 72 to 84 %" in first and first.endswith("the answer from 85 to 60 %.")
-    assert "took the accuracy from 72 to 70 %" in second and second.endswith("the answer from 85 to 96 %.")
+    assert first.startswith("With the paper's reward") and second.startswith(
+        "With the reasoning paid"
+    )
+    assert "56 steps took the accuracy from 72 to 84 %" in first and first.endswith(
+        "the answer from 85 to 60 %."
+    )
+    assert "took the accuracy from 72 to 70 %" in second and second.endswith(
+        "the answer from 85 to 96 %."
+    )
     assert "200 test clips" in third and "below 10 points may be chance" in third
 
 
 def test_it_runs_from_the_shipped_start(tmp_path):
     """Stops a first look that another part of the project has broken; runs that differ in more than their rewards."""
     said = forked(lambda: look.main(look.Args(out=str(tmp_path / "out"), scale=SCALE, steps=2)))
-    configs = [json.loads((tmp_path / "out" / name / "config.json").read_text()) for name in ("r1", "r1_conclusion")]
+    configs = [
+        json.loads((tmp_path / "out" / name / "config.json").read_text())
+        for name in ("r1", "r1_conclusion")
+    ]
     assert {k for k in configs[0] if configs[0][k] != configs[1][k]} == {"rewards", "out", "argv"}
     assert configs[1]["rewards"] == ["accuracy", "format", "conclusion", "agreement=0.2"]
     page = tmp_path / "out" / "report.html"

@@ -1,4 +1,5 @@
 """The miniature's world: run with `pytest tests/test_toy/world.py`, about 10 s on two cores."""
+
 import json
 import re
 from pathlib import Path
@@ -21,7 +22,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.*")) if p.is_file()}
+    return {
+        str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*.*")) if p.is_file()
+    }
 
 
 def test_same_bytes_for_any_worker_count(folder, tmp_path):
@@ -62,7 +65,9 @@ def test_counts_and_floor():
             labels = [c.label for c in plan if (c.set, c.split) == (name, split)]
             assert len(labels) == n
             if spec.weights:
-                assert min(labels.count(e) for e in spec.weights) >= min(spec.floor, n // len(spec.weights))
+                assert min(labels.count(e) for e in spec.weights) >= min(
+                    spec.floor, n // len(spec.weights)
+                )
     emer = [c.label for c in plan if c.set == "toy_emer"]
     assert emer.count("happy") == 89 and emer.count("contemptuous") == 1
 
@@ -71,15 +76,25 @@ def test_faces_and_voices():
     """Stops two emotions with one look and sound (unlearnable), or a modality that suffices alone."""
     assert len(set(world.PAIRS.values())) == len(world.PAIRS) == 12
     for name in ("toy_dfew", "toy_mafw"):
-        both, seen, heard = (world.bayes_accuracy(name, c) for c in (world.CUES, world.SEEN, world.HEARD))
+        both, seen, heard = (
+            world.bayes_accuracy(name, c) for c in (world.CUES, world.SEEN, world.HEARD)
+        )
         assert both >= 0.93 and seen <= both - 0.25 and heard <= both - 0.25
     # the exact figure against clips: take the likeliest emotion of each
     plan = [c for c in world.plan(0, 1.0) if c.set == "toy_dfew" and c.split == "train"]
     weights, right = world.SETS["toy_dfew"].weights, 0
     for clip in plan:
+
         def likelihood(e, clip=clip):
-            return weights[e] * np.prod([1 - world.FLIP if clip.levels[c] == world.EMOTIONS[e][c]
-                                         else world.FLIP / (len(world.CUES[c]) - 1) for c in world.CUES])
+            return weights[e] * np.prod(
+                [
+                    1 - world.FLIP
+                    if clip.levels[c] == world.EMOTIONS[e][c]
+                    else world.FLIP / (len(world.CUES[c]) - 1)
+                    for c in world.CUES
+                ]
+            )
+
         right += max(weights, key=likelihood) == clip.label
     assert abs(right / len(plan) - world.bayes_accuracy("toy_dfew")) < 0.015
 
@@ -112,9 +127,15 @@ def test_texts_state_every_true_cue_and_no_caption_names_an_emotion(folder):
 def test_cue_scores_by_hand():
     """Stops a score that counts words twice, parts of words, or words of the answer."""
     cues = {**world.EMOTIONS["angry"], "values": [0.0] * 10}
-    text = ("wide <think>The brows are Lowered, lowered and raised, the eyes are narrowed, the lips opening. "
-            "The voice is loud and slow.</think><answer>knit</answer>")
-    assert world.cue_scores(text, cues) == (3, 5, 10)  # lowered narrowed loud; raised slow are wrong
+    text = (
+        "wide <think>The brows are Lowered, lowered and raised, the eyes are narrowed, the lips opening. "
+        "The voice is loud and slow.</think><answer>knit</answer>"
+    )
+    assert world.cue_scores(text, cues) == (
+        3,
+        5,
+        10,
+    )  # lowered narrowed loud; raised slow are wrong
     assert world.cue_scores("", cues) == (0, 0, 10)
     both = world.describe(cues, np.random.default_rng(0)) + " smooth, level"
     assert world.cue_scores(both, cues) == (10, 12, 10)
@@ -123,7 +144,11 @@ def test_cue_scores_by_hand():
 def test_rows(folder):
     """Stops sample files that the readers refuse, and labels drawn apart from the clips."""
     rows = json.loads((folder / "rl_train.json").read_text())
-    assert rows == [r for s in ("dfew", "mafw") for r in json.loads((folder / f"toy_{s}_train.json").read_text())]
+    assert rows == [
+        r
+        for s in ("dfew", "mafw")
+        for r in json.loads((folder / f"toy_{s}_train.json").read_text())
+    ]
     for row in rows:
         human, gpt = row["conversations"]
         assert human["value"].startswith("<video>\n<audio>\n") and "<think>" in human["value"]
@@ -145,4 +170,4 @@ def test_clip_on_disk(folder, name):
     assert seen.shape == frames.shape == (world.FRAMES, world.SIZE, world.SIZE, 3)
     assert np.abs(seen[-1].astype(float) - frames[-1]).mean() < 8
     assert world.SAMPLES <= len(heard) < world.SAMPLES + 2048
-    assert np.corrcoef(np.abs(heard[:world.SAMPLES]), np.abs(samples))[0, 1] > 0.9
+    assert np.corrcoef(np.abs(heard[: world.SAMPLES]), np.abs(samples))[0, 1] > 0.9

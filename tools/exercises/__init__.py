@@ -1,4 +1,5 @@
 """The checks of the exercises in docs/course: one file each, run by tools/check_exercise.py."""
+
 import dataclasses
 import importlib.util
 import json
@@ -24,7 +25,10 @@ def metrics(folder: Path, name: str) -> list[float]:
 def unlike(a: Path, b: Path, args: type) -> set[str]:
     """The flags, of a script's `Args`, that two runs do not share; where they write to does not count."""
     one, two = config(a), config(b)
-    return {f.name for f in dataclasses.fields(args) if one.get(f.name) != two.get(f.name)} - {"out", "overwrite"}
+    return {f.name for f in dataclasses.fields(args) if one.get(f.name) != two.get(f.name)} - {
+        "out",
+        "overwrite",
+    }
 
 
 def start_model() -> HumanOmni:

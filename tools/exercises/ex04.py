@@ -1,4 +1,5 @@
 """Exercise 4: one denominator for the whole step, however it is cut."""
+
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from tools.exercises import config, metrics, start_model, unlike
 from training import MasterAdamW
 
 LENGTHS = torch.tensor([[9, 2, 4, 1], [1, 2, 1, 1], [12, 12, 7, 9], [3, 1, 2, 2]])
-REWARDS = torch.tensor([[2., 1, 1, 2], [1, 1, 2, 1], [2, 1, 0, 2], [1, 1, 1, 1]])      # the last group is dead
-LIMIT = 16                                       # --max_new_tokens, longer than any completion here
+REWARDS = torch.tensor(
+    [[2.0, 1, 1, 2], [1, 1, 2, 1], [2, 1, 0, 2], [1, 1, 1, 1]]
+)  # the last group is dead
+LIMIT = 16  # --max_new_tokens, longer than any completion here
 RANK = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -41,28 +44,62 @@ class World:
         self.trained = self.model.set_trained(("decoder",))
         ids = [torch.randint(3, 300, (n,), generator=gen).tolist() for n in (5, 9, 7, 6)]
         self.batch = PromptBatch(
-            indices=[0, 1, 2, 3], samples=[None] * 4, asked=[""] * 4, input_ids=ids, targets=[[]] * 4, frames=None, mel=None,
-            vision=None, audio=None, question_ids=torch.zeros(4, 1).long(), question_mask=torch.ones(4, 1).bool(),
-            keys=[{}] * 4, bad=[], notes=[])
+            indices=[0, 1, 2, 3],
+            samples=[None] * 4,
+            asked=[""] * 4,
+            input_ids=ids,
+            targets=[[]] * 4,
+            frames=None,
+            mel=None,
+            vision=None,
+            audio=None,
+            question_ids=torch.zeros(4, 1).long(),
+            question_mask=torch.ones(4, 1).bool(),
+            keys=[{}] * 4,
+            bad=[],
+            notes=[],
+        )
         completions = torch.randint(3, 300, (4, 4, int(LENGTHS.max())), generator=gen)
         self.rollout = grpo.Rollout(
-            9, completions, LENGTHS, LENGTHS > 0, logps=torch.full(completions.shape, -5.0), ref_logps=None,
-            texts=[[""] * 4] * 4, rewards={"accuracy": REWARDS}, advantages=grpo.advantages(REWARDS))
+            9,
+            completions,
+            LENGTHS,
+            LENGTHS > 0,
+            logps=torch.full(completions.shape, -5.0),
+            ref_logps=None,
+            texts=[[""] * 4] * 4,
+            rewards={"accuracy": REWARDS},
+            advantages=grpo.advantages(REWARDS),
+        )
 
     def gradient(self, ranks: Ranks = RANK, **flags) -> torch.Tensor:
         """What the optimiser would get from one step of `grpo.update`."""
-        args = grpo.Args(model="", data="", out="", num_generations=4, prompts_per_step=4, max_new_tokens=LIMIT, beta=0.0,
-                         max_logp_diff=1e9, **flags)
+        args = grpo.Args(
+            model="",
+            data="",
+            out="",
+            num_generations=4,
+            prompts_per_step=4,
+            max_new_tokens=LIMIT,
+            beta=0.0,
+            max_logp_diff=1e9,
+            **flags,
+        )
         optimizer = Recorder(self.trained, 0.0)
         grpo.update(self.model, optimizer, self.batch, self.rollout, args, ranks, 0.0, grpo.Meter())
         return optimizer.seen
 
     def expected(self, agg: str) -> torch.Tensor:
         """The same from the definition: every completion at once, one sum, one division."""
-        logps = self.model.completion_logps(*embed(self.model, self.batch), self.rollout.completions, LENGTHS)
+        logps = self.model.completion_logps(
+            *embed(self.model, self.batch), self.rollout.completions, LENGTHS
+        )
         inside = torch.arange(logps.shape[2]) < LENGTHS[..., None]
-        per_token = {"seq": 1 / LENGTHS / LENGTHS.numel(), "token": 1 / LENGTHS.sum().expand_as(LENGTHS),
-                     "const": torch.full(LENGTHS.shape, 1 / (LENGTHS.numel() * LIMIT))}[agg]
+        per_token = {
+            "seq": 1 / LENGTHS / LENGTHS.numel(),
+            "token": 1 / LENGTHS.sum().expand_as(LENGTHS),
+            "const": torch.full(LENGTHS.shape, 1 / (LENGTHS.numel() * LIMIT)),
+        }[agg]
         loss = -(self.rollout.advantages[..., None] * per_token[..., None] * logps * inside).sum()
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.trained)])
 
@@ -83,16 +120,22 @@ def check_whole():
         got, expected = world.gradient(agg=agg, micro_batch=4), world.expected(agg)
         assert off(got, expected) < 1e-3, (
             f"--agg {agg}: the gradient of four groups, one of them dead, is {times(got, expected)}. Which completions are "
-            "counted, and for const which length?")
+            "counted, and for const which length?"
+        )
 
 
 def holds(agg: str) -> None:
     world = World()
     whole = world.gradient(agg=agg, micro_batch=4)
-    for flags, cut in ((dict(micro_batch=2), "micro-batches of two questions"), (dict(micro_batch=1), "a question in each"),
-                       (dict(tokens_per_micro_batch=30), "cut groups")):
+    for flags, cut in (
+        (dict(micro_batch=2), "micro-batches of two questions"),
+        (dict(micro_batch=1), "a question in each"),
+        (dict(tokens_per_micro_batch=30), "cut groups"),
+    ):
         error = off(world.gradient(agg=agg, **flags), whole)
-        assert error < 1e-3, f"{cut}: the gradient is {100 * error:.0f} % away from that of the same step in one piece."
+        assert error < 1e-3, (
+            f"{cut}: the gradient is {100 * error:.0f} % away from that of the same step in one piece."
+        )
 
 
 def check_seq():
@@ -118,14 +161,17 @@ def check_ranks():
         both = 2 * world.gradient(Alike(0, 2, RANK.device), agg=agg, micro_batch=2)
         assert off(both, whole) < 1e-3, (
             f"--agg {agg}: on two ranks with the same completions the gradients add up to {times(both, whole)}. Is every "
-            "count that of all ranks, and divided by once?")
+            "count that of all ranks, and divided by once?"
+        )
 
 
 def runs(folders: list[Path]) -> None:
     """The same step in one micro-batch and in eight has one gradient norm."""
     assert len(folders) == 2, "give two run folders: one micro-batch a step, and one question each."
     differ = unlike(*folders, grpo.Args)
-    assert differ == {"micro_batch"}, f"the runs are to differ in --micro_batch, not in {', '.join(differ) or 'nothing'}."
+    assert differ == {"micro_batch"}, (
+        f"the runs are to differ in --micro_batch, not in {', '.join(differ) or 'nothing'}."
+    )
     assert config(folders[0])["agg"] == "token", "run both with --agg token."
     a, b = (metrics(folder, "grad_norm")[0] for folder in folders)
     assert abs(a - b) < 1e-3 * a, f"grad_norm of step 1 is {a:.5f} in one and {b:.5f} in the other."

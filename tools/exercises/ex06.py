@@ -1,4 +1,5 @@
 """Exercise 6: one temperature, in the sampler, the trainer and the reference."""
+
 import dataclasses
 import functools
 from pathlib import Path
@@ -13,7 +14,7 @@ from model import embed
 from tools.exercises import config, ex04, metrics, unlike
 
 TEMPERATURES = (1.0, 0.7, 1.3)
-GROUP = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)              # advantages
+GROUP = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)  # advantages
 
 
 @functools.cache
@@ -21,9 +22,20 @@ def world(temperature: float):
     """-> four questions and the cold start, the flags, what `grpo.roll_out` makes of them; the reference is the policy."""
     w = ex04.World()
     w.batch.samples = [SimpleNamespace(answer="happy", id="a", row={})] * 4
-    args = grpo.Args(model="", data="", out="", num_generations=4, prompts_per_step=4, max_new_tokens=12, micro_batch=4,
-                     temperature=temperature, max_logp_diff=1e9)
-    rollout = grpo.roll_out(w.model, w.model, SimpleNamespace(text=lambda ids: ""), w.batch, args, Clock())
+    args = grpo.Args(
+        model="",
+        data="",
+        out="",
+        num_generations=4,
+        prompts_per_step=4,
+        max_new_tokens=12,
+        micro_batch=4,
+        temperature=temperature,
+        max_logp_diff=1e9,
+    )
+    rollout = grpo.roll_out(
+        w.model, w.model, SimpleNamespace(text=lambda ids: ""), w.batch, args, Clock()
+    )
     rollout.advantages = GROUP
     return w, args, rollout
 
@@ -33,10 +45,14 @@ def exact(temperature: float) -> torch.Tensor:
     w, _, rollout = world(temperature)
     embeds, mask = embed(w.model, w.batch)
     logps = []
-    for b, g, n in ((b, g, int(n)) for b, group in enumerate(rollout.lengths) for g, n in enumerate(group)):
+    for b, g, n in (
+        (b, g, int(n)) for b, group in enumerate(rollout.lengths) for g, n in enumerate(group)
+    ):
         ids, prompt = rollout.completions[b, g, :n], embeds[b, mask[b]]
         x = torch.cat((prompt, w.model.model.embed_tokens(ids)))[None]
-        logits = w.model.logits(w.model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[0, len(prompt) - 1:-1]
+        logits = w.model.logits(w.model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[
+            0, len(prompt) - 1 : -1
+        ]
         own = torch.log_softmax(logits / temperature, -1)[range(n), ids]
         logps.append(torch.nn.functional.pad(own, (0, rollout.mask.shape[2] - n)))
     return torch.stack(logps).view(rollout.mask.shape)
@@ -48,15 +64,22 @@ def off(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> float:
 
 def check_sampler():
     """The sampler draws from softmax(logits / temperature) and reports those log-probabilities."""
-    logits, u = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1), (torch.arange(4000) + 0.5) / 4000
+    logits, u = (
+        torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1),
+        (torch.arange(4000) + 0.5) / 4000,
+    )
     for t in TEMPERATURES:
         token, _ = sampler.choose(logits, u.double(), t, False)
         drawn = torch.bincount(token, minlength=4) / 4000
-        assert (drawn - torch.softmax(logits[0] / t, -1)).abs().max() < 2e-3, f"temperature {t}: other tokens are drawn."
+        assert (drawn - torch.softmax(logits[0] / t, -1)).abs().max() < 2e-3, (
+            f"temperature {t}: other tokens are drawn."
+        )
         with torch.no_grad():
             error = off(world(t)[2].logps, exact(t), world(t)[2].mask)
-        assert error < 1e-3, (f"temperature {t}: the sampler's log-probs are {error:.2f} off. It was right before: a "
-                              "difference is not mended by making both sides wrong.")
+        assert error < 1e-3, (
+            f"temperature {t}: the sampler's log-probs are {error:.2f} off. It was right before: a "
+            "difference is not mended by making both sides wrong."
+        )
 
 
 def check_reference():
@@ -64,15 +87,26 @@ def check_reference():
     for t in TEMPERATURES:
         with torch.no_grad():
             error = off(world(t)[2].ref_logps, exact(t), world(t)[2].mask)
-        assert error < 1e-3, (f"temperature {t}: the reference's log-probs are {error:.2f} off. The KL would pull the "
-                              "policy away from where it started.")
+        assert error < 1e-3, (
+            f"temperature {t}: the reference's log-probs are {error:.2f} off. The KL would pull the "
+            "policy away from where it started."
+        )
 
 
 def updated(temperature: float, **flags) -> tuple[torch.Tensor, Meter]:
     """One `grpo.update` that moves nothing.  -> the last gradient, what was measured"""
     w, args, rollout = world(temperature)
     optimizer, meter = ex04.Recorder(w.trained, 0.0), Meter()
-    grpo.update(w.model, optimizer, w.batch, rollout, dataclasses.replace(args, **flags), ex04.RANK, 0.0, meter)
+    grpo.update(
+        w.model,
+        optimizer,
+        w.batch,
+        rollout,
+        dataclasses.replace(args, **flags),
+        ex04.RANK,
+        0.0,
+        meter,
+    )
     return optimizer.seen, meter
 
 
@@ -82,21 +116,27 @@ def check_trainer():
         w, rollout = world(t)[0], world(t)[2]
         gradient, meter = updated(t, beta=0.0)
         gap = meter.entries["sampler_logp_diff/max"][1]
-        assert gap < 1e-3, (f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. Of which policy is this "
-                            "the loss?")
-        mean = exact(t).sum(-1) / rollout.lengths                        # --agg seq
+        assert gap < 1e-3, (
+            f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. Of which policy is this "
+            "the loss?"
+        )
+        mean = exact(t).sum(-1) / rollout.lengths  # --agg seq
         grads = torch.autograd.grad(-(GROUP * mean).mean(), w.trained)
         expected = torch.cat([g.flatten() for g in grads])
         error = float((gradient - expected).norm() / expected.norm())
-        assert error < 1e-2, f"temperature {t}: the gradient is {100 * error:.0f} % off that of these answers."
+        assert error < 1e-2, (
+            f"temperature {t}: the gradient is {100 * error:.0f} % off that of these answers."
+        )
 
 
 def check_old():
     """With several mini-batches the ratio too is between two scores of the same policy: 1 where nothing has moved."""
     for t in TEMPERATURES:
         ratio = updated(t, beta=0.0, mini_batches=2)[1].entries["ratio/max"][1]
-        assert abs(ratio - 1) < 1e-3, (f"temperature {t}, --mini_batches 2: a ratio is {ratio:.2f}, and the policy has not "
-                                       "moved. Where do the old log-probabilities come from?")
+        assert abs(ratio - 1) < 1e-3, (
+            f"temperature {t}, --mini_batches 2: a ratio is {ratio:.2f}, and the policy has not "
+            "moved. Where do the old log-probabilities come from?"
+        )
 
 
 def runs(folders: list[Path]) -> None:
@@ -104,9 +144,20 @@ def runs(folders: list[Path]) -> None:
     assert len(folders) == 2, "give two run folders: the one with the bug, then the mended one."
     differ = unlike(*folders, grpo.Args)
     assert not differ, f"the two runs differ in {', '.join(differ)}: only the code is to differ."
-    assert config(folders[0])["temperature"] != 1, "at --temperature 1 nothing can be seen; give 1.3 or 0.7."
-    gaps, kl = [metrics(folder, "sampler_logp_diff/mean") for folder in folders], metrics(folders[1], "kl")
+    assert config(folders[0])["temperature"] != 1, (
+        "at --temperature 1 nothing can be seen; give 1.3 or 0.7."
+    )
+    gaps, kl = (
+        [metrics(folder, "sampler_logp_diff/mean") for folder in folders],
+        metrics(folders[1], "kl"),
+    )
     assert min(map(len, gaps)) >= 10, "give both runs 10 steps or more."
-    assert min(gaps[0]) > 1e-2, f"sampler_logp_diff/mean of the first run falls to {min(gaps[0]):.5f}: no bug."
-    assert max(gaps[1]) < 1e-3, f"sampler_logp_diff/mean of the second run rises to {max(gaps[1]):.3f}: still the bug."
-    assert kl[0] < 1e-5, f"kl is {kl[0]:.5f} in step 1 of the second run, where the policy still is the reference."
+    assert min(gaps[0]) > 1e-2, (
+        f"sampler_logp_diff/mean of the first run falls to {min(gaps[0]):.5f}: no bug."
+    )
+    assert max(gaps[1]) < 1e-3, (
+        f"sampler_logp_diff/mean of the second run rises to {max(gaps[1]):.3f}: still the bug."
+    )
+    assert kl[0] < 1e-5, (
+        f"kl is {kl[0]:.5f} in step 1 of the second run, where the policy still is the reference."
+    )

@@ -1,11 +1,16 @@
 """Exercise 7: what three estimators of the KL say, and what they do as losses."""
+
 import torch
 
 import grpo
 from tools.exercises import written
 
-CASES = [([0.5, 0.3, 0.2], [0.2, 0.3, 0.5]), ([0.7, 0.2, 0.05, 0.05], [0.25, 0.25, 0.25, 0.25]), ([0.9, 0.1], [0.5, 0.5])]
-X = torch.tensor([-6.0, -2.0, -0.5, 0.0, 0.5, 2.0, 6.0])                 # log reference - log policy
+CASES = [
+    ([0.5, 0.3, 0.2], [0.2, 0.3, 0.5]),
+    ([0.7, 0.2, 0.05, 0.05], [0.25, 0.25, 0.25, 0.25]),
+    ([0.9, 0.1], [0.5, 0.5]),
+]
+X = torch.tensor([-6.0, -2.0, -0.5, 0.0, 0.5, 2.0, 6.0])  # log reference - log policy
 
 
 def cases():
@@ -36,7 +41,9 @@ def check_kl():
     """`kl` is the reverse KL, the mean of log p / reference under p."""
     for p, ref, _, true in cases():
         got = float(written("ex07.py").kl(p, ref))
-        assert near(got, true), f"p {p.tolist()}, reference {ref.tolist()}: {true:.4f}, not {got:.4f}. Who samples?"
+        assert near(got, true), (
+            f"p {p.tolist()}, reference {ref.tolist()}: {true:.4f}, not {got:.4f}. Who samples?"
+        )
 
 
 def check_kl_gradient():
@@ -45,7 +52,8 @@ def check_kl_gradient():
         got = written("ex07.py").kl_gradient(p.log() + 0.3, ref)
         assert near(got, p * (log_ratio - true)), (
             f"p {p.tolist()}: {[round(float(g), 4) for g in got]} does not pass a test by small differences. Add 1 to all "
-            "logits: nothing changes, so what is its sum?")
+            "logits: nothing changes, so what is its sum?"
+        )
 
 
 def check_means():
@@ -53,19 +61,23 @@ def check_means():
     for p, ref, log_ratio, true in cases():
         got = written("ex07.py").means(p, ref)
         assert set(got) == {"k1", "k2", "k3"}, "give the means of k1, k2 and k3."
-        right = {"k1": true, "k2": float((p * log_ratio ** 2).sum() / 2), "k3": true}
+        right = {"k1": true, "k2": float((p * log_ratio**2).sum() / 2), "k3": true}
         assert all(near(float(got[k]), right[k]) for k in right), (
             f"p {p.tolist()}, KL {true:.4f}: the means are {', '.join(f'{k} {float(v):.4f}' for k, v in got.items())}. "
-            "Two of them must be the KL.")
+            "Two of them must be the KL."
+        )
 
 
 def check_terms():
     """kl_terms token by token: k1 = -x, k2 = x^2 / 2, k3 = e^x - x - 1, also where x is tiny."""
     terms = grpo.kl_terms(torch.zeros_like(X), X)
-    assert near(terms["k1"], -X) and near(terms["k2"], X ** 2 / 2) and near(terms["k3"], X.exp() - X - 1), (
-        "one of the three is not what it is for x = log reference - log policy.")
+    assert (
+        near(terms["k1"], -X) and near(terms["k2"], X**2 / 2) and near(terms["k3"], X.exp() - X - 1)
+    ), "one of the three is not what it is for x = log reference - log policy."
     tiny = float(grpo.kl_terms(torch.tensor(0.0), torch.tensor(1e-4))["k3"])
-    assert abs(tiny - 5e-9) < 1e-10, f"k3 of x = 0.0001 is 5e-9, not {tiny:.1e}: e^x - 1 has lost its digits."
+    assert abs(tiny - 5e-9) < 1e-10, (
+        f"k3 of x = 0.0001 is 5e-9, not {tiny:.1e}: e^x - 1 has lost its digits."
+    )
 
 
 def check_loss_gradients():
@@ -76,8 +88,10 @@ def check_loss_gradients():
         right = {"k1": 0 * p, "k2": reverse, "k3": p - ref, "k3_ratio": reverse}
         assert set(got) == set(right), f"give the gradients of {', '.join(right)}."
         wrong = [k for k in right if not near(got[k], right[k])]
-        assert not wrong, (f"p {p.tolist()}: {', '.join(wrong)} is off. p(o) is how often o is sampled: autograd does not "
-                           "see it. And is kl_loss done?")
+        assert not wrong, (
+            f"p {p.tolist()}: {', '.join(wrong)} is off. p(o) is how often o is sampled: autograd does not "
+            "see it. And is kl_loss done?"
+        )
 
 
 def check_values():
@@ -85,7 +99,9 @@ def check_values():
     for rho in (1.0, 1.5, 0.6):
         value, _ = slope("k3_ratio", X, torch.full_like(X, rho))
         right = rho * (X.exp() - X - 1)
-        assert near(value, right), f"at rho = {rho}, x = {X.tolist()} it is {rounded(value)}, not {rounded(right)}."
+        assert near(value, right), (
+            f"at rho = {rho}, x = {X.tolist()} it is {rounded(value)}, not {rounded(right)}."
+        )
 
 
 def check_slopes():
@@ -95,11 +111,14 @@ def check_slopes():
         for kl, right in (("k3_ratio", -rho * X), ("k2", -X), ("k3", 1 - X.exp())):
             got = slope(kl, X, r)[1]
             assert near(got, right, 1e-3), (
-                f"--kl {kl} at rho = {rho}, x = {X.tolist()}: the gradient is {rounded(got)}, not {rounded(right)}.")
+                f"--kl {kl} at rho = {rho}, x = {X.tolist()}: the gradient is {rounded(got)}, not {rounded(right)}."
+            )
 
 
 def check_far():
     """--kl k3_ratio still has its gradient where the policy has nearly lost a word, x = 18, in fp32."""
     got = float(slope("k3_ratio", torch.tensor([18.0]), torch.ones(1))[1])
-    assert abs(got + 18) < 0.1, (f"it is {got:.1f}, not -18: two numbers of size e^18 were to cancel. Value and gradient "
-                                 "need not come from one expression.")
+    assert abs(got + 18) < 0.1, (
+        f"it is {got:.1f}, not -18: two numbers of size e^18 were to cancel. Value and gradient "
+        "need not come from one expression."
+    )
