@@ -29,7 +29,8 @@ from lib.checkpoint import bert_source, end_ids, find_file, list_some, read_json
 from lib.clip import SAMPLE_RATE, SILENCE, ClipError, Modal
 from lib.common import AUDIO, VIDEO, UserError, block
 from lib.features import FeatureCache
-from rewards import DFEW_WORDS, VOCABULARY, parse_answer
+from lib.reasoning import DFEW_WORDS, VOCABULARY
+from rewards import parse_answer
 
 Prompt = Literal["think", "label", "row", "auto"]
 
@@ -51,7 +52,7 @@ def has_markup(text: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class PromptSpec:
     """What of a clip the model gets, and how it is asked.  The same object for SFT, RL, evaluation and inference."""
 
     modal: Modal = "video_audio"
@@ -66,20 +67,20 @@ class View:
     drop_video: float = 0.0
     seed: int = 0  # of drops and orders
 
-    def draws(self, position: int) -> np.random.Generator:
+    def rng(self, position: int) -> np.random.Generator:
         """Random numbers of the prompt at one position of the run: the same on any rank and after a resume."""
         return np.random.Generator(
             np.random.Philox(key=[self.seed, position + 2**62])
         )  # apart from the sampler's
 
-    def keeps(self, modal: str, position: int) -> str:
+    def drop_modality(self, modal: str, position: int) -> str:
         """What is left of `modal` ("video_audio", ...) at this position once modalities were dropped by chance."""
-        u = self.draws(position).random()
+        u = self.rng(position).random()
         if modal != "video_audio" or u >= self.drop_audio + self.drop_video:
             return modal
         return "video" if u < self.drop_audio else "audio"
 
-    def ask(self, question: str, target: str, position: int = 0) -> str:
+    def format_question(self, question: str, target: str, position: int = 0) -> str:
         """A row's question in the wanted form.
 
         "think" asks for reasoning and answer, "label" for the bare word, "row" asks what the row asks; "auto" goes by
@@ -98,7 +99,7 @@ class View:
         asked = question if prompt == "row" else question.removesuffix(THINK)
         if self.choices:
             order = (
-                self.draws(position).permutation(len(self.choices))
+                self.rng(position).permutation(len(self.choices))
                 if self.shuffle_choices
                 else range(len(self.choices))
             )
@@ -198,7 +199,9 @@ class Processor:
             ends,
         )
 
-    def frames(self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad") -> torch.Tensor:
+    def preprocess_frames(
+        self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad"
+    ) -> torch.Tensor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
 
         "pad" centres the picture on a grey square first (the reference's training), "stretch" squashes it.
@@ -220,12 +223,12 @@ class Processor:
         )
         return (x.float() / 255 - self.mean) / self.std
 
-    def mel(self, audio: np.ndarray) -> torch.Tensor:
+    def log_mel(self, audio: np.ndarray) -> torch.Tensor:
         """float32 (n,) at 16 kHz -> log-mel (M, T), padded or cut to the audio tower's window."""
         out = self.mel_extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="np")
         return torch.from_numpy(out["input_features"][0])
 
-    def prompt(self, question: str, modal: Modal = "video_audio") -> list[int]:
+    def encode_prompt(self, question: str, modal: Modal = "video_audio") -> list[int]:
         """The one prompt: ids with VIDEO and AUDIO placeholders, ready for the assistant's turn.
 
         The text between placeholders is tokenised piece by piece, as the reference does.
@@ -249,17 +252,17 @@ class Processor:
             )
         return ids
 
-    def question(self, question: str) -> list[int]:
+    def encode_question(self, question: str) -> list[int]:
         """BERT's ids of the question, with its [CLS] and [SEP]."""
         return self.bert_tokenizer(question, truncation=True, max_length=self.max_question)[
             "input_ids"
         ]
 
-    def target(self, text: str) -> list[int]:
+    def encode_target(self, text: str) -> list[int]:
         """What the assistant is taught to say: the text's ids and the end of the turn."""
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
-    def text(self, ids) -> str:
+    def decode(self, ids) -> str:
         """Ids of one completion -> text, without its end token.
 
         Special tokens in the middle stay visible: a policy that emits them must not look well-formed.
@@ -532,7 +535,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self,
         samples: list[Sample],
         processor: Processor,
-        view: View = View(),
+        view: PromptSpec = PromptSpec(),
         num_frames: int = 8,
         cache: FeatureCache | None = None,
     ):
@@ -553,7 +556,7 @@ class ClipDataset(torch.utils.data.Dataset):
         if not has:
             return BadClip(sample.id, f"the row has no {view.modal}")
         try:
-            item = self._item(position, sample, view.keeps(has, position))
+            item = self._item(position, sample, view.drop_modality(has, position))
             if item is None and has == "video":
                 return BadClip(sample.id, f"{sample.clip}: a sound file has no video")
             return item or self._item(position, sample, "audio")
@@ -574,24 +577,24 @@ class ClipDataset(torch.utils.data.Dataset):
             if "video" in wanted and not len(clip.frames):
                 return None
             if "video" in wanted:
-                frames = p.frames(
+                frames = p.preprocess_frames(
                     np.full_like(clip.frames, 127) if view.blank else clip.frames, view.fit
                 )
             if "audio" in wanted:
-                mel = p.mel(SILENCE if view.mute else clip.audio)
-        question = view.ask(sample.question, sample.target, position)
+                mel = p.log_mel(SILENCE if view.mute else clip.audio)
+        question = view.format_question(sample.question, sample.target, position)
         return {
             "position": position,
             "sample": sample,
-            "ids": p.prompt(question, modal),
+            "ids": p.encode_prompt(question, modal),
             "frames": frames,
             "mel": mel,
             "vision": known.get("video"),
             "audio": known.get("audio"),
             "keys": keys,
-            "question": p.question(question),
+            "question": p.encode_question(question),
             "asked": question,
-            "target": p.target(sample.target),
+            "target": p.encode_target(sample.target),
             "notes": notes,
         }
 

@@ -10,7 +10,7 @@
 
 The model answers freely: no list of emotions in the prompt, unless --choices gives one.  Its answer is scored twice:
     strict      the text of the single <answer>, stripped, in lower case, equals the label: this is `war`, `uar`
-    normalised  what the answer means by the alias table (lib/words.py)
+    normalised  what the answer means by the alias table (lib/reasoning.py)
 And its reasoning is asked whether it means what it says: EPC, EEA, FCR (lib/reasoning.py).
 A clip that cannot be read is left out, counted and listed; it is never replaced.
 """
@@ -31,8 +31,8 @@ from data import (
     FeatureCache,
     Modal,
     Processor,
+    PromptSpec,
     Sample,
-    View,
     collate,
     loader,
     read_choices,
@@ -40,13 +40,13 @@ from data import (
     read_samples,
 )
 from lib import protocol, reasoning
-from lib.checks import job_of
+from lib.checks import mode_of
 from lib.common import Ranks, UserError, check_writable, dtype_of, run_main, start_ranks, write_json
 from lib.protocol import war_uar as war_uar  # the measure itself, for whoever looks for it here
-from model import HumanOmni, embed, encode_once
+from model import HumanOmni, embed, encode_media
 from sampler import generate
 
-PLAIN = View()  # the whole clip, the rows' own question, reasoning and answer
+PLAIN = PromptSpec()  # the whole clip, the rows' own question, reasoning and answer
 
 
 @dataclasses.dataclass
@@ -103,9 +103,9 @@ class Args:
     workers: int = 2  # processes that read media, per rank
 
 
-def view_of(args: Args) -> View:
+def view_of(args: Args) -> PromptSpec:
     """What the flags say of clips and questions."""
-    return View(
+    return PromptSpec(
         args.modal,
         args.prompt,
         args.fit,
@@ -131,21 +131,21 @@ def answer(
     cache: FeatureCache | None = None,
 ) -> list[str]:
     """Greedy answers to a PromptBatch."""
-    embeds, mask = embed(model, encode_once(model, batch.to(model.device), cache))
+    embeds, mask = embed(model, encode_media(model, batch.to(model.device), cache))
     completions, lengths, _ = generate(model, embeds, mask, 1, max_new_tokens, greedy=True)
     return [
-        processor.text(ids[0][: n[0]]) for ids, n in zip(completions.tolist(), lengths.tolist())
+        processor.decode(ids[0][: n[0]]) for ids, n in zip(completions.tolist(), lengths.tolist())
     ]
 
 
-def parse(text: str, prompt: str) -> str | None:
+def parse_prediction(text: str, prompt: str) -> str | None:
     """What the model answered: the text in <answer>, or all of it where the bare word was asked for."""
-    return rewards.bare_word(text) if prompt == "label" else rewards.parse_answer(text)
+    return rewards.label_word(text) if prompt == "label" else rewards.parse_answer(text)
 
 
-def well_formed(text: str, prompt: str) -> float:
+def has_format(text: str, prompt: str) -> float:
     """Has the text the form that was asked for: think and answer, or the bare word?"""
-    return rewards.bare_format(text) if prompt == "label" else rewards.format(text)
+    return rewards.label_format(text) if prompt == "label" else rewards.format_reward(text)
 
 
 def evaluate(
@@ -154,7 +154,7 @@ def evaluate(
     samples: list[Sample],
     ranks: Ranks,
     *,
-    view: View = PLAIN,
+    view: PromptSpec = PLAIN,
     batch_size: int = 16,
     max_new_tokens: int = 512,
     workers: int = 2,
@@ -174,7 +174,7 @@ def evaluate(
     ]
     done, skipped, notes = [], [], []
     for batch in tqdm(
-        loader(dataset, batches, workers), disable=not (progress and ranks.first), desc="eval"
+        loader(dataset, batches, workers), disable=not (progress and ranks.is_main), desc="eval"
     ):
         skipped += [vars(bad) for bad in batch.bad]
         notes += batch.notes
@@ -185,9 +185,9 @@ def evaluate(
                 "id": s.id,
                 "answer": s.answer,
                 "text": t,
-                "predicted": parse(t, view.prompt),
+                "predicted": parse_prediction(t, view.prompt),
                 "concluded": rewards.conclusion_of(t),
-                "format": well_formed(t, view.prompt),
+                "format": has_format(t, view.prompt),
             }
             for i, s, t in zip(batch.indices, batch.samples, texts)
         ]
@@ -223,13 +223,13 @@ SETTINGS = {
 }
 
 
-def hint(result: dict) -> str:
+def wrong_prompt_hint(result: dict) -> str:
     """What to do where the answers have the form that the other --prompt asks for, and next to none its own; else ""."""
     other = "think" if result["view"]["prompt"] == "label" else "label"
-    known = {*rewards.VOCABULARY, *result["per_class"]}
+    known = {*reasoning.VOCABULARY, *result["per_class"]}
     texts = [p["text"] for p in result["predictions"]]
     share = sum(
-        well_formed(t, other) and (other == "think" or t.strip().lower() in known) for t in texts
+        has_format(t, other) and (other == "think" or t.strip().lower() in known) for t in texts
     ) / len(texts)
     if result["format_rate"] > 5 or share < 0.5:
         return ""
@@ -248,12 +248,14 @@ def answer_one(model: HumanOmni, processor: Processor, args: Args) -> str:
     return answer(model, processor, collate([item]), args.max_new_tokens)[0]
 
 
-def run_model(args: Args, view: View, samples: list[Sample], ranks: Ranks) -> tuple[str, dict]:
+def run_model(
+    args: Args, view: PromptSpec, samples: list[Sample], ranks: Ranks
+) -> tuple[str, dict]:
     """--data and --clip: load the model once and ask it.  -> (what to print, what to write)"""
     note = lambda line: (
-        ranks.first and print(line, file=sys.stderr, flush=True)
+        ranks.is_main and print(line, file=sys.stderr, flush=True)
     )  # stdout is for the result alone
-    for what, known in (("the vocabulary", rewards.VOCABULARY), ("--choices", view.choices)):
+    for what, known in (("the vocabulary", reasoning.VOCABULARY), ("--choices", view.choices)):
         unknown = {s.answer for s in samples if known and s.answer.lower() not in known}
         if unknown:
             note(
@@ -262,11 +264,15 @@ def run_model(args: Args, view: View, samples: list[Sample], ranks: Ranks) -> tu
     where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
     processor = Processor.from_pretrained(args.model, **where)
     model = HumanOmni.from_pretrained(
-        args.model, **where, dtype=dtype_of(args.dtype, ranks.device), device=ranks.device, say=note
+        args.model, **where, dtype=dtype_of(args.dtype, ranks.device), device=ranks.device, log=note
     )
     if args.clip:
         text = answer_one(model, processor, args)
-        return text, {"clip": args.clip, "text": text, "predicted": parse(text, args.prompt)}
+        return text, {
+            "clip": args.clip,
+            "text": text,
+            "predicted": parse_prediction(text, args.prompt),
+        }
     cache = (
         FeatureCache(args.feature_cache, model.tower_fingerprints()) if args.feature_cache else None
     )
@@ -286,16 +292,18 @@ def run_model(args: Args, view: View, samples: list[Sample], ranks: Ranks) -> tu
     source = {"model": args.model, "data": args.data}
     if not args.modalities:
         result = ask(view)
-        return protocol.format_result(result, hint(result)), source | result
+        return protocol.format_result(result, wrong_prompt_hint(result)), source | result
     results = {name: ask(dataclasses.replace(view, **change)) for name, change in SETTINGS.items()}
     told = "\n\n".join(
-        filter(None, [protocol.modality_table(results, args.seed), hint(results["full"])])
+        filter(
+            None, [protocol.modality_table(results, args.seed), wrong_prompt_hint(results["full"])]
+        )
     )
     return told, source | {"modalities": results}
 
 
 def main(args: Args) -> None:
-    job = job_of(args)
+    job = mode_of(args)
     from_files = {
         "compare": lambda: protocol.compare(args.compare, args.seed),
         "folds": lambda: protocol.folds(args.folds),
@@ -310,8 +318,8 @@ def main(args: Args) -> None:
     ranks = start_ranks(args.device)
     samples = read_samples(args.data, args.media_root)[: args.limit or None] if args.data else []
     text, result = run_model(args, view, samples, ranks)
-    ranks.say(text)
-    if args.out and ranks.first:
+    ranks.print0(text)
+    if args.out and ranks.is_main:
         write_json(Path(args.out), result)
 
 

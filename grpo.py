@@ -34,9 +34,9 @@ from data import PromptBatch, read_samples
 from eval import evaluate
 from lib.checks import check_objective, idle_flags, refuse_sampling_filters
 from lib.common import Ranks, UserError, block, run_main, start_ranks
-from lib.metrics import Clock, Meter, good_and_bad, measure, rollout_rows, step_row
-from model import HumanOmni, embed, encode_once, frozen_reference
-from rewards import Completion, Reward, agreement, load_rewards, try_rewards
+from lib.metrics import Meter, Timer, good_and_bad, measure, rollout_rows, step_row
+from model import HumanOmni, embed, encode_media, frozen_reference
+from rewards import Completion, Reward, agreement_reward, load_rewards, validate_rewards
 from sampler import generate
 from training import MasterAdamW, Run, TrainArgs, learning_rate, micro_batches, set_up
 
@@ -87,10 +87,10 @@ class Args(TrainArgs):
     )
     max_logp_diff: float = 0.5  # mean |trainer - sampler| log-prob above which a step is refused
     # -- optimiser
-    inner_epochs: int = (
+    update_epochs: int = (
         1  # passes over the same rollouts; ratio and gate matter from the second step on
     )
-    mini_batches: int = 1  # optimiser steps per pass, each on its own share of the prompts
+    num_minibatches: int = 1  # optimiser steps per pass, each on its own share of the prompts
     # -- speed and memory
     micro_batch: int = 4  # prompts (with all their completions) per forward and backward
     # -- evaluation on the way
@@ -134,7 +134,7 @@ def advantages(
         A = A / (r.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
         A = A / ((r.std() if batch_std is None else batch_std) + 1e-4)
-    # A group without differences teaches nothing, and exactly nothing: `teaching` leaves out what is 0.  Decided on
+    # A group without differences teaches nothing, and exactly nothing: `prompts_with_gradient` leaves out what is 0.  Decided on
     # the rewards themselves, because the mean of equal floats is not always exactly that float.
     same = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # (B, 1)
     return A.masked_fill(same, 0.0)
@@ -267,7 +267,7 @@ class Rollout:
     ref_logps: torch.Tensor | None  # (B, G, T)
     texts: list[list[str]]  # B x G
     rewards: dict[str, torch.Tensor]  # name -> (B, G)
-    advantages: torch.Tensor  # (B, G) zeros until `compare`
+    advantages: torch.Tensor  # (B, G) zeros until `compute_advantages`
     ratio: torch.Tensor | None = None  # (B, G, T) of the last pass over them, for --log_tokens
 
     @property
@@ -297,7 +297,7 @@ def rewards_of(args: Args) -> tuple[Reward, ...]:
     return load_rewards(tuple(args.rewards), args.prompt)
 
 
-def score(
+def compute_rewards(
     completions: list[list[Completion]], clips: list[str], args: Args, device
 ) -> dict[str, torch.Tensor]:
     """B x G completions of B clips -> name of a reward -> (B, G), unweighted."""
@@ -309,17 +309,19 @@ def score(
     }
 
 
-def step_std(r: torch.Tensor, ranks: Ranks) -> float:
+def global_std(r: torch.Tensor, ranks: Ranks) -> float:
     """Unbiased standard deviation of the step's rewards over all ranks."""
     x = r.double()
-    n, total, squares = ranks.sum_(
+    n, total, squares = ranks.all_reduce_(
         torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))
     ).tolist()
     return math.sqrt(max(0.0, (squares - total**2 / n) / (n - 1))) if n > 1 else 0.0
 
 
 @torch.no_grad()
-def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock: Clock) -> Rollout:
+def sample_completions(
+    model, reference, processor, batch: PromptBatch, args: Args, clock: Timer
+) -> Rollout:
     """Sample G completions per prompt, score them, and score them under the reference."""
     embeds, mask = embed(model, batch)  # (B, P, D), (B, P)
     completions, lengths, logps = generate(
@@ -340,7 +342,7 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
 
     ns = lengths.tolist()  # whole tensors to lists: a number at a time, a GPU would be waited for
     texts = [
-        [processor.text(ids[:n]) for ids, n in zip(*group)]
+        [processor.decode(ids[:n]) for ids, n in zip(*group)]
         for group in zip(completions.tolist(), ns)
     ]
     said = [
@@ -350,7 +352,7 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
         ]
         for s, *group in zip(batch.samples, texts, ns, finished.tolist())
     ]
-    parts = score(said, [s.id for s in batch.samples], args, embeds.device)
+    parts = compute_rewards(said, [s.id for s in batch.samples], args, embeds.device)
     clock.lap("reward")
 
     ref_logps = None
@@ -382,12 +384,12 @@ def roll_out(model, reference, processor, batch: PromptBatch, args: Args, clock:
     )
 
 
-def compare(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
+def compute_advantages(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
     """Fill in the advantages.  -> total reward (B, G).  Called by every rank, also by one without a usable clip."""
     r = torch.zeros(0, args.num_generations, device=ranks.device)
     if rollout is not None:  # eq. 5, with weights
         r = sum(reward.weight * rollout.rewards[reward.name] for reward in rewards_of(args))
-    std = step_std(r, ranks) if args.scale == "batch" else None
+    std = global_std(r, ranks) if args.scale == "batch" else None
     if rollout is not None:
         kl = 0.0
         if args.kl == "reward":  # eq. 3, taken literally
@@ -400,7 +402,7 @@ def compare(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
     return r
 
 
-def teaching(rollout: Rollout, args: Args) -> list[int]:
+def prompts_with_gradient(rollout: Rollout, args: Args) -> list[int]:
     """The prompts that have a gradient.  Without a KL in the loss, a group of equal rewards has exactly none."""
     if args.beta and args.kl != "reward":
         return list(range(len(rollout.lengths)))
@@ -408,7 +410,7 @@ def teaching(rollout: Rollout, args: Args) -> list[int]:
 
 
 @dataclasses.dataclass
-class MiniBatch:
+class Minibatch:
     """What one optimiser step learns from."""
 
     pieces: list[
@@ -417,24 +419,26 @@ class MiniBatch:
     denominator: float  # of the loss, over all micro-batches and ranks; 0: nothing is there
 
 
-def mini_batches(
+def split_minibatches(
     batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks, first: int
-) -> list[MiniBatch]:
-    """Cut a rollout into `args.mini_batches` parts of disjoint prompts.  Collective: every rank calls it.
+) -> list[Minibatch]:
+    """Cut a rollout into `args.num_minibatches` parts of disjoint prompts.  Collective: every rank calls it.
 
     Which part a prompt is in depends on its position in the step (`first`: the step's first position in the run), so
     on no number of ranks.  A mean of local means would weigh a token by the company it happens to be in; so what a sum is
     divided by is counted over all ranks.
     """
-    M, N = args.mini_batches, args.prompts_per_step
+    M, N = args.num_minibatches, args.prompts_per_step
     part = (
         [(i - first) % N * M // N for i in batch.indices] if rollout else []
     )  # of each prompt, 0 .. M - 1
     rows = [[b for b, m in enumerate(part) if m == k] for k in range(M)]
     tokens = rollout.lengths.sum(1).tolist() if rollout else []  # of each prompt's group
     counts = [[len(r) * args.num_generations, sum(tokens[b] for b in r)] for r in rows]
-    counts = ranks.sum_(torch.tensor(counts, dtype=torch.float64, device=ranks.device)).tolist()
-    useful = set(teaching(rollout, args)) if rollout else set()
+    counts = ranks.all_reduce_(
+        torch.tensor(counts, dtype=torch.float64, device=ranks.device)
+    ).tolist()
+    useful = set(prompts_with_gradient(rollout, args)) if rollout else set()
 
     def pieces(r: list[int]) -> list:
         r = [b for b in r if b in useful]
@@ -443,7 +447,7 @@ def mini_batches(
         )
 
     return [
-        MiniBatch(pieces(r), {"seq": n, "token": k, "const": n * args.max_new_tokens}[args.agg])
+        Minibatch(pieces(r), {"seq": n, "token": k, "const": n * args.max_new_tokens}[args.agg])
         for r, (n, k) in zip(rows, counts)
     ]
 
@@ -459,12 +463,12 @@ def update(
     meter: Meter,
     first: int = 0,
 ) -> bool:
-    """`inner_epochs` x `mini_batches` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
+    """`update_epochs` x `num_minibatches` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
 
     Every rank calls it, also one without a usable clip: it takes part in the sums with nothing.  `first`: as there.
     """
-    minis = mini_batches(batch, rollout, args, ranks, first)
-    steps = args.inner_epochs * sum(mini.denominator > 0 for mini in minis)
+    minis = split_minibatches(batch, rollout, args, ranks, first)
+    steps = args.update_epochs * sum(mini.denominator > 0 for mini in minis)
     old_logps: dict[tuple[int, int], torch.Tensor] = {}  # (mini-batch, piece) -> (b, g, T)
     gap = torch.zeros(
         2, dtype=torch.float64, device=ranks.device
@@ -476,7 +480,7 @@ def update(
         old_logps[key] = logps
         off, n = (logps - part.logps).masked_fill(~part.mask, 0.0).abs(), part.mask.sum()
         gap.add_(torch.stack((off.sum().double(), n)))
-        meter.most("sampler_logp_diff/max", off.max())
+        meter.max("sampler_logp_diff/max", off.max())
         meter.mean("sampler_logp_diff/mean", off.sum() / n, n)
 
     def logps_of(rows: list[int], part: Rollout, **more):
@@ -492,9 +496,9 @@ def update(
                     part = rollout.select(rows, members)
                     remember((m, i), part, logps_of(rows, part))
 
-    meter.total("loss", 0.0)
+    meter.sum("loss", 0.0)
     norm, checked, finite = 0.0, False, steps > 0
-    for m, mini in [*enumerate(minis)] * args.inner_epochs:
+    for m, mini in [*enumerate(minis)] * args.update_epochs:
         if not mini.denominator or not finite:
             continue
         for i, (rows, members) in enumerate(mini.pieces):
@@ -525,29 +529,29 @@ def update(
                 weights=weights,
             )
             loss.backward()
-            optimizer.collect()
+            optimizer.accumulate_grads()
             if rollout.ratio is not None:
                 rollout.ratio[np.ix_(rows, members, range(part.completions.shape[2]))] = (
                     logps.detach() - old
                 ).exp()
             n = mask.sum()
-            meter.total("loss", loss.detach() / steps)  # the mean over the optimiser steps
+            meter.sum("loss", loss.detach() / steps)  # the mean over the optimiser steps
             meter.mean("entropy", entropy.sum() / n, n)  # zero past the end
-            meter.most("ratio/max", metrics.pop("ratio/max"))
+            meter.max("ratio/max", metrics.pop("ratio/max"))
             for name, value in metrics.items():
                 meter.mean(name, value, n)
         if not checked:
             checked = True
-            difference, count = ranks.sum_(gap).tolist()
+            difference, count = ranks.all_reduce_(gap).tolist()
             if difference > args.max_logp_diff * count:
-                optimizer.drop()
-                ranks.say(
+                optimizer.zero_grads()
+                ranks.print0(
                     f"\nstep refused: sampler and trainer differ by {difference / count:.3f} per token, more than "
                     f"--max_logp_diff {args.max_logp_diff}"
                 )
                 return False
         norm, finite = optimizer.step(ranks, lr, args.max_grad_norm)
-    meter.most("grad_norm", norm)  # of the last step, the same on every rank
+    meter.max("grad_norm", norm)  # of the last step, the same on every rank
     return finite
 
 
@@ -579,7 +583,7 @@ def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[st
             for key in ("war", "uar", "format_rate", "epc", "eea")
             if result[key] is not None
         }
-        ranks.say(
+        ranks.print0(
             f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  format {result['format_rate']:.1f} %"
         )
     return row
@@ -604,7 +608,7 @@ def train(args: Args) -> None:
     check_objective(args)
     eval_sets = read_eval_sets(args)
     samples = read_samples(args.data, args.media_root, args.strict_paths)
-    try_rewards(rewards_of(args), args.prompt, samples[0].row)
+    validate_rewards(rewards_of(args), args.prompt, samples[0].row)
     reference: list[
         HumanOmni
     ] = []  # the model that the *run* started from, also when it is resumed
@@ -612,7 +616,7 @@ def train(args: Args) -> None:
     run = set_up(args, ranks, samples, args.prompts_per_step, keep)
     model, batches = run.model, run.batches(args, ranks)
     for sentence in idle_flags(args):
-        ranks.say("note:", sentence)
+        ranks.print0("note:", sentence)
     if eval_sets and run.state["step"] == 0:
         run.folder.append(
             "metrics.jsonl", [{"step": 0} | evaluate_all(run, eval_sets, args, ranks)]
@@ -621,25 +625,27 @@ def train(args: Args) -> None:
     bar = tqdm(
         initial=run.state["step"],
         total=run.max_steps,
-        disable=not ranks.first,
+        disable=not ranks.is_main,
         desc="grpo",
         mininterval=1,
     )
-    while not run.over:
+    while not run.should_stop:
         step, first = run.state["step"], run.state["position"]
-        clock, meter = Clock(), Meter()
+        clock, meter = Timer(), Meter()
         batch = next(batches).to(ranks.device)
         clock.lap("load")
 
         # 1. Look and listen: every clip through the towers, once.
-        batch = encode_once(model, batch, run.cache)
+        batch = encode_media(model, batch, run.cache)
         clock.lap("encode")
 
         # 2. Roll out: G answers each, scored and compared.
         rollout = (
-            roll_out(model, reference[0], run.processor, batch, args, clock) if len(batch) else None
+            sample_completions(model, reference[0], run.processor, batch, args, clock)
+            if len(batch)
+            else None
         )
-        r = compare(rollout, args, ranks)  # (B, G)
+        r = compute_advantages(rollout, args, ranks)  # (B, G)
 
         # 3. Update: make the better answers likelier.
         lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
@@ -652,14 +658,14 @@ def train(args: Args) -> None:
             if args.prompt == "think":
                 meter.mean(
                     "agreement",
-                    float(np.mean([agreement(t) for group in rollout.texts for t in group])),
+                    float(np.mean([agreement_reward(t) for group in rollout.texts for t in group])),
                     len(batch),
                 )
         piece = run.processor.tokenizer.decode if args.log_tokens else None
         told = ranks.gather(
             [
                 {
-                    "meter": meter.entries,
+                    "meter": meter.totals(),
                     "rollouts": rollout_rows(batch, rollout, step + 1, piece),
                     "usable": len(batch),
                     "bad": [vars(bad) for bad in batch.bad],
@@ -667,7 +673,7 @@ def train(args: Args) -> None:
                 }
             ]
         )
-        counts = run.count(told, moved, args)
+        counts = run.finish_step(told, moved, args)
         clock.seconds["save"], run.saving = run.saving, 0.0  # of the checkpoint before this step
         row = step_row(step + 1, run.epoch, lr, [rank["meter"] for rank in told], clock, counts)
         rollouts = [line for rank in told for line in rank["rollouts"]]
@@ -681,14 +687,16 @@ def train(args: Args) -> None:
             refresh=False,
         )
         bar.update()
-        if ranks.first and args.show_every and (step + 1) % args.show_every == 0:
+        if ranks.is_main and args.show_every and (step + 1) % args.show_every == 0:
             bar.write(good_and_bad(rollouts, step + 1))
 
         # 5. Look at the result, and keep it.  The row first: what a checkpoint has seen is logged.
-        if eval_sets and (run.complete or (args.eval_every and (step + 1) % args.eval_every == 0)):
+        if eval_sets and (
+            run.reached_max_steps or (args.eval_every and (step + 1) % args.eval_every == 0)
+        ):
             row |= evaluate_all(run, eval_sets, args, ranks)
         run.folder.append("metrics.jsonl", [row])
-        if run.over or (args.save_every and (step + 1) % args.save_every == 0):
+        if run.should_stop or (args.save_every and (step + 1) % args.save_every == 0):
             run.save()
     bar.close()
     run.finish(args)

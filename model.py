@@ -43,8 +43,8 @@ from lib.checkpoint import (
 )
 from lib.common import AUDIO, PAD, VIDEO, UserError, block
 from lib.compiler import compiled
-from lib.head import HeadLogps, fp32_product
 from lib.projector import VideoProjector, two_layers
+from ops.logprob_head import HeadLogps, fp32_product
 
 GATE_HIDDEN = 3584  # fixed at every model size, as in the reference code
 AUDIO_POOL = 3  # 1,500 encoder states -> 500 tokens
@@ -129,7 +129,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_table(
+def rope_cos_sin(
     positions: torch.Tensor, config: Config, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """positions (B, L) -> cos, sin (B, L, 1, d), for halves: the angle of pair i turns entries i and i + d/2."""
@@ -142,7 +142,7 @@ def rope_table(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def apply_rotary(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """x (B, L, heads, d), turned by its position."""
     cos, sin = rope
     left, right = x.chunk(2, -1)
@@ -160,8 +160,8 @@ class Attention(nn.Module):
 
     def qkv(self, x, rope):
         """x (B, L, D) -> q (B, L, H, d), k and v (B, L, K, d), q and k turned by their position."""
-        q = rotate(self.q_proj(x).unflatten(-1, (self.heads, self.d)), rope)
-        k = rotate(self.k_proj(x).unflatten(-1, (self.kv_heads, self.d)), rope)
+        q = apply_rotary(self.q_proj(x).unflatten(-1, (self.heads, self.d)), rope)
+        k = apply_rotary(self.k_proj(x).unflatten(-1, (self.kv_heads, self.d)), rope)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.d))
         return q, k, v
 
@@ -215,7 +215,7 @@ def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
     return see[:, None]
 
 
-def takes_flash(x: torch.Tensor) -> bool:
+def can_use_flash(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float32
 
 
@@ -224,7 +224,7 @@ def sdpa(q, k, v, mask=None, causal=False):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
     shared = q.shape[1] // k.shape[1]
     plain = mask is None or isinstance(mask, CausalBias)
-    if q.is_cuda and shared > 1 and not (plain and takes_flash(q)):
+    if q.is_cuda and shared > 1 and not (plain and can_use_flash(q)):
         # Flash takes shared heads, but neither a mask nor fp32.  The memory-efficient kernel takes those, but not shared
         # heads; the kernel that takes everything keeps all scores.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
@@ -481,7 +481,7 @@ class HumanOmni(nn.Module):
 
         `attend(i, q, k, v)` is layer i's attention: q (B, L, H, d), k and v (B, L, K, d) -> (B, L, H*d).
         """
-        rope = rope_table(positions, self.config, x.dtype)
+        rope = rope_cos_sin(positions, self.config, x.dtype)
         before, after = DecoderLayer.before_attention, DecoderLayer.after_attention
         if self.is_compiled:
             before, after = compiled(before), compiled(after)
@@ -531,7 +531,7 @@ class HumanOmni(nn.Module):
             return sdpa(q, k, v, see, causal=see is None)
 
         hidden = self.run_layers(embeds, positions_of(mask), attend)
-        return last_real(hidden, mask), cache
+        return last_valid_hidden(hidden, mask), cache
 
     def completion_logps(
         self, embeds, mask, completions, lengths, temperature=1.0, with_entropy=False
@@ -556,11 +556,13 @@ class HumanOmni(nn.Module):
         after = start + torch.arange(S, device=mask.device).repeat(G)  # (B, G*S)
         positions = torch.cat((positions_of(mask), after), 1)
         hidden = self.run_layers(
-            x, positions, shared_prefix_attend(mask, G, S, takes_flash(x))
+            x, positions, shared_prefix_attend(mask, G, S, can_use_flash(x))
         )  # (B, P + G*S, D)
 
         # The prompt's last state predicts token 0 of every completion; token t's state predicts t + 1.
-        first = last_real(hidden[:, :P], mask)[:, None, None].expand(B, G, 1, -1)  # (B, G, 1, D)
+        first = last_valid_hidden(hidden[:, :P], mask)[:, None, None].expand(
+            B, G, 1, -1
+        )  # (B, G, 1, D)
         states = torch.cat((first, hidden[:, P:].unflatten(1, (G, S))), 2)  # (B, G, T, D)
         real = inside.flatten().nonzero()[:, 0]  # (N,) once: the host waits for a GPU to count them
         logps, entropy = self.token_logps(
@@ -596,7 +598,7 @@ class HumanOmni(nn.Module):
         bert=None,
         dtype=torch.float32,
         device="cpu",
-        say=print,
+        log=print,
     ) -> "HumanOmni":
         """Load a checkpoint folder or hub id.
 
@@ -604,11 +606,11 @@ class HumanOmni(nn.Module):
         what config.json names (a relative path is relative to the checkpoint).  BERT's weights: those in the
         checkpoint, else its folder; its folder: the argument, else `bert/` in or beside the checkpoint, else
         bert-base-uncased.
-        `say` gets one line that tells which were used.  Raises UserError that names the file and the keys.
+        `log` gets one line that tells which were used.  Raises UserError that names the file and the keys.
         """
         config = Config.read(find_file(str(path), "config.json"))
         return load_checkpoint(
-            cls, config, str(path), vision_tower, audio_tower, bert, dtype, device, say
+            cls, config, str(path), vision_tower, audio_tower, bert, dtype, device, log
         )
 
     def load_weights(self, path) -> None:
@@ -623,7 +625,7 @@ class HumanOmni(nn.Module):
         save_checkpoint(self, Path(path), Path(final or path))
 
 
-def encode_once(model: HumanOmni, batch, cache=None):
+def encode_media(model: HumanOmni, batch, cache=None):
     """A PromptBatch with its media run through the frozen towers: once per clip, whatever is done with it after.
 
     With a FeatureCache, clips that it holds come with their features already, and the others are added.
@@ -674,7 +676,7 @@ def frozen_reference(model: HumanOmni) -> HumanOmni:
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
-def last_real(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def last_valid_hidden(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """hidden (B, P, D), mask (B, P) -> the state at each row's last real position (B, D)."""
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
     return hidden[torch.arange(len(hidden), device=hidden.device), index]

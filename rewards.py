@@ -6,7 +6,7 @@
               and then one <answer> block                  (after eq. 6)    -> format
 
 Training rewards only the exact word.  What a free answer means ("she is furious" -> "angry") is for
-evaluation alone: `normalise` in lib/words.py.  A policy finds every hole in an alias table.
+evaluation alone: `normalise` in lib/reasoning.py.  A policy finds every hole in an alias table.
 
 A reward of your own is one function of a Completion, in any file:
 
@@ -24,14 +24,8 @@ import functools
 from collections.abc import Callable
 
 from lib.common import UserError
+from lib.reasoning import concluded
 from lib.reward_files import Reward, load_reward
-from lib.words import (
-    ALIASES as ALIASES,
-)  # the vocabulary and its aliases, for whoever looks for them here
-from lib.words import DFEW_WORDS as DFEW_WORDS
-from lib.words import VOCABULARY as VOCABULARY
-from lib.words import concluded
-from lib.words import normalise as normalise
 
 
 def _between(text: str, opening: str, closing: str) -> tuple[int, int] | None:
@@ -48,13 +42,13 @@ def parse_answer(text: str) -> str | None:
     return None if span is None else text[span[0] : span[1]].strip()
 
 
-def accuracy(text: str, answer: str) -> float:
+def accuracy_reward(text: str, answer: str) -> float:
     """R_acc (eq. 6): 1.0 if the single <answer> holds exactly the label, whatever its case, else 0.0."""
     parsed = parse_answer(text)
     return float(parsed is not None and parsed.lower() == answer.strip().lower())
 
 
-def format(text: str) -> float:
+def format_reward(text: str) -> float:
     """R_format: 1.0 if the whole text is <think>..</think> then <answer>..</answer>, else 0.0.
 
     White space may surround and separate the two blocks.  Any further tag of the four, nested or
@@ -70,17 +64,17 @@ def format(text: str) -> float:
     return float(in_order and not (before + middle + after).strip())
 
 
-def bare_word(text: str) -> str | None:
+def label_word(text: str) -> str | None:
     """The whole answer of a label-only model (no tags), stripped; None if it is empty."""
     return text.strip() or None
 
 
-def bare_accuracy(text: str, answer: str) -> float:
+def label_accuracy(text: str, answer: str) -> float:
     """R_acc of a label-only model: 1.0 if the whole answer is the label, whatever its case."""
     return float(text.strip().lower() == answer.strip().lower())
 
 
-def bare_format(text: str) -> float:
+def label_format(text: str) -> float:
     """R_format of a label-only model: 1.0 if the text is exactly one bare word, without tags or punctuation."""
     return float(text.strip().isalpha())
 
@@ -91,7 +85,7 @@ def conclusion_of(text: str) -> str | None:
     return None if span is None else concluded(text[span[0] : span[1]])
 
 
-def agreement(text: str) -> float:
+def agreement_reward(text: str) -> float:
     """1.0 if the reasoning concludes what is answered, be it right or wrong."""
     word = conclusion_of(text)
     return float(word is not None and word == (parse_answer(text) or "").lower())
@@ -117,25 +111,27 @@ class Completion:
     row: dict = dataclasses.field(default_factory=dict)  # the sample's row, as the file has it
 
 
-def conclusion(c: Completion) -> float:
+def conclusion_reward(c: Completion) -> float:
     """1.0 if the reasoning concludes the label, whatever is answered."""
     return float(conclusion_of(c.text) == c.answer.strip().lower())
 
 
-def overlong(c: Completion, buffer: float = 0.2) -> float:
+def overlong_reward(c: Completion, buffer: float = 0.2) -> float:
     """0 up to 80 % of the limit, then down to -1 at the limit: DAPO's soft penalty of long answers (its eq. 13)."""
     free = c.limit * (1 - buffer)
     return -1.0 if not c.finished else min(0.0, (free - c.length) / (c.limit - free))
 
 
 BUILT_IN: dict[str, Callable[[Completion], float]] = {
-    "accuracy": lambda c: (bare_accuracy if c.prompt == "label" else accuracy)(c.text, c.answer),
-    "format": lambda c: (bare_format if c.prompt == "label" else format)(c.text),
-    "agreement": lambda c: agreement(c.text),
-    "conclusion": conclusion,
-    "overlong": overlong,
+    "accuracy": lambda c: (label_accuracy if c.prompt == "label" else accuracy_reward)(
+        c.text, c.answer
+    ),
+    "format": lambda c: (label_format if c.prompt == "label" else format_reward)(c.text),
+    "agreement": lambda c: agreement_reward(c.text),
+    "conclusion": conclusion_reward,
+    "overlong": overlong_reward,
 }
-MADE_UP = Completion(
+DUMMY_COMPLETION = Completion(
     "<think>she smiles: she is happy</think>\n<answer>happy</answer>", "happy", 17, True, 64
 )
 
@@ -154,10 +150,10 @@ def load_rewards(specs: tuple[str, ...], prompt: str = "think") -> tuple[Reward,
     return table
 
 
-def try_rewards(table: tuple[Reward, ...], prompt: str, row: dict) -> None:
+def validate_rewards(table: tuple[Reward, ...], prompt: str, row: dict) -> None:
     """Call every reward once, on a made-up completion for a real row: a fault in it is told before anything is loaded."""
     for reward in table:
         reward(
-            dataclasses.replace(MADE_UP, prompt=prompt, row=row),
+            dataclasses.replace(DUMMY_COMPLETION, prompt=prompt, row=row),
             "(a made-up completion for the first row)",
         )

@@ -29,18 +29,20 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from lib.common import UserError, out_of_memory
 from lib.compiler import compiled
-from model import HumanOmni, rope_table, rotate, sdpa
+from model import HumanOmni, apply_rotary, rope_cos_sin, sdpa
 from ops.decode_attention import attend, can_build_kernels, load_kernels
 
 # Per kind of device.  On a GPU every S, P and (B, G) is a graph of its own, so there they come in coarse steps.
 PREFIX_STEP = {"cpu": 1, "cuda": 64}  # P is rounded up to a multiple of this
 SUFFIX_STEP = {"cpu": 16, "cuda": 128}  # and S to one of this
-LOOK_EVERY = {
+CHECK_DONE_EVERY = {
     "cpu": 1,
     "cuda": 16,
 }  # steps between looks at who is done; a look waits for the device
 COMPACT_FROM = {"cpu": 8, "cuda": 256}  # rows from which it pays to leave finished ones behind
-KEPT_SHARE = 0.15  # of a GPU's memory: for shapes kept, with their graphs, from call to call
+CACHE_MEM_FRACTION = (
+    0.15  # of a GPU's memory: for shapes kept, with their graphs, from call to call
+)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -65,7 +67,7 @@ def uniforms(
 BELOW_ONE = 1 - 2**-52  # times a double: certainly less than that double
 
 
-def find(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def invert_cdf(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which interval holds a point, when intervals of these lengths are laid end to end?
 
     mass (N, n) float64, sought (N, 1) below the sum of mass -> index (N, 1), and how far into it (N, 1).
@@ -80,7 +82,7 @@ def find(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.
     return index, sought - (ends - mass).gather(1, index)
 
 
-def choose(
+def sample_token(
     logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bool, block: int = 256
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits (N, V) fp32, u (N,) -> token (N,) and its log-probability (N,) under softmax(logits / temperature).
@@ -108,14 +110,14 @@ def choose(
     if greedy:
         token = best
     else:
-        at, rest = find(mass, u[:, None] * total)
+        at, rest = invert_cdf(mass, u[:, None] * total)
         columns = at * block + torch.arange(block, device=p.device)  # (N, block)
         inside = (
             p.gather(1, columns.clamp(max=V - 1))
             .masked_fill(columns == best, 1.0)
             .masked_fill(columns >= V, 0.0)
         )
-        token = (at * block + find(inside.double(), rest)[0]).clamp(max=V - 1)  # (N, 1)
+        token = (at * block + invert_cdf(inside.double(), rest)[0]).clamp(max=V - 1)  # (N, 1)
     logp = scaled.gather(1, token) - top - total.log()
     return token[:, 0], logp[:, 0].float()
 
@@ -133,7 +135,7 @@ if ONEDNN and torch.ops.mkldnn._linear_pointwise not in flop_registry:
         return 2 * out_shape.numel() * x_shape[-1]
 
 
-class Product:
+class PackedLinear:
     """x (..., D) -> x @ weight.T + bias, where `weights` and `biases` of several layers are stacked into one.
 
     One product instead of three is one launch instead of three.  On CPU oneDNN also lays a weight out in its own blocks;
@@ -173,11 +175,11 @@ class PackedLayer:
     """What a DecoderLayer computes with, in four products instead of seven."""
 
     input_norm: nn.Module
-    qkv: Product
-    out: Product
+    qkv: PackedLinear
+    out: PackedLinear
     mlp_norm: nn.Module
-    gate_up: Product
-    down: Product
+    gate_up: PackedLinear
+    down: PackedLinear
     head_dim: int
 
     @classmethod
@@ -186,11 +188,11 @@ class PackedLayer:
         qkv = a.q_proj, a.k_proj, a.v_proj
         return cls(
             layer.input_layernorm,
-            Product([x.weight for x in qkv], [x.bias for x in qkv]),
-            Product([a.o_proj.weight]),
+            PackedLinear([x.weight for x in qkv], [x.bias for x in qkv]),
+            PackedLinear([a.o_proj.weight]),
             layer.post_attention_layernorm,
-            Product([mlp.gate_proj.weight, mlp.up_proj.weight]),
-            Product([mlp.down_proj.weight]),
+            PackedLinear([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            PackedLinear([mlp.down_proj.weight]),
             a.d,
         )
 
@@ -220,7 +222,7 @@ class PackedLayer:
 def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
     """qkv (B, G, H + 2K, d) -> q (B, G, H, d), rotated; the new keys and values go to slot t of suffix."""
     K = suffix.shape[2]
-    q, k = rotate(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
+    q, k = apply_rotary(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
     new = torch.stack((k, qkv[:, :, -K:])).transpose(2, 3)  # (2, B, K, G, d)
     # One index_copy_ for keys and values.  With two, through two views, Inductor copies the whole cache in every layer.
     suffix.index_copy_(4, t, new[:, :, :, :, None])
@@ -232,7 +234,7 @@ def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------
 
 
-class Rows:
+class DecodeState:
     """All that decoding reads and writes, preallocated: N = B * G rows, G of them behind each of B prompts.
 
     A captured graph finds tensors where it left them, so everything changes in place, the position too.
@@ -276,14 +278,14 @@ class Rows:
         self.suffix.zero_()
         self.bias.fill_(-torch.inf)[:, 0, 0, 0, :P].masked_fill_(mask, 0.0)
         positions = mask.sum(-1, keepdim=True) + torch.arange(self.T, device=mask.device)  # (B, T)
-        self.rope.copy_(torch.stack(rope_table(positions, model.config, model.dtype)))
+        self.rope.copy_(torch.stack(rope_cos_sin(positions, model.config, model.dtype)))
         self.u.copy_(u.flatten(0, 1).t())
         self.tokens.fill_(model.eos_ids[0])
         for x in (self.logps, self.lengths, self.done, self.t):
             x.zero_()
         torch.arange(len(self.origin), out=self.origin)
 
-    def take(self, rows: "Rows", index: torch.Tensor) -> None:
+    def copy_from(self, rows: "DecodeState", index: torch.Tensor) -> None:
         """Go on with rows[index], index (B, G); all of one line have one prompt; -1 is an empty place."""
         at = index.clamp(min=0)
         prompt = at[:, 0] // rows.G  # (B,)
@@ -306,9 +308,9 @@ class Rows:
         return ~self.seen.view(self.B, self.G)
 
 
-def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
+def append_token(r: DecodeState, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
     """Choose token t of every row from logits (N, V) and write it down; a row that is done gets end tokens."""
-    token, logp = choose(logits, r.u.index_select(0, r.t)[0], temperature, greedy)
+    token, logp = sample_token(logits, r.u.index_select(0, r.t)[0], temperature, greedy)
     r.tokens.index_copy_(0, r.t, torch.where(r.done, r.ends[0], token)[None])
     r.logps.index_copy_(0, r.t, logp.masked_fill(r.done, 0.0)[None])
     r.lengths += ~r.done
@@ -316,7 +318,7 @@ def record(r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> N
 
 
 def run_layers(
-    decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor, S: int
+    decoder: "Decoder", r: DecodeState, x: torch.Tensor, rope: torch.Tensor, S: int
 ) -> torch.Tensor:
     """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers; slots below S of the suffix are read."""
     before, after = PackedLayer.before_attention, PackedLayer.after_attention
@@ -331,7 +333,7 @@ def run_layers(
 
 
 def run_layers_fused(
-    decoder: "Decoder", r: Rows, x: torch.Tensor, rope: torch.Tensor
+    decoder: "Decoder", r: DecodeState, x: torch.Tensor, rope: torch.Tensor
 ) -> torch.Tensor:
     """Like `run_layers`, but `kernels.rotate_write_attend` rotates, writes and attends, and the end of each layer is one
     function with the start of the next.  x (1, N, D) -> (1, N, D)"""
@@ -350,8 +352,8 @@ def run_layers_fused(
         x, qkv = join(layer, following, x, attended)
 
 
-def step(
-    model: HumanOmni, decoder: "Decoder", r: Rows, S: int, temperature: float, greedy: bool
+def decode_step(
+    model: HumanOmni, decoder: "Decoder", r: DecodeState, S: int, temperature: float, greedy: bool
 ) -> None:
     """Read token t of every row, write token t + 1.  Shapes and addresses do not depend on t, and no operation waits for
     the device, so one captured graph serves every t below S."""
@@ -367,7 +369,7 @@ def step(
     x = model.model.norm(x)[0]  # (N, D)
     logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)  # (N, V) fp32
     r.t += 1
-    decoder.record(r, logits, temperature, greedy)
+    decoder.append_token(r, logits, temperature, greedy)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -451,7 +453,7 @@ class StepGraph:
 
 
 def kept_bytes(model: HumanOmni) -> int:
-    return int(KEPT_SHARE * torch.cuda.get_device_properties(model.device).total_memory)
+    return int(CACHE_MEM_FRACTION * torch.cuda.get_device_properties(model.device).total_memory)
 
 
 class Decoder:
@@ -464,7 +466,7 @@ class Decoder:
     def __init__(self, model: HumanOmni):
         self.signature = self.signature_of(model)
         self.layers = [PackedLayer.of(layer) for layer in model.model.layers]
-        self.head = Product([model.head_weight])
+        self.head = PackedLinear([model.head_weight])
         # For a few rows, the number of kernels decides how long a step takes on a GPU: 225 with ours and the compiler, 761
         # without (24 layers, bf16).
         use_kernels, use_compiler, _ = decode_path(model)
@@ -472,7 +474,7 @@ class Decoder:
         # torch.compile does not know oneDNN's layout, and what has it gains little from being compiled.
         products = [p for w in self.layers for p in (w.qkv, w.out, w.gate_up, w.down)]
         self.compile = use_compiler and all(p.blocked is None for p in products)
-        self.rows: dict[tuple, Rows] = {}
+        self.rows: dict[tuple, DecodeState] = {}
         self.graphs: dict[tuple, StepGraph] = {}
         self.captures = uses_graphs(model)
         self.memory = graph_memory() if self.captures else None
@@ -497,14 +499,14 @@ class Decoder:
             layer.gate_up.refresh()
         return known
 
-    def rows_for(self, model: HumanOmni, B: int, G: int, P: int, T: int) -> Rows:
+    def rows_for(self, model: HumanOmni, B: int, G: int, P: int, T: int) -> DecodeState:
         """Memory for such a batch.  With graphs, that of the last call with this shape, because graphs hold its addresses.
 
         One call uses several shapes, since finished rows are dropped.  Above the limit of `kept_bytes`, the shape that was
         not used for longest is freed.
         """
         if not self.captures:
-            return Rows(model, B, G, P, T)
+            return DecodeState(model, B, G, P, T)
         shape = B, G, P, T
         rows = self.rows.pop(shape, None)
         while rows is None and sum(r.nbytes for r in self.rows.values()) > kept_bytes(model):
@@ -514,22 +516,26 @@ class Decoder:
             self.graphs = {key: graph for key, graph in self.graphs.items() if key[:4] != oldest}
             if not self.graphs:  # a memory whose last graph is gone takes no other
                 self.memory = graph_memory()
-        self.rows[shape] = rows or Rows(model, *shape)
+        self.rows[shape] = rows or DecodeState(model, *shape)
         return self.rows[shape]
 
-    def record(self, r: Rows, logits: torch.Tensor, temperature: float, greedy: bool) -> None:
-        """Choose and write down the next token: by kernels where there are any, else by the function `record`."""
+    def append_token(
+        self, r: DecodeState, logits: torch.Tensor, temperature: float, greedy: bool
+    ) -> None:
+        """Choose and write down the next token: by kernels where there are any, else by the function `append_token`."""
         if self.kernels is None:
-            return record(r, logits, temperature, greedy)
-        self.kernels.record(
+            return append_token(r, logits, temperature, greedy)
+        self.kernels.append_token(
             logits, r.u, r.tokens, r.logps, r.lengths, r.done, r.ends, r.t, temperature, greedy
         )
 
-    def advance(self, model: HumanOmni, r: Rows, t: int, temperature: float, greedy: bool) -> None:
+    def advance(
+        self, model: HumanOmni, r: DecodeState, t: int, temperature: float, greedy: bool
+    ) -> None:
         """Make step t: as a graph where there are graphs."""
         # The kernels load the position from the device and read no slot of the cache after it.
         S = r.T if self.kernels else round_up(t + 1, SUFFIX_STEP[model.device.type], r.T)
-        run = lambda: step(model, self, r, S, temperature, greedy)
+        run = lambda: decode_step(model, self, r, S, temperature, greedy)
         key = r.B, r.G, r.P, r.T, S, temperature, greedy
         with hint_at_variable(model):
             if not self.captures:
@@ -559,7 +565,7 @@ def halvings(n: int) -> list[int]:
     return [n] if n == 1 else [n, *halvings((n + 1) // 2)]
 
 
-def regroup(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
+def compact(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
     """alive (B, G) -> (B', G') indices of the rows that go on, b * G + g, one prompt a line, -1 where nobody is; or None
     where too little would be saved.
 
@@ -619,7 +625,7 @@ def generate(
         uniforms(seed, list(range(B)) if prompt_ids is None else prompt_ids, G, T, model.device),
     )
     with hint_at_variable(model):
-        decoder.record(
+        decoder.append_token(
             r, model.logits(hidden).repeat_interleave(G, 0), temperature, greedy
         )  # a group starts alike
 
@@ -629,7 +635,7 @@ def generate(
         torch.empty(B * G, dtype=torch.long, device=model.device),
     )
 
-    def deliver(r: Rows) -> None:
+    def flush_outputs(r: DecodeState) -> None:
         """What these rows have so far, to where it belongs."""
         real = (r.origin >= 0).nonzero()[:, 0]
         to = r.origin[real]
@@ -641,21 +647,21 @@ def generate(
 
     looked = B * G  # rows that went on when last looked at
     for t in range(T - 1):
-        if t % LOOK_EVERY[kind] == LOOK_EVERY[kind] - 1:
+        if t % CHECK_DONE_EVERY[kind] == CHECK_DONE_EVERY[kind] - 1:
             alive = r.alive()
             going = int(alive.sum())
             if going == 0:
                 break
             if going < looked and 2 * going <= r.B * r.G >= COMPACT_FROM[kind]:
-                index = regroup(alive, exact=kind == "cpu")
+                index = compact(alive, exact=kind == "cpu")
                 if index is not None:
-                    deliver(r)
+                    flush_outputs(r)
                     fewer = decoder.rows_for(model, *index.shape, r.P, T)
-                    fewer.take(r, index.to(model.device))
+                    fewer.copy_from(r, index.to(model.device))
                     r = fewer
             looked = going
         decoder.advance(model, r, t, temperature, greedy)
-    deliver(r)
+    flush_outputs(r)
     return completions.t().reshape(B, G, T), lengths.view(B, G), logps.t().reshape(B, G, T)
 
 
@@ -685,7 +691,7 @@ def generate_naive(
                 hidden = model.run_layers(
                     x[None], positions, lambda i, q, k, v: sdpa(q, k, v, causal=True)
                 )
-                token, logp = choose(
+                token, logp = sample_token(
                     model.logits(hidden[:, -1]), u[b, g, t : t + 1], temperature, greedy
                 )
                 completions[b, g, t], logps[b, g, t], lengths[b, g] = token[0], logp[0], t + 1

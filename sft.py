@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import PromptBatch, read_samples
 from lib.common import Ranks, UserError, run_main, start_ranks
-from model import HumanOmni, embed, encode_once
+from model import HumanOmni, embed, encode_media
 from training import MasterAdamW, TrainArgs, learning_rate, micro_batches, set_up
 
 
@@ -58,7 +58,7 @@ def update(
 ) -> tuple[dict[str, float], bool]:
     """One optimiser step.  -> (loss, grad_norm, num_tokens) over all ranks, and whether the weights were moved."""
     counted = sum(len(t) for t in batch.targets)
-    tokens = float(ranks.sum_(torch.tensor(float(counted), device=ranks.device)))
+    tokens = float(ranks.all_reduce_(torch.tensor(float(counted), device=ranks.device)))
     loss_sum = torch.zeros((), device=ranks.device)
     pieces = micro_batches(
         torch.tensor([len(t) for t in batch.targets]).view(-1, 1),
@@ -74,10 +74,14 @@ def update(
         )  # (b, 1, T), zeros past the length
         loss = -logps.sum() / tokens  # one denominator for all micro-batches and ranks
         loss.backward()
-        optimizer.collect()
+        optimizer.accumulate_grads()
         loss_sum += loss.detach()
     norm, finite = optimizer.step(ranks, lr, args.max_grad_norm) if tokens else (0.0, False)
-    return {"loss": float(ranks.sum_(loss_sum)), "grad_norm": norm, "num_tokens": tokens}, finite
+    return {
+        "loss": float(ranks.all_reduce_(loss_sum)),
+        "grad_norm": norm,
+        "num_tokens": tokens,
+    }, finite
 
 
 def train(args: Args) -> None:
@@ -92,14 +96,14 @@ def train(args: Args) -> None:
     bar = tqdm(
         initial=run.state["step"],
         total=run.max_steps,
-        disable=not ranks.first,
+        disable=not ranks.is_main,
         desc="sft",
         mininterval=1,
     )
-    while not run.over:
+    while not run.should_stop:
         step = run.state["step"]
         started = time.perf_counter()
-        batch = encode_once(run.model, next(batches).to(ranks.device), run.cache)
+        batch = encode_media(run.model, next(batches).to(ranks.device), run.cache)
         loaded = time.perf_counter()
         lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
         row, moved = update(run.model, run.optimizer, batch, args, ranks, lr)
@@ -112,7 +116,7 @@ def train(args: Args) -> None:
                 }
             ]
         )
-        row |= run.count(told, moved, args)
+        row |= run.finish_step(told, moved, args)
         row = {"step": step + 1, "epoch": run.epoch, "lr": lr} | row
         row |= {
             "time/load": round(loaded - started, 4),
@@ -121,7 +125,7 @@ def train(args: Args) -> None:
         run.folder.append("metrics.jsonl", [row])
         bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
         bar.update()
-        if run.over or (args.save_every and (step + 1) % args.save_every == 0):
+        if run.should_stop or (args.save_every and (step + 1) % args.save_every == 0):
             run.save()
     bar.close()
     run.finish(args)

@@ -19,8 +19,8 @@ from data import (
     FeatureCache,
     Modal,
     Processor,
+    PromptSpec,
     Sample,
-    View,
     check_labels,
     loader,
     read_choices,
@@ -152,7 +152,7 @@ class MasterAdamW:
             [g for g in groups if g["params"]], lr=lr, betas=betas, fused=self.flat.is_cuda or None
         )  # on a GPU: a few kernels, not a dozen a parameter
 
-    def collect(self) -> None:
+    def accumulate_grads(self) -> None:
         """Add the gradients of one backward pass to the flat fp32 sum and free them."""
         new = [
             (total, p.grad) for p, total in zip(self.parameters, self.grads) if p.grad is not None
@@ -168,14 +168,14 @@ class MasterAdamW:
         A gradient that is not finite changes nothing, on any rank: all ranks see the same sum, so
         all decide alike without another collective.
         """
-        ranks.sum_(self.flat)
+        ranks.all_reduce_(self.flat)
         # In pieces: one fp32 sum over 494 M squares is off by 9 % on a CPU.
         norm = float(torch.nn.utils.get_total_norm(self.flat.split(2**20)))
         finite = math.isfinite(norm)
         if finite:
             if max_grad_norm > 0 and norm > max_grad_norm:
                 self.flat.mul_(max_grad_norm / (norm + 1e-6))
-            self._hand_out()
+            self._assign_grads()
             for group in self.adam.param_groups:
                 group["lr"] = lr
             self.adam.step()
@@ -188,7 +188,7 @@ class MasterAdamW:
         self.flat.zero_()
         return norm, finite
 
-    def _hand_out(self) -> None:
+    def _assign_grads(self) -> None:
         """The sums as gradients of the masters.  A part that has never had a gradient (what hears, in a run without sound)
         gets none: Adam passes it over, where a gradient of 0 would let it decay."""
         asleep = [i for i, master in enumerate(self.masters) if master not in self.adam.state]
@@ -201,7 +201,7 @@ class MasterAdamW:
         for i, (master, grad) in enumerate(zip(self.masters, self.grads)):
             master.grad = None if i in never else grad
 
-    def drop(self) -> None:
+    def zero_grads(self) -> None:
         """Forget the gradients that were collected."""
         self.flat.zero_()
 
@@ -287,13 +287,13 @@ class Run:
     per_step: int
     processor: Processor
     model: HumanOmni
-    view: View
+    view: PromptSpec
     cache: FeatureCache | None
     optimizer: MasterAdamW
     state: dict  # step, position, skipped_samples, ...: what a resumed run goes on from
     max_steps: int
     signal: "StopSignal"
-    stuck: str = ""  # why too many steps in a row changed nothing
+    stop_reason: str = ""  # why too many steps in a row changed nothing
     stopped: bool = False  # somebody asked for it
     saving: float = 0.0  # seconds of the last save, until they are logged
 
@@ -313,7 +313,7 @@ class Run:
         )
         return iter(loader(dataset, steps, args.workers, pin=ranks.device.type == "cuda"))
 
-    def count(self, told: list[dict], moved: bool, args: TrainArgs) -> dict:
+    def finish_step(self, told: list[dict], moved: bool, args: TrainArgs) -> dict:
         """Book a finished step; `told`: every rank's {"usable": n, "bad": clips, "stop": signalled}.  -> counts for its row.
 
         Raises UserError if not one clip of the run's first step could be read: then the path is wrong, not the clips.
@@ -332,7 +332,7 @@ class Run:
         self.state["skipped_steps"] += not moved
         self.state["bad_in_a_row"] = 0 if moved else self.state["bad_in_a_row"] + 1
         if self.state["bad_in_a_row"] >= args.max_bad_steps:
-            self.stuck = (
+            self.stop_reason = (
                 "no finite gradient: lower --lr"
                 if usable
                 else "no usable clip: see skipped.jsonl there"
@@ -343,12 +343,12 @@ class Run:
         return {key: self.state[key] for key in ("skipped_samples", "skipped_steps")}
 
     @property
-    def complete(self) -> bool:
+    def reached_max_steps(self) -> bool:
         return self.state["step"] >= self.max_steps
 
     @property
-    def over(self) -> bool:
-        return self.complete or bool(self.stuck) or self.stopped
+    def should_stop(self) -> bool:
+        return self.reached_max_steps or bool(self.stop_reason) or self.stopped
 
     @property
     def epoch(self) -> float:
@@ -363,32 +363,32 @@ class Run:
 
     def finish(self, args: TrainArgs) -> None:
         """Last words: what was left out, what there is now, and how to go on if this was not the end."""
-        out, say = self.folder.path, self.folder.ranks.say
-        if self.stuck:
+        out, print0 = self.folder.path, self.folder.ranks.print0
+        if self.stop_reason:
             raise UserError(
                 f"{args.max_bad_steps} steps in a row changed nothing: stopped after step {self.state['step']}. "
-                f"The last had {self.stuck}."
+                f"The last had {self.stop_reason}."
             )
         if self.state["skipped_samples"]:
-            say(
+            print0(
                 f"{self.state['skipped_samples']} times a clip was skipped; see {out}/skipped.jsonl"
             )
         if self.state["skipped_steps"]:
-            say(
+            print0(
                 f"{self.state['skipped_steps']} of {self.state['step']} steps changed nothing; the doctor says why."
             )
-        if self.complete:
-            say(
+        if self.reached_max_steps:
+            print0(
                 f"\ndone: {self.max_steps} steps. The model is {out}/latest, its numbers are in {out}/metrics.jsonl."
             )
-            say(
+            print0(
                 f"Is all well with it?  python -m tools.doctor {out}    Look at it:  python -m tools.report {out}"
             )
         else:
-            say(
+            print0(
                 f"\nstopped and saved after step {self.state['step']} of {self.max_steps}. Continue with:"
             )
-            say(resume_command())
+            print0(resume_command())
 
 
 def resume_command() -> str:
@@ -423,7 +423,7 @@ class StopSignal:
         self.asked = True
 
 
-def training_view(args) -> View:
+def training_prompt_spec(args) -> PromptSpec:
     """What the flags say of clips and questions."""
     if args.drop_audio < 0 or args.drop_video < 0 or args.drop_audio + args.drop_video > 1:
         raise UserError(
@@ -433,7 +433,7 @@ def training_view(args) -> View:
         raise UserError(
             f"--modal {args.modal} with --drop_audio or --drop_video: nothing would be left; drop one flag."
         )
-    return View(
+    return PromptSpec(
         args.modal,
         args.prompt,
         args.fit,
@@ -463,7 +463,7 @@ def set_up(
     if args.seed < 0 or args.max_bad_steps < 1:
         raise UserError("--seed must be 0 or more, --max_bad_steps 1 or more.")
     check_outputs(args, ranks)
-    view = training_view(args)
+    view = training_prompt_spec(args)
     check_labels(samples, args.data, args.allow_labels)
     max_steps = args.max_steps or math.ceil(args.epochs * len(samples) / per_step)
     if max_steps < 1:
@@ -475,7 +475,7 @@ def set_up(
         **where,
         dtype=dtype_of(args.dtype, ranks.device),
         device=ranks.device,
-        say=ranks.say,
+        log=ranks.print0,
     )
     if args.compile:
         model.compile_layers()
@@ -515,16 +515,16 @@ def set_up(
         )
         optimizer.load_state_dict(state.pop("optimizer"))
         state.setdefault("position", state["step"] * per_step)  # before it was kept
-        ranks.say(f"resuming after step {state['step']} from {newest}")
+        ranks.print0(f"resuming after step {state['step']} from {newest}")
     elif args.resume:
-        ranks.say(f"--resume: {folder.path} holds no checkpoint yet; starting at the first step")
+        ranks.print0(f"--resume: {folder.path} holds no checkpoint yet; starting at the first step")
     folder.cut_logs(state.pop("logs"))
-    ranks.say(
+    ranks.print0(
         f"{len(samples)} samples, {max_steps} steps, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
         f"parameters, {ranks.world} rank(s) on {ranks.device.type}"
     )
     if per_step > len(samples):
-        ranks.say(
+        ranks.print0(
             f"warning: a step takes {per_step} samples and {args.data} has {len(samples)}: some come up twice in it"
         )
     return Run(

@@ -420,7 +420,7 @@ def find_faults(plan: Plan) -> list[str]:
     return faults
 
 
-def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, dtype, device, say):
+def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, dtype, device, log):
     """A model of class `cls` with the weights of `path`; see HumanOmni.from_pretrained."""
     plan = make_plan(cls, config, path, vision_tower, audio_tower, bert)
     if plan.faults:
@@ -447,7 +447,7 @@ def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, dtype, d
     ):  # frozen, as in the reference, until `set_trained` says otherwise
         model.get_submodule(TOWERS[kind].rstrip(".")).requires_grad_(False)
     read_side_files(model, path, plan.source["bert"])
-    say(
+    log(
         f"{path}: "
         + ", ".join(
             f"{kind} from {'the checkpoint' if kind in plan.from_file else plan.source[kind]}"

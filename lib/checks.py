@@ -41,18 +41,18 @@ def check_objective(args) -> None:
         min(
             args.prompts_per_step,
             args.max_new_tokens,
-            args.inner_epochs,
+            args.update_epochs,
             args.micro_batch,
-            args.mini_batches,
+            args.num_minibatches,
         )
         < 1
     ):
         raise UserError(
-            "--prompts_per_step, --max_new_tokens, --inner_epochs, --mini_batches, --micro_batch: at least 1."
+            "--prompts_per_step, --max_new_tokens, --update_epochs, --num_minibatches, --micro_batch: at least 1."
         )
-    if args.mini_batches > args.prompts_per_step:
+    if args.num_minibatches > args.prompts_per_step:
         raise UserError(
-            f"--mini_batches {args.mini_batches}: each is to have a prompt of its own; --prompts_per_step is "
+            f"--num_minibatches {args.num_minibatches}: each is to have a prompt of its own; --prompts_per_step is "
             f"{args.prompts_per_step}."
         )
 
@@ -64,13 +64,13 @@ def idle_flags(args) -> list[str]:
         for f in dataclasses.fields(args)
         if f.default is not dataclasses.MISSING and getattr(args, f.name) != f.default
     }
-    one_step, clip = args.inner_epochs * args.mini_batches == 1, args.gate == "clip"
+    one_step, clip = args.update_epochs * args.num_minibatches == 1, args.gate == "clip"
     reasons = [
         (
             one_step,
             "ratio gate clip_low clip_high delta",
             "with one optimiser step per rollout the ratio is 1, where every "
-            "ratio and gate has REINFORCE's gradient (give --inner_epochs or --mini_batches)",
+            "ratio and gate has REINFORCE's gradient (give --update_epochs or --num_minibatches)",
         ),
         (not clip, "clip_low", f"--gate {args.gate} has no lower bound"),
         (args.gate in ("sapo", "none"), "clip_high", f"--gate {args.gate} has no ceiling"),
@@ -103,38 +103,40 @@ def refuse_sampling_filters(argv: list[str]) -> None:
 # eval.py
 # ------------------------------------------------------------------------------------------------
 
-JOBS = ("data", "clip", "compare", "folds", "table")
+MODES = ("data", "clip", "compare", "folds", "table")
 NOT_FOR_A_CLIP = {"media_root", "modalities", "batch_size", "feature_cache", "limit", "workers"}
 
 
-def job_of(args) -> str:
-    """The one of JOBS that the flags ask for.  Raises UserError for flags that have no meaning together."""
+def mode_of(args) -> str:
+    """The one of MODES that the flags ask for.  Raises UserError for flags that have no meaning together."""
     changed = {
         f.name for f in dataclasses.fields(args) if getattr(args, f.name) not in (f.default, [])
     }
-    jobs = [job for job in JOBS if job in changed]
-    if len(jobs) != 1:
+    modes = [mode for mode in MODES if mode in changed]
+    if len(modes) != 1:
         given = (
-            " and ".join(f"--{job}" for job in jobs) + " are too many" if jobs else "there is none"
+            " and ".join(f"--{mode}" for mode in modes) + " are too many"
+            if modes
+            else "there is none"
         )
-        raise UserError(f"give exactly one of {', '.join(f'--{job}' for job in JOBS)}; {given}.")
-    job = jobs[0]
+        raise UserError(f"give exactly one of {', '.join(f'--{mode}' for mode in MODES)}; {given}.")
+    mode = modes[0]
     odd = (
         changed & NOT_FOR_A_CLIP
-        if job == "clip"
+        if mode == "clip"
         else set()
-        if job == "data"
-        else changed - {job, "seed"}
+        if mode == "data"
+        else changed - {mode, "seed"}
     )
     if odd:
         raise UserError(
-            f"{', '.join(f'--{flag}' for flag in sorted(odd))}: has no meaning with --{job}; leave it out."
+            f"{', '.join(f'--{flag}' for flag in sorted(odd))}: has no meaning with --{mode}; leave it out."
         )
-    if job in ("data", "clip") and not args.model:
-        raise UserError(f"--{job} needs --model, a checkpoint folder or hub id.")
-    if job == "compare" and len(args.compare) != 2:
+    if mode in ("data", "clip") and not args.model:
+        raise UserError(f"--{mode} needs --model, a checkpoint folder or hub id.")
+    if mode == "compare" and len(args.compare) != 2:
         raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
-    if job == "folds" and len(set(args.folds)) < 2:
+    if mode == "folds" and len(set(args.folds)) < 2:
         raise UserError("--folds takes two result files or more, not one.")
     if args.modalities and changed & {"modal", "mute", "blank"}:
         raise UserError(
@@ -154,4 +156,4 @@ def job_of(args) -> str:
     }.items():
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} must be {least} or more.")
-    return job
+    return mode

@@ -4,15 +4,19 @@ Arguments from a dataclass, the process group, files that are never half written
 """
 
 import argparse
+import ast
 import dataclasses
 import datetime
 import inspect
+import io
 import json
 import os
 import re
 import sys
 import tempfile
+import textwrap
 import time
+import tokenize
 import typing
 import uuid
 from pathlib import Path
@@ -54,18 +58,31 @@ def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
     """
     helps, groups = {}, {}
     for base in reversed(cls.__mro__[:-1]):
-        group, name = "", None
-        for line in inspect.getsource(base).splitlines():
-            if section := re.match(r"    # -- (.+)", line):
-                group = section[1]
-            elif field := re.match(r"    (\w+):[^#]*(?:#\s*(.*))?$", line):
-                name = field[1]
-                helps[name] = field[2] or helps.get(name, "")
+        source = textwrap.dedent(inspect.getsource(base))
+        fields = [
+            node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)
+        ]
+        starts = {field.lineno: field.target.id for field in fields}
+        ends = {field.lineno: field.end_lineno for field in fields}
+        group, name, last = "", None, 0
+        comments: dict[str, list[str]] = {}
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            line = token.start[0]
+            if line in starts:
+                name = starts[line]
                 groups.setdefault(name, group)
-            elif name and (more := re.match(r"     +#\s*(.*)", line)):
-                helps[name] += "\n" + more[1]
-            else:
-                name = None
+                comments.setdefault(name, [])
+                last = ends[line]
+            if token.type != tokenize.COMMENT:
+                continue
+            text = token.string.lstrip("# ").rstrip()
+            if text.startswith("-- "):
+                group, name = text.removeprefix("-- "), None
+            elif name and line <= last + 1:  # right after the field: not a comment of the code
+                comments[name].append(text)
+                last = max(last, line)
+        for name, lines in comments.items():
+            helps[name] = "\n".join(lines) or helps.get(name, "")
     return helps, groups
 
 
@@ -189,15 +206,15 @@ class Ranks:
     device: torch.device
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Rank 0 prints and writes; the others only compute."""
         return self.rank == 0
 
-    def say(self, *words) -> None:
-        if self.first:
+    def print0(self, *words) -> None:
+        if self.is_main:
             print(*words, flush=True)
 
-    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)

@@ -11,7 +11,7 @@ import torch
 from lib.common import printable
 
 
-class Clock:
+class Timer:
     """Seconds per named part.  On a GPU, work is queued: a lap waits for it, or it would be booked on the next."""
 
     def __init__(self):
@@ -31,38 +31,37 @@ class Clock:
 class Meter:
     """Numbers of one step, joined over micro-batches and ranks: weighted means, totals, maxima and minima.
 
-    A number may be a tensor of one element on any device.  It stays there until `entries` fetches all of them at once:
+    A number may be a tensor of one element on any device.  It stays there until `totals` fetches all of them at once:
     float() of each would make the host wait for a GPU dozens of times a micro-batch.
     """
 
     def __init__(self):
-        self.notes: list[tuple] = []  # (name, kind, value, weight), as they came
+        self.records: list[tuple] = []  # (name, kind, value, weight), as they came
 
     def mean(self, name: str, value, weight) -> None:
-        self.notes.append((name, "mean", value, weight))
+        self.records.append((name, "mean", value, weight))
 
-    def total(self, name: str, value) -> None:
-        self.notes.append((name, "total", value, 1.0))
+    def sum(self, name: str, value) -> None:
+        self.records.append((name, "sum", value, 1.0))
 
-    def most(self, name: str, value) -> None:
-        self.notes.append((name, "most", value, 1.0))
+    def max(self, name: str, value) -> None:
+        self.records.append((name, "max", value, 1.0))
 
-    def least(self, name: str, value) -> None:
-        self.notes.append((name, "least", value, 1.0))
+    def min(self, name: str, value) -> None:
+        self.records.append((name, "min", value, 1.0))
 
-    @property
-    def entries(self) -> dict[str, tuple[str, float, float]]:
+    def totals(self) -> dict[str, tuple[str, float, float]]:
         """name -> (kind, value, weight) in plain numbers; the value of a mean is the weighted sum."""
         tensors = [
             x.detach().double()
-            for *_, value, weight in self.notes
+            for *_, value, weight in self.records
             for x in (value, weight)
             if torch.is_tensor(x)
         ]
         fetched = iter(torch.stack(tensors).tolist() if tensors else ())
         plain = lambda x: next(fetched) if torch.is_tensor(x) else x
         notes = [
-            (name, kind, plain(value), plain(weight)) for name, kind, value, weight in self.notes
+            (name, kind, plain(value), plain(weight)) for name, kind, value, weight in self.records
         ]
         return fold(
             (name, kind, value * weight if kind == "mean" else value, weight)
@@ -87,9 +86,9 @@ def fold(notes) -> dict[str, tuple[str, float, float]]:
             _, before, weight_before = entries[name]
             value = (
                 max(before, value)
-                if kind == "most"
+                if kind == "max"
                 else min(before, value)
-                if kind == "least"
+                if kind == "min"
                 else before + value
             )
             weight += weight_before
@@ -113,11 +112,11 @@ def measure(meter: Meter, rollout, r: torch.Tensor) -> None:
     meter.mean("frac_reward_zero_std/all_wrong", (dead & wrong).float().mean(), B)
     lengths = rollout.lengths.float()
     meter.mean("completions/mean_length", lengths.mean(), B)
-    meter.least("completions/min_length", lengths.min())
-    meter.most("completions/max_length", lengths.max())
+    meter.min("completions/min_length", lengths.min())
+    meter.max("completions/max_length", lengths.max())
     meter.mean("completions/clipped_ratio", (~rollout.finished).float().mean(), B)
     meter.mean("unique_completions", sum(len(set(group)) for group in rollout.texts) / (B * G), B)
-    meter.total("num_tokens", rollout.lengths.sum())
+    meter.sum("num_tokens", rollout.lengths.sum())
 
 
 def rollout_rows(batch, rollout, step: int, piece=None) -> list[dict]:
@@ -185,7 +184,7 @@ def good_and_bad(rows: list[dict], step: int) -> str:
 
 
 def step_row(
-    step: int, epoch: float, lr: float, meters: list[dict], clock: Clock, counts: dict
+    step: int, epoch: float, lr: float, meters: list[dict], clock: Timer, counts: dict
 ) -> dict:
     """One row of metrics.jsonl."""
     row = {"step": step, "epoch": epoch, "lr": lr}

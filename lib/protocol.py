@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.common import UserError, printable
-from lib.words import VOCABULARY, normalise
+from lib.reasoning import VOCABULARY, normalise
 
 OTHER = "other"  # the column for answers that are no label of the data set
 RATES = ("war", "uar", "war_normalised", "uar_normalised")

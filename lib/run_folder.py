@@ -112,7 +112,7 @@ def check_outputs(args, ranks: Ranks) -> None:
     out = Path(args.out)
     if args.feature_cache:  # may be another disk on every machine
         check_writable(args.feature_cache, "--feature_cache")
-    if not ranks.first:
+    if not ranks.is_main:
         return
     check_tracker(args.log)
     check_writable(out, "--out")
@@ -158,10 +158,10 @@ class RunFolder:
         self.keep, self.on_save_error = args.keep, args.on_save_error
         self.checkpoints = self.path / "checkpoints"
         self.unwritten: dict[str, str] = {}  # log -> rows that could not be written yet
-        if ranks.first:
+        if ranks.is_main:
             self._prepare(args, start_model)
             if args.log != "none":
-                self.mirror = Mirror(args.log, self.path, dataclasses.asdict(args), ranks.say)
+                self.mirror = Mirror(args.log, self.path, dataclasses.asdict(args), ranks.print0)
         ranks.barrier()
 
     # ---- starting and resuming --------------------------------------------------------------------
@@ -217,12 +217,12 @@ class RunFolder:
                 "or --allow_changes."
             )
         if LENGTH.intersection(changed) and (old["schedule"] != "constant" or old["warmup"]):
-            self.ranks.say(
+            self.ranks.print0(
                 "--max_steps or --epochs changed: the learning-rate schedule is stretched, so this is not what "
                 "one run of that length would have been"
             )
         if old["world_size"] != new["world_size"]:
-            self.ranks.say(
+            self.ranks.print0(
                 f"{old['world_size']} rank(s) before, {new['world_size']} now: same data order, same samples"
             )
 
@@ -233,14 +233,14 @@ class RunFolder:
     def newest(self) -> Path | None:
         """The newest sound checkpoint, the same on every rank; None if there is none yet.  Warns of damaged ones."""
         found = None
-        if self.ranks.first:
+        if self.ranks.is_main:
             there = self._complete()
             for checkpoint in reversed(there):
                 problem = damage(checkpoint)
                 if problem is None:
                     found = checkpoint
                     break
-                self.ranks.say(
+                self.ranks.print0(
                     f"warning: {checkpoint} is damaged ({problem}); trying the one before"
                 )
             if there and found is None:
@@ -253,13 +253,13 @@ class RunFolder:
 
     def cut_logs(self, lengths: dict[str, int]) -> None:
         """Forget what was logged after a checkpoint: the resumed run writes it again, each row exactly once."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             for name in LOGS:
                 file, length = self.path / name, lengths.get(name, 0)
                 if not file.exists():
                     continue
                 if file.stat().st_size < length:
-                    self.ranks.say(
+                    self.ranks.print0(
                         f"warning: {file} is shorter than when the checkpoint was written: rows are missing"
                     )
                 os.truncate(file, min(length, file.stat().st_size))
@@ -269,7 +269,7 @@ class RunFolder:
 
     def append(self, name: str, rows: list[dict]) -> None:
         """Add rows to a log."""
-        if self.ranks.first and rows:
+        if self.ranks.is_main and rows:
             lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
             self.unwritten[name] = self.unwritten.get(name, "") + lines
             self._write_logs()
@@ -301,11 +301,11 @@ class RunFolder:
                 f"{told}. The checkpoints before it are whole: make room and go on with --resume. "
                 "(--on_save_error continue would go on training.)"
             )
-        self.ranks.say(f"\nwarning: {told}; training goes on (--on_save_error continue)")
+        self.ranks.print0(f"\nwarning: {told}; training goes on (--on_save_error continue)")
 
     def save(self, step: int, model, state: dict) -> None:
         """Write checkpoint `step_N` and point `latest` to it."""
-        if self.ranks.first:
+        if self.ranks.is_main:
             final = self.checkpoints / f"step_{step}"
             beside, replaced = (final.with_name(f".{final.name}.{word}") for word in ("tmp", "old"))
             try:
@@ -360,4 +360,4 @@ class RunFolder:
     def tell_skipped(self, step: int, clips: list[dict]) -> None:
         self.append("skipped.jsonl", [{"step": step} | clip for clip in clips])
         for clip in clips:
-            self.ranks.say(f"\nskipped {printable(clip['id'])}: {printable(clip['reason'])}")
+            self.ranks.print0(f"\nskipped {printable(clip['id'])}: {printable(clip['reason'])}")

@@ -26,10 +26,10 @@ def check_tracker(kind: str) -> None:
 
 
 class Mirror:
-    """Sends rows to a tracker.  A resumed run goes on under the same name.  `say` tells of a failure."""
+    """Sends rows to a tracker.  A resumed run goes on under the same name.  `log` tells of a failure."""
 
-    def __init__(self, kind: str, folder: Path, config: dict, say=print):
-        self.kind, self.say, self.send = kind, say, None
+    def __init__(self, kind: str, folder: Path, config: dict, log=print):
+        self.kind, self.log, self.send = kind, log, None
         self._try(lambda: setattr(self, "send", self._open(folder, config)))
 
     def _open(self, folder: Path, config: dict):
@@ -58,7 +58,7 @@ class Mirror:
             work()
         except Exception as error:
             self.send = None
-            self.say(
+            self.log(
                 f"\nwarning: --log {self.kind} failed ({type(error).__name__}: {error}); the run goes on without it"
             )
 

@@ -85,9 +85,10 @@ def can_build_kernels() -> bool:
 
 
 def load_kernels() -> types.SimpleNamespace:
-    """`rotate_write_attend` and `record` as kernels.  Triton is imported only here, where it is needed."""
+    """`rotate_write_attend` and `append_token` as kernels.  Triton is imported only here, where it is needed."""
     from ops import decode_kernel, sample_kernel
 
     return types.SimpleNamespace(
-        rotate_write_attend=decode_kernel.rotate_write_attend, record=sample_kernel.record
+        rotate_write_attend=decode_kernel.rotate_write_attend,
+        append_token=sample_kernel.append_token,
     )

@@ -3,8 +3,8 @@
     block_statistics   one pass over the logits: maximum and remaining mass of each block of 256
     choose_and_record  one program a row: finds the block, then the token in it, and writes it down
 
-Slow obvious twin: `record` of sampler.py, 57 operations of which six read or write an (N, V) tensor.
-The method is the same: inverse CDF in float64 over blocks summed in fp32; see `choose` there.
+Slow obvious twin: `append_token` of sampler.py, 57 operations of which six read or write an (N, V) tensor.
+The method is the same: inverse CDF in float64 over blocks summed in fp32; see `sample_token` there.
 
 This file is imported only where a GPU can build the kernels, or under Triton's interpreter.
 
@@ -114,7 +114,7 @@ def choose_and_record(
     tl.store(done + row, is_done)
 
 
-def record(
+def append_token(
     logits: torch.Tensor,
     uniforms: torch.Tensor,
     tokens: torch.Tensor,

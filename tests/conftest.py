@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parent / "golden"  # see golden/README.md: made by the r
 
 def load_golden_model() -> HumanOmni:
     return HumanOmni.from_pretrained(
-        GOLDEN / "humanomni", bert=GOLDEN / "bert", say=lambda line: None
+        GOLDEN / "humanomni", bert=GOLDEN / "bert", log=lambda line: None
     )
 
 

@@ -4,7 +4,7 @@
 and forks for every run; a fork executes the script file itself as __main__, with its own arguments and output.
 
     server = shared()
-    job = server.start("grpo.py", "--model", ..., hook="import rewards; rewards.accuracy = ...")
+    job = server.start("grpo.py", "--model", ..., hook="import rewards; rewards.accuracy_reward = ...")
     os.kill(job.pid, signal.SIGKILL)              # as a test likes
     done = server.wait(job)                       # .returncode (negative: the signal), .stdout, .stderr
 """

@@ -27,7 +27,7 @@ import sft
 from data import PromptBatch, Sample
 from lib import common
 from lib.common import AUDIO, Ranks
-from model import HumanOmni, encode_once, frozen_reference
+from model import HumanOmni, encode_media, frozen_reference
 from training import MasterAdamW
 
 CUDA = torch.device("cuda", 0)
@@ -233,12 +233,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(sampler, "can_build_kernels", lambda: False)
     monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2**30)
     monkeypatch.setattr(sampler, "_decoders", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(sampler.Rows, "alive", alive)
+    monkeypatch.setattr(sampler.DecodeState, "alive", alive)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: wait("synchronize"))
     for figures, value in (
         (sampler.PREFIX_STEP, 8),
         (sampler.SUFFIX_STEP, 4),
-        (sampler.LOOK_EVERY, 4),
+        (sampler.CHECK_DONE_EVERY, 4),
         (sampler.COMPACT_FROM, 4),
     ):
         monkeypatch.setitem(figures, "cuda", value)
@@ -260,7 +260,7 @@ def alive(self) -> torch.Tensor:
 
 def on(device, dtype=torch.float32) -> HumanOmni:
     model = HumanOmni.from_pretrained(
-        GOLDEN / "humanomni", bert=GOLDEN / "bert", dtype=dtype, device=device, say=str
+        GOLDEN / "humanomni", bert=GOLDEN / "bert", dtype=dtype, device=device, log=str
     )
     model.eos_ids = [380, *range(0, 380, 12)]
     return model
@@ -311,7 +311,7 @@ class Bench:
             step(*a),
         )[1]
         self.batch = self.part(
-            "encode", lambda: encode_once(self.model, golden_batch(forward).to(device))
+            "encode", lambda: encode_media(self.model, golden_batch(forward).to(device))
         )
 
     def part(self, name, run):
@@ -343,14 +343,15 @@ def grpo_step(device, dtype, forward, processor) -> tuple[Bench, grpo.Rollout]:
     b = Bench(device, dtype, forward)
     meter, reference = grpo.Meter(), frozen_reference(b.model)
     rollout = b.part(
-        "rollout", lambda: grpo.roll_out(b.model, reference, processor, b.batch, args, grpo.Clock())
+        "rollout",
+        lambda: grpo.sample_completions(b.model, reference, processor, b.batch, args, grpo.Timer()),
     )
     r = torch.arange(12.0).view(3, 4) % 5
     rollout.rewards = {
         "accuracy": r.to(device),
         "format": r.to(device),
     }  # of noise all rewards are 0
-    total = b.part("compare", lambda: grpo.compare(rollout, args, b.ranks))
+    total = b.part("compute_advantages", lambda: grpo.compute_advantages(rollout, args, b.ranks))
     assert b.part(
         "update",
         lambda: grpo.update(b.model, b.optimizer, b.batch, rollout, args, b.ranks, 1e-4, meter),
@@ -360,11 +361,11 @@ def grpo_step(device, dtype, forward, processor) -> tuple[Bench, grpo.Rollout]:
         "tell",
         lambda: (
             grpo.measure(meter, rollout, total),
-            meter.entries,
+            meter.totals(),
             grpo.rollout_rows(b.batch, rollout, 1),
         ),
     )
-    b.row = grpo.Meter.join([meter.entries])
+    b.row = grpo.Meter.join([meter.totals()])
     return b, rollout
 
 
@@ -387,7 +388,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 MOST_WAITS = {
     "encode": 4,
     "rollout": 40,
-    "compare": 0,
+    "compute_advantages": 0,
     "update": 7 + 2 * 5,
     "tell": 6,
 }  # two micro-batches of 5
@@ -445,11 +446,11 @@ def test_a_step_can_be_captured(gpu, dtype, temperature, greedy):
 
 def advance(model, temperature=1.0, greedy=False) -> None:
     with torch.no_grad():
-        decoder, r = sampler.Decoder(model), sampler.Rows(model, 2, 3, 8, 6)
+        decoder, r = sampler.Decoder(model), sampler.DecodeState(model, 2, 3, 8, 6)
         held = {name: (x, x.data_ptr()) for name, x in vars(r).items() if torch.is_tensor(x)}
         for _ in range(2):
             with captured():
-                sampler.step(model, decoder, r, 4, temperature, greedy)
+                sampler.decode_step(model, decoder, r, 4, temperature, greedy)
         for name, (x, address) in held.items():
             assert getattr(r, name) is x and x.data_ptr() == address, (
                 f"{name} moved: a graph would write the old place"
@@ -474,7 +475,11 @@ FAULTS = {
 def test_faults_are_noticed(gpu, monkeypatch, fault):
     """The test of this test."""
     does, told = FAULTS[fault]
-    monkeypatch.setattr(sampler, "record", lambda *a, record=sampler.record: (does(*a), record(*a)))
+    monkeypatch.setattr(
+        sampler,
+        "append_token",
+        lambda *a, append_token=sampler.append_token: (does(*a), append_token(*a)),
+    )
     with pytest.raises((RuntimeError, AssertionError), match=told):
         advance(on("cuda"))
 
@@ -611,7 +616,7 @@ def test_the_variable_chooses_how_a_step_is_run(paths):
         assert f"{sampler.PATH_VARIABLE}={asked}" in str(told.value)
 
 
-@pytest.mark.parametrize("fails", ["step", "record"])
+@pytest.mark.parametrize("fails", ["decode_step", "append_token"])
 def test_a_step_that_fails_names_the_variable(gpu, monkeypatch, fails):
     """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how to continue.  The first token
     is chosen before the first step: a kernel that cannot be built fails there."""

@@ -16,7 +16,7 @@ import data
 from data import (
     BadClip,
     ClipDataset,
-    View,
+    PromptSpec,
     check_labels,
     collate,
     loader,
@@ -27,7 +27,7 @@ from data import (
 )
 from lib.common import AUDIO, VIDEO, UserError
 from lib.media import read_clip
-from model import embed, encode_once
+from model import embed, encode_media
 
 CLIPS = sorted(p.name for p in (GOLDEN / "media").iterdir())
 QUESTION = json.loads((GOLDEN / "prompt.json").read_text())["question"]
@@ -53,11 +53,11 @@ def test_golden_clips(name, golden_media, processor):
         and clip.audio.dtype == np.float32
     )
     for fit in ("pad", "stretch"):
-        ours = ((processor.frames(clip.frames, fit) + 1) * 127.5).round()
+        ours = ((processor.preprocess_frames(clip.frames, fit) + 1) * 127.5).round()
         off = (ours - golden[fit].float()).abs()
         most, mean = (10, 0.2) if (name, fit) == ("tall_30fps.mp4", "stretch") else (2, 0.02)
         assert off.max() <= most and off.mean() < mean, (fit, off.max(), off.mean())
-    mel = processor.mel(clip.audio)
+    mel = processor.log_mel(clip.audio)
     if not name.endswith(".mkv"):  # the reference's older FFmpeg kept the priming samples there
         padding = (
             1023 if av.__version__ >= "19" else 0
@@ -74,13 +74,16 @@ def test_silence(processor):
     clip = read_clip(GOLDEN / "media" / "silent_no_track.mp4")
     assert clip.audio.shape == (160_000,) and not clip.audio.any() and not clip.has_audio
     assert any("no audio track" in note for note in clip.notes)
-    assert torch.equal(processor.mel(clip.audio), torch.full((80, 300), -1.5))
+    assert torch.equal(processor.log_mel(clip.audio), torch.full((80, 300), -1.5))
 
 
 def test_pad_and_stretch(processor):
     """Stops a picture that is padded at one side, with black, or not at all."""
     frames = np.full((2, 20, 60, 3), 255, np.uint8)
-    padded, stretched = processor.frames(frames, "pad"), processor.frames(frames, "stretch")
+    padded, stretched = (
+        processor.preprocess_frames(frames, "pad"),
+        processor.preprocess_frames(frames, "stretch"),
+    )
     assert padded.shape == stretched.shape == (2, 3, 64, 64) and padded.dtype == torch.float32
     assert (stretched == 1).all()
     column = padded[0, 0, :, 32]
@@ -97,9 +100,9 @@ def test_pad_and_stretch(processor):
 
 def test_prompt_ids(processor, forward):
     """Stops a prompt that the released model never saw: other ids, other system line, merged pieces."""
-    assert processor.prompt(QUESTION) == forward["input_ids"][0].tolist()
-    assert processor.prompt(QUESTION, "video") == forward["input_ids_video_only"][0].tolist()
-    assert processor.question(QUESTION) == forward["question_ids"][0].tolist()
+    assert processor.encode_prompt(QUESTION) == forward["input_ids"][0].tolist()
+    assert processor.encode_prompt(QUESTION, "video") == forward["input_ids_video_only"][0].tolist()
+    assert processor.encode_question(QUESTION) == forward["question_ids"][0].tolist()
 
 
 def test_prompt_text(processor):
@@ -110,9 +113,9 @@ def test_prompt_text(processor):
     def text(ids):
         return "".join(tokens.get(i) or processor.tokenizer.decode([i]) for i in ids)
 
-    assert text(processor.prompt(QUESTION)) == golden["prompt"]
-    assert text(processor.prompt(QUESTION, "video")) == golden["prompt_video_only"]
-    heard = processor.prompt(QUESTION, "audio")
+    assert text(processor.encode_prompt(QUESTION)) == golden["prompt"]
+    assert text(processor.encode_prompt(QUESTION, "video")) == golden["prompt_video_only"]
+    heard = processor.encode_prompt(QUESTION, "audio")
     assert VIDEO not in heard and heard.count(AUDIO) == 1
     assert text(heard) == golden["prompt"].replace("<vi_start><video><vi_end>\n", "")
 
@@ -121,21 +124,21 @@ def test_prompt_text(processor):
 def test_chat_markup_in_a_question_is_refused(processor, question):
     """Stops a question that ends its own turn or asks for a second clip."""
     with pytest.raises(UserError, match="markup"):
-        processor.prompt(question)
+        processor.encode_prompt(question)
 
 
 def test_text_of_a_completion(processor):
     """Stops an end token in the scored text, and special tokens in the middle being hidden from the reward."""
-    ids = processor.target("<answer>happy</answer>")
+    ids = processor.encode_target("<answer>happy</answer>")
     assert ids[-1] == processor.tokenizer.eos_token_id == 380
-    assert processor.text(ids) == processor.text(ids[:-1]) == "<answer>happy</answer>"
-    assert "<|im_end|>" in processor.text([*ids, *ids])
-    assert processor.text([]) == ""
+    assert processor.decode(ids) == processor.decode(ids[:-1]) == "<answer>happy</answer>"
+    assert "<|im_end|>" in processor.decode([*ids, *ids])
+    assert processor.decode([]) == ""
 
 
 def test_long_question_is_cut_for_bert(processor):
     """Stops a question longer than BERT's table ending in an index error."""
-    ids = processor.question("emotion " * 500)
+    ids = processor.encode_question("emotion " * 500)
     assert (
         len(ids) == processor.max_question == 64
         and ids[-1] == processor.bert_tokenizer.sep_token_id
@@ -349,23 +352,23 @@ def test_loader_keeps_order_and_reports_bad_clips(rows, processor):
 
 def test_what_a_batch_holds(rows, processor):
     """Stops a question, target or clip of one row landing in another."""
-    dataset = ClipDataset(rows, processor, View(prompt="row"))
+    dataset = ClipDataset(rows, processor, PromptSpec(prompt="row"))
     batch = collate([dataset[0, 0], dataset[1, 1], dataset[2, 2]])
     clip = read_clip(rows[0].clip)
-    assert all(torch.equal(f, processor.frames(clip.frames)) for f in batch.frames)
-    assert all(torch.equal(m, processor.mel(clip.audio)) for m in batch.mel)
+    assert all(torch.equal(f, processor.preprocess_frames(clip.frames)) for f in batch.frames)
+    assert all(torch.equal(m, processor.log_mel(clip.audio)) for m in batch.mel)
     for i in range(3):
         real = batch.question_mask[i].bool()
-        assert batch.question_ids[i, real].tolist() == processor.question(rows[i].question)
+        assert batch.question_ids[i, real].tolist() == processor.encode_question(rows[i].question)
         assert not batch.question_ids[i, ~real].any()
-        assert batch.input_ids[i] == processor.prompt(rows[i].question, rows[i].modal)
-        assert batch.targets[i] == processor.target("happy")
+        assert batch.input_ids[i] == processor.encode_prompt(rows[i].question, rows[i].modal)
+        assert batch.targets[i] == processor.encode_target("happy")
     assert isinstance(dataset[0, 3], BadClip)
 
 
 def test_the_runs_modality_and_the_rows(rows, processor):
     """Stops a video-only run listening, or a row without video being asked to look."""
-    video = ClipDataset(rows, processor, View(modal="video"))
+    video = ClipDataset(rows, processor, PromptSpec(modal="video"))
     assert [isinstance(video[0, i], BadClip) for i in range(7)] == [
         False,
         False,
@@ -439,12 +442,12 @@ def test_features_on_disk(rows, processor, model, tmp_path, dtype):
     dataset = ClipDataset(rows, processor, cache=cache)
     order = [4, 0, 2, 1, 6]
     with torch.no_grad():
-        plain = encode_once(
+        plain = encode_media(
             model, collate([ClipDataset(rows, processor)[i, n] for i, n in enumerate(order)])
         )
-        fresh = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
+        fresh = encode_media(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
         assert dataset[0, 0]["frames"] is None and dataset[0, 0]["mel"] is None  # found
-        again = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
+        again = encode_media(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
         for name in ("vision", "audio"):
             a, b, c = (getattr(batch, name) for batch in (plain, fresh, again))
             assert (
@@ -453,8 +456,8 @@ def test_features_on_disk(rows, processor, model, tmp_path, dtype):
         # A new sound beside the old ones: only some of the rows are found.
         part = data.FeatureCache(tmp_path / "part", {"video": "a", "audio": "b"})
         dataset.cache = part
-        encode_once(model, collate([dataset[0, 4]]), part)
-        mixed = encode_once(model, collate([dataset[i, n] for i, n in enumerate(order)]), part)
+        encode_media(model, collate([dataset[0, 4]]), part)
+        mixed = encode_media(model, collate([dataset[i, n] for i, n in enumerate(order)]), part)
         assert torch.equal(mixed.vision, fresh.vision)
         assert torch.equal(mixed.audio, fresh.audio)
         assert embed(model, mixed)[0].isfinite().all()
@@ -466,7 +469,7 @@ def test_features_depend_on_the_clip_alone(rows, processor, fresh_model, tmp_pat
     history, a kill, or how far ahead the loader reads would make another run of the same command."""
     model = fresh_model.to(dtype)
     numbers = [4, 0, 2, 1, 6]
-    alone = {n: encode_once(model, collate([ClipDataset(rows, processor)[0, n]])) for n in numbers}
+    alone = {n: encode_media(model, collate([ClipDataset(rows, processor)[0, n]])) for n in numbers}
     cache = data.FeatureCache(tmp_path, {"video": "a", "audio": "b"})
     dataset = ClipDataset(rows, processor, cache=cache)
     first, second = (
@@ -476,7 +479,7 @@ def test_features_depend_on_the_clip_alone(rows, processor, fresh_model, tmp_pat
         len(second.frames) == 3 and len(second.mel) == 4
     )  # read ahead, before anything was encoded
     for batch, order in ((first, [4, 0]), (second, [0, 6, 4, 2, 1])):
-        features = encode_once(model, batch, cache)
+        features = encode_media(model, batch, cache)
         for name in ("vision", "audio"):
             one_by_one = [
                 getattr(alone[n], name) for n in order if getattr(alone[n], name) is not None
@@ -484,7 +487,7 @@ def test_features_depend_on_the_clip_alone(rows, processor, fresh_model, tmp_pat
             assert torch.equal(getattr(features, name), torch.cat(one_by_one)), name
     frames = torch.stack(
         [
-            processor.frames(clip.frames)
+            processor.preprocess_frames(clip.frames)
             for clip in (dataset.read_clip(rows[n].clip, 8, modal="video") for n in (0, 6))
         ]
     )
@@ -538,7 +541,12 @@ def test_a_sound_file_is_asked_as_one_by_its_streams(rows, processor, tmp_path):
     )
     wav = ClipDataset(rows, processor)[0, 4]
     cache = data.FeatureCache(tmp_path / "c", {"video": "a", "audio": "b"})
-    for view in (View(), View(drop_audio=1.0), View(drop_video=1.0), View(modal="audio")):
+    for view in (
+        PromptSpec(),
+        PromptSpec(drop_audio=1.0),
+        PromptSpec(drop_video=1.0),
+        PromptSpec(modal="audio"),
+    ):
         dataset = ClipDataset([voice, seen], processor, view)
         item = dataset[0, 0]
         assert (
@@ -557,7 +565,7 @@ def test_a_sound_file_is_asked_as_one_by_its_streams(rows, processor, tmp_path):
         )
     for bad in (
         ClipDataset([seen], processor)[0, 0],
-        ClipDataset([voice], processor, View(modal="video"))[0, 0],
+        ClipDataset([voice], processor, PromptSpec(modal="video"))[0, 0],
     ):
         assert isinstance(bad, BadClip) and bad.reason == f"{voice.clip}: a sound file has no video"
 
@@ -570,7 +578,7 @@ def test_mute_and_blank_replace_one_modality_alone(rows, processor):
     """Stops `--mute` leaving some sound, `--blank` some picture, either touching the other, or the prompt telling."""
     plain, muted, blank = (
         ClipDataset(rows, processor, view)[0, 0]
-        for view in (View(), View(mute=True), View(blank=True))
+        for view in (PromptSpec(), PromptSpec(mute=True), PromptSpec(blank=True))
     )
     assert muted["ids"] == plain["ids"] == blank["ids"]
     assert torch.equal(muted["frames"], plain["frames"]) and torch.equal(blank["mel"], plain["mel"])
@@ -588,10 +596,10 @@ def test_muted_features_are_not_those_of_the_sound(rows, processor):
     keys = {
         name: ClipDataset(rows, processor, view)[0, 0]["keys"]
         for name, view in (
-            ("plain", View()),
-            ("mute", View(mute=True)),
-            ("blank", View(blank=True)),
-            ("stretch", View(fit="stretch")),
+            ("plain", PromptSpec()),
+            ("mute", PromptSpec(mute=True)),
+            ("blank", PromptSpec(blank=True)),
+            ("stretch", PromptSpec(fit="stretch")),
         )
     }
     assert (
@@ -606,24 +614,28 @@ def test_muted_features_are_not_those_of_the_sound(rows, processor):
 
 def test_dropped_modalities(rows, processor):
     """Stops a prompt losing both, another share than asked for, or a draw that changes with the batch or on resuming."""
-    view = View(drop_audio=0.3, drop_video=0.2, seed=5)
-    kept = [view.keeps("video_audio", position) for position in range(20_000)]
+    view = PromptSpec(drop_audio=0.3, drop_video=0.2, seed=5)
+    kept = [view.drop_modality("video_audio", position) for position in range(20_000)]
     assert set(kept) == {"video_audio", "video", "audio"}
     for left, share in (
         ("video", 0.3),
         ("audio", 0.2),
     ):  # within 5 sd: sqrt(.3 * .7 / 20000) = .0032
         assert abs(kept.count(left) / 20_000 - share) < 0.017
-    assert [view.keeps("video_audio", p) for p in range(500, 520)] == kept[500:520]
+    assert [view.drop_modality("video_audio", p) for p in range(500, 520)] == kept[500:520]
     assert kept[:200] != [
-        View(drop_audio=0.3, drop_video=0.2, seed=6).keeps("video_audio", p) for p in range(200)
+        PromptSpec(drop_audio=0.3, drop_video=0.2, seed=6).drop_modality("video_audio", p)
+        for p in range(200)
     ]
-    assert {View(drop_audio=0.5, drop_video=0.5).keeps("video_audio", p) for p in range(50)} == {
+    assert {
+        PromptSpec(drop_audio=0.5, drop_video=0.5).drop_modality("video_audio", p)
+        for p in range(50)
+    } == {
         "video",
         "audio",
     }
     assert all(
-        View(drop_video=1.0).keeps("video", p) == "video" for p in range(20)
+        PromptSpec(drop_video=1.0).drop_modality("video", p) == "video" for p in range(20)
     )  # it has nothing else
     dataset = ClipDataset(rows, processor, view)
     for position in range(12):
@@ -636,25 +648,31 @@ def test_what_is_asked():
     """Stops a label-only run asking for reasoning, candidates in a free evaluation, and an order that can be learned."""
     row = "What is felt?" + data.THINK
     assert (
-        View().ask(row, "happy") == row
-        and View(prompt="label").ask(row, "happy") == "What is felt?"
+        PromptSpec().format_question(row, "happy") == row
+        and PromptSpec(prompt="label").format_question(row, "happy") == "What is felt?"
     )
-    assert View(prompt="auto").ask(row, "happy") == "What is felt?"
-    assert View(prompt="auto").ask("What is felt?", "<think>a</think>\n<answer>sad</answer>") == row
-    assert View(prompt="row").ask(row, "happy") == row
-    assert View(question="Which?").ask(row, "happy") == "Which?" + data.THINK
-    listed = View(prompt="label", choices=("happy", "sad", "calm"))
+    assert PromptSpec(prompt="auto").format_question(row, "happy") == "What is felt?"
     assert (
-        listed.ask(row, "happy", 3)
-        == listed.ask(row, "happy", 4)
+        PromptSpec(prompt="auto").format_question(
+            "What is felt?", "<think>a</think>\n<answer>sad</answer>"
+        )
+        == row
+    )
+    assert PromptSpec(prompt="row").format_question(row, "happy") == row
+    assert PromptSpec(question="Which?").format_question(row, "happy") == "Which?" + data.THINK
+    listed = PromptSpec(prompt="label", choices=("happy", "sad", "calm"))
+    assert (
+        listed.format_question(row, "happy", 3)
+        == listed.format_question(row, "happy", 4)
         == "What is felt?\nhappy, sad, calm"
     )
     assert (
-        View(choices=("happy", "sad")).ask(row, "sad") == "What is felt?\nhappy, sad" + data.THINK
+        PromptSpec(choices=("happy", "sad")).format_question(row, "sad")
+        == "What is felt?\nhappy, sad" + data.THINK
     )
-    shuffled = View(prompt="label", choices=("happy", "sad", "calm"), shuffle_choices=True)
-    orders = [shuffled.ask(row, "sad", p) for p in range(600)]
-    assert orders[0] == shuffled.ask(row, "sad", 0)
+    shuffled = PromptSpec(prompt="label", choices=("happy", "sad", "calm"), shuffle_choices=True)
+    orders = [shuffled.format_question(row, "sad", p) for p in range(600)]
+    assert orders[0] == shuffled.format_question(row, "sad", 0)
     assert len(set(orders)) == 6 and all(
         60 < orders.count(order) < 140 for order in set(orders)
     )  # 100 each, sd 9
@@ -698,7 +716,7 @@ def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
         dataset.feature_key("video", clip) != key
         and cache.get(dataset.feature_key("video", clip)) is None
     )
-    assert ClipDataset(rows, processor, View(fit="stretch")).feature_key(
+    assert ClipDataset(rows, processor, PromptSpec(fit="stretch")).feature_key(
         "video", clip
     ) != dataset.feature_key("video", clip)
     assert ClipDataset(rows, processor, num_frames=4).feature_key(

@@ -14,7 +14,7 @@ import grpo
 import rewards
 import sft
 from lib.common import start_ranks
-from model import embed, encode_once
+from model import embed, encode_media
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +149,7 @@ def eq_sft(model, batch):
     """Of one answer: minus the mean log-probability of its tokens, each after those before it."""
     target = [5, 6, 7, 2]
     with torch.no_grad():
-        one = dataclasses.replace(encode_once(model, batch).select([0]), targets=[target])
+        one = dataclasses.replace(encode_media(model, batch).select([0]), targets=[target])
         x, mask = embed(model, dataclasses.replace(one, input_ids=[[*one.input_ids[0], *target]]))
         logits = model.logits(model.hidden(x, mask))[0]
         expected = -torch.log_softmax(logits[-5:-1], -1)[range(4), target].mean()
@@ -207,12 +207,12 @@ def eq_sum():
         "accuracy": torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1]]),
         "format": torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]]),
     }
-    return grpo.compare(small_rollout(**parts), args(), start_ranks("cpu")), REWARDS
+    return grpo.compute_advantages(small_rollout(**parts), args(), start_ranks("cpu")), REWARDS
 
 
 def eq_kl_in_the_reward():
     rollout = small_rollout(accuracy=REWARDS, format=torch.zeros(2, 4))
-    grpo.compare(rollout, args(kl="reward", beta=0.5, scale="none"), start_ranks("cpu"))
+    grpo.compute_advantages(rollout, args(kl="reward", beta=0.5, scale="none"), start_ranks("cpu"))
     r = REWARDS - 0.5 * ((rollout.logps - rollout.ref_logps) * rollout.mask).sum(-1)
     return rollout.advantages, r - r.mean(1, keepdim=True)
 
@@ -223,14 +223,14 @@ def eq_format():
         "<think>a</think>",
         "x<think>a</think><answer>b</answer>",
     ]
-    return torch.tensor([rewards.format(text) for text in texts]), torch.tensor([1.0, 0, 0])
+    return torch.tensor([rewards.format_reward(text) for text in texts]), torch.tensor([1.0, 0, 0])
 
 
 UNEVEN = torch.tensor([[2.0, 1, 0, 1], [3, 1, 0, 0.5]])
 X = Q / P  # pi_ref / pi_theta
 EQUATIONS = {  # row of the table -> (what the function says, what the equation says)
     ("R1-Omni", "1"): lambda: (
-        torch.tensor([rewards.bare_accuracy(o, "angry") for o in ("angry", "sad")]),
+        torch.tensor([rewards.label_accuracy(o, "angry") for o in ("angry", "sad")]),
         torch.eye(2)[0],
     ),
     ("R1-Omni", "2"): lambda: (slope(beta=0.0), of_mean(R)),
@@ -241,7 +241,9 @@ EQUATIONS = {  # row of the table -> (what the function says, what the equation 
     ),
     ("R1-Omni", "5"): eq_sum,
     ("R1-Omni", "6"): lambda: (
-        torch.tensor([rewards.accuracy(f"<answer>{w}</answer>", "sad") for w in ("sad", "angry")]),
+        torch.tensor(
+            [rewards.accuracy_reward(f"<answer>{w}</answer>", "sad") for w in ("sad", "angry")]
+        ),
         torch.eye(2)[0],
     ),
     ("R1-Omni", "after 6"): eq_format,

@@ -12,7 +12,7 @@ from conftest import GOLDEN
 
 import eval as eval_script
 import grpo
-from data import CHOICES, THINK, View
+from data import CHOICES, THINK, PromptSpec
 from lib import protocol
 from lib.common import UserError, parse_args
 
@@ -158,16 +158,16 @@ def test_views_reach_the_model(score, model, processor, tmp_path, inputs_for_ans
     rows = write_rows(tmp_path / "rows.json")
     (tmp_path / "question.txt").write_text("Is anybody there?\n")
     cases = {
-        "": View(),
-        "--prompt label": View(prompt="label"),
-        "--modal video": View(modal="video"),
-        "--modal audio": View(modal="audio"),
-        "--mute": View(mute=True),
-        "--blank": View(blank=True),
-        "--fit stretch": View(fit="stretch"),
-        "--choices dfew": View(choices=CHOICES["dfew"]),
-        "--seed 3": View(seed=3),
-        f"--question {tmp_path / 'question.txt'}": View(question="Is anybody there?"),
+        "": PromptSpec(),
+        "--prompt label": PromptSpec(prompt="label"),
+        "--modal video": PromptSpec(modal="video"),
+        "--modal audio": PromptSpec(modal="audio"),
+        "--mute": PromptSpec(mute=True),
+        "--blank": PromptSpec(blank=True),
+        "--fit stretch": PromptSpec(fit="stretch"),
+        "--choices dfew": PromptSpec(choices=CHOICES["dfew"]),
+        "--seed 3": PromptSpec(seed=3),
+        f"--question {tmp_path / 'question.txt'}": PromptSpec(question="Is anybody there?"),
     }
     samples, ranks = eval_script.read_samples(rows), eval_script.start_ranks("cpu")
     said = {}
@@ -364,7 +364,7 @@ def test_no_scored_clip_is_no_result(score, model, processor, tmp_path, capsys):
         "Give with --media_root the folder that the file's paths start from."
     )
     assert not (tmp_path / "new").exists() and not capsys.readouterr().out
-    run = SimpleNamespace(model=model, processor=processor, view=View(), cache=None)
+    run = SimpleNamespace(model=model, processor=processor, view=PromptSpec(), cache=None)
     with pytest.raises(UserError, match=r"^--eval_data val: none of its 2 clips .* gone\.mp4"):
         grpo.evaluate_all(
             run,
@@ -483,7 +483,7 @@ def test_flags_with_a_meaning_are_not_refused():
             "data",
         ),
     ):
-        assert eval_script.job_of(parse_args(eval_script.Args, line.split())) == job
+        assert eval_script.mode_of(parse_args(eval_script.Args, line.split())) == job
 
 
 def test_result_files_need_no_model(score, tmp_path, capsys):
@@ -544,10 +544,10 @@ def test_reasoning_is_measured_for_every_result(score, tmp_path, monkeypatch, ca
 
 def test_bare_words_have_their_own_form():
     """Stops: label-only models said to lack a form that nobody asked them for."""
-    assert [eval_script.well_formed(t, "label") for t in ("Happy", "I think it is sad")] == [
+    assert [eval_script.has_format(t, "label") for t in ("Happy", "I think it is sad")] == [
         1.0,
         0.0,
     ]
     assert [
-        eval_script.well_formed(t, "think") for t in ("Happy", "<think>a</think><answer>b</answer>")
+        eval_script.has_format(t, "think") for t in ("Happy", "<think>a</think><answer>b</answer>")
     ] == [0.0, 1.0]

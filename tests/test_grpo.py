@@ -429,8 +429,8 @@ def test_every_option_changes_a_crafted_batch():
         ({"temperature": 0.0}, "temperature"),
         ({"gate": "cispo"}, "ceiling"),
         ({"delta": 1.1}, "delta"),
-        ({"inner_epochs": 0}, "at least 1"),
-        ({"mini_batches": 17}, "mini_batches 17"),
+        ({"update_epochs": 0}, "at least 1"),
+        ({"num_minibatches": 17}, "num_minibatches 17"),
         ({"kl": "reward", "scale": "none", "beta": 0.0}, "no KL to subtract"),
         ({"kl": "reward", "scale": "group"}, "use --scale none"),
         ({"kl": "reward", "scale": "batch"}, "use --scale none"),
@@ -455,11 +455,11 @@ def test_flags_that_change_nothing_are_told():
     assert told() == told(scale="none", agg="token", lr=1e-5, beta=0.1) == []
     assert told(ratio="sequence", clip_high=0.28) == ["--ratio", "--clip_high"]
     assert (
-        told(ratio="sequence", clip_high=0.28, mini_batches=2)
-        == told(gate="sapo", inner_epochs=2)
+        told(ratio="sequence", clip_high=0.28, num_minibatches=2)
+        == told(gate="sapo", update_epochs=2)
         == []
     )
-    assert told(gate="sapo", clip_low=0.1, clip_high=0.3, inner_epochs=2) == [
+    assert told(gate="sapo", clip_low=0.1, clip_high=0.3, update_epochs=2) == [
         "--clip_low",
         "--clip_high",
     ]
@@ -496,7 +496,7 @@ def test_what_each_prompt_is_paid_for():
         "",
     ]
     think, label = (
-        grpo.score(
+        grpo.compute_rewards(
             [[Completion(t, "happy", 5, True, 9, prompt) for t in texts]],
             ["a"],
             grpo.Args(model="", data="", out="", prompt=prompt),

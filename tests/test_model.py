@@ -8,16 +8,16 @@ from conftest import GOLDEN
 
 from grpo import grpo_loss
 from lib.common import AUDIO, PAD, VIDEO, UserError
-from lib.head import HeadLogps
 from model import (
     Config,
     HumanOmni,
     causal_mask,
     embed,
-    encode_once,
+    encode_media,
     frozen_reference,
     shared_prefix_attend,
 )
+from ops.logprob_head import HeadLogps
 from sampler import generate
 
 INPUTS = ("input_ids", "frames", "mel", "question_ids", "question_mask")
@@ -400,7 +400,7 @@ def test_the_head_equals_log_softmax_over_all_logits(dtype, tolerance, temperatu
 def test_logits_are_fp32_from_bf16_weights():
     """Stops logits rounded to bf16: rounding alone moves log-probabilities by 2e-2."""
     model = HumanOmni.from_pretrained(
-        GOLDEN / "humanomni", dtype=torch.bfloat16, say=lambda line: None
+        GOLDEN / "humanomni", dtype=torch.bfloat16, log=lambda line: None
     )
     states = torch.randn(5, model.config.hidden_size).bfloat16()
     logits = model.logits(states)
@@ -417,8 +417,8 @@ def test_logits_are_fp32_from_bf16_weights():
 def test_mixed_batch_equals_each_alone(model, forward, processor):
     """Stops a clip's tokens landing in another row's prompt when some rows lack a modality."""
     question = "which emotion?"
-    rows = [processor.prompt(question, m) for m in ("audio", "video_audio", "video")]
-    q = torch.tensor([processor.question(question)] * 3)
+    rows = [processor.encode_prompt(question, m) for m in ("audio", "video_audio", "video")]
+    q = torch.tensor([processor.encode_question(question)] * 3)
     frames, mel = forward["frames"] * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1, 1), forward["mel"]
     embeds, mask = model.embed_prompt(rows, frames, mel, q, torch.ones_like(q))
     alone = [
@@ -438,7 +438,7 @@ def test_mixed_batch_equals_each_alone(model, forward, processor):
 def test_the_question_moves_the_gate(model, forward, processor):
     """Stops a gate that reads another row's question, or the padding of its own."""
     questions = "which emotion?", "the characters emotion is the most obvious"
-    short, long = (torch.tensor(processor.question(q)) for q in questions)
+    short, long = (torch.tensor(processor.encode_question(q)) for q in questions)
     ids = torch.zeros(2, max(len(short), len(long)), dtype=torch.long)
     ids[0, : len(short)], ids[1, : len(long)] = short, long
     mask = torch.arange(ids.shape[1]) < torch.tensor([[len(short)], [len(long)]])
@@ -464,7 +464,7 @@ def test_padding_in_ids_and_text_only(model, processor):
     assert mask.tolist() == [[False, True, True, True], [True] * 4]
     assert torch.equal(embeds[0, 1:], model.model.embed_tokens(torch.tensor([5, 6, 7])))
     last = model.config.vocab_size - 1
-    assert last >= len(processor.tokenizer) and isinstance(processor.text([last, last]), str)
+    assert last >= len(processor.tokenizer) and isinstance(processor.decode([last, last]), str)
 
 
 def test_wrong_ids_are_named(model):
@@ -525,14 +525,14 @@ def test_encode_once_changes_nothing(fresh_model, forward, batch):
     """Stops cached tower outputs that differ from the towers, and a trained tower that gets no gradient."""
     model = fresh_model
     model.set_trained(["gate"])
-    once = encode_once(model, batch)
+    once = encode_media(model, batch)
     assert once.frames is None and once.mel is None and not once.vision.requires_grad
     with torch.no_grad():
         plain = model.embed_prompt(*(forward[k] for k in INPUTS))[0]
         torch.testing.assert_close(embed(model, once)[0], plain, atol=1e-6, rtol=0)
-    assert torch.equal(encode_once(model, once).vision, once.vision)  # a second time is harmless
+    assert torch.equal(encode_media(model, once).vision, once.vision)  # a second time is harmless
     model.set_trained(["vision"])
-    kept = encode_once(model, batch)
+    kept = encode_media(model, batch)
     assert (
         kept.frames is batch.frames and kept.vision is None and embed(model, kept)[0].requires_grad
     )

@@ -5,19 +5,15 @@ import time
 import pytest
 
 from lib.common import UserError
-from lib.words import concluded
+from lib.reasoning import ALIASES, DFEW_WORDS, VOCABULARY, concluded, normalise
 from rewards import (
-    ALIASES,
     BUILT_IN,
-    DFEW_WORDS,
-    VOCABULARY,
     Completion,
-    accuracy,
-    agreement,
-    bare_word,
-    format,
+    accuracy_reward,
+    agreement_reward,
+    format_reward,
+    label_word,
     load_rewards,
-    normalise,
     parse_answer,
 )
 
@@ -71,20 +67,20 @@ TABLE = [
 def test_table(text, parsed, right, shaped):
     """Stops a reward for text that only looks like an answer, and a missing one for a good answer."""
     assert parse_answer(text) == parsed
-    assert accuracy(text, "happy") == right
-    assert format(text) == shaped
+    assert accuracy_reward(text, "happy") == right
+    assert format_reward(text) == shaped
 
 
 def test_accuracy_ignores_case_and_space_of_the_label():
     """Stops "Happy " in a sample file making every answer to it wrong."""
-    assert accuracy(GOOD, "Happy ") == 1.0
-    assert accuracy(GOOD.replace("happy", "Happy"), "happy") == 1.0
+    assert accuracy_reward(GOOD, "Happy ") == 1.0
+    assert accuracy_reward(GOOD.replace("happy", "Happy"), "happy") == 1.0
 
 
 def test_bare_word():
     """Stops the label-only model's empty answer counting as a word."""
-    assert bare_word(" happy\n") == "happy"
-    assert bare_word(" \n") is None
+    assert label_word(" happy\n") == "happy"
+    assert label_word(" \n") is None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +98,12 @@ def test_bare_word():
 def test_hostile_text_is_linear(text):
     """Stops a backtracking pattern: one degenerate completion would hold up every rank for hours."""
     began = time.perf_counter()
-    assert (parse_answer(text), accuracy(text, "happy"), format(text), normalise(text)) == (
+    assert (
+        parse_answer(text),
+        accuracy_reward(text, "happy"),
+        format_reward(text),
+        normalise(text),
+    ) == (
         None,
         0.0,
         0.0,
@@ -239,15 +240,15 @@ def test_normalise(text, word):
 def test_what_a_reasoning_concludes(reasoning, word):
     """Stops: the first emotion instead of the last, a denied one, one that is quoted from speech, one across a clause."""
     assert concluded(reasoning) == word
-    assert agreement(f"<think>{reasoning}</think><answer>{word or 'happy'}</answer>") == (
+    assert agreement_reward(f"<think>{reasoning}</think><answer>{word or 'happy'}</answer>") == (
         word is not None
     )
-    assert not agreement(f"<think>{reasoning}</think><answer>contemptuous</answer>")
+    assert not agreement_reward(f"<think>{reasoning}</think><answer>contemptuous</answer>")
 
 
 def test_agreement_needs_one_reasoning_and_one_answer():
     """Stops: pay for texts without tags, for a conclusion that stands outside of the reasoning, for time without end."""
-    assert agreement("<think>so sad</think>\n<answer> Sad </answer>") == 1.0
+    assert agreement_reward("<think>so sad</think>\n<answer> Sad </answer>") == 1.0
     for text in (
         "",
         "sad",
@@ -257,10 +258,10 @@ def test_agreement_needs_one_reasoning_and_one_answer():
         "<think>sad</think><think>sad</think><answer>sad</answer>",
         "<think>sad</think><answer>sadness</answer>",
     ):
-        assert agreement(text) == 0.0, text
+        assert agreement_reward(text) == 0.0, text
     for mark in '"\u201c\u2018\u2019':
         started = time.process_time()
-        agreement("<think>" + f"not {mark}sad " * 200_000 + "</think><answer>sad</answer>")
+        agreement_reward("<think>" + f"not {mark}sad " * 200_000 + "</think><answer>sad</answer>")
         assert time.process_time() - started < 5  # linear; a quadratic one takes minutes
 
 

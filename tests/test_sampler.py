@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import sampler
 from model import HumanOmni
-from sampler import Rows, choose, generate, generate_naive, halvings, regroup, uniforms
+from sampler import DecodeState, compact, generate, generate_naive, halvings, sample_token, uniforms
 
 T = 10
 
@@ -148,7 +148,7 @@ def test_small_probabilities_in_a_large_vocabulary():
     p = logits.log_softmax(-1)[0].double().exp().numpy()
     wanted = [0, 1, 77_777, V - 2, V - 1]
     u = torch.from_numpy((np.cumsum(p) - p / 2)[wanted] / p.sum())
-    token, _ = choose(logits.expand(5, -1), u, 1.0, False)
+    token, _ = sample_token(logits.expand(5, -1), u, 1.0, False)
     assert token.tolist() == wanted
 
 
@@ -158,7 +158,7 @@ def test_small_probabilities_in_a_large_vocabulary():
 
 
 def full_cumsum(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The slow twin of `choose`: every probability in float64, one sum over all of them."""
+    """The slow twin of `sample_token`: every probability in float64, one sum over all of them."""
     p = (logits / temperature).double().softmax(-1)
     cdf = p.cumsum(-1)
     token = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
@@ -177,7 +177,7 @@ def test_blocks_choose_what_the_full_sum_chooses(V, temperature):
     logits[2::4, V - V // 3 :] = -torch.inf  # and at the end
     u = torch.rand(64, dtype=torch.float64, generator=gen)
     u[:8], u[-8:] = 0.0, 1 - 2**-53
-    token, logp = choose(logits, u, temperature, False)
+    token, logp = sample_token(logits, u, temperature, False)
     slow = full_cumsum(logits, u, temperature)
     # The fp32 exponentials of the one and the float64 ones of the other put a border elsewhere by some 1e-7: of 64
     # random numbers hardly one can fall between, and then into the neighbour that has any mass.
@@ -186,7 +186,7 @@ def test_blocks_choose_what_the_full_sum_chooses(V, temperature):
     expected = (logits / temperature).double().log_softmax(-1).gather(1, token[:, None])[:, 0]
     assert logp.isfinite().all()
     torch.testing.assert_close(logp.double(), expected, atol=2e-6, rtol=1e-6)
-    greedy, logp = choose(logits, u, temperature, True)
+    greedy, logp = sample_token(logits, u, temperature, True)
     assert torch.equal(greedy, logits.argmax(-1))
     torch.testing.assert_close(
         logp.double(),
@@ -204,7 +204,7 @@ def test_evenly_spread_numbers_meet_every_token_as_often_as_its_probability():
     counts = torch.zeros(V, dtype=torch.long)
     for part in u.split(4000):
         counts += torch.bincount(
-            choose(logits.expand(len(part), -1), part, temperature, False)[0], minlength=V
+            sample_token(logits.expand(len(part), -1), part, temperature, False)[0], minlength=V
         )
     p = (logits.double() / temperature).softmax(-1)
     assert (counts - n * p).abs().max() <= 1.01
@@ -215,7 +215,7 @@ def test_logits_that_are_no_numbers_do_not_crash():
     """Stops an index past the vocabulary when a policy has diverged: on a GPU it would end the process."""
     u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     for bad in (torch.nan, torch.inf):
-        token, _ = choose(torch.full((3, 1000), bad), u, 1.0, False)
+        token, _ = sample_token(torch.full((3, 1000), bad), u, 1.0, False)
         assert ((token >= 0) & (token < 1000)).all()
 
 
@@ -231,7 +231,9 @@ def test_buckets_change_nothing(sampled_model, monkeypatch, prefix_step, suffix_
     monkeypatch.setitem(sampler.SUFFIX_STEP, "cpu", suffix_step)
     looked_at = []
     monkeypatch.setattr(
-        sampler, "step", lambda *a, run=sampler.step: looked_at.append((a[2].P, a[3])) or run(*a)
+        sampler,
+        "decode_step",
+        lambda *a, run=sampler.decode_step: looked_at.append((a[2].P, a[3])) or run(*a),
     )
     assert_same(*both(sampled_model))
     assert (
@@ -252,14 +254,14 @@ def test_leaving_finished_rows_behind_changes_nothing(
         request.getfixturevalue("tapes")
     shapes = []
     monkeypatch.setattr(
-        Rows,
-        "take",
-        lambda self, rows, index, run=Rows.take: (
+        DecodeState,
+        "copy_from",
+        lambda self, rows, index, run=DecodeState.copy_from: (
             shapes.append((rows.B * rows.G, index.numel())) or run(self, rows, index)
         ),
     )
     monkeypatch.setitem(sampler.COMPACT_FROM, "cpu", 1)
-    monkeypatch.setitem(sampler.LOOK_EVERY, "cpu", 1)
+    monkeypatch.setitem(sampler.CHECK_DONE_EVERY, "cpu", 1)
     for seed in range(3):
         assert_same(*both(sampled_model, seed, G, lengths))
     assert shapes and all(after < before for before, after in shapes)
@@ -277,7 +279,7 @@ def test_regrouping():
         B, G = (int(n) for n in torch.randint(1, 10, (2,), generator=gen))
         alive = torch.rand(B, G, generator=gen) < torch.rand(1, generator=gen)
         for exact in (True, False):
-            index = regroup(alive, exact)
+            index = compact(alive, exact)
             if index is None:
                 continue
             moved += 1
@@ -288,10 +290,10 @@ def test_regrouping():
             assert index.shape[0] * (index.shape[1] + 1) <= 0.75 * B * (G + 1)
     assert moved > 100
     assert halvings(8) == [8, 4, 2, 1] and halvings(6) == [6, 3, 2, 1] and halvings(1) == [1]
-    assert regroup(torch.ones(4, 8, dtype=torch.bool), True) is None
+    assert compact(torch.ones(4, 8, dtype=torch.bool), True) is None
     # Three of eight left with each of four prompts: four lines of four, and no prefix twice.
     three = torch.arange(8).expand(4, 8) < 3
-    assert regroup(three, True).shape == (4, 4) and regroup(three, False).shape == (4, 4)
+    assert compact(three, True).shape == (4, 4) and compact(three, False).shape == (4, 4)
 
 
 class Tape:
@@ -346,7 +348,7 @@ def tapes(monkeypatch):
     for figures, value in (
         (sampler.PREFIX_STEP, 8),
         (sampler.SUFFIX_STEP, 4),
-        (sampler.LOOK_EVERY, 4),
+        (sampler.CHECK_DONE_EVERY, 4),
         (sampler.COMPACT_FROM, 10**9),
     ):
         monkeypatch.setitem(figures, "cpu", value)
@@ -422,7 +424,7 @@ def test_weights_are_never_stale(request, graphs, tmp_path):
 def test_the_shape_that_was_not_used_for_longest_is_let_go(sampled_model, tapes, monkeypatch):
     """Stops a GPU that fills up with the buffers of every batch size there ever was, and one that keeps none: a call that
     leaves rows behind needs several shapes, and would capture all of them anew each time."""
-    one = Rows(sampled_model, 3, 2, 8, T).nbytes
+    one = DecodeState(sampled_model, 3, 2, 8, T).nbytes
     monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 * one)
     made = []
     for G in (1, 2, 3, 1, 2, 3, 4, 1, 2):  # three fit; the fourth replaces the first of them
@@ -471,7 +473,9 @@ def test_a_decoder_dies_with_its_model(tapes):
 def test_a_packed_product_is_the_products(width, count, bias):
     """Stops weights stacked in the wrong order, and a bias that is lost."""
     layers = [torch.nn.Linear(512, width, bias=bias) for _ in range(count)]
-    packed = sampler.Product([x.weight for x in layers], [x.bias for x in layers] if bias else None)
+    packed = sampler.PackedLinear(
+        [x.weight for x in layers], [x.bias for x in layers] if bias else None
+    )
     assert (packed.blocked is not None) == (sampler.ONEDNN and count * width * 512 >= 2**18)
     with torch.no_grad():
         for shape in ((1, 1), (3, 5), (2, 40)):

@@ -16,8 +16,8 @@ import grpo
 import sampler
 from data import Sample
 from lib.common import start_ranks
-from lib.head import HeadLogps
-from model import HumanOmni, RMSNorm, encode_once
+from model import HumanOmni, RMSNorm, encode_media
+from ops.logprob_head import HeadLogps
 from training import MasterAdamW
 
 G, T = 3, 5
@@ -108,16 +108,16 @@ def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
         out="",
         num_generations=G,
         max_new_tokens=T,
-        inner_epochs=2,
+        update_epochs=2,
         micro_batch=1,
     )
     ranks = start_ranks("cpu")
     samples = [Sample("a", None, "?", "happy", "happy", "video_audio")] * 2
-    once = encode_once(model, batch.__class__(**(vars(batch) | {"samples": samples})))
+    once = encode_media(model, batch.__class__(**(vars(batch) | {"samples": samples})))
     assert calls == {"vision": 2, "audio": 2}
-    decode = type("P", (), {"text": staticmethod(lambda ids: " ".join(map(str, ids)))})
-    rollout = grpo.roll_out(model, reference, decode, once, args, grpo.Clock())
-    grpo.compare(rollout, args, ranks)
+    decode = type("P", (), {"decode": staticmethod(lambda ids: " ".join(map(str, ids)))})
+    rollout = grpo.sample_completions(model, reference, decode, once, args, grpo.Timer())
+    grpo.compute_advantages(rollout, args, ranks)
     rollout.advantages = torch.randn(2, G)
     grpo.update(
         model, MasterAdamW(model.set_trained(), 0.0), once, rollout, args, ranks, 0.0, grpo.Meter()
@@ -164,10 +164,10 @@ class Operations(TorchDispatchMode):
 def kernels_of_a_step(model, layers: int, kernels) -> int:
     few = copy.copy(model)
     few.config = dataclasses.replace(model.config, num_hidden_layers=layers)
-    decoder, rows = sampler.Decoder(model), sampler.Rows(few, 2, 3, 8, 6)
+    decoder, rows = sampler.Decoder(model), sampler.DecodeState(few, 2, 3, 8, 6)
     decoder.layers, decoder.kernels = decoder.layers[:layers], kernels
     with torch.no_grad(), Operations() as counted:
-        sampler.step(few, decoder, rows, 4, 1.0, False)
+        sampler.decode_step(few, decoder, rows, 4, 1.0, False)
     return counted.kernels
 
 
@@ -186,7 +186,7 @@ def test_kernels_of_a_decode_step(model, monkeypatch):
     # Each of the two is two kernels, see tests/ops.
     own = types.SimpleNamespace(
         rotate_write_attend=lambda qkv, *_: qkv[:, :, :-4].flatten(2) * 1 * 1,
-        record=lambda logits, *_: logits[:1] * 1 * 1,
+        append_token=lambda logits, *_: logits[:1] * 1 * 1,
     )
     counts = []
     for kernels in (None, own):

@@ -10,7 +10,7 @@ import torch
 import grpo
 from lib.common import UserError, start_ranks
 from lib.run_folder import RunFolder, read_rows
-from training import MasterAdamW, training_view
+from training import MasterAdamW, training_prompt_spec
 
 LR = 1e-6
 
@@ -33,7 +33,7 @@ def test_masters_move_where_bf16_weights_stand_still():
     for _ in range(20):
         plain.grad, kept.grad = gradients(0, plain), gradients(0, kept)
         adam.step()
-        ours.collect()
+        ours.accumulate_grads()
         assert ours.step(ranks, LR, 0.0)[1]
     start = weights()
     assert (plain != start).float().mean() < 0.05  # the negative control
@@ -62,7 +62,7 @@ def test_one_step_is_adamw_on_the_clipped_sum_of_micro_batches():
         for part in parts:
             for p, g in zip(ours, part):
                 p.grad = g.clone()
-            optimizer.collect()
+            optimizer.accumulate_grads()
         for p, *gs in zip(theirs, *parts):
             p.grad = sum(gs)
         expected = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
@@ -93,7 +93,7 @@ def test_what_never_had_a_gradient_is_not_decayed():
             torch.zeros(2, 2) if step == 1 else torch.ones(2, 2)
         )  # once awake it is decayed in every step
         late.grad = torch.ones(2, 2) if step == 2 else None
-        optimizer.collect()
+        optimizer.accumulate_grads()
         optimizer.step(start_ranks("cpu"), 0.01, 0.0)
     assert (
         torch.equal(unused, torch.ones(2, 2))
@@ -124,12 +124,12 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = MasterAdamW([p], 0.1)
     p.grad = torch.tensor([1.0, float("nan"), 1.0])
-    optimizer.collect()
+    optimizer.accumulate_grads()
     assert optimizer.step(start_ranks("cpu"), 0.1, 1.0)[1] is False and torch.equal(
         p, torch.ones(3)
     )
     p.grad = torch.ones(3)
-    optimizer.collect()
+    optimizer.accumulate_grads()
     assert optimizer.step(start_ranks("cpu"), 0.1, 0.0)[1] is True
     torch.testing.assert_close(p.detach(), torch.full((3,), 0.9))
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_on_another_kind_of_device():
     def one_more(optimizer):
         (p,) = optimizer.parameters
         p.grad = torch.ones(3)
-        optimizer.collect()
+        optimizer.accumulate_grads()
         optimizer.step(start_ranks("cpu"), 0.1, 0.0)
         return p.detach().clone()
 
@@ -161,7 +161,7 @@ def test_a_run_from_a_cpu_goes_on_on_a_gpu():
     saved = MasterAdamW(weights, 0.1)
     for p in weights:
         p.grad = torch.ones_like(p)
-    saved.collect()
+    saved.accumulate_grads()
     saved.step(start_ranks("cpu"), 0.1, 0.0)
     there = MasterAdamW([torch.nn.Parameter(p.detach().to("meta")) for p in weights], 0.1)
     for group in there.adam.param_groups:
@@ -199,7 +199,7 @@ def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
 
 def test_what_the_flags_say_of_clips_reaches_the_view():
     """Stops --mute or --blank in training that change nothing: a control that compares a run with itself."""
-    view = lambda **flags: training_view(grpo.Args(model="", data="", out="", **flags))
+    view = lambda **flags: training_prompt_spec(grpo.Args(model="", data="", out="", **flags))
     assert (view().mute, view().blank) == (False, False)
     assert (view(mute=True).mute, view(blank=True).blank, view(drop_audio=0.5).drop_audio) == (
         True,

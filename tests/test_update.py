@@ -11,7 +11,7 @@ import grpo
 import sft
 from data import PromptBatch, Sample
 from lib.common import AUDIO, VIDEO, start_ranks
-from model import embed, encode_once
+from model import embed, encode_media
 from training import MasterAdamW, micro_batches
 
 LENGTHS = torch.tensor([[7, 3, 5, 1], [2, 2, 1, 2], [9, 9, 4, 6]])
@@ -90,7 +90,7 @@ def world(forward):
         bad=[],
         notes=[],
     )
-    batch = encode_once(model, batch)
+    batch = encode_media(model, batch)
     trained = model.set_trained()
     torch.manual_seed(0)
     T = int(LENGTHS.max())
@@ -137,7 +137,7 @@ def grpo_steps(world, **flags) -> tuple[list[torch.Tensor], dict, int]:
         grpo.update(model, optimizer, batch, rollout, args, start_ranks("cpu"), 0.0, meter)
     finally:
         del model.completion_logps
-    return optimizer.steps, grpo.Meter.join([meter.entries]), rows
+    return optimizer.steps, grpo.Meter.join([meter.totals()]), rows
 
 
 @pytest.mark.parametrize("agg", ["seq", "token", "const"])
@@ -162,7 +162,9 @@ def test_grpo_has_one_gradient_for_any_micro_batch(world, agg):
 def test_mini_batches_are_steps_on_disjoint_prompts(world, agg):
     """Stops: a prompt in two mini-batches or in none, the denominator of another, a first one that is not on-policy."""
     whole, told, _ = grpo_gradient(world, micro_batch=3, agg=agg, prompts_per_step=3)
-    steps, row, rows = grpo_steps(world, micro_batch=3, agg=agg, prompts_per_step=3, mini_batches=3)
+    steps, row, rows = grpo_steps(
+        world, micro_batch=3, agg=agg, prompts_per_step=3, num_minibatches=3
+    )
     assert len(steps) == 3 and rows == 6  # each prompt scored before, and learned once
     share = {
         "seq": [1 / 3] * 3,
@@ -196,7 +198,7 @@ def test_mini_batches_compare_with_the_policy_that_sampled(world, monkeypatch):
         max_new_tokens=12,
         max_logp_diff=1e9,
         prompts_per_step=3,
-        mini_batches=3,
+        num_minibatches=3,
     )
     meter = grpo.Meter()
     try:
@@ -216,17 +218,19 @@ def test_mini_batches_compare_with_the_policy_that_sampled(world, monkeypatch):
         torch.testing.assert_close(
             old, expected[b : b + 1, :, : old.shape[2]], atol=2e-5, rtol=1e-5
         )
-    row = grpo.Meter.join([meter.entries])
+    row = grpo.Meter.join([meter.totals()])
     assert row["ratio/max"] > 1.001 and row["clip_ratio/high_mean"] + row["clip_ratio/low_mean"] > 0
 
 
 def test_which_mini_batch_a_prompt_is_in_depends_on_its_position_alone(world):
     """Stops: mini-batches that change with the number of ranks, with a bad clip, or with where the run was resumed."""
-    args = grpo.Args(model="", data="", out="", prompts_per_step=8, mini_batches=4, micro_batch=1)
+    args = grpo.Args(
+        model="", data="", out="", prompts_per_step=8, num_minibatches=4, micro_batch=1
+    )
 
     def parts(indices, first) -> list[list[int]]:
         batch = dataclasses.replace(world[2], indices=indices)
-        minis = grpo.mini_batches(batch, world[3], args, start_ranks("cpu"), first)
+        minis = grpo.split_minibatches(batch, world[3], args, start_ranks("cpu"), first)
         return [[indices[b] for rows, _ in mini.pieces for b in rows] for mini in minis]
 
     assert parts([16, 17, 22], 16) == [
@@ -252,7 +256,7 @@ def test_a_kl_in_the_reward_is_no_reward(world):
     args = grpo.Args(
         model="", data="", out="", kl="reward", scale="none", beta=0.1, rewards=["accuracy"]
     )
-    r = grpo.compare(rollout, args, start_ranks("cpu"))
+    r = grpo.compute_advantages(rollout, args, start_ranks("cpu"))
     assert torch.equal(r, rollout.rewards["accuracy"])
     k1 = (rollout.logps - rollout.ref_logps).masked_fill(~rollout.mask, 0.0).sum(-1)
     torch.testing.assert_close(
@@ -260,7 +264,7 @@ def test_a_kl_in_the_reward_is_no_reward(world):
     )
     meter = grpo.Meter()
     grpo.measure(meter, rollout, r)
-    row = grpo.Meter.join([meter.entries])
+    row = grpo.Meter.join([meter.totals()])
     told = [row[f"frac_reward_zero_std{part}"] for part in ("", "/all_right", "/all_wrong")]
     assert told == pytest.approx([2 / 3, 1 / 3, 1 / 3]) and row["reward"] == 0.5
 
@@ -273,11 +277,11 @@ def test_rewards_are_summed_by_weight_and_the_first_names_right_and_wrong(world)
     }
     rollout = dataclasses.replace(world[3], rewards=parts)
     args = grpo.Args(model="", data="", out="", rewards=["agreement=2", "overlong=0.5"])
-    r = grpo.compare(rollout, args, start_ranks("cpu"))
+    r = grpo.compute_advantages(rollout, args, start_ranks("cpu"))
     assert torch.equal(r, 2 * parts["agreement"] - 0.5)
     meter = grpo.Meter()
     grpo.measure(meter, rollout, r)
-    row = grpo.Meter.join([meter.entries])
+    row = grpo.Meter.join([meter.totals()])
     assert (
         row["rewards/agreement/mean"] == 0.5
         and row["rewards/overlong/mean"] == -1.0
@@ -294,7 +298,7 @@ def test_groups_without_advantage_are_left_out_exactly_without_a_kl(world, monke
     """Stops wasted work on dead groups with beta 0, and a KL that is lost on them with beta above 0."""
     short, told, rows = grpo_gradient(world, micro_batch=1, beta=0.0)
     assert rows == 2
-    monkeypatch.setattr(grpo, "teaching", lambda rollout, args: [0, 1, 2])
+    monkeypatch.setattr(grpo, "prompts_with_gradient", lambda rollout, args: [0, 1, 2])
     full, told_full, rows = grpo_gradient(world, micro_batch=1, beta=0.0)
     assert rows == 3 and torch.equal(short, full) and told["loss"] == told_full["loss"]
     monkeypatch.undo()
@@ -395,7 +399,7 @@ def test_logged_tokens_are_what_was_sampled_then_and_now(world):
         out="",
         max_new_tokens=12,
         max_logp_diff=1e9,
-        inner_epochs=2,
+        update_epochs=2,
         log_tokens=True,
         tokens_per_micro_batch=rollout.prompt_length + 20,
     )  # groups cut, too

@@ -56,7 +56,7 @@ import rewards
 from data import PromptBatch
 from grpo import advantages, grpo_loss
 from lib.common import Ranks, UserError, dtype_of, run_main, start_ranks, write_json
-from model import PARTS, HumanOmni, embed, encode_once, frozen_reference
+from model import PARTS, HumanOmni, embed, encode_media, frozen_reference
 from sampler import generate
 from tools.sizes import (
     SEED,
@@ -241,7 +241,7 @@ def sample(
 
 def faithful_embeds(model: HumanOmni, batch: PromptBatch, laps: Laps) -> torch.Tensor:
     """(rows, P, D): every row through the towers, also when all are copies of one."""
-    batch = encode_once(model, batch)
+    batch = encode_media(model, batch)
     laps.lap("encode")
     return embed(model, batch)[0]
 
@@ -301,7 +301,7 @@ def log_probs(
                     logps, done[-1], *given, beta=BETA, kl="k3", denominator=b.completions
                 )[0]
             ).backward()
-            b.optimizer.collect()
+            b.optimizer.accumulate_grads()
         laps.lap("train" if learn else "reference")
     return torch.cat(done)
 
@@ -314,7 +314,7 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
     model, ids, sampled, norm, (B, G, T) = b.models["D"][0], forced, None, 0.0, b.mask.shape
     with torch.no_grad():
         if arm != "A":
-            b = dataclasses.replace(b, batch=encode_once(model, b.batch))
+            b = dataclasses.replace(b, batch=encode_media(model, b.batch))
             laps.lap("" if arm == "B" else "encode")
         if (
             ids is None and arm == "A"
@@ -344,7 +344,9 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
         for group, ns in zip(ids.tolist(), b.mask.sum(-1).tolist())
     ]
     _ = [
-        rewards.accuracy(t, "happy") + rewards.format(t) for group in texts for t in group
+        rewards.accuracy_reward(t, "happy") + rewards.format_reward(t)
+        for group in texts
+        for t in group
     ]  # thrown away
     laps.lap("reward")
     ref_logps = log_probs(b, arm, ids, laps)
@@ -373,7 +375,7 @@ def check(b: Bench, arms: list[str]) -> dict[str, dict]:
             )
         logps, ref_logps, *_ = step(b, arm, laps, completions)
         results[arm] = tokens, logps, ref_logps, b.optimizer.flat.clone()
-        b.optimizer.drop()
+        b.optimizer.zero_grads()
         yardstick = results["A"]
         gates[arm] = {"greedy_equal": bool((tokens == yardstick[0]).all())}
         if arm != "B":
@@ -723,7 +725,7 @@ def one_of_ranks(args: Args, size: Size) -> None:
         ranks.barrier()  # the next step starts together
 
     row = take_turns({"D": run}, {"D": min(args.repeats, size.slow)}, {}, ranks.device)["step"]["D"]
-    ranks.say(
+    ranks.print0(
         json.dumps(
             {
                 "processes": ranks.world,

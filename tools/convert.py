@@ -30,12 +30,12 @@ from typing import Literal
 
 import numpy as np
 
-import rewards
 from data import QUESTION, THINK, Sample, read_samples
 from lib.checkpoint import list_some
 from lib.common import UserError, check_writable, run_main, write_json, write_text
 from lib.media import SOUNDS
-from rewards import DFEW_WORDS, VOCABULARY
+from lib.reasoning import DFEW_WORDS, VOCABULARY, normalise
+from rewards import format_reward
 from tools.check import check
 
 # ------------------------------------------------------------------------------------------------
@@ -638,7 +638,7 @@ def read_reasons(reasons: Path, column: str, labels: list[Path]) -> tuple[list[L
         name, text = row["name"], row[column]
         read.add(name)
         label = next(
-            filter(None, map(rewards.normalise, [*discrete.get(name, []), *openset.get(name, [])])),
+            filter(None, map(normalise, [*discrete.get(name, []), *openset.get(name, [])])),
             None,
         )
         item = Listed(name, label or "", where, text)
@@ -648,7 +648,7 @@ def read_reasons(reasons: Path, column: str, labels: list[Path]) -> tuple[list[L
             dropped["are in no file of labels"] += 1
         elif label is None:
             dropped["have no label of the vocabulary"] += 1
-        elif "<|" in text or not rewards.format(item.target):
+        elif "<|" in text or not format_reward(item.target):
             dropped["have tags or chat markup in their reasoning"] += 1
         else:
             listed.append(item)
@@ -725,7 +725,7 @@ def r1omni(args: R1OmniArgs) -> None:
     samples, missing, torn = [], [], 0
     for row in rows:
         one_word = len(row.answer.split()) == 1  # a description that names an emotion is no label
-        label = (one_word and rewards.normalise(row.answer)) or row.answer
+        label = (one_word and normalise(row.answer)) or row.answer
         before, tag, after = row.target.partition("<answer>")
         target = before + tag + label + after[after.index("</answer>") :] if tag else label
         clips = best_matches(row.id, files.get(path_parts(row.id)[-1], []))

@@ -94,7 +94,7 @@ REMEDIES = {
     "one word for everything": "It pays most without looking: balance the classes, raise --beta, begin from the cold start.",
     "accuracy at chance": "Do the clips reach the model (is eval.py --blank worse)? Do labels and clips belong together?",
     "completions are copies": "Begin from a checkpoint that varies, or a cold start of fewer epochs; then a lower --lr, or "
-    "--clip_high 0.28 with --inner_epochs 2.",
+    "--clip_high 0.28 with --update_epochs 2.",
     "eval falls": "Read in rollouts.jsonl what earns the reward; take the best step; fewer epochs, more clips, more --beta.",
     "no progress": "If it was as good as it can be from the start, stop; else --lr times three, or more --prompts_per_step.",
     "reasoning left behind": "The reward reads the answer alone: try --rewards accuracy format conclusion agreement=0.2. "
@@ -104,7 +104,7 @@ REMEDIES = {
     "labels never said": "RL cannot find what is hardly sampled: a few samples of each such label in the cold start's data, "
     "or a higher --temperature. A reward that pays wrong answers too keeps it so.",
     "gradient spikes": "Lower --lr or --max_grad_norm, and take more --prompts_per_step.",
-    "inner passes do nothing": "Raise --lr, or save the time: --inner_epochs 1 without --mini_batches.",
+    "inner passes do nothing": "Raise --lr, or save the time: --update_epochs 1 without --num_minibatches.",
     "waiting for data": "More --workers (as many as there are cores), --feature_cache, clips on a local disk.",
     "steps get slower": "Something else uses the machine, or it is short of memory: look at nvidia-smi and top.",
 }
@@ -188,8 +188,8 @@ class Run:
         self.bad_clip = ""  # why one clip could not be used
         self.is_rl = "num_generations" in config  # of grpo.py, and not of sft.py
         self.lr = max([self.setting("lr"), *values(self.rows, "lr")])
-        self.updates = self.setting("inner_epochs", 1) * self.setting(
-            "mini_batches", 1
+        self.updates = self.setting("update_epochs", 1) * self.setting(
+            "num_minibatches", 1
         )  # per rollout
 
     def setting(self, name: str, default: float = 0) -> float:
@@ -245,7 +245,7 @@ def span(rows: list[dict]) -> str:
 
 def count_answers(rows: Iterator[dict], late_from: int, config: dict) -> tuple[Answers, Answers]:
     """Rows of rollouts.jsonl -> (the whole run, the steps from `late_from` on)."""
-    parse = rewards.bare_word if config.get("prompt") == "label" else rewards.parse_answer
+    parse = rewards.label_word if config.get("prompt") == "label" else rewards.parse_answer
     plain_sum = config.get("kl") != "reward" and "=" not in str(
         config.get("rewards")
     )  # else the reward is not logged
@@ -395,7 +395,7 @@ def at_once(run: Run, told: set[str]) -> Iterator[tuple[str, str, str]]:
             "ratio off",
             f"In {len(wrong)} of {n} steps, first in step {wrong[0]}, the ratio of the policy to the one "
             "that sampled is not exactly 1 before the first update.",
-            "ratio/mean ratio/max inner_epochs mini_batches",
+            "ratio/mean ratio/max update_epochs num_minibatches",
         )
     difference, rounding = (
         median(run.rows, "sampler_logp_diff/mean"),
@@ -689,7 +689,7 @@ def compared_with_the_start(run: Run, told: set[str]) -> Iterator[tuple[str, str
         yield (
             "inner passes do nothing",
             "The ratio is exactly 1 in every pass: the update before it changed nothing.",
-            "ratio/max lr grad_norm inner_epochs mini_batches",
+            "ratio/max lr grad_norm update_epochs num_minibatches",
         )
     load, total = sum(values(late, "time/load")), sum(map(seconds, late))
     if run.is_rl and load > 0.1 * total:  # not sft.py's, which includes the towers

@@ -16,7 +16,7 @@ import numpy as np
 
 from lib import media
 from lib.common import UserError, printable
-from lib.words import normalise
+from lib.reasoning import normalise
 
 GROUND, INK, SOFT, LINE, RIGHT, WRONG = (
     "#fdfcf9",

@@ -29,9 +29,9 @@ from torch.nn.attention.bias import causal_lower_right
 import grpo
 import sampler
 from lib.common import Ranks, dtype_of, run_main, start_ranks, write_text
-from lib.head import add_product_, fp32_product
-from model import HumanOmni, embed, encode_once, frozen_reference, sdpa
+from model import HumanOmni, embed, encode_media, frozen_reference, sdpa
 from ops import decode_attention
+from ops.logprob_head import add_product_, fp32_product
 from tools import bench
 from tools.gpu_check import LIMITS, add_finding
 from tools.memory import GIB, peak
@@ -146,19 +146,21 @@ def attention_twin(qkv, rope, prefix, suffix, bias, t) -> torch.Tensor:
     return decode_attention.attend(q, prefix, suffix, visible, int(t) + 1).view(1, qkv.shape[1], -1)
 
 
-def record_twin(logits, u, tokens, logps, lengths, done, ends, t, temperature, greedy) -> None:
-    """ops.sample_kernel.record in PyTorch, called as it is called."""
+def append_token_twin(
+    logits, u, tokens, logps, lengths, done, ends, t, temperature, greedy
+) -> None:
+    """ops.sample_kernel.append_token in PyTorch, called as it is called."""
     rows = types.SimpleNamespace(
         u=u, tokens=tokens, logps=logps, lengths=lengths, done=done, ends=ends, t=t
     )
-    sampler.record(rows, logits, temperature, greedy)
+    sampler.append_token(rows, logits, temperature, greedy)
 
 
 def kernels_here(device) -> types.SimpleNamespace:
     """The kernels; on a CPU their twins, so that a dry run goes through the same checks."""
     if device.type == "cuda":
         return decode_attention.load_kernels()
-    return types.SimpleNamespace(rotate_write_attend=attention_twin, record=record_twin)
+    return types.SimpleNamespace(rotate_write_attend=attention_twin, append_token=append_token_twin)
 
 
 ATTENTION_SHAPES = [  # B, G, K, R, d, P, T, t
@@ -200,9 +202,9 @@ def attention_kernels(device, attend=None) -> tuple[str, bool]:
     return found, max(worst.values()) < 1
 
 
-def sampling_kernels(device, record=None) -> tuple[str, bool]:
-    """Tokens and log-probabilities of the sampling kernels against those of `record`, 64 rows."""
-    record = record or kernels_here(device).record
+def sampling_kernels(device, append_token=None) -> tuple[str, bool]:
+    """Tokens and log-probabilities of the sampling kernels against those of `append_token`, 64 rows."""
+    append_token = append_token or kernels_here(device).append_token
     equal = count = 0
     worst = 0.0
     for V, temperature, greedy in ((151_936, 1.0, False), (1000, 0.7, False), (151_936, 1.0, True)):
@@ -210,7 +212,7 @@ def sampling_kernels(device, record=None) -> tuple[str, bool]:
         logits = (torch.randn(N, V, generator=gen) * 3).to(device)
         u = torch.rand(3, N, dtype=torch.float64, generator=gen).to(device)
         both = []
-        for how in (record, record_twin):
+        for how in (append_token, append_token_twin):
             tokens = torch.zeros(3, N, dtype=torch.long, device=device)
             logps = torch.zeros(3, N, device=device)
             lengths = torch.zeros(N, dtype=torch.long, device=device)
@@ -357,11 +359,13 @@ def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
         model="", data="", out="", num_generations=GROUP, max_new_tokens=T, micro_batch=1
     )
     batch = random_batch(size, B, torch.Generator().manual_seed(0), model.dtype).to(device)
-    batch, meter = encode_once(model, batch), grpo.Meter()
-    rollout = grpo.roll_out(model, reference, mock.Mock(text=str), batch, flags, grpo.Clock())
+    batch, meter = encode_media(model, batch), grpo.Meter()
+    rollout = grpo.sample_completions(
+        model, reference, mock.Mock(text=str), batch, flags, grpo.Timer()
+    )
     # The rewards of noise are all 0.
     rollout.rewards["accuracy"] = torch.arange(float(B * GROUP), device=device).view(B, GROUP) % 3
-    grpo.compare(rollout, flags, stage.ranks)
+    grpo.compute_advantages(rollout, flags, stage.ranks)
     with torch.no_grad():
         logps = torch.cat(
             [
@@ -434,7 +438,7 @@ def full(stage: Stage) -> None:
 def golden_model(device, parts=("decoder",)) -> tuple[HumanOmni, torch.Tensor, torch.Tensor]:
     """The reference code's tiny checkpoint in fp32, and its prompts."""
     model = HumanOmni.from_pretrained(
-        GOLDEN / "humanomni", bert=GOLDEN / "bert", device=device, say=str
+        GOLDEN / "humanomni", bert=GOLDEN / "bert", device=device, log=str
     )
     model.eos_ids = [380, *range(0, 380, 12)]  # many, so that completions differ in length
     model.set_trained(parts)
@@ -573,7 +577,7 @@ def one_rank(rank: int, world: int, backend: str, kind: str, store: str) -> None
     p = torch.nn.Parameter(torch.ones(10_000, device=device).bfloat16())
     optimizer = MasterAdamW([p], 0.1)
     p.grad = torch.full_like(p, rank + 1.0)
-    optimizer.collect()
+    optimizer.accumulate_grads()
     norm, moved = optimizer.step(ranks, 0.1, 1.0)
     seen = ranks.gather([(round(norm), moved, float(p.detach().float().sum()))])
     assert seen == [(100 * world * (world + 1) // 2, True, seen[0][2])] * world, seen

@@ -5,7 +5,7 @@
 
 Live tensors at the peak, which is the head's backward pass, when every layer still keeps what its own needs.  Beside them
 stand about 2 GiB for CUDA and NCCL, and what sampling keeps: packed copies of weights, 0.4 GiB, and its buffers, which
-are bounded by sampler.KEPT_SHARE of the card.
+are bounded by sampler.CACHE_MEM_FRACTION of the card.
 
 Legend   B prompts of a micro-batch   G completions per prompt   P prompt length   S = T - 1 tokens that are read
          N = B * (P + G*S) positions   D width   V vocabulary   I inner width   H heads   K key/value heads   d head size

@@ -129,7 +129,7 @@ def check_geometry(model: HumanOmni, out: Path) -> None:
     processor = Processor.from_pretrained(out / "humanomni")
     with torch.device("meta"):
         frames = torch.empty(1, model.num_frames, 3, processor.image_size, processor.image_size)
-        mel = torch.empty(1, *processor.mel(np.zeros(media.SAMPLE_RATE, np.float32)).shape)
+        mel = torch.empty(1, *processor.log_mel(np.zeros(media.SAMPLE_RATE, np.float32)).shape)
         video = model.model.mm_projector(
             model.encode_frames(frames), torch.empty(1, 3)
         )  # (1, n, D)
@@ -317,7 +317,9 @@ def rehearse(args: Args) -> None:
     try:
         parts = count(build(model))
         rows = run_commands(out, dtypes)
-        text = len(Processor.from_pretrained(model / "humanomni").prompt(QUESTION + THINK)) - 2
+        text = (
+            len(Processor.from_pretrained(model / "humanomni").encode_prompt(QUESTION + THINK)) - 2
+        )
     finally:
         if not args.keep:
             shutil.rmtree(model)

@@ -31,9 +31,8 @@ from data import read_samples
 from lib.common import UserError, check_writable, run_main, write_text
 from lib.media import ClipError, read_clip
 from lib.protocol import is_result, read_result, set_of
-from lib.reasoning import agrees
+from lib.reasoning import ALIASES, agrees
 from lib.run_folder import read_rows
-from lib.words import ALIASES
 from tools import doctor
 
 ROLLOUT_BYTES, ANSWER_BYTES = 6_000_000, 2_000_000  # texts of all runs, of all evaluations
@@ -179,7 +178,7 @@ def packed(group: list[dict], source: dict, config: dict) -> dict:
         said, concluded = (
             f(row["text"])
             for f in (
-                (rewards.bare_word, lambda text: None)
+                (rewards.label_word, lambda text: None)
                 if bare
                 else (rewards.parse_answer, rewards.conclusion_of)
             )

@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import PromptBatch, Sample
 from lib.common import AUDIO, VIDEO
-from lib.metrics import Clock
-from model import PARTS, Config, HumanOmni, encode_once
+from lib.metrics import Timer
+from model import PARTS, Config, HumanOmni, encode_media
 
 RATES_SECONDS = 3.0  # after which no further try measures the machine
 SEED = 0  # of weights, clips, lengths and sampled tokens
@@ -194,7 +194,7 @@ def media_flops(size: Size, batch: PromptBatch) -> tuple[int, int]:
     """A forward pass of a batch through (towers, projectors), counted on shapes alone."""
     model, batch = build_model(size, "meta", torch.float32), batch.to("meta")
     with FlopCounterMode(display=False) as towers:
-        batch = encode_once(model, batch)
+        batch = encode_media(model, batch)
     with FlopCounterMode(display=False) as projectors:
         model.model.audio_projector(batch.audio)
         model.model.mm_projector(batch.vision, torch.ones(len(batch), 3, device="meta"))
@@ -261,7 +261,7 @@ def machine_name(device: torch.device) -> str:
     return f"{proc('cpuinfo', 'model name') or platform.machine()}, {os.cpu_count()} cores"
 
 
-class Laps(Clock):
+class Laps(Timer):
     """The trainer's clock, and each part's peak memory in bytes, weights included (on a CPU resident; Linux alone)."""
 
     def __init__(self, device: torch.device):

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
 
-from data import CHATML, QUESTION, THINK, ClipDataset, Processor, View, loader, read_samples
+from data import CHATML, QUESTION, THINK, ClipDataset, Processor, PromptSpec, loader, read_samples
 from lib.checkpoint import BERT_FILES, TOKENIZER_FILES
 from lib.common import write_json
 from model import Config, HumanOmni
@@ -207,7 +207,7 @@ def read_media(
         for at in range(0, len(samples), 100)
     ]
     frames, mels = [], []
-    dataset = ClipDataset(samples, processor, View(prompt="row"))
+    dataset = ClipDataset(samples, processor, PromptSpec(prompt="row"))
     for batch in tqdm(loader(dataset, batches), desc=f"reading {name}", mininterval=1):
         frames.append(
             (batch.frames[:, 4:] * 127.5).round().to(torch.int8)
@@ -241,7 +241,7 @@ def warm_up(
     """
     frames, mels, truth = read_media("toy_base_train", processor, data)
     held_out = read_media("toy_base_val", processor, data)
-    question = torch.tensor([processor.question("Describe what is seen and heard.")])
+    question = torch.tensor([processor.encode_question("Describe what is seen and heard.")])
     gate = model.gate(question, torch.ones_like(question)).detach()  # (1, 3)
     seen, D, patches = len(world.SEEN), model.config.hidden_size, 16 * 96
     see, hear, see_patches = (

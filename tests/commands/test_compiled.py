@@ -15,7 +15,7 @@ import sampler
 from lib import compiler
 from lib.compiler import compiled
 from model import DecoderLayer
-from tools.gpu_stages import attention_twin, record_twin
+from tools.gpu_stages import append_token_twin, attention_twin
 
 G, T = 3, 5
 MEDIA = ("input_ids", "frames", "mel", "question_ids", "question_mask")
@@ -97,7 +97,9 @@ def test_layers_and_shapes_share_what_is_compiled(model, built, monkeypatch, ker
     if kernels:
         # No view, as the kernel's: of a view the compiler would look at the sizes of its base, too.
         attend = lambda *given: attention_twin(*given).clone()
-        kept.kernels = types.SimpleNamespace(rotate_write_attend=attend, record=record_twin)
+        kept.kernels = types.SimpleNamespace(
+            rotate_write_attend=attend, append_token=append_token_twin
+        )
     monkeypatch.setattr(sampler.Decoder, "of", lambda model: kept)
     for i, (B, P, g, t) in enumerate(SHAPES):
         embeds, mask = (

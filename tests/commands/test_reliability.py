@@ -129,12 +129,12 @@ def at_step(step: int, action: str) -> str:
     """A hook: `action` is executed while the process books that step."""
     return f"""
 import os, pathlib, signal, training
-book = training.Run.count
+book = training.Run.finish_step
 def count(self, *args):
     if self.state["step"] + 1 == {step}:
         {action}
     return book(self, *args)
-training.Run.count = count
+training.Run.finish_step = count
 """
 
 

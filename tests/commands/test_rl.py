@@ -9,7 +9,7 @@ from conftest import GOLDEN
 from test_reliability import LABELS, end_of, metrics, run, signal_at, write_rows
 
 REWARD = "def odd(c):\n    return (sum(map(ord, c.text)) + c.row['weight']) % 3 == 0\n"
-MORE = ("--mini_batches", 2, "--prompts_per_step", 4)
+MORE = ("--num_minibatches", 2, "--prompts_per_step", 4)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_another_size_of_step_goes_on_where_the_run_was(labels, tmp_path):
 def test_looking_on_changes_nothing_but_what_is_told(labels, tmp_path):
     """Stops --show_every that shows nothing or another step's texts, tokens that are not those of the text or that depend
     on the ranks, and a run that samples otherwise because it is looked at."""
-    flags = ("--max_steps", 2, "--inner_epochs", 2)
+    flags = ("--max_steps", 2, "--update_epochs", 2)
     quiet = run("grpo.py", tmp_path / "quiet", labels, *flags, "--show_every", 0)
     told = run("grpo.py", tmp_path / "told", labels, *flags, "--show_every", 2, "--log_tokens")
     run("grpo.py", tmp_path / "two", labels, *flags, "--log_tokens", ranks=2)

@@ -21,8 +21,8 @@ MODEL = GOLDEN / "humanomni"
 # step moves the weights.  A hook: executed in the process of the run before its script.
 MOVING = """
 import rewards
-rewards.accuracy = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)
-rewards.bare_accuracy = lambda text, answer: float(sum(map(ord, text)) % 2)
+rewards.accuracy_reward = lambda text, answer: float(sum(map(ord, text)) % 3 == len(answer) % 3)
+rewards.label_accuracy = lambda text, answer: float(sum(map(ord, text)) % 2)
 """
 LABELS = {
     "wide.mp4": "happy",
@@ -127,7 +127,7 @@ def labels(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "labels.json", list(LABELS.items()))
 
 
-@pytest.mark.parametrize("reuse", ["--inner_epochs", "--mini_batches"])
+@pytest.mark.parametrize("reuse", ["--update_epochs", "--num_minibatches"])
 def test_two_processes_are_one_process(labels, tmp_path, reuse):
     """Stops: ranks that sample alike, local denominators, a gradient that is averaged instead of summed."""
     flags = ("--max_steps", 3, "--lr", 1e-3, reuse, 2)

@@ -41,7 +41,7 @@ def stored() -> dict[str, torch.Tensor]:
 def load(path, **options) -> tuple[HumanOmni, str]:
     """-> (model, what it said)"""
     said = []
-    model = HumanOmni.from_pretrained(path, say=said.append, **options)
+    model = HumanOmni.from_pretrained(path, log=said.append, **options)
     assert len(said) == 1 and "\n" not in said[0]
     return model, said[0]
 
@@ -281,7 +281,7 @@ def test_files_are_read_in_parts(home, stored, suffix, monkeypatch):
 def test_a_tokenizer_without_a_chat_template(home):
     """Stops a prompt without turns from a checkpoint that lacks the template, or the fallback going unnoticed."""
     golden = json.loads((GOLDEN / "prompt.json").read_text())
-    expected = Processor.from_pretrained(home / "humanomni").prompt(golden["question"])
+    expected = Processor.from_pretrained(home / "humanomni").encode_prompt(golden["question"])
     file = home / "humanomni" / "tokenizer_config.json"
     config = json.loads(file.read_text())
     assert config.pop("chat_template")
@@ -290,7 +290,7 @@ def test_a_tokenizer_without_a_chat_template(home):
         UserWarning, match="humanomni: the tokenizer has no chat template; using ChatML"
     ):
         processor = Processor.from_pretrained(home / "humanomni")
-    assert processor.prompt(golden["question"]) == expected
+    assert processor.encode_prompt(golden["question"]) == expected
     for key, tags in (
         ("prompt", "<vi_start><video><vi_end>\n<au_start><audio><au_end>\n"),
         ("prompt_video_only", "<vi_start><video><vi_end>\n"),
@@ -314,7 +314,7 @@ status = lambda name: next(int(line.split()[1]) * 1024 for line in open("/proc/s
 before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")                                  # VmHWM starts anew
-model = HumanOmni.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]), say=lambda line: None)
+model = HumanOmni.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]), log=lambda line: None)
 held = sum(p.numel() * p.element_size() for p in model.parameters())
 print(held, status("VmHWM") - before)
 """
@@ -393,9 +393,9 @@ def test_round_trip_keeps_everything(home, stored):
     assert again.eos_ids == loaded.eos_ids == [380]
     question = json.loads((GOLDEN / "prompt.json").read_text())["question"]
     ours, theirs = Processor.from_pretrained(out), Processor.from_pretrained(home / "humanomni")
-    assert ours.prompt(question) == theirs.prompt(question) and ours.question(
+    assert ours.encode_prompt(question) == theirs.encode_prompt(question) and ours.encode_question(
         question
-    ) == theirs.question(question)
+    ) == theirs.encode_question(question)
 
 
 @pytest.mark.parametrize("where", ["renamed", "below a link"])
@@ -476,7 +476,7 @@ def test_an_absolute_tower_path_that_exists_is_used(home, model):
 
 def refused(path, *said: str, **options) -> None:
     with pytest.raises(UserError) as error:
-        HumanOmni.from_pretrained(path, say=lambda line: None, **options)
+        HumanOmni.from_pretrained(path, log=lambda line: None, **options)
     for words in said:
         assert words in str(error.value), str(error.value)
 

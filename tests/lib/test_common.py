@@ -81,6 +81,7 @@ class Base:
     # -- first
     a: int = 3  # of apples, at 100 %
     # one: a line of its own
+
     # a comment of the code, not of a flag
     b: float = 0.0  # rate; 0: off
     # -- second

@@ -38,11 +38,11 @@ from test_data import row
 
 import rewards
 from data import read_samples
-from lib import media, protocol
+from lib import media, protocol, reasoning
 from lib.common import Ranks, UserError, printable
 from lib.media import frame_indices
+from lib.reasoning import _NEGATIONS
 from lib.run_folder import RunFolder, read_rows
-from lib.words import _NEGATIONS
 from model import HumanOmni
 from tools import convert
 
@@ -101,7 +101,7 @@ PIECES = (
     "\ud800",
 )
 texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=6), max_size=14).map("".join)
-words = st.sampled_from(rewards.VOCABULARY)
+words = st.sampled_from(reasoning.VOCABULARY)
 
 
 def pieces(text: str) -> list[str]:
@@ -136,7 +136,7 @@ def slow_normalise(text: str) -> str | None:
         if not any(before in _NEGATIONS for before in said[max(0, i - 2) : i]):
             found |= {
                 target
-                for target, aliases in rewards.ALIASES.items()
+                for target, aliases in reasoning.ALIASES.items()
                 if word in (target, *aliases.split())
             }
     return min(found) if len(found) == 1 else None
@@ -147,18 +147,20 @@ def slow_normalise(text: str) -> str | None:
 def test_rewards_equal_their_slow_twins(text, label):
     """Stops a reward that raises on sampled text, or that counts, cuts or orders the tags in another way than it says."""
     assert rewards.parse_answer(text) == slow_answer(text)
-    assert rewards.format(text) == slow_format(text)
-    assert rewards.normalise(text) == slow_normalise(text)
+    assert rewards.format_reward(text) == slow_format(text)
+    assert reasoning.normalise(text) == slow_normalise(text)
     answer = slow_answer(text)
-    assert rewards.accuracy(text, label) == float(answer is not None and answer.lower() == label)
-    assert rewards.bare_accuracy(text, label) == float(
-        (rewards.bare_word(text) or "").lower() == label
+    assert rewards.accuracy_reward(text, label) == float(
+        answer is not None and answer.lower() == label
     )
-    assert rewards.bare_format(text) in (0.0, 1.0)
-    if rewards.format(text):
+    assert rewards.label_accuracy(text, label) == float(
+        (rewards.label_word(text) or "").lower() == label
+    )
+    assert rewards.label_format(text) in (0.0, 1.0)
+    if rewards.format_reward(text):
         assert rewards.parse_answer(text) is not None
-    if rewards.bare_format(text):
-        assert rewards.parse_answer(text) is None and " " not in rewards.bare_word(text)
+    if rewards.label_format(text):
+        assert rewards.parse_answer(text) is None and " " not in rewards.label_word(text)
 
 
 @fuzz
@@ -175,22 +177,22 @@ def test_the_right_form_is_rewarded(thought, label, space, upper):
     said = "".join(c.upper() if up else c for c, up in zip(label, upper))
     text = f"{space}<think>{thought}</think>{space}<answer>{space}{said}{space}</answer>{space}"
     assert (
-        rewards.format(text)
-        == rewards.accuracy(text, label)
-        == rewards.accuracy(text, f" {label.title()}\n")
+        rewards.format_reward(text)
+        == rewards.accuracy_reward(text, label)
+        == rewards.accuracy_reward(text, f" {label.title()}\n")
         == 1.0
     )
     assert rewards.parse_answer(text) == said
     assert (
-        rewards.bare_format(space + said)
-        == rewards.bare_accuracy(space + said, label.upper())
+        rewards.label_format(space + said)
+        == rewards.label_accuracy(space + said, label.upper())
         == 1.0
     )
     for tag in TAGS:  # one tag more or less is another form
         assert (
-            rewards.format(text.replace(tag, ""))
-            == rewards.format(text + tag)
-            == rewards.format(tag + text)
+            rewards.format_reward(text.replace(tag, ""))
+            == rewards.format_reward(text + tag)
+            == rewards.format_reward(tag + text)
             == 0.0
         )
 
@@ -207,14 +209,14 @@ def test_repetition_is_linear(unit, before, after):
     with limit(120):
         for reward in (
             rewards.parse_answer,
-            rewards.format,
-            rewards.normalise,
-            rewards.bare_word,
-            rewards.bare_format,
+            rewards.format_reward,
+            reasoning.normalise,
+            rewards.label_word,
+            rewards.label_format,
         ):
             reward(text)
-        rewards.accuracy(text, "happy")
-        rewards.bare_accuracy(text, "happy")
+        rewards.accuracy_reward(text, "happy")
+        rewards.label_accuracy(text, "happy")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -475,7 +477,7 @@ def test_any_list_is_read_or_refused(folder, content, other):
             assert str(file) in str(error) or str(labels) in str(error)
         else:
             assert all(
-                item.label in rewards.VOCABULARY and item.name and item.target for item in listed
+                item.label in reasoning.VOCABULARY and item.name and item.target for item in listed
             )
 
 
@@ -866,7 +868,7 @@ def test_a_pickle_that_acts_is_refused(tmp_path, form):
         torch.save(content, file, _use_new_zipfile_serialization=form == "torch")
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):
         HumanOmni.from_pretrained(
-            tmp_path / "humanomni", bert=tmp_path / "bert", say=lambda line: None
+            tmp_path / "humanomni", bert=tmp_path / "bert", log=lambda line: None
         )
     assert not acted.exists()
     if form == "pickle":  # it would have

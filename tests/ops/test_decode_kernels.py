@@ -123,7 +123,7 @@ def attention() -> None:
 
 
 def sampling() -> None:
-    """Tokens, log-probabilities and bookkeeping of the kernels are those of `sampler.record`."""
+    """Tokens, log-probabilities and bookkeeping of the kernels are those of `sampler.append_token`."""
     import types
 
     import sampler
@@ -161,8 +161,8 @@ def sampling() -> None:
             for _ in range(2)
         ]
         r, k = states
-        sampler.record(r, logits, temperature, greedy)
-        sample_kernel.record(
+        sampler.append_token(r, logits, temperature, greedy)
+        sample_kernel.append_token(
             logits, k.u, k.tokens, k.logps, k.lengths, k.done, k.ends, k.t, temperature, greedy
         )
         for name in ("tokens", "lengths", "done"):
@@ -172,7 +172,7 @@ def sampling() -> None:
     assert seen > 3  # some rows ended here
     for bad in (torch.nan, torch.inf):  # a policy that has diverged must not crash
         tokens = torch.zeros(1, 3, dtype=torch.long)
-        sample_kernel.record(
+        sample_kernel.append_token(
             torch.full((3, 1000), bad),
             torch.tensor([[0.0, 0.5, 1 - 2**-53]], dtype=torch.float64),
             tokens,
@@ -325,7 +325,7 @@ def launches() -> None:
     logits, ends, t = torch.zeros(16, 151_936), torch.zeros(2), torch.zeros(1)
     with Operations():
         decode_kernel.rotate_write_attend(qkv, *others)
-        sample_kernel.record(logits, *rows, ends, t, 1.0, False)
+        sample_kernel.append_token(logits, *rows, ends, t, 1.0, False)
     assert seen == [(4, 15, 1), (32,), (16, 38), (16,)]
 
     # Strides that the kernels do not know are refused: they would read another row's numbers.

@@ -46,7 +46,7 @@ def test_arm_a_is_ours(tiny):
     """Stops a faithful loop that is fast or slow because it computes something else, and a KL of zero in every arm."""
     logps, ref_logps, *_ = bench.step(tiny, "A", Laps(CPU), torch.randint(V, (B, G, T)))
     assert float((logps - ref_logps)[tiny.mask].abs().max()) > 1e-2
-    tiny.optimizer.drop()
+    tiny.optimizer.zero_grads()
     gates = bench.check(tiny, ["A", "B", "C", "D"])
     assert set(gates) == {"B", "C", "D"} and bench.gates_hold(gates, torch.float32)
     assert all(gates[arm][name] < 1e-5 for arm in "CD" for name in bench.MOST)
@@ -65,7 +65,7 @@ def test_the_whole_step_has_one_gradient(tiny, monkeypatch):
         ),
     )
     monkeypatch.setattr(
-        MasterAdamW, "step", lambda self, *a: (seen.append(self.flat.clone()), self.drop())
+        MasterAdamW, "step", lambda self, *a: (seen.append(self.flat.clone()), self.zero_grads())
     )
     left = [1, 0]
     for arm, rows in (("A", 4), ("C", 1), ("C", 4), ("D", 1), ("D", 4)):

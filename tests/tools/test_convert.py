@@ -446,7 +446,9 @@ def test_emer(sets, tmp_path, capsys):
         reason = fake.REASON.format(sample.clip.stem)
         assert sample.target == f"<think>{reason}</think>\n<answer>{sample.answer}</answer>"
         assert (
-            rewards.format(sample.target) == 1 and sample.clip.exists() and sample.dataset == "emer"
+            rewards.format_reward(sample.target) == 1
+            and sample.clip.exists()
+            and sample.dataset == "emer"
         )
     by_discrete = run(
         "emer", root=sets / "EMER", labels=["label-disdim.csv"], out=tmp_path / "b.json"

@@ -70,7 +70,7 @@ GATES = [
     {"gate": "clip"},
     {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4},
 ]
-REUSED = [flags | {"mini_batches": 4} for flags in GATES]
+REUSED = [flags | {"num_minibatches": 4} for flags in GATES]
 SEEN = [{"beta": beta, "rewards": ["accuracy", "format", "mine.py:cues=0"]} for beta in (0.04, 0.0)]
 STILL = {"scale": "none", "beta": 0, "lr": 1e-12}
 ALONE = STILL | {"baseline": "none"}
@@ -153,7 +153,7 @@ CASES = {  # exercise: what passes, then what does not, with a word of what is t
                 [(flags, kls(0.1)) for flags in reversed(REUSED)],
                 "the first is --gate none",
             ),
-            ("one batch", [(flags, kls(0.1)) for flags in GATES], "--mini_batches 4"),
+            ("one batch", [(flags, kls(0.1)) for flags in GATES], "--num_minibatches 4"),
             (
                 "wide",
                 [

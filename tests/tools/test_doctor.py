@@ -32,7 +32,7 @@ CONFIG = {
     "prompts_per_step": 8,
     "num_generations": 8,
     "max_new_tokens": 160,
-    "inner_epochs": 1,
+    "update_epochs": 1,
     "beta": 0.04,
     "agg": "seq",
     "workers": 2,
@@ -214,8 +214,8 @@ DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right",
             {"prompt": "label"},
             put(completions__mean_length=2.0, unique_completions=0.2, entropy=0.5),
         ),
-        ({"inner_epochs": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
-        ({"mini_batches": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
+        ({"update_epochs": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
+        ({"num_minibatches": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
         ({"dtype": "bfloat16", "max_steps": 1000}, put(sampler_logp_diff__mean=0.02)),
         (
             {"beta": 0.0},
@@ -273,7 +273,7 @@ def test_every_finding_has_a_test_and_a_row_in_the_docs():
 CASES = [
     ("ratio/max", None, 1.0, 1.0000001, "ratio off", {}),
     ("ratio/max", None, 1.0, 0.9999999, "ratio off", {}),
-    ("ratio/max", None, 1.001, 0.999, "ratio off", {"inner_epochs": 2}),
+    ("ratio/max", None, 1.001, 0.999, "ratio off", {"update_epochs": 2}),
     ("ratio/mean", None, 1 - 2**-24, 1 - 1.1e-6, "ratio off", {}),
     ("sampler_logp_diff/mean", None, 1e-3, 1.1e-3, "sampler and trainer disagree", {}),
     (
@@ -326,7 +326,7 @@ CASES = [
     ("agreement", None, 0.51, 0.49, "reasoning left behind", {"rewards/accuracy/mean": 0.6}),
     ("completions/mean_length", 60, 89, 91, "rambling", {"rewards/accuracy/mean": 0.6}),
     ("completions/mean_length", 60, 31, 29, "reasoning shrinks", {}),
-    ("ratio/max", None, 1.01, 1.0, "inner passes do nothing", {"mini_batches": 2}),
+    ("ratio/max", None, 1.01, 1.0, "inner passes do nothing", {"num_minibatches": 2}),
     ("time/load", None, 0.09, 0.11, "waiting for data", {}),  # of about 0.9 s without it
     ("num_tokens", 4000, 4500, 4300, "steps get slower", {}),
 ]
@@ -646,7 +646,7 @@ def test_half_a_spacing_is_what_rounding_says(tmp_path):
             {"max_steps": 40},
             {"max_steps": 0, "epochs": 0.4},
         ):  # 1 epoch is 100 steps here
-            config = length | {"lr": lr, "dtype": "bfloat16", "inner_epochs": 2}
+            config = length | {"lr": lr, "dtype": "bfloat16", "update_epochs": 2}
             assert names(write_run(tmp_path, 3, put(lr=lr), **config)) == expected
     for lr, expected in ((5e-10, ["learning rate too small"]), (1e-9, [])):
         assert names(write_run(tmp_path, 3, put(lr=lr), lr=lr)) == expected

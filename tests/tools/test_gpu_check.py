@@ -218,7 +218,7 @@ def test_every_stage_runs_without_a_gpu(findings, stage):
 
 def test_what_is_wrong_is_found(findings, monkeypatch):
     """Stops checks that cannot fail: each meets the fault that it is there for."""
-    device, choose = CPU.device, sampler.choose
+    device, choose = CPU.device, sampler.sample_token
 
     def blind(qkv, rope, prefix, suffix, bias, t):  # does not see what the bias hides
         return gpu_stages.attention_twin(
@@ -229,7 +229,7 @@ def test_what_is_wrong_is_found(findings, monkeypatch):
         return gpu_stages.attention_twin(qkv, rope, prefix, suffix.clone(), bias, t)
 
     def shifted(logits, u, *rest):  # another random number
-        return gpu_stages.record_twin(logits, (u + 0.5) % 1, *rest)
+        return gpu_stages.append_token_twin(logits, (u + 0.5) % 1, *rest)
 
     def rounded(x, w, real=torch.conv1d):  # as TF32 does, a little more
         return real(x.bfloat16().to(x) if x.dtype == torch.float32 else x, w)
@@ -255,7 +255,7 @@ def test_what_is_wrong_is_found(findings, monkeypatch):
         wrong.setattr(gpu_stages.grpo, "grpo_loss", lambda *a, **k: loss(*a, **k | {"beta": 9.0}))
         assert not gpu_stages.reference_parity(device)[1]
     with monkeypatch.context() as wrong:  # a sampler that is not the trainer's policy
-        wrong.setattr(sampler, "choose", lambda logits, *a: choose(logits * 3, *a))
+        wrong.setattr(sampler, "sample_token", lambda logits, *a: choose(logits * 3, *a))
         assert findings("full")["one GRPO step"] == "WRONG"
     monkeypatch.setitem(
         torch._dynamo.utils.counters["unimplemented"], "Dynamo recompile limit exceeded", 1

@@ -251,8 +251,8 @@ def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
     toy.export(toy.Pipeline(toy.Args(out=str(out))), tmp_path / "start")
     away = (tmp_path / "start").rename(tmp_path / "moved")
     assert sum(f.stat().st_size for f in away.rglob("*") if f.is_file()) < 6e6
-    ours = HumanOmni.from_pretrained(away / "humanomni", say=str).state_dict()
-    theirs = HumanOmni.from_pretrained(out / "emer_sft" / "latest", say=str).state_dict()
+    ours = HumanOmni.from_pretrained(away / "humanomni", log=str).state_dict()
+    theirs = HumanOmni.from_pretrained(out / "emer_sft" / "latest", log=str).state_dict()
     assert all(
         torch.equal(x, theirs[k].bfloat16().float())
         for k, x in ours.items()

@@ -33,7 +33,7 @@ def unlike(a: Path, b: Path, args: type) -> set[str]:
 
 def start_model() -> HumanOmni:
     """The miniature's cold start, which is shipped."""
-    return HumanOmni.from_pretrained(ROOT / "toy" / "start" / "humanomni", say=lambda line: None)
+    return HumanOmni.from_pretrained(ROOT / "toy" / "start" / "humanomni", log=lambda line: None)
 
 
 def written(name: str):

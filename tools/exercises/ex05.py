@@ -55,11 +55,11 @@ def check_batch():
 
 
 class Captured(Exception):
-    """roll_out has called generate; nothing more is needed of it."""
+    """sample_completions has called generate; nothing more is needed of it."""
 
 
 def drawn(indices: list[int], seed: int) -> torch.Tensor:
-    """The numbers that `grpo.roll_out` would sample with, for the prompts at these positions of the run."""
+    """The numbers that `grpo.sample_completions` would sample with, for the prompts at these positions of the run."""
     seen = {}
 
     def generate(
@@ -85,7 +85,7 @@ def drawn(indices: list[int], seed: int) -> torch.Tensor:
     )
     try:
         args = grpo.Args(model="", data="", out="", seed=seed, num_generations=4, max_new_tokens=6)
-        grpo.roll_out(None, None, None, SimpleNamespace(indices=indices), args, None)
+        grpo.sample_completions(None, None, None, SimpleNamespace(indices=indices), args, None)
     except Captured:
         pass
     finally:
@@ -98,7 +98,7 @@ def check_steps():
     first, later, other = drawn([0, 1], 0), drawn([2, 3], 0), drawn([0, 1], 1)
     assert not torch.isin(first, later).any(), (
         "steps 1 and 2 share numbers. A prompt's id is its place in the run, which "
-        "`roll_out` gives to `generate`: another one in each step."
+        "`sample_completions` gives to `generate`: another one in each step."
     )
     assert not torch.isin(first, other).any(), (
         "runs with --seed 0 and --seed 1 draw the same numbers."
@@ -110,7 +110,7 @@ def check_counts():
     p = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05])
     B, G = 400, 10
     u = numbers(prompts=range(B), G=G, T=1).flatten()
-    token, _ = sampler.choose(p.log().expand(B * G, -1), u, 1.0, False)
+    token, _ = sampler.sample_token(p.log().expand(B * G, -1), u, 1.0, False)
     counts = torch.bincount(token, minlength=5)
     chi = float(
         ((counts - B * G * p) ** 2 / (B * G * p)).sum()

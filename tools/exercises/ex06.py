@@ -9,7 +9,7 @@ import torch
 
 import grpo
 import sampler
-from lib.metrics import Clock, Meter
+from lib.metrics import Meter, Timer
 from model import embed
 from tools.exercises import config, ex04, metrics, unlike
 
@@ -19,7 +19,7 @@ GROUP = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)  # advantages
 
 @functools.cache
 def world(temperature: float):
-    """-> four questions and the cold start, the flags, what `grpo.roll_out` makes of them; the reference is the policy."""
+    """-> four questions and the cold start, the flags, what `grpo.sample_completions` makes of them; the reference is the policy."""
     w = ex04.World()
     w.batch.samples = [SimpleNamespace(answer="happy", id="a", row={})] * 4
     args = grpo.Args(
@@ -33,8 +33,8 @@ def world(temperature: float):
         temperature=temperature,
         max_logp_diff=1e9,
     )
-    rollout = grpo.roll_out(
-        w.model, w.model, SimpleNamespace(text=lambda ids: ""), w.batch, args, Clock()
+    rollout = grpo.sample_completions(
+        w.model, w.model, SimpleNamespace(decode=lambda ids: ""), w.batch, args, Timer()
     )
     rollout.advantages = GROUP
     return w, args, rollout
@@ -69,7 +69,7 @@ def check_sampler():
         (torch.arange(4000) + 0.5) / 4000,
     )
     for t in TEMPERATURES:
-        token, _ = sampler.choose(logits, u.double(), t, False)
+        token, _ = sampler.sample_token(logits, u.double(), t, False)
         drawn = torch.bincount(token, minlength=4) / 4000
         assert (drawn - torch.softmax(logits[0] / t, -1)).abs().max() < 2e-3, (
             f"temperature {t}: other tokens are drawn."
@@ -115,7 +115,7 @@ def check_trainer():
     for t in TEMPERATURES:
         w, rollout = world(t)[0], world(t)[2]
         gradient, meter = updated(t, beta=0.0)
-        gap = meter.entries["sampler_logp_diff/max"][1]
+        gap = meter.totals()["sampler_logp_diff/max"][1]
         assert gap < 1e-3, (
             f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. Of which policy is this "
             "the loss?"
@@ -132,9 +132,9 @@ def check_trainer():
 def check_old():
     """With several mini-batches the ratio too is between two scores of the same policy: 1 where nothing has moved."""
     for t in TEMPERATURES:
-        ratio = updated(t, beta=0.0, mini_batches=2)[1].entries["ratio/max"][1]
+        ratio = updated(t, beta=0.0, num_minibatches=2)[1].totals()["ratio/max"][1]
         assert abs(ratio - 1) < 1e-3, (
-            f"temperature {t}, --mini_batches 2: a ratio is {ratio:.2f}, and the policy has not "
+            f"temperature {t}, --num_minibatches 2: a ratio is {ratio:.2f}, and the policy has not "
             "moved. Where do the old log-probabilities come from?"
         )
 

@@ -147,7 +147,7 @@ def runs(folders: list[Path]) -> None:
     assert (flags[2]["clip_low"], flags[2]["clip_high"]) == (3e-4, 4e-4), (
         "the third: --clip_low 3e-4 --clip_high 4e-4."
     )
-    assert all(f["mini_batches"] == 4 for f in flags), "give all three --mini_batches 4."
+    assert all(f["num_minibatches"] == 4 for f in flags), "give all three --num_minibatches 4."
     assert len({f["seed"] for f in flags}) == 1, "give all three the same --seed."
     kls = [metrics(folder, "kl") for folder in folders]
     assert min(map(len, kls)) >= 60, "let all three run 60 steps."

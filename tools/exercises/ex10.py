@@ -8,10 +8,10 @@ from statistics import fmean, stdev
 import grpo
 from lib.reward_files import load_reward
 from lib.run_folder import read_rows
-from rewards import Completion, agreement, conclusion
+from rewards import Completion, agreement_reward, conclusion_reward
 from tools.exercises import ROOT, config, metrics, unlike
 
-OURS = {"rewards", "lib.words", "lib.reasoning"}
+OURS = {"rewards", "lib.reasoning", "lib.reasoning"}
 MARGIN = 0.08  # of the share of right reasonings, mean of the pairs
 
 
@@ -165,9 +165,9 @@ def late(folder: Path) -> dict[str, float]:
     return {
         "accuracy": fmean([row["rewards"]["accuracy"] for row in rows]),
         "concludes": fmean(
-            [conclusion(Completion(row["text"], row["answer"], 0, True, 0)) for row in rows]
+            [conclusion_reward(Completion(row["text"], row["answer"], 0, True, 0)) for row in rows]
         ),
-        "agreement": fmean([agreement(row["text"]) for row in rows]),
+        "agreement": fmean([agreement_reward(row["text"]) for row in rows]),
     }
 
 
@@ -198,7 +198,7 @@ def runs(folders: list[Path]) -> None:
         alike = fmean(
             [
                 row["rewards"]["concludes"]
-                == conclusion(Completion(row["text"], row["answer"], 0, True, 0))
+                == conclusion_reward(Completion(row["text"], row["answer"], 0, True, 0))
                 for row in read_rows(b / "rollouts.jsonl")
             ]
         )
