@@ -1,12 +1,14 @@
-"""A clip on disk becomes tensors: the one prompt, sample files, batches.  Reading media is in lib/media.py.
+"""A clip on disk becomes tensors: the prompt, sample files, batches.  lib/media.py reads the media.
 
     path --read_clip--> Clip (frames, audio, notes) --Processor--> frames (F, 3, S, S), mel (M, T)
     sample file --read_samples--> [Sample] --ClipDataset, loader--> PromptBatch
 
-A bad clip never crashes a run and is never replaced by another: `read_clip` raises ClipError, the
-dataset turns it into a BadClip, and the batch carries it in `bad`, to be counted and listed.
+A clip that cannot be read never ends a run and is never replaced by another: `read_clip` raises
+ClipError, the dataset turns it into a BadClip, and the batch carries it in `bad`, to be counted and
+listed.
 
-Legend   F frames taken from a clip   S side of the vision tower's input   M mel channels   T mel frames
+Legend   B prompts   F frames taken from a clip   S side of the vision tower's input
+         M mel channels   T mel frames   Q question length
 """
 
 import contextlib
@@ -23,88 +25,103 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 
 from lib.checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
-from lib.clip import SAMPLE_RATE, SILENCE, ClipError, Modal
-from lib.common import AUDIO, VIDEO, UserError, block
+from lib.clip import SAMPLE_RATE, SILENCE, Clip, ClipError
+from lib.common import UserError, as_slice
 from lib.features import FeatureCache
+from lib.modalities import MODALITIES, TABLE, Modal, parts
 from lib.reasoning import DFEW_WORDS, VOCABULARY
 from rewards import parse_answer
 
-Prompt = Literal["think", "label", "row", "auto"]
-
+GREY = 127  # of a frame that replaces a picture, and of the border around one
 
 # ------------------------------------------------------------------------------------------------
 # The prompt
 # ------------------------------------------------------------------------------------------------
 
+Prompt = Literal["think", "label", "row", "auto"]
+
 QUESTION = (
-    "As an emotional recognition expert; throughout the video, which emotion conveyed by the characters "
-    "is the most obvious to you?"
+    "As an emotional recognition expert; throughout the video, which emotion conveyed by the "
+    "characters is the most obvious to you?"
 )
-THINK = "\nOutput the thinking process in <think> </think> and final emotion in <answer> </answer> tags."
+THINK = (
+    "\nOutput the thinking process in <think> </think> "
+    "and final emotion in <answer> </answer> tags."
+)
 
 
 def has_markup(text: str) -> bool:
-    """Does a text hold what only the prompt itself may: a chat turn's marks, or a placeholder for a clip?"""
-    return "<|" in text or "<video>" in text or "<audio>" in text
+    """Whether a text contains chat markup or a modality's tag, which only the prompt itself may."""
+    return "<|" in text or any(modality.tag in text for modality in TABLE)
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSpec:
-    """What of a clip the model gets, and how it is asked.  The same object for SFT, RL, evaluation and inference."""
+    """What the model is given of a clip, and how it is asked: in SFT, RL, evaluation, inference."""
 
     modal: Modal = "video_audio"
     prompt: Prompt = "think"
-    fit: str = "pad"  # how a picture becomes square: "pad" or "stretch"
-    question: str | None = None  # asked instead of the rows' own
-    choices: tuple[str, ...] = ()  # candidate list; by default the model answers freely
-    shuffle_choices: bool = False  # in training; a fixed order would be learned
-    mute: bool = False  # the sound is replaced by silence: the prompt keeps its form
-    blank: bool = False  # the frames are replaced by grey
-    drop_audio: float = 0.0  # share of the prompts that lose the modality altogether; never both
-    drop_video: float = 0.0
-    seed: int = 0  # of drops and orders
+    question: str | None = None  # replaces the rows' own questions
+    choices: tuple[str, ...] = ()  # listed in the question; by default the model answers freely
+    shuffle_choices: bool = False  # in training, because a fixed order would be learned
+    mute: float = 0.0  # share of the prompts whose sound is replaced by silence
+    blank: float = 0.0  # share of the prompts whose frames are replaced by grey; never both
+    seed: int = 0  # of these choices and orders
 
     def rng(self, position: int) -> np.random.Generator:
-        """Random numbers of the prompt at one position of the run: the same on any rank and after a resume."""
-        return np.random.Generator(
-            np.random.Philox(key=[self.seed, position + 2**62])
-        )  # apart from the sampler's
+        """Random numbers of the prompt at one position of the run.
 
-    def drop_modality(self, modal: str, position: int) -> str:
-        """What is left of `modal` ("video_audio", ...) at this position once modalities were dropped by chance."""
+        They are the same on any rank and after a resume.
+        """
+        # The offset keeps them apart from the sampler's.
+        return np.random.Generator(np.random.Philox(key=[self.seed, position + 2**62]))
+
+    def drop_modality(self, position: int) -> str | None:
+        """What is replaced by silence ("audio") or grey ("video") in this prompt, if anything.
+
+        Its tokens stay, so the prompt keeps its form.
+        """
+        if self.mute == self.blank == 0:
+            return None
         u = self.rng(position).random()
-        if modal != "video_audio" or u >= self.drop_audio + self.drop_video:
-            return modal
-        return "video" if u < self.drop_audio else "audio"
+        if u < self.mute:
+            return "audio"
+        if u < self.mute + self.blank:
+            return "video"
+        return None
 
     def format_question(self, question: str, target: str, position: int = 0) -> str:
-        """A row's question in the wanted form.
+        """A row's question in the requested form.
 
-        "think" asks for reasoning and answer, "label" for the bare word, "row" asks what the row asks; "auto" goes by
-        the target: "think" if it has tags, "label" if it is a known word, else (a description, say) "row".
+        "think" asks for reasoning and answer, "label" for the bare label, "row" asks what the row
+        asks.  "auto" depends on the target: "think" if it has tags, "label" if it is a word of the
+        vocabulary, else (a description, say) "row".
         """
         prompt = self.prompt
         if prompt == "auto":
-            prompt = (
-                "think"
-                if "<answer>" in target
-                else "label"
-                if target.lower() in VOCABULARY
-                else "row"
-            )
-        question = self.question or question
-        asked = question if prompt == "row" else question.removesuffix(THINK)
+            prompt = prompt_of_target(target)
+
+        text = self.question or question
+        if prompt != "row":
+            text = text.removesuffix(THINK)
         if self.choices:
-            order = (
-                self.rng(position).permutation(len(self.choices))
-                if self.shuffle_choices
-                else range(len(self.choices))
-            )
-            asked += "\n" + ", ".join(self.choices[i] for i in order)
-        return asked + THINK if prompt == "think" else asked
+            choices = list(self.choices)
+            if self.shuffle_choices:
+                order = self.rng(position).permutation(len(choices))
+                choices = [choices[i] for i in order]
+            text += "\n" + ", ".join(choices)
+        return text + THINK if prompt == "think" else text
+
+
+def prompt_of_target(target: str) -> Prompt:
+    """The form of the question that fits a target."""
+    if "<answer>" in target:
+        return "think"
+    if target.lower() in VOCABULARY:
+        return "label"
+    return "row"
 
 
 # What `--choices NAME` stands for.
@@ -117,7 +134,7 @@ CHOICES = {
 
 def read_choices(words: list[str]) -> tuple[str, ...]:
     """`--choices`: the words themselves, or the name of a data set for its labels."""
-    if len(words) == 1:  # a list of one would be no choice
+    if len(words) == 1:  # a name: a list of one would be no choice
         if words[0] not in CHOICES:
             raise UserError(
                 f"--choices {words[0]}: give at least two words, or one of {', '.join(CHOICES)}."
@@ -129,24 +146,26 @@ def read_choices(words: list[str]) -> tuple[str, ...]:
 
 
 def read_question(file: str | None) -> str | None:
-    """`--question FILE`: the text that is asked instead of the rows' own question."""
+    """`--question FILE`: the text that replaces the rows' own questions."""
     if file is None:
         return None
     try:
         text = Path(file).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"--question {file}: cannot be read ({error}); give a text file that holds the question."
+            f"--question {file}: cannot be read ({error}); "
+            "give a text file that holds the question."
         ) from None
     if not text or has_markup(text):
         raise UserError(
-            f"--question {file}: must hold a question, without chat markup (<|, <video> or <audio>)."
+            f"--question {file}: must hold a question, "
+            "without chat markup (<|, <video> or <audio>)."
         )
     return text
 
 
 class Processor:
-    """Clips and questions -> what the model takes.  One object for SFT, RL, evaluation and inference."""
+    """Turns clips and questions into the model's inputs: in SFT, RL, evaluation and inference."""
 
     def __init__(
         self,
@@ -159,68 +178,82 @@ class Processor:
         max_question: int,
         ends: list[int] = (),
     ):
-        self.tokenizer, self.bert_tokenizer, self.mel_extractor = (
-            tokenizer,
-            bert_tokenizer,
-            mel_extractor,
-        )
-        self.image_size, self.max_question = image_size, max_question
-        self.ends = {tokenizer.eos_token_id, *ends}
+        self.tokenizer = tokenizer
+        self.bert_tokenizer = bert_tokenizer
+        self.mel_extractor = mel_extractor
+        self.image_size = image_size
         self.mean = torch.tensor(mean).view(3, 1, 1)
         self.std = torch.tensor(std).view(3, 1, 1)
+        self.max_question = max_question
+        self.ends = {tokenizer.eos_token_id, *ends}
 
     @classmethod
-    def from_pretrained(cls, path, vision_tower=None, audio_tower=None, bert=None) -> "Processor":
-        """`path`: checkpoint folder or hub id; the towers as for HumanOmni.from_pretrained.  Raises UserError."""
+    def from_pretrained(
+        cls, path, vision_tower=None, audio_tower=None, bert=None, *, towers=None
+    ) -> "Processor":
+        """Load from a checkpoint folder or hub id; towers as in HumanOmni.from_pretrained.
+
+        Raises UserError.
+        """
         path = str(path)
         config = read_json(find_file(path, "config.json"))
-        vision = tower_source(path, config, "mm_vision_tower", vision_tower)
-        audio = tower_source(path, config, "mm_audio_tower", audio_tower)
-        bert_folder = bert_source(path, bert)
+        vision = tower_source(path, config, "mm_vision_tower", vision_tower, towers)
+        audio = tower_source(path, config, "mm_audio_tower", audio_tower, towers)
+        bert = bert_source(path, bert, towers)
+
         picture = read_json(find_file(vision, "preprocessor_config.json"))
+        bert_config = read_json(find_file(bert, "config.json"))
         find_file(path, "tokenizer_config.json")
         generation = find_file(path, "generation_config.json", required=False)
-        # The same ids as the sampler's, so that every end token is taken off a completion's text.
+        # The sampler's own end tokens, so that every one of them is taken off a completion's text.
         ends = end_ids(read_json(generation) if generation else {}, config)
         tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id not in ends:
             raise UserError(
-                f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its generation_config.json "
-                f"with {ends}, so no answer would ever stop: add it there."
+                f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its "
+                f"generation_config.json with {ends}, so no answer would ever stop: add it there."
             )
         return cls(
-            tokenizer,
-            load_tokenizer(bert_folder),
-            _load(transformers.WhisperFeatureExtractor, audio, "feature extractor"),
-            picture["size"]["height"],
-            picture["image_mean"],
-            picture["image_std"],
-            read_json(find_file(bert_folder, "config.json"))["max_position_embeddings"],
-            ends,
+            tokenizer=tokenizer,
+            bert_tokenizer=load_tokenizer(bert),
+            mel_extractor=load_mel_extractor(audio),
+            image_size=picture["size"]["height"],
+            mean=picture["image_mean"],
+            std=picture["image_std"],
+            max_question=bert_config["max_position_embeddings"],
+            ends=ends,
         )
+
+    # ---- media ---------------------------------------------------------------------------------
+
+    def prepare_video(self, clip: Clip, dropped: bool) -> torch.Tensor:
+        """A clip's frames, or grey ones.  -> (F, 3, S, S)"""
+        return self.preprocess_frames(np.full_like(clip.frames, GREY) if dropped else clip.frames)
+
+    def prepare_audio(self, clip: Clip, dropped: bool) -> torch.Tensor:
+        """A clip's sound, or silence.  -> (M, T)"""
+        return self.log_mel(SILENCE if dropped else clip.audio)
 
     def preprocess_frames(
         self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad"
     ) -> torch.Tensor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
 
-        "pad" centres the picture on a grey square first (the reference's training), "stretch" squashes it.
-        Bicubic with antialiasing on uint8, channels last: that kernel differs from PIL's, which the towers
-        were trained with, by at most 2 of 255; the float kernel by up to 8.
+        "pad" centres the picture on a grey square first (the reference's training), "stretch"
+        squashes it.  Bicubic with antialiasing on uint8, channels last: that kernel differs by at
+        most 2 of 255 from PIL's, with which the towers were trained; the float kernel by up to 8.
         """
         if fit == "pad":
             count, height, width, _ = frames.shape
             side = max(height, width)
             top, left = (side - height) // 2, (side - width) // 2
-            square = np.full((count, side, side, 3), 127, np.uint8)
+            square = np.full((count, side, side, 3), GREY, np.uint8)
             square[:, top : top + height, left : left + width] = frames
             frames = square
-        x = torch.from_numpy(np.ascontiguousarray(frames)).permute(
-            0, 3, 1, 2
-        )  # (F, 3, H, W), channels last
-        x = F.interpolate(
-            x, size=(self.image_size, self.image_size), mode="bicubic", antialias=True
-        )
+        x = torch.from_numpy(np.ascontiguousarray(frames))
+        x = x.permute(0, 3, 1, 2)  # (F, 3, H, W), channels last in memory
+        size = (self.image_size, self.image_size)
+        x = F.interpolate(x, size=size, mode="bicubic", antialias=True)  # (F, 3, S, S)
         return (x.float() / 255 - self.mean) / self.std
 
     def log_mel(self, audio: np.ndarray) -> torch.Tensor:
@@ -228,44 +261,48 @@ class Processor:
         out = self.mel_extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="np")
         return torch.from_numpy(out["input_features"][0])
 
-    def encode_prompt(self, question: str, modal: Modal = "video_audio") -> list[int]:
-        """The one prompt: ids with VIDEO and AUDIO placeholders, ready for the assistant's turn.
+    # ---- text ----------------------------------------------------------------------------------
 
-        The text between placeholders is tokenised piece by piece, as the reference does.
+    def encode_prompt(self, question: str, modal: str = "video_audio") -> list[int]:
+        """Ids of the prompt with the placeholders of `modal`, up to the assistant's turn.
+
+        The text between placeholders is tokenised piece by piece, as the reference code does.
         """
         if has_markup(question):
             raise UserError(
-                f"the question {question[:60]!r} contains chat markup (<|, <video> or <audio>): leave it out."
+                f"the question {question[:60]!r} contains chat markup "
+                "(<|, <video> or <audio>): leave it out."
             )
-        media = {"video": "<vi_start><video><vi_end>\n", "audio": "<au_start><audio><au_end>\n"}
-        content = "".join(tag for name, tag in media.items() if name in modal) + question
+        media = "".join(MODALITIES[name].prompt for name in parts(modal))
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": media + question}],
+            tokenize=False,
+            add_generation_prompt=True,
         )
+        placeholders = {modality.tag: modality.placeholder for modality in TABLE}
         ids = []
-        for piece in re.split(r"(<video>|<audio>)", text):
-            placeholder = {"<video>": VIDEO, "<audio>": AUDIO}.get(piece)
-            ids += (
-                [placeholder]
-                if placeholder
-                else self.tokenizer.encode(piece, add_special_tokens=False)
-            )
+        for piece in re.split(f"({'|'.join(placeholders)})", text):
+            if piece in placeholders:
+                ids.append(placeholders[piece])
+            else:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False)
         return ids
 
     def encode_question(self, question: str) -> list[int]:
         """BERT's ids of the question, with its [CLS] and [SEP]."""
-        return self.bert_tokenizer(question, truncation=True, max_length=self.max_question)[
-            "input_ids"
-        ]
+        encoded = self.bert_tokenizer(question, truncation=True, max_length=self.max_question)
+        return encoded["input_ids"]
 
     def encode_target(self, text: str) -> list[int]:
-        """What the assistant is taught to say: the text's ids and the end of the turn."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
+        """Ids of the assistant's turn that SFT trains on: the text and the end of the turn."""
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        return [*ids, self.tokenizer.eos_token_id]
 
     def decode(self, ids) -> str:
-        """Ids of one completion -> text, without its end token.
+        """Text of one completion, without its end token.
 
-        Special tokens in the middle stay visible: a policy that emits them must not look well-formed.
+        Special tokens in the middle stay visible: a policy that emits them must not look
+        well-formed.
         """
         ids = list(ids)
         if ids and ids[-1] in self.ends:
@@ -273,36 +310,46 @@ class Processor:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def _load(kind, source: str, what: str):
-    try:
-        return kind.from_pretrained(source)
-    except Exception as error:  # the library raises many kinds, some with pages of text
-        raise UserError(
-            f"cannot load the {what} of {source}: {str(error).splitlines()[0]}"
-        ) from None
-
-
-# Qwen2's, for the checkpoints that were saved without one.
+# Qwen2's chat template, for checkpoints that were saved without one.
 CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant."
+    "<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
 def load_tokenizer(path: str):
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it does not know the model type and says so at length
+    """The tokenizer of a folder or hub id, with a chat template.  Raises UserError."""
+    from transformers import AutoTokenizer, logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # the library does not know the model type and says so at length
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            tokenizer = _load(transformers.AutoTokenizer, path, "tokenizer")
+            tokenizer = from_library(AutoTokenizer, path, "tokenizer")
     finally:
-        transformers.logging.set_verbosity(level)
+        logging.set_verbosity(level)
     if not tokenizer.chat_template and "<|im_start|>" in tokenizer.get_vocab():
         warnings.warn(f"{path}: the tokenizer has no chat template; using ChatML.", stacklevel=2)
         tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def load_mel_extractor(path: str):
+    from transformers import WhisperFeatureExtractor
+
+    return from_library(WhisperFeatureExtractor, path, "feature extractor")
+
+
+def from_library(cls, source: str, what: str):
+    """cls.from_pretrained(source); raises UserError, in which `what` names the object."""
+    try:
+        return cls.from_pretrained(source)
+    except Exception as error:  # the library raises many types, some with pages of text
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot load the {what} of {source}: {reason}") from None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -319,17 +366,19 @@ class Sample:
     target: str  # the whole text of the assistant's turn: reasoning and answer, or the label
     modal: str  # what the row has: video_audio, video or audio
     dataset: str = ""  # where a converter took it from: "dfew/fold1/test"
-    row: dict = dataclasses.field(
-        default_factory=dict, repr=False
-    )  # as the file has it, for rewards that need more
+    row: dict = dataclasses.field(default_factory=dict, repr=False)  # as in the file, for rewards
 
 
-def read_samples(file, media_root: str | None = None, strict_paths: bool = False) -> list[Sample]:
-    """R1-Omni's json (a list) or jsonl (a row a line) -> samples.
+def read_samples(file, media_root: str | None = None) -> list[Sample]:
+    """R1-Omni's json (a list) or jsonl (one row per line) -> samples.
 
-    A row: {"video": path, "conversations": [{"from": "human", "value": "<video>\\n<audio>\\nquestion"},
-    {"from": "gpt", "value": target}]}, and from our converters "dataset".  Relative paths are under `media_root`,
-    by default the file's own folder; with `strict_paths` nothing outside it can be named.  Raises UserError that
+    A row (and from our converters also "dataset"):
+
+        {"video": path, "conversations": [
+            {"from": "human", "value": "<video>\\n<audio>\\nquestion"},
+            {"from": "gpt", "value": target}]}
+
+    Relative paths start from `media_root`, by default the file's own folder.  Raises UserError that
     names the file and the line.
     """
     file = Path(file)
@@ -337,51 +386,35 @@ def read_samples(file, media_root: str | None = None, strict_paths: bool = False
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the sample file {file}: {error}") from None
+
     root = Path(media_root) if media_root else file.parent
-    samples = []
-    for line, row in _rows(text, file):
-        where = f"{file} line {line}"
-        samples.append(_sample(row, root, where))
-        if strict_paths and not _is_inside(samples[-1].clip, root):
-            raise UserError(
-                f"{where}: {samples[-1].id!r} is outside --media_root {root}, which --strict_paths forbids."
-            )
+    rows = rows_of_list(text, file) if text.lstrip().startswith("[") else rows_of_lines(text, file)
+    samples = [make_sample(row, root, f"{file} line {line}") for line, row in rows]
     if not samples:
         raise UserError(f"{file} holds no samples.")
     return samples
 
 
-def _is_inside(clip: Path, root: Path) -> bool:
-    try:
-        return clip.resolve().is_relative_to(
-            root.resolve()
-        )  # "..", an absolute path and a link all end somewhere
-    except (OSError, RuntimeError):  # or nowhere: links in a circle
-        return False
+def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
+    """Rows of a jsonl file.  -> (line number, row)"""
+    for line, row in enumerate(text.split("\n"), 1):
+        if not row.strip():
+            continue
+        try:
+            yield line, json.loads(row)
+        except json.JSONDecodeError as error:
+            with contextlib.suppress(ValueError, RecursionError):
+                json.loads(text)
+                raise UserError(
+                    f"{file} is JSON, but no list of samples: give a list, or a row a line."
+                ) from None
+            raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
+        except (RecursionError, ValueError) as error:  # too deep; a number of thousands of digits
+            raise UserError(f"{file} line {line} holds more than can be read: {error}.") from None
 
 
-def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
-    """(line where it starts, row) of a json list or of jsonl."""
-    if not text.lstrip().startswith("["):
-        for line, row in enumerate(text.split("\n"), 1):
-            if row.strip():
-                try:
-                    yield line, json.loads(row)
-                except json.JSONDecodeError as error:
-                    with contextlib.suppress(ValueError, RecursionError):
-                        json.loads(text)
-                        raise UserError(
-                            f"{file} is JSON, but no list of samples: give a list, or a row a line."
-                        ) from None
-                    raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
-                except (
-                    RecursionError,
-                    ValueError,
-                ) as error:  # too deep; a number of thousands of digits
-                    raise UserError(
-                        f"{file} line {line} holds more than can be read: {error}."
-                    ) from None
-        return
+def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
+    """Rows of a json list.  -> (line number where it starts, row)"""
     decoder = json.JSONDecoder()
     space = re.compile(r"[\s,]*")
     at = space.match(text.replace("[", " ", 1)).end()
@@ -397,27 +430,32 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, object]]:
         yield line, row
         at = space.match(text, end).end()
     if text[at:].strip() != "]":
+        last_line = text.count("\n") + 1
         raise UserError(
-            f"{file} line {text.count(chr(10)) + 1}: the list does not end with one ']'; "
+            f"{file} line {last_line}: the list does not end with one ']'; "
             "the file is cut off or has more after it."
         )
 
 
-def _sample(row, root: Path, where: str) -> Sample:
-    def need(value, kind, what):
-        if not isinstance(value, kind) or not value:
-            raise UserError(f"{where}: {what}.")
+def make_sample(row, root: Path, where: str) -> Sample:
+    """A row of a sample file -> Sample.  where: "FILE line N", for the error message"""
+
+    def need(value, expected: type, problem: str):
+        if not isinstance(value, expected) or not value:
+            raise UserError(f"{where}: {problem}.")
         return value
 
     need(row, dict, 'a row must be an object with "video" and "conversations"')
     clip = need(row.get("video", row.get("audio")), str, 'lacks "video", the path of the clip')
     turns = need(row.get("conversations"), list, 'lacks "conversations", a list of turns')
-    turns = [turn for turn in turns if isinstance(turn, dict) and isinstance(turn.get("from"), str)]
-    said = {turn["from"]: turn.get("value") for turn in turns}
-    human = need(said.get("human"), str, 'has no turn {"from": "human", "value": question}')
-    target = need(said.get("gpt"), str, 'has no turn {"from": "gpt", "value": label}').strip()
-    tags = [name for name in ("video", "audio") if f"<{name}>" in human]
-    question = re.sub(r"^(\s*<(video|audio)>\s*)+", "", human).strip()
+    turns = [t for t in turns if isinstance(t, dict) and isinstance(t.get("from"), str)]
+    values = {turn["from"]: turn.get("value") for turn in turns}
+    human = need(values.get("human"), str, 'has no turn {"from": "human", "value": question}')
+    target = need(values.get("gpt"), str, 'has no turn {"from": "gpt", "value": label}').strip()
+
+    modal = "_".join(modality.name for modality in TABLE if modality.tag in human)
+    names = "|".join(MODALITIES)
+    question = re.sub(rf"^(\s*<({names})>\s*)+", "", human).strip()
     answer = parse_answer(target) if "<answer>" in target else target
     need(question, str, "the human turn has no question")
     need(
@@ -428,25 +466,32 @@ def _sample(row, root: Path, where: str) -> Sample:
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
     dataset = str(row.get("dataset", ""))
     need("\0" not in clip, bool, "the path of the clip contains a null byte")
-    # A lone surrogate: JSON can spell it, but no file name and no log can hold it, and the run would end there.
+    # JSON can spell a lone surrogate, but no file name and no log can hold it.
     need(
         not re.search(r"[\ud800-\udfff]", clip + human + target + dataset),
         bool,
         "contains half a character (\\ud800 to \\udfff)",
     )
     return Sample(
-        clip, root / clip, question, answer, target, "_".join(tags) or "video_audio", dataset, row
+        id=clip,
+        clip=root / clip,
+        question=question,
+        answer=answer,
+        target=target,
+        modal=modal or "video_audio",
+        dataset=dataset,
+        row=row,
     )
 
 
 def check_labels(samples: list[Sample], file, allow: bool) -> None:
-    """Training on a label that no evaluation knows is a mistake, mostly a typing error."""
-    odd = {s.answer for s in samples if s.answer.lower() not in VOCABULARY}
-    if odd and not allow:
-        first = next(s for s in samples if s.answer in odd)
+    """Refuse labels outside the vocabulary: they are mostly typing errors."""
+    unknown = {s.answer for s in samples if s.answer.lower() not in VOCABULARY}
+    if unknown and not allow:
+        first = next(s for s in samples if s.answer in unknown)
         raise UserError(
-            f"{file}: {len(odd)} labels are outside the vocabulary ({list_some(odd, 5)}; first at {first.id}); "
-            "correct them, or pass --allow_labels to train on them."
+            f"{file}: {len(unknown)} labels are outside the vocabulary ({list_some(unknown, 5)}; "
+            f"first at {first.id}); correct them, or pass --allow_labels to train on them."
         )
 
 
@@ -463,206 +508,253 @@ class BadClip:
 
 @dataclasses.dataclass
 class PromptBatch:
-    """B prompts.  Media have a row for each prompt that has the modality (B_v, B_a rows), in order."""
+    """B prompts.  Features have a row for each prompt that has the modality, in order.
 
-    indices: list[int]  # position of each prompt in the run: its identity for the random numbers
+    So have the media, once `encode_media` has left them: before, those of cached clips are missing.
+    """
+
+    indices: list[int]  # position of each prompt in the run, which keys its random numbers
     samples: list[Sample]
-    asked: list[str]  # the question as the model gets it
+    questions: list[str]  # as the model gets them
     input_ids: list[list[int]]  # ragged, with placeholders
     targets: list[list[int]]  # ids of each sample's target and the end token
-    frames: torch.Tensor | None  # (B_v, F, 3, S, S)
-    mel: torch.Tensor | None  # (B_a, M, T)
-    vision: (
-        torch.Tensor | list | None
-    )  # (B_v, F, n, C) what the vision tower makes of frames, once it has;
-    audio: (
-        torch.Tensor | list | None
-    )  # (B_a, L, C)    before: a list of cached ones, None where frames hold the row
+    media: dict[str, torch.Tensor]  # modality -> inputs of its tower, where no features are cached:
+    # video (B_v, F, 3, S, S), audio (B_a, M, T)
+    features: dict[str, torch.Tensor | list]  # modality -> outputs of its tower, once it has run:
+    # video (B_v, F, n, C), audio (B_a, L, C); before that a list of cached ones and None
+    feature_keys: list[dict[str, str]]  # modality -> name of its features in a FeatureCache
     question_ids: torch.Tensor  # (B, Q)
     question_mask: torch.Tensor  # (B, Q)
-    keys: list[dict[str, str]]  # names of each prompt's features in a FeatureCache, by modality
     bad: list[BadClip]
-    notes: list[str]  # "id: note" of clips that are usable but not sound
+    notes: list[str]  # "id: note" of clips that are usable but have a fault
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def to(self, device) -> "PromptBatch":
+    def map_tensors(self, function) -> "PromptBatch":
+        """The same batch with `function` applied to every tensor but single cached features."""
+
+        def apply(values: dict) -> dict:
+            return {k: function(v) if torch.is_tensor(v) else v for k, v in values.items()}
+
         return dataclasses.replace(
             self,
-            **{
-                k: v.to(device, non_blocking=True)
-                for k, v in vars(self).items()
-                if torch.is_tensor(v)
-            },
+            media=apply(self.media),
+            features=apply(self.features),
+            question_ids=function(self.question_ids),
+            question_mask=function(self.question_mask),
         )
+
+    def to(self, device) -> "PromptBatch":
+        return self.map_tensors(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PromptBatch":
         """Called by the loader: page-locked tensors go to the GPU while it computes."""
-        return dataclasses.replace(
-            self, **{k: v.pin_memory() for k, v in vars(self).items() if torch.is_tensor(v)}
-        )
+        return self.map_tensors(lambda x: x.pin_memory())
+
+    def has(self, modality: str) -> list[bool]:
+        """Whether each prompt has this modality."""
+        return [MODALITIES[modality].placeholder in ids for ids in self.input_ids]
 
     def select(self, rows: list[int]) -> "PromptBatch":
-        """Those prompts, with their media: a micro-batch."""
+        """These prompts, with their media: a micro-batch.  Call `encode_media` first.
 
-        def media(placeholder):  # the rows' places among the prompts that have the modality
-            place = np.cumsum([placeholder in ids for ids in self.input_ids]) - 1
-            return [int(place[b]) for b in rows if placeholder in self.input_ids[b]]
+        Every field is named, so that a new one that is forgotten here is an error.
+        """
+        for values in self.features.values():
+            if isinstance(values, list) and any(value is not None for value in values):
+                raise ValueError("only some features are known: call encode_media first")
 
-        where = {
-            "frames": media(VIDEO),
-            "vision": media(VIDEO),
-            "mel": media(AUDIO),
-            "audio": media(AUDIO),
-        }
+        def take(values: dict) -> dict:
+            taken = {}
+            for modality, x in values.items():
+                has = self.has(modality)
+                place = np.cumsum(has) - 1  # of each prompt, among those that have the modality
+                chosen = [int(place[b]) for b in rows if has[b]]
+                if chosen:
+                    is_tensor = torch.is_tensor(x)
+                    taken[modality] = x[as_slice(chosen)] if is_tensor else [x[i] for i in chosen]
+            return taken
 
-        def pick(name, x):
-            chosen = where.get(name, rows)
-            if x is None or not chosen:
-                return None
-            return x[block(chosen)] if torch.is_tensor(x) else [x[i] for i in chosen]
-
-        return dataclasses.replace(
-            self, **{k: pick(k, x) for k, x in vars(self).items() if k not in ("bad", "notes")}
+        return PromptBatch(
+            indices=[self.indices[b] for b in rows],
+            samples=[self.samples[b] for b in rows],
+            questions=[self.questions[b] for b in rows],
+            input_ids=[self.input_ids[b] for b in rows],
+            targets=[self.targets[b] for b in rows],
+            media=take(self.media),
+            features=take(self.features),
+            feature_keys=[self.feature_keys[b] for b in rows],
+            question_ids=self.question_ids[as_slice(rows)],
+            question_mask=self.question_mask[as_slice(rows)],
+            bad=self.bad,
+            notes=self.notes,
         )
+
+
+@dataclasses.dataclass
+class PromptItem:
+    """Everything of one prompt."""
+
+    position: int
+    sample: Sample
+    question: str  # as the model gets it
+    input_ids: list[int]
+    question_ids: list[int]
+    target: list[int]
+    media: dict[str, torch.Tensor]  # modality -> input of its tower, if its features are not cached
+    features: dict[str, torch.Tensor | None]  # modality -> cached output of its tower, or None
+    feature_keys: dict[str, str]
+    notes: list[str]
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """(run position, sample number) -> everything of one prompt, or a BadClip."""
+    """(position in the run, sample number) -> PromptItem, or BadClip."""
 
     def __init__(
         self,
         samples: list[Sample],
         processor: Processor,
-        view: PromptSpec = PromptSpec(),
+        spec: PromptSpec = PromptSpec(),
         num_frames: int = 8,
         cache: FeatureCache | None = None,
     ):
-        self.samples, self.processor, self.view = samples, processor, view
-        self.num_frames, self.cache = num_frames, cache
-        # Here and not at the top: only reading clips needs FFmpeg, and what runs on a model alone does without it.
+        # Here and not at the top: only reading clips needs FFmpeg.
         from lib.media import read_clip
 
+        self.samples = samples
+        self.processor = processor
+        self.spec = spec
+        self.num_frames = num_frames
+        self.cache = cache
         self.read_clip = read_clip
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]):
+    def __getitem__(self, key: tuple[int, int]) -> PromptItem | BadClip:
         position, number = key
-        sample, view = self.samples[number], self.view
-        has = "_".join(m for m in ("video", "audio") if m in view.modal and m in sample.modal)
-        if not has:
-            return BadClip(sample.id, f"the row has no {view.modal}")
+        sample = self.samples[number]
+        names = [name for name in parts(self.spec.modal) if name in parts(sample.modal)]
+        if not names:
+            return BadClip(sample.id, f"the row has no {self.spec.modal}")
         try:
-            item = self._item(position, sample, view.drop_modality(has, position))
-            if item is None and has == "video":
+            item = self.make_item(position, sample, names)
+            if item is None and "audio" not in names:
                 return BadClip(sample.id, f"{sample.clip}: a sound file has no video")
-            return item or self._item(position, sample, "audio")
+            return item or self.make_item(position, sample, ["audio"])
         except ClipError as error:
             return BadClip(sample.id, str(error))
 
-    def _item(self, position: int, sample: Sample, modal: Modal) -> dict | None:
-        """Everything of one prompt; None of a sound file that is asked for its video.  Raises ClipError."""
-        p, view = self.processor, self.view
-        keys = {m: self.feature_key(m, sample.clip) for m in modal.split("_")}
-        known = {m: self.cache.get(key) if self.cache else None for m, key in keys.items()}
-        wanted = "_".join(m for m, feature in known.items() if feature is None)
-        frames = mel = None
-        notes: list[str] = []
-        if wanted:
-            clip = self.read_clip(sample.clip, self.num_frames, modal=wanted)
-            notes = clip.notes
-            if "video" in wanted and not len(clip.frames):
-                return None
-            if "video" in wanted:
-                frames = p.preprocess_frames(
-                    np.full_like(clip.frames, 127) if view.blank else clip.frames, view.fit
-                )
-            if "audio" in wanted:
-                mel = p.log_mel(SILENCE if view.mute else clip.audio)
-        question = view.format_question(sample.question, sample.target, position)
-        return {
-            "position": position,
-            "sample": sample,
-            "ids": p.encode_prompt(question, modal),
-            "frames": frames,
-            "mel": mel,
-            "vision": known.get("video"),
-            "audio": known.get("audio"),
-            "keys": keys,
-            "question": p.encode_question(question),
-            "asked": question,
-            "target": p.encode_target(sample.target),
-            "notes": notes,
-        }
+    def make_item(self, position: int, sample: Sample, names: list[str]) -> PromptItem | None:
+        """The prompt with these modalities; None if it is a sound file and they include video.
 
-    def feature_key(self, modality: str, clip: Path) -> str:
-        """Names a clip's features by all that they depend on but the tower: the file or files, the preprocessing."""
-        try:  # of a folder every file: its own time does not change when one of them is overwritten
-            stats = [
-                (file.name, file.stat())
-                for file in (sorted(clip.iterdir()) if clip.is_dir() else [clip])
-            ]
+        Raises ClipError.
+        """
+        processor, spec = self.processor, self.spec
+        dropped = spec.drop_modality(position)
+        is_dropped = {name: MODALITIES[name].stream == dropped for name in names}
+        keys = {name: self.feature_key(name, sample.clip, is_dropped[name]) for name in names}
+        features = {name: self.cache.get(keys[name]) if self.cache else None for name in names}
+
+        missing = [name for name in names if features[name] is None]
+        media, notes = {}, []
+        if missing:
+            streams = {MODALITIES[name].stream for name in missing}
+            modal = "video_audio" if len(streams) > 1 else streams.pop()
+            clip = self.read_clip(sample.clip, self.num_frames, modal=modal)
+            notes = clip.notes
+            if modal != "audio" and not len(clip.frames):
+                return None
+            for name in missing:
+                prepare = getattr(processor, MODALITIES[name].prepare)
+                media[name] = prepare(clip, is_dropped[name])
+
+        question = spec.format_question(sample.question, sample.target, position)
+        return PromptItem(
+            position=position,
+            sample=sample,
+            question=question,
+            input_ids=processor.encode_prompt(question, "_".join(names)),
+            question_ids=processor.encode_question(question),
+            target=processor.encode_target(sample.target),
+            media=media,
+            features=features,
+            feature_keys=keys,
+            notes=notes,
+        )
+
+    def feature_key(self, modality: str, clip: Path, dropped: bool = False) -> str:
+        """Names a clip's features by everything they depend on besides the tower.
+
+        That is the file and the preprocessing.  Of a folder it is every file in it, because the
+        folder's own time does not change when one of them is overwritten.  "" if there is no file.
+        """
+        try:
+            files = sorted(clip.iterdir()) if clip.is_dir() else [clip]
+            stats = [(file.name, file.stat()) for file in files]
         except OSError:
             return ""
-        p, files = self.processor, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        what = (
-            f"{self.num_frames} {self.view.fit} {p.image_size} {p.mean.tolist()} {p.std.tolist()}"
-            if modality == "video"
-            else f"30 s {p.mel_extractor.to_dict()}"
-        )
-        what += " grey" * (modality == "video" and self.view.blank) + " silent" * (
-            modality == "audio" and self.view.mute
-        )
-        return f"{modality} {clip.resolve()} {files} {what}"
+        content = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        p = self.processor
+        if MODALITIES[modality].stream == "video":
+            how = f"{self.num_frames} pad {p.image_size} {p.mean.tolist()} {p.std.tolist()}"
+        else:
+            how = f"30 s {p.mel_extractor.to_dict()}"
+        if dropped:
+            how += " dropped"
+        return f"{modality} {clip.resolve()} {content} {how}"
 
 
-def collate(items: list) -> PromptBatch:
-    good = [item for item in items if isinstance(item, dict)]
-    Q = max([len(item["question"]) for item in good], default=0)
+def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
+    """One batch of what a ClipDataset returned."""
+    good = [item for item in items if isinstance(item, PromptItem)]
+
+    Q = max((len(item.question_ids) for item in good), default=0)
     question_ids = torch.zeros(len(good), Q, dtype=torch.long)
     question_mask = torch.zeros(len(good), Q, dtype=torch.long)
     for row, item in enumerate(good):
-        n = len(item["question"])
-        question_ids[row, :n] = torch.tensor(item["question"])
+        n = len(item.question_ids)
+        question_ids[row, :n] = torch.tensor(item.question_ids)
         question_mask[row, :n] = 1
-    media = {
-        name: [item[name] for item in good if item[name] is not None] for name in ("frames", "mel")
-    }
-    # A row of features for every placeholder: the cached one, or None where the tower has yet to run.  A complete
-    # list becomes one tensor: every tensor that a worker process sends takes a file handle.
-    features = {
-        name: [item[name] for item in good if placeholder in item["ids"]]
-        for name, placeholder in (("vision", VIDEO), ("audio", AUDIO))
-    }
-    features = {
-        name: rows if any(row is None for row in rows) or not rows else torch.stack(rows)
-        for name, rows in features.items()
-    }
+
+    media, features = {}, {}
+    for name in MODALITIES:
+        inputs = [item.media[name] for item in good if name in item.media]
+        if inputs:
+            media[name] = torch.stack(inputs)
+        outputs = [item.features[name] for item in good if name in item.features]
+        if outputs:
+            # One tensor where it is complete: each one that a worker sends takes a file handle.
+            complete = all(x is not None for x in outputs)
+            features[name] = torch.stack(outputs) if complete else outputs
+
     return PromptBatch(
-        indices=[item["position"] for item in good],
-        samples=[item["sample"] for item in good],
-        asked=[item["asked"] for item in good],
-        input_ids=[item["ids"] for item in good],
-        targets=[item["target"] for item in good],
-        frames=torch.stack(media["frames"]) if media["frames"] else None,
-        mel=torch.stack(media["mel"]) if media["mel"] else None,
-        vision=features["vision"] if len(features["vision"]) else None,
-        audio=features["audio"] if len(features["audio"]) else None,
-        keys=[item["keys"] for item in good],
+        indices=[item.position for item in good],
+        samples=[item.sample for item in good],
+        questions=[item.question for item in good],
+        input_ids=[item.input_ids for item in good],
+        targets=[item.target for item in good],
+        media=media,
+        features=features,
+        feature_keys=[item.feature_keys for item in good],
         question_ids=question_ids,
         question_mask=question_mask,
         bad=[item for item in items if isinstance(item, BadClip)],
-        notes=[f"{item['sample'].id}: {note}" for item in good for note in item["notes"]],
+        notes=[f"{item.sample.id}: {note}" for item in good for note in item.notes],
     )
 
 
 def loader(
-    dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: int = 2, pin: bool = False
+    dataset: ClipDataset,
+    batches: list[list[tuple[int, int]]],
+    workers: int = 2,
+    pin: bool = False,
 ) -> torch.utils.data.DataLoader:
-    """One PromptBatch for each list of (run position, sample number), in order, read ahead by `workers` processes."""
+    """One PromptBatch for each list of (position in the run, sample number), in order.
+
+    `workers` processes read ahead.
+    """
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -670,35 +762,39 @@ def loader(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=own_group,
+        worker_init_fn=leave_process_group,
     )
 
 
-def own_group(worker: int) -> None:
-    """Ctrl-C and torchrun signal a whole group.  The main process answers by finishing its step, for which it needs its
-    workers: they leave its group, and end when it ends them."""
+def leave_process_group(worker: int) -> None:
+    """Let a worker process outlive a Ctrl-C or a SIGTERM of torchrun, which signal the whole group.
+
+    The main process finishes its step then, for which it needs its workers, and ends them itself.
+    """
     os.setpgid(0, 0)
+    # A forked worker has inherited the handler of `StopSignal`, which would ignore that end.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def training_batches(
     n: int, per_step: int, start: int, steps: int, seed: int, rank: int = 0, world: int = 1
 ) -> list[list[tuple[int, int]]]:
-    """This rank's (run position, sample number) pairs for each of `steps` steps from position `start` on.
+    """This rank's (position in the run, sample number) for each of `steps` steps from `start` on.
 
-    The run is one endless list, a fresh seeded permutation of the n samples after another; a step takes the next
-    `per_step` positions and rank r every world-th of them.  So the data of a step depend on the seed and the position
-    alone: not on the ranks, not on where the run was resumed.
+    The run is one endless list: seeded permutations of the n samples, one after another.  A step
+    takes the next `per_step` positions, and rank r every world-th of them.  So the data of a step
+    depend on the seed and the position alone: not on the ranks, and not on where a run was resumed.
     """
-    orders: dict[int, np.ndarray] = {}
+    permutations: dict[int, np.ndarray] = {}
 
-    def number(position: int) -> int:
+    def sample_number(position: int) -> int:
         epoch = position // n
-        if epoch not in orders:
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
-        return int(orders[epoch][position % n])
+        if epoch not in permutations:
+            permutations[epoch] = np.random.default_rng([seed, epoch]).permutation(n)
+        return int(permutations[epoch][position % n])
 
-    firsts = range(start, start + steps * per_step, per_step)
-    return [
-        [(p, number(p)) for p in range(first + rank, first + per_step, world)] for first in firsts
-    ]
+    batches = []
+    for first in range(start, start + steps * per_step, per_step):
+        positions = range(first + rank, first + per_step, world)
+        batches.append([(position, sample_number(position)) for position in positions])
+    return batches

@@ -1,23 +1,33 @@
 """GRPO: reinforcement learning with verifiable rewards, from a cold-started model and labels alone.
 
-For each step: take a few clips; let the policy answer each one G times; score every answer by rule
-(accuracy + format, eq. 5); compare each answer with its siblings (eq. 4); make the better ones likelier,
-within a trust region (clip) and near the starting model (KL, eq. 3).
+For each step: take a few clips; sample G completions for each of them; reward every completion by
+rule (accuracy + format, eq. 5); compare it with the other completions in its group (eq. 4); make
+the better ones more likely, within a trust region (clip) and near the starting model (KL, eq. 3).
 
     python grpo.py --model runs/emer_sft/latest --data rl.json --media_root clips --out runs/r1
-    torchrun --nproc_per_node=8 grpo.py --model StarJiaxing/EMER-SFT-0.5B --data rl.json --media_root /data \\
-             --out runs/r1
+    torchrun --nproc_per_node=8 grpo.py --model StarJiaxing/EMER-SFT-0.5B --data rl.json \\
+             --media_root /data --out runs/r1
 
-How it departs from the public reference code: towers once per clip and not 17 times; the prompt once per
-group; the full distribution is sampled (no hidden top-k); ratio against the sampling policy, so that
-inner passes really clip; the KL is the reverse KL of eq. 3 (`--kl k3` for the reference's); answers are
-compared case-insensitively; a bad clip is skipped and counted, never replaced.
+Read `train` first: it is the whole algorithm, step by step.  The functions that it calls stand
+above it.  Equations are those of R1-Omni (arXiv 2503.05379), unless DeepSeekMath (arXiv 2402.03300)
+is named.
 
-Legend   B prompts on this rank (b in a micro-batch)   G completions per prompt   T completion length
-         P prompt length   D width of the decoder
-         r (B, G) rewards   A (B, G) advantages   mask (B, G, T) True up to and with the end token
-         logps, old_logps, ref_logps (B, G, T): log-probability of each sampled token under the policy,
-         the policy that sampled it, the starting model
+Departures from the public reference code of R1-Omni: the towers (video and audio encoders) run once
+per clip and not 2G + 1 = 17 times; the prompt runs once per group; the full distribution is sampled
+(no hidden top-k); with several updates per rollout the ratio is against the policy before the first
+of them, so that it clips (there it is always 1); the KL is the reverse KL of eq. 3 (`--kl k3` for
+the reference code's); answers are compared regardless of case; a clip that cannot be read is
+skipped and counted, never replaced.
+
+Step     one rollout and the updates on it        Update   one optimizer step
+Legend   B prompts on this rank (b in a micro-batch)   G completions per prompt
+         T completion length   P prompt length   D width of the decoder
+         rewards (B, G)   advantages A (B, G)
+         mask (B, G, T) True for the tokens of a completion, its end token included
+         logps, old_logps, ref_logps, sampler_logps (B, G, T): log-probability of each sampled token
+         under the policy, the policy before the first update of the step, the starting model, and
+         as the sampler computed it
+         rho = exp(logps - old_logps)   x = ref_logps - logps
 """
 
 import dataclasses
@@ -26,86 +36,70 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
-from data import PromptBatch, read_samples
+from data import PromptBatch, Sample, read_samples
 from eval import evaluate
 from lib.checks import check_objective, idle_flags, refuse_sampling_filters
-from lib.common import Ranks, UserError, block, run_main, start_ranks
-from lib.metrics import Meter, Timer, good_and_bad, measure, rollout_rows, step_row
-from model import HumanOmni, embed, encode_media, frozen_reference
+from lib.common import Ranks, UserError, as_slice, list_of, run_main, start_ranks
+from lib.metrics import Meter, Timer, best_and_worst, measure_rollout, rollout_rows, step_row
+from model import embed, encode_media
 from rewards import Completion, Reward, agreement_reward, load_rewards, validate_rewards
 from sampler import generate
-from training import MasterAdamW, Run, TrainArgs, learning_rate, micro_batches, set_up
+from training import MAX_GRAD_NORM, Run, TrainArgs, chunks, learning_rate, set_up
+
+# What an ablation rarely changes.  The flags of `Args` hold the rest.
+WARMUP = 0.0  # share of the steps in which the learning rate rises
+MAX_LOGP_DIFF = 0.5  # mean |trainer - sampler| log-prob of a token above which a step is refused
+SHOW_EVERY = 50  # steps between two printed completions, a good one and a bad one; 0: never
+LOG_TOKENS = False  # rollouts.jsonl also holds the log-prob and the KL of every token
 
 
 @dataclasses.dataclass(kw_only=True)
 class Args(TrainArgs):
     epochs: float = 2.0
     # -- sampling
-    prompt: Literal["think", "label"] = (
-        "think"  # reason and answer, or (a baseline) answer with the bare word
-    )
+    prompt: Literal["think", "label"] = "think"  # ask for reasoning and answer, or the bare label
     prompts_per_step: int = 16  # clips per step, over all ranks
     num_generations: int = 8  # G, completions per clip
     max_new_tokens: int = 512  # longest completion
     temperature: float = 1.0  # divides the logits, in sampling and in the loss
-    # -- objective (the defaults are the paper's; a modern set is --agg token --clip_high 0.28 --beta 0)
-    rewards: list[str] = dataclasses.field(
-        default_factory=lambda: ["accuracy", "format"]
-    )  # what is paid for, summed
-    # accuracy, format, agreement, conclusion, overlong, or your own FILE.py:FUNCTION; each may have a =WEIGHT
-    baseline: Literal["mean", "loo"] = "mean"  # what a reward is compared with
-    # mean: of its group (GRPO); loo: of the others in it (RLOO)
+    # -- objective (by default the paper's; DAPO: --agg token --clip_high 0.28 --beta 0)
+    rewards: list[str] = list_of("accuracy", "format")  # rewards that are summed
+    # accuracy, format, agreement, conclusion, overlong, or your own FILE.py:FUNCTION;
+    # each may have a =WEIGHT
+    baseline: Literal["mean", "loo"] = "mean"  # what is subtracted from a reward
+    # mean: the mean of its group (GRPO); loo: the mean of the others in its group (RLOO)
     scale: Literal["group", "batch", "none"] = "group"  # what that difference is divided by
-    # group, batch: standard deviation of the rewards of its group (GRPO), of the step; none: nothing (Dr.GRPO)
-    ratio: Literal["token", "sequence"] = "token"  # rho = probability now / when it was sampled
-    # token: of each token (GRPO); sequence: geometric mean of the completion (GSPO, whose clips are 3e-4 and 4e-4)
-    gate: Literal["clip", "cispo", "sapo", "none"] = (
-        "clip"  # how far rho may move the objective rho A
-    )
-    # clip: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (GRPO); none: without bound
-    # cispo: min(rho, clip_high) only weighs log-probs, no token loses its gradient; sapo: a sigmoid of rho - 1
+    # group, batch: standard deviation of the rewards of its group (GRPO), of the whole step;
+    # none: nothing (Dr.GRPO)
+    ratio: Literal["token", "sequence"] = "token"  # rho = pi / pi_old
+    # token: of each token (GRPO); sequence: geometric mean over the completion
+    # (GSPO, whose clips are 3e-4 and 4e-4)
+    gate: Literal["clip", "cispo", "none"] = "clip"  # keeps rho in a trust region
+    # clip: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (GRPO); none: no limit
+    # cispo: min(rho, clip_high) only weights the log-probs, so every token keeps its gradient
     clip_low: float = 0.2  # lower clip: 1 - clip_low
     clip_high: float = 0.2  # upper clip: 1 + clip_high; for cispo the ceiling itself, about 5
-    delta: float | None = (
-        None  # second ceiling of the ratio where the advantage is negative (clip only)
-    )
-    agg: Literal["seq", "token", "const"] = "seq"  # how the tokens' losses become one
-    # seq: mean over each completion, then over completions (GRPO); token: over all tokens of the step (DAPO)
-    # const: sum / (completions x max_new_tokens) (Dr.GRPO)
-    beta: float = 0.04  # weight of the KL to the starting model; 0: no reference at all
-    kl: Literal["k3_ratio", "k3", "k2", "reward"] = (
-        "k3_ratio"  # form of the KL, with x = log-prob of reference - policy
-    )
-    # k3_ratio: rho (e^x - x - 1), its gradient is the reverse KL's (the paper's eq. 3); k2: x^2 / 2, likewise
-    # k3: e^x - x - 1 as in the reference code, the forward KL's gradient; reward: beta sum(-x) is taken off the reward
-    is_cap: float | None = (
-        None  # weigh tokens by trainer / sampler probability, at most 2 (say); default: off
-    )
-    max_logp_diff: float = 0.5  # mean |trainer - sampler| log-prob above which a step is refused
-    # -- optimiser
-    update_epochs: int = (
-        1  # passes over the same rollouts; ratio and gate matter from the second step on
-    )
-    num_minibatches: int = 1  # optimiser steps per pass, each on its own share of the prompts
-    # -- speed and memory
+    agg: Literal["seq", "token", "const"] = "seq"  # how the losses of the tokens are averaged
+    # seq: over each completion, then over completions (GRPO); token: over all tokens of the
+    # update (DAPO); const: sum / (completions x max_new_tokens) (Dr.GRPO)
+    beta: float = 0.04  # weight of the KL to the starting model; 0: no reference model at all
+    kl: Literal["k3_ratio", "k3", "k2", "reward"] = "k3_ratio"  # KL, with x = ref - policy log-prob
+    # k3_ratio: rho (e^x - x - 1), with the gradient of the reverse KL (the paper's eq. 3);
+    # k2: x^2 / 2, the same gradient; k3: e^x - x - 1 as in the reference code, with the gradient
+    # of the forward KL; reward: beta sum(-x) is subtracted from the reward
+    # -- updates
+    update_epochs: int = 1  # passes over the same rollout; rho is 1 until the second update
+    num_minibatches: int = 1  # updates per pass, each on its own share of the prompts
     micro_batch: int = 4  # prompts (with all their completions) per forward and backward
-    # -- evaluation on the way
-    eval_data: list[str] = dataclasses.field(default_factory=list)  # sample files to evaluate on
+    # -- evaluation during training
+    eval_data: list[str] = list_of()  # sample files to evaluate on
     eval_every: int = 0  # steps between evaluations; 0: only at step 0 and at the end
-    eval_limit: int = 0  # samples per evaluation; 0: all
-    # -- looking on
-    show_every: int = (
-        50  # steps between two texts that are shown, a good one and a bad one; 0: never
-    )
-    log_tokens: bool = False  # rollouts.jsonl: also log-prob, KL and ratio of every token
 
 
 # ------------------------------------------------------------------------------------------------
-# The maths: pure functions of tensors
+# Advantages
 # ------------------------------------------------------------------------------------------------
 
 
@@ -115,11 +109,14 @@ def advantages(
     scale: str = "group",
     batch_std: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """A_i = (r_i - mean(r)) / std(r), within each group (paper eq. 4).  rewards (B, G) -> (B, G)
+    """A_i = (r_i - mean(r)) / std(r), within each group (eq. 4).  rewards (B, G) -> (B, G)
 
-    baseline "loo" compares with the mean of the *other* G-1 rewards.  scale "batch" divides by the standard
-    deviation of all rewards of the step (`batch_std` where they are spread over ranks), "none" not at all.
-    Standard deviations are unbiased, plus 1e-4.
+    Baseline "loo" subtracts the mean of the *other* G - 1 rewards.  Scale "batch" divides by the
+    standard deviation of all rewards of the step (`batch_std`, where they are spread over ranks),
+    "none" by nothing.  Standard deviations are unbiased, plus 1e-4.
+
+    A group whose rewards are all equal gets exactly 0, so that its forward and backward pass can be
+    skipped.
     """
     r = rewards.float()
     G = r.shape[1]
@@ -127,39 +124,34 @@ def advantages(
         raise ValueError(
             f"num_generations is {G}: a group of one has nothing to compare with; use at least 2"
         )
+
     A = r - r.mean(1, keepdim=True)  # (B, G)
     if baseline == "loo":
-        A = A * G / (G - 1)  # r_i - mean of the others, rewritten
+        A = A * G / (G - 1)  # equals r_i minus the mean of the others
+
     if scale == "group":
         A = A / (r.std(1, keepdim=True) + 1e-4)
     elif scale == "batch":
         A = A / ((r.std() if batch_std is None else batch_std) + 1e-4)
-    # A group without differences teaches nothing, and exactly nothing: `prompts_with_gradient` leaves out what is 0.  Decided on
-    # the rewards themselves, because the mean of equal floats is not always exactly that float.
-    same = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # (B, 1)
-    return A.masked_fill(same, 0.0)
+
+    # The rewards decide this, not A: the mean of equal floats is not always exactly that float.
+    zero_variance = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)  # (B, 1)
+    return A.masked_fill(zero_variance, 0.0)
 
 
-def kl_terms(logps: torch.Tensor, ref_logps: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Estimators of KL(policy || reference) per token; x = ref - lp.
+def global_std(rewards: torch.Tensor, ranks: Ranks) -> float:
+    """Unbiased standard deviation of the step's rewards over all ranks.  All ranks must call it."""
+    x = rewards.double()
+    sums = torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))
+    n, total, squares = ranks.all_reduce_(sums).tolist()
+    if n < 2:
+        return 0.0
+    return math.sqrt(max(0.0, (squares - total**2 / n) / (n - 1)))
 
-    As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative.  As *losses* they differ:
-    k1 has zero expected gradient, k3 the gradient of the forward KL, k2 and rho * k3 that of the reverse KL.
-    """
-    x = ref_logps - logps
-    # expm1: e^x - 1 of a small x would lose its digits.  Clamped only where e^x, summed, would leave fp32.
-    return {"k1": -x, "k2": x.square() / 2, "k3": x.clamp(max=80).expm1() - x}
 
-
-def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch.Tensor:
-    """The KL per token as it enters the loss.  Gradients in lp:  k2: -x   k3: 1 - e^x   k3_ratio: -rho x
-
-    k3_ratio is rho * k3, the reverse KL of eq. 3.  Its gradient is rho k3 + rho (1 - e^x): left to autograd, two numbers
-    of size e^x are to cancel, and in fp32 do not (at x = 18 the result is -16).  So the value is k3's and the gradient k2's.
-    """
-    if kl == "k3_ratio":
-        return rho.detach() * (terms["k2"] + (terms["k3"] - terms["k2"]).detach())
-    return terms[kl]
+# ------------------------------------------------------------------------------------------------
+# The loss
+# ------------------------------------------------------------------------------------------------
 
 
 def grpo_loss(
@@ -177,382 +169,437 @@ def grpo_loss(
     beta: float = 0.04,
     kl: str = "k3_ratio",
     denominator: float | None = None,
-    delta: float | None = None,
     max_length: int | None = None,
-    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """- mean of min(rho A, clip(rho, 1 - low, 1 + high) A) + beta KL       (DeepSeekMath eq. 3; paper eq. 3)
+    """- sum w [min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL] / denominator
 
-    logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G).  -> scalar, detached metrics.
-    `denominator` is what the weighted sum is divided by; give the global one when the batch is cut into micro-batches
-    or spread over ranks: completions for agg "seq", tokens for "token", max_length * completions for "const".
-    `weights` (B, G, T), without gradient, multiply the objective of each token (see `--is_cap`), not its KL.
+    DeepSeekMath eq. 3.  logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G)
+    -> scalar, detached metrics.  The weight w of a token depends on `agg` (`token_weights`).  If
+    the batch is cut into micro-batches or spread over ranks, `denominator` must be the global one
+    (`loss_denominators`); by default it is that of the tensors given.
     """
     mask = mask.bool()
-    lengths = mask.sum(-1, keepdim=True)  # (B, G, 1)
     A = advantages[..., None]  # (B, G, 1)
     log_rho = (logps - old_logps).masked_fill(~mask, 0.0)  # (B, G, T)
-    rho_token = log_rho.exp()
-    rho = rho_token
-    if ratio == "sequence":  # geometric mean over the completion; its gradient reaches every token
-        rho = (log_rho.sum(-1, keepdim=True) / lengths.clamp(min=1)).exp().expand_as(log_rho)
+    rho = token_rho = log_rho.exp()
 
-    if gate == "clip":
-        bounded = rho if delta is None else rho.clamp(max=delta)
-        objective = torch.min(bounded * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
-    elif gate == "cispo":  # the ratio only weighs; no token ever loses its gradient
-        objective = rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0)
-    elif gate == "sapo":  # a soft gate: slope 1 at rho = 1, falling off on both sides
-        tau = torch.where(A > 0, 1.0, 1.05)
-        objective = 4 / tau * torch.sigmoid(tau * (rho - 1)) * A
+    if (ratio, gate) == ("token", "clip"):
+        clipped_rho = rho.clamp(1 - clip_low, 1 + clip_high)
+        loss = -torch.min(rho * A, clipped_rho * A)  # (B, G, T)
     else:
-        objective = rho * A
-    if weights is not None:
-        objective = weights * objective
-    loss = -objective  # (B, G, T)
+        rho, loss = loss_variant(logps, log_rho, A, mask, ratio, gate, clip_low, clip_high)
 
-    terms = None
-    if ref_logps is not None:  # masked before, not after: 0 * inf is NaN
-        terms = kl_terms(logps.masked_fill(~mask, 0.0), ref_logps.masked_fill(~mask, 0.0))
-        if beta and kl != "reward":  # "reward": already subtracted from the rewards
-            loss = loss + beta * kl_loss(terms, rho_token, kl)
+    if ref_logps is not None and beta and kl != "reward":
+        loss = loss + beta * kl_loss(kl_terms(logps, ref_logps, mask), token_rho, kl)
 
-    weight = mask / lengths.clamp(min=1) if agg == "seq" else mask.float()
+    weighted = loss.masked_fill(~mask, 0.0) * token_weights(mask, agg)
     if denominator is None:
-        completions = mask.shape[0] * mask.shape[1]
-        denominator = {
-            "seq": completions,
-            "token": mask.sum(),
-            "const": completions * (max_length or mask.shape[2]),
-        }[agg]
-    total = (loss.masked_fill(~mask, 0.0) * weight).sum() / denominator
+        denominator = local_denominator(mask, agg, max_length)
+    total = weighted.sum() / denominator
 
     with torch.no_grad():
-        mean = lambda x: (
-            (x * mask).sum() / mask.sum()
-        )  # rho[mask] would make the host wait for a GPU
-        low = (rho < 1 - clip_low) & (A < 0) if gate == "clip" else torch.zeros_like(mask)
-        high = (
-            rho > clip_high
-            if gate == "cispo"
-            else (rho > 1 + clip_high) & (A > 0)
-            if gate == "clip"
-            else low
-        )
-        metrics = {
-            "clip_ratio/low_mean": mean(low),
-            "clip_ratio/high_mean": mean(high),
-            "ratio/mean": mean(rho),
-            "ratio/max": rho.masked_fill(~mask, 0.0).amax(),
-        }
-        if terms:
-            metrics["kl"] = mean(terms["k3"])
+        metrics = clip_metrics(rho, A, mask, gate, clip_low, clip_high)
+        if ref_logps is not None:
+            metrics["kl"] = masked_mean(kl_terms(logps, ref_logps, mask)["k3"], mask)
     return total, metrics
 
 
+def token_weights(mask: torch.Tensor, agg: str) -> torch.Tensor:
+    """Weight of each token in the sum.  mask (B, G, T) -> (B, G, T)
+
+    With agg "seq" the tokens of a completion share a weight of 1; otherwise each token has 1.
+    """
+    if agg == "seq":
+        return mask / mask.sum(-1, keepdim=True).clamp(min=1)
+    return mask.float()
+
+
+def local_denominator(mask: torch.Tensor, agg: str, max_length: int | None):
+    """What the weighted sum is divided by, if these completions are all there are."""
+    num_completions = mask.shape[0] * mask.shape[1]
+    if agg == "seq":
+        return num_completions
+    if agg == "token":
+        return mask.sum()
+    return num_completions * (max_length or mask.shape[2])
+
+
+def clip_metrics(
+    rho: torch.Tensor,
+    A: torch.Tensor,
+    mask: torch.Tensor,
+    gate: str,
+    clip_low: float,
+    clip_high: float,
+) -> dict[str, torch.Tensor]:
+    """Shares of the tokens whose ratio the gate limits, and mean and maximum of the ratio."""
+    low = high = torch.zeros_like(mask)
+    if gate == "clip":
+        low = (rho < 1 - clip_low) & (A < 0)
+        high = (rho > 1 + clip_high) & (A > 0)
+    elif gate == "cispo":
+        high = rho > clip_high
+    return {
+        "clip_ratio/low_mean": masked_mean(low, mask),
+        "clip_ratio/high_mean": masked_mean(high, mask),
+        "ratio/mean": masked_mean(rho, mask),
+        "ratio/max": rho.masked_fill(~mask, 0.0).amax(),
+    }
+
+
+def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of x over the tokens of the mask.  (x[mask] would make the host wait for a GPU.)"""
+    return (x * mask).sum() / mask.sum()
+
+
+# ---- the KL ------------------------------------------------------------------------------------
+
+
+def kl_terms(
+    logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Estimators of KL(policy || reference) per token, with x = ref_logps - logps.  (B, G, T) each
+
+    As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative.  As
+    *losses* they differ: k1 has zero expected gradient, k3 the gradient of the forward KL, k2 and
+    rho * k3 the gradient of the reverse KL.
+    """
+    if mask is not None:  # before the difference, not after it: 0 * inf is NaN
+        logps, ref_logps = logps.masked_fill(~mask, 0.0), ref_logps.masked_fill(~mask, 0.0)
+    x = ref_logps - logps
+    # expm1 keeps the digits of e^x - 1 for a small x.  The clamp keeps a sum over the batch finite.
+    return {"k1": -x, "k2": x.square() / 2, "k3": x.clamp(max=80).expm1() - x}
+
+
+def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch.Tensor:
+    """The KL per token as it enters the loss.  (B, G, T)
+
+    Gradients in logps:  k2: -x   k3: 1 - e^x   k3_ratio: -rho x
+
+    k3_ratio is rho * k3, the reverse KL of eq. 3.  Autograd would give it the gradient
+    rho k3 + rho (1 - e^x): two numbers of size e^x that should cancel and in fp32 do not (at x = 18
+    the result is -16 instead of -18).  So it is written with k3's value and k2's gradient.
+    """
+    if kl == "k3_ratio":
+        return rho.detach() * (terms["k2"] + (terms["k3"] - terms["k2"]).detach())
+    return terms[kl]
+
+
+# ---- variants of the objective: not reached with the default flags -------------------------------
+
+
+def loss_variant(
+    logps: torch.Tensor,
+    log_rho: torch.Tensor,
+    A: torch.Tensor,
+    mask: torch.Tensor,
+    ratio: str,
+    gate: str,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence ratios and other gates.  -> rho, loss; (B, G, T) each"""
+    rho = log_rho.exp()
+    if ratio == "sequence":
+        # Geometric mean over the completion (GSPO).  Its gradient reaches every token.
+        lengths = mask.sum(-1, keepdim=True).clamp(min=1)  # (B, G, 1)
+        rho = (log_rho.sum(-1, keepdim=True) / lengths).exp().expand_as(log_rho)
+
+    if gate == "clip":
+        loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
+    elif gate == "cispo":
+        # The ratio only weights the log-probs, so no token ever loses its gradient.
+        loss = -(rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0))
+    else:
+        loss = -(rho * A)
+    return rho, loss
+
+
 # ------------------------------------------------------------------------------------------------
-# One step, in two halves: rollout and update
+# Rollout: sample completions and reward them
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Rollout:
-    """What the policy said to B prompts, and what it was worth."""
+    """G sampled completions for each of B prompts, with rewards and advantages.
 
-    prompt_length: int  # P
-    completions: torch.Tensor  # (B, G, T) ids, exactly as sampled; never re-tokenised
-    lengths: torch.Tensor  # (B, G) end token included
-    finished: torch.Tensor  # (B, G) False where max_new_tokens cut it off
-    logps: torch.Tensor  # (B, G, T) the sampler's own
-    ref_logps: torch.Tensor | None  # (B, G, T)
+    A rank without a usable clip has an empty one: B is 0.
+    """
+
+    completions: torch.Tensor  # (B, G, T) ids, exactly as sampled; never tokenised again
+    lengths: torch.Tensor  # (B, G) tokens, the end token included
+    finished: torch.Tensor  # (B, G) False where max_new_tokens cut the completion off
+    logps: torch.Tensor  # (B, G, T) as the sampler computed them, `sampler_logps` in a micro-batch
     texts: list[list[str]]  # B x G
-    rewards: dict[str, torch.Tensor]  # name -> (B, G)
-    advantages: torch.Tensor  # (B, G) zeros until `compute_advantages`
-    ratio: torch.Tensor | None = None  # (B, G, T) of the last pass over them, for --log_tokens
+    # Filled in by `train`, one after the other:
+    rewards: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # name -> (B, G)
+    total_rewards: torch.Tensor | None = None  # (B, G), eq. 5
+    ref_logps: torch.Tensor | None = None  # (B, G, T)
+    advantages: torch.Tensor | None = None  # (B, G)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     @property
     def mask(self) -> torch.Tensor:
-        """(B, G, T) from the lengths, never from token values: padding and end token are the same id."""
-        return (
-            torch.arange(self.completions.shape[2], device=self.lengths.device)
-            < self.lengths[..., None]
-        )
-
-    def select(self, rows: list[int], members: list[int]) -> "Rollout":
-        """Some completions of some prompts, cut to the longest of them: a micro-batch's part (tensors only)."""
-        rows, members = block(rows), block(members)
-        lengths = self.lengths[rows][:, members]  # (b, g)
-        T = int(lengths.max())
-        cut = {
-            name: x[rows][:, members][..., :T]
-            for name, x in vars(self).items()
-            if torch.is_tensor(x) and x.dim() == 3
-        }
-        return dataclasses.replace(
-            self, lengths=lengths, advantages=self.advantages[rows][:, members], **cut
-        )
-
-
-def rewards_of(args: Args) -> tuple[Reward, ...]:
-    return load_rewards(tuple(args.rewards), args.prompt)
-
-
-def compute_rewards(
-    completions: list[list[Completion]], clips: list[str], args: Args, device
-) -> dict[str, torch.Tensor]:
-    """B x G completions of B clips -> name of a reward -> (B, G), unweighted."""
-    return {
-        r.name: torch.tensor(
-            [[r(c, clip) for c in group] for group, clip in zip(completions, clips)], device=device
-        )
-        for r in rewards_of(args)
-    }
-
-
-def global_std(r: torch.Tensor, ranks: Ranks) -> float:
-    """Unbiased standard deviation of the step's rewards over all ranks."""
-    x = r.double()
-    n, total, squares = ranks.all_reduce_(
-        torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))
-    ).tolist()
-    return math.sqrt(max(0.0, (squares - total**2 / n) / (n - 1))) if n > 1 else 0.0
+        """(B, G, T) from the lengths, never from token values: padding and end token are one id."""
+        position = torch.arange(self.completions.shape[2], device=self.lengths.device)
+        return position < self.lengths[..., None]
 
 
 @torch.no_grad()
-def sample_completions(
-    model, reference, processor, batch: PromptBatch, args: Args, clock: Timer
-) -> Rollout:
-    """Sample G completions per prompt, score them, and score them under the reference."""
+def sample_completions(model, processor, batch: PromptBatch, args: Args) -> Rollout:
+    """Sample `num_generations` completions for each prompt of the batch."""
+    G, limit = args.num_generations, args.max_new_tokens
+    if len(batch) == 0:
+        empty = torch.zeros(0, G, dtype=torch.long, device=model.device)
+        return Rollout(
+            completions=empty[..., None],
+            lengths=empty,
+            finished=empty.bool(),
+            logps=empty[..., None].float(),
+            texts=[],
+        )
+
     embeds, mask = embed(model, batch)  # (B, P, D), (B, P)
     completions, lengths, logps = generate(
-        model,
-        embeds,
-        mask,
-        args.num_generations,
-        args.max_new_tokens,
-        args.temperature,
-        args.seed,
-        prompt_ids=batch.indices,
+        model, embeds, mask, G, limit, args.temperature, args.seed, prompt_ids=batch.indices
     )
-    T = int(lengths.max())  # nobody needs the columns that no completion reached
+    T = int(lengths.max())
     completions, logps = completions[:, :, :T], logps[:, :, :T]  # (B, G, T)
-    last = completions.gather(2, lengths[..., None] - 1)[..., 0]  # (B, G)
-    finished = torch.isin(last, torch.tensor(model.eos_ids, device=last.device))
-    clock.lap("generate")
+    last_token = completions.gather(2, lengths[..., None] - 1)[..., 0]  # (B, G)
+    finished = torch.isin(last_token, torch.tensor(model.eos_ids, device=model.device))
 
-    ns = lengths.tolist()  # whole tensors to lists: a number at a time, a GPU would be waited for
-    texts = [
-        [processor.decode(ids[:n]) for ids, n in zip(*group)]
-        for group in zip(completions.tolist(), ns)
-    ]
-    said = [
-        [
-            Completion(t, s.answer, n, done, args.max_new_tokens, args.prompt, s.row)
-            for t, n, done in zip(*group)
-        ]
-        for s, *group in zip(batch.samples, texts, ns, finished.tolist())
-    ]
-    parts = compute_rewards(said, [s.id for s in batch.samples], args, embeds.device)
-    clock.lap("reward")
+    # One transfer for each tensor: fetching a number at a time, the host would wait for the GPU.
+    texts = []
+    for group_ids, group_lengths in zip(completions.tolist(), lengths.tolist()):
+        pairs = zip(group_ids, group_lengths)
+        texts.append([processor.decode(ids[:length]) for ids, length in pairs])
+    return Rollout(completions, lengths, finished, logps, texts)
 
-    ref_logps = None
-    if reference is not None:
-        ref_logps = torch.zeros_like(logps)
-        for rows, members in micro_batches(
-            lengths, embeds.shape[1], args.micro_batch, args.tokens_per_micro_batch
-        ):
-            own = lengths[rows][:, members]  # (b, g)
-            longest = int(own.max())
-            ref_logps[np.ix_(rows, members, range(longest))] = reference.completion_logps(
-                *embed(reference, batch.select(rows)),
-                completions[rows][:, members, :longest],
-                own,
-                args.temperature,
+
+def compute_rewards(
+    reward_functions: tuple[Reward, ...], rollout: Rollout, batch: PromptBatch, args: Args
+) -> dict[str, torch.Tensor]:
+    """Call every reward function on every completion.  -> name -> (B, G), unweighted"""
+    lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
+    completions = []  # B x G
+    for b, sample in enumerate(batch.samples):
+        group = [
+            Completion(
+                text=text,
+                answer=sample.answer,
+                length=lengths[b][g],
+                finished=finished[b][g],
+                limit=args.max_new_tokens,
+                prompt=args.prompt,
+                row=sample.row,
             )
-    clock.lap("train")
-    return Rollout(
-        embeds.shape[1],
-        completions,
-        lengths,
-        finished,
-        logps,
-        ref_logps,
-        texts,
-        parts,
-        torch.zeros_like(lengths, dtype=torch.float32),
-        torch.ones_like(logps) if args.log_tokens else None,
-    )
+            for g, text in enumerate(rollout.texts[b])
+        ]
+        completions.append(group)
+
+    rewards = {}
+    for reward in reward_functions:
+        values = [
+            [reward(completion, sample.id) for completion in group]
+            for sample, group in zip(batch.samples, completions)
+        ]
+        values = torch.tensor(values, device=rollout.lengths.device)
+        rewards[reward.name] = values.view(rollout.lengths.shape)  # also if B is 0
+    return rewards
 
 
-def compute_advantages(rollout: Rollout | None, args: Args, ranks: Ranks) -> torch.Tensor:
-    """Fill in the advantages.  -> total reward (B, G).  Called by every rank, also by one without a usable clip."""
-    r = torch.zeros(0, args.num_generations, device=ranks.device)
-    if rollout is not None:  # eq. 5, with weights
-        r = sum(reward.weight * rollout.rewards[reward.name] for reward in rewards_of(args))
-    std = global_std(r, ranks) if args.scale == "batch" else None
-    if rollout is not None:
-        kl = 0.0
-        if args.kl == "reward":  # eq. 3, taken literally
-            kl = (
-                kl_terms(rollout.logps, rollout.ref_logps)["k1"]
-                .masked_fill(~rollout.mask, 0.0)
-                .sum(-1)
-            )  # (B, G)
-        rollout.advantages = advantages(r - args.beta * kl, args.baseline, args.scale, std)
-    return r
+def sum_rewards(
+    reward_functions: tuple[Reward, ...], rewards: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """R = R_acc + R_format (eq. 5), or any other weighted sum.  -> (B, G)"""
+    return sum(reward.weight * rewards[reward.name] for reward in reward_functions)
 
 
-def prompts_with_gradient(rollout: Rollout, args: Args) -> list[int]:
-    """The prompts that have a gradient.  Without a KL in the loss, a group of equal rewards has exactly none."""
-    if args.beta and args.kl != "reward":
-        return list(range(len(rollout.lengths)))
-    return rollout.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
+def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> torch.Tensor:
+    """Advantages of a rollout that has its total rewards.  -> (B, G).  All ranks must call it."""
+    rewards = rollout.total_rewards
+    batch_std = global_std(rewards, ranks) if args.scale == "batch" else None
+    if len(rollout) == 0:
+        return rewards
+    if args.kl == "reward":  # the KL as a part of the reward, as in PPO, and not of the loss
+        k1 = kl_terms(rollout.logps, rollout.ref_logps)["k1"]  # (B, G, T)
+        rewards = rewards - args.beta * k1.masked_fill(~rollout.mask, 0.0).sum(-1)
+    return advantages(rewards, args.baseline, args.scale, batch_std)
+
+
+# ------------------------------------------------------------------------------------------------
+# Minibatches (one optimizer step each) and micro-batches (one forward and backward each)
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """Some prompts with all their completions, cut to the longest of them."""
+
+    rows: list[int]  # the prompts' places in the batch
+    prompts: PromptBatch  # b prompts
+    completions: torch.Tensor  # (b, G, T)
+    lengths: torch.Tensor  # (b, G)
+    mask: torch.Tensor  # (b, G, T)
+    sampler_logps: torch.Tensor  # (b, G, T)
+    ref_logps: torch.Tensor | None  # (b, G, T)
+    advantages: torch.Tensor | None  # (b, G)
+    old_logps: torch.Tensor | None  # (b, G, T) None until they are known
 
 
 @dataclasses.dataclass
 class Minibatch:
-    """What one optimiser step learns from."""
+    """What one optimizer step learns from."""
 
-    pieces: list[
-        tuple[list[int], list[int]]
-    ]  # micro-batches: prompts of the batch, members of their groups
-    denominator: float  # of the loss, over all micro-batches and ranks; 0: nothing is there
+    micro_batches: list[MicroBatch]
+    denominator: float  # of the loss, over all micro-batches and ranks; 0: no completion anywhere
+
+
+def split_micro_batches(
+    batch: PromptBatch, rollout: Rollout, rows: list[int], size: int
+) -> list[MicroBatch]:
+    """Cut these prompts into micro-batches of `size` prompts.
+
+    Their gradients add up to the same whatever the size, because the denominator is global.
+    """
+    return [make_micro_batch(batch, rollout, part) for part in chunks(rows, size)]
+
+
+def make_micro_batch(batch: PromptBatch, rollout: Rollout, rows: list[int]) -> MicroBatch:
+    """These prompts with all their completions.  Every field of a MicroBatch is cut here."""
+    part = as_slice(rows)
+    T = int(rollout.lengths[part].max())
+
+    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x[part][..., :T]
+
+    return MicroBatch(
+        rows=rows,
+        prompts=batch.select(rows),
+        completions=cut(rollout.completions),
+        lengths=rollout.lengths[part],
+        mask=cut(rollout.mask),
+        sampler_logps=cut(rollout.logps),
+        ref_logps=cut(rollout.ref_logps),
+        advantages=None if rollout.advantages is None else rollout.advantages[part],
+        old_logps=None,
+    )
 
 
 def split_minibatches(
-    batch: PromptBatch, rollout: Rollout | None, args: Args, ranks: Ranks, first: int
+    batch: PromptBatch, rollout: Rollout, args: Args, ranks: Ranks, start_position: int
 ) -> list[Minibatch]:
-    """Cut a rollout into `args.num_minibatches` parts of disjoint prompts.  Collective: every rank calls it.
+    """Cut a rollout into `num_minibatches` disjoint sets of prompts.  All ranks must call it.
 
-    Which part a prompt is in depends on its position in the step (`first`: the step's first position in the run), so
-    on no number of ranks.  A mean of local means would weigh a token by the company it happens to be in; so what a sum is
-    divided by is counted over all ranks.
+    A prompt's minibatch depends on its position within the step alone (`start_position`: the
+    step's first position in the run), so it is the same for any number of ranks.
     """
     M, N = args.num_minibatches, args.prompts_per_step
-    part = (
-        [(i - first) % N * M // N for i in batch.indices] if rollout else []
-    )  # of each prompt, 0 .. M - 1
-    rows = [[b for b, m in enumerate(part) if m == k] for k in range(M)]
-    tokens = rollout.lengths.sum(1).tolist() if rollout else []  # of each prompt's group
-    counts = [[len(r) * args.num_generations, sum(tokens[b] for b in r)] for r in rows]
-    counts = ranks.all_reduce_(
-        torch.tensor(counts, dtype=torch.float64, device=ranks.device)
-    ).tolist()
-    useful = set(prompts_with_gradient(rollout, args)) if rollout else set()
+    offsets = [(position - start_position) % N for position in batch.indices]  # 0 .. N - 1
+    minibatch_of = [offset * M // N for offset in offsets]  # 0 .. M - 1
+    rows = [[b for b, m in enumerate(minibatch_of) if m == k] for k in range(M)]
+    denominators = loss_denominators(rollout, rows, args, ranks)
 
-    def pieces(r: list[int]) -> list:
-        r = [b for b in r if b in useful]
-        return r and micro_batches(
-            rollout.lengths, rollout.prompt_length, args.micro_batch, args.tokens_per_micro_batch, r
-        )
-
-    return [
-        Minibatch(pieces(r), {"seq": n, "token": k, "const": n * args.max_new_tokens}[args.agg])
-        for r, (n, k) in zip(rows, counts)
-    ]
+    useful = set(prompts_with_gradient(rollout, args))
+    minibatches = []
+    for part, denominator in zip(rows, denominators):
+        trained = [b for b in part if b in useful]
+        micro_batches = split_micro_batches(batch, rollout, trained, args.micro_batch)
+        minibatches.append(Minibatch(micro_batches, denominator))
+    return minibatches
 
 
-def update(
-    model,
-    optimizer: MasterAdamW,
-    batch: PromptBatch,
-    rollout: Rollout | None,
-    args: Args,
-    ranks: Ranks,
-    lr: float,
-    meter: Meter,
-    first: int = 0,
-) -> bool:
-    """`update_epochs` x `num_minibatches` optimiser steps on one rollout; fills `meter`.  -> whether the weights were moved.
+def loss_denominators(
+    rollout: Rollout, rows: list[list[int]], args: Args, ranks: Ranks
+) -> list[float]:
+    """What the loss of each minibatch is divided by.  All ranks must call it.
 
-    Every rank calls it, also one without a usable clip: it takes part in the sums with nothing.  `first`: as there.
+    rows: the prompts of each minibatch on this rank.  The counts are summed over all micro-batches
+    and ranks: averaging per-rank means would weight a token by the batch that it happens to be in.
+    Zero-variance groups count too.
     """
-    minis = split_minibatches(batch, rollout, args, ranks, first)
-    steps = args.update_epochs * sum(mini.denominator > 0 for mini in minis)
-    old_logps: dict[tuple[int, int], torch.Tensor] = {}  # (mini-batch, piece) -> (b, g, T)
-    gap = torch.zeros(
-        2, dtype=torch.float64, device=ranks.device
-    )  # sum of |trainer - sampler|, tokens
+    tokens = rollout.lengths.sum(1).tolist()  # of each prompt's group
+    counts = [[len(part) * args.num_generations, sum(tokens[b] for b in part)] for part in rows]
+    counts = torch.tensor(counts, dtype=torch.float64, device=ranks.device)
+    num_completions, num_tokens = ranks.all_reduce_(counts).t().tolist()
+    if args.agg == "seq":
+        return num_completions
+    if args.agg == "token":
+        return num_tokens
+    return [n * args.max_new_tokens for n in num_completions]
 
-    def remember(key: tuple[int, int], part: Rollout, logps: torch.Tensor) -> None:
-        """The policy that sampled is the policy before the first update: then the ratio is exactly 1, whatever the sampler's
-        rounding."""
-        old_logps[key] = logps
-        off, n = (logps - part.logps).masked_fill(~part.mask, 0.0).abs(), part.mask.sum()
-        gap.add_(torch.stack((off.sum().double(), n)))
-        meter.max("sampler_logp_diff/max", off.max())
-        meter.mean("sampler_logp_diff/mean", off.sum() / n, n)
 
-    def logps_of(rows: list[int], part: Rollout, **more):
-        embeds, seen = embed(model, batch.select(rows))  # (b, P, D), (b, P)
-        return model.completion_logps(
-            embeds, seen, part.completions, part.lengths, args.temperature, **more
-        )
+def prompts_with_gradient(rollout: Rollout, args: Args) -> list[int]:
+    """The prompts whose gradient is not 0.
 
-    if len(minis) > 1:  # later parts must be scored before the first step moves the policy
-        with torch.no_grad():
-            for m, mini in enumerate(minis):
-                for i, (rows, members) in enumerate(mini.pieces):
-                    part = rollout.select(rows, members)
-                    remember((m, i), part, logps_of(rows, part))
+    Without a KL in the loss, a group of equal rewards has a gradient of exactly 0.
+    """
+    if args.beta and args.kl != "reward":
+        return list(range(len(rollout)))
+    return rollout.advantages.ne(0).any(1).nonzero()[:, 0].tolist()
 
-    meter.sum("loss", 0.0)
-    norm, checked, finite = 0.0, False, steps > 0
-    for m, mini in [*enumerate(minis)] * args.update_epochs:
-        if not mini.denominator or not finite:
-            continue
-        for i, (rows, members) in enumerate(mini.pieces):
-            part = rollout.select(rows, members)
-            mask = part.mask
-            logps, entropy = logps_of(rows, part, with_entropy=True)  # (b, g, T)
-            if (m, i) not in old_logps:  # one mini-batch: its first pass is before the first step
-                remember((m, i), part, logps.detach())
-            old = old_logps[m, i]
-            # What sampled was the sampler's rounding of the policy, in bf16 a little off: importance weights undo it.
-            off = (old - part.logps).masked_fill(~mask, 0.0)  # (b, g, T)
-            weights = None if args.is_cap is None else off.exp().clamp(max=args.is_cap)
-            loss, metrics = grpo_loss(
-                logps,
-                old,
-                part.ref_logps,
-                part.advantages,
-                mask,
-                ratio=args.ratio,
-                gate=args.gate,
-                clip_low=args.clip_low,
-                clip_high=args.clip_high,
-                delta=args.delta,
-                agg=args.agg,
-                beta=args.beta,
-                kl=args.kl,
-                denominator=mini.denominator,
-                weights=weights,
-            )
-            loss.backward()
-            optimizer.accumulate_grads()
-            if rollout.ratio is not None:
-                rollout.ratio[np.ix_(rows, members, range(part.completions.shape[2]))] = (
-                    logps.detach() - old
-                ).exp()
-            n = mask.sum()
-            meter.sum("loss", loss.detach() / steps)  # the mean over the optimiser steps
-            meter.mean("entropy", entropy.sum() / n, n)  # zero past the end
-            meter.max("ratio/max", metrics.pop("ratio/max"))
-            for name, value in metrics.items():
-                meter.mean(name, value, n)
-        if not checked:
-            checked = True
-            difference, count = ranks.all_reduce_(gap).tolist()
-            if difference > args.max_logp_diff * count:
-                optimizer.zero_grads()
-                ranks.print0(
-                    f"\nstep refused: sampler and trainer differ by {difference / count:.3f} per token, more than "
-                    f"--max_logp_diff {args.max_logp_diff}"
-                )
-                return False
-        norm, finite = optimizer.step(ranks, lr, args.max_grad_norm)
-    meter.max("grad_norm", norm)  # of the last step, the same on every rank
-    return finite
+
+def micro_batch_logps(model, mb: MicroBatch, args: Args, with_entropy: bool = False):
+    """Log-probabilities (b, G, T) of a micro-batch's completions under `model`, differentiable.
+
+    `with_entropy` adds the entropy at each token, (b, G, T), without gradient.
+    """
+    embeds, mask = embed(model, mb.prompts)  # (b, P, D), (b, P)
+    return model.completion_logps(
+        embeds, mask, mb.completions, mb.lengths, args.temperature, with_entropy
+    )
+
+
+@torch.no_grad()
+def rollout_logps(model, batch: PromptBatch, rollout: Rollout, args: Args) -> torch.Tensor:
+    """Log-probabilities (B, G, T) of all completions under `model`, without gradient."""
+    logps = torch.zeros_like(rollout.logps)
+    for mb in split_micro_batches(batch, rollout, list(range(len(rollout))), args.micro_batch):
+        logps[as_slice(mb.rows), :, : mb.completions.shape[2]] = micro_batch_logps(model, mb, args)
+    return logps
+
+
+@torch.no_grad()
+def fill_old_logps(model, minibatches: list[Minibatch], args: Args) -> None:
+    """Fill in `old_logps` if the step has several updates, before the first one moves the policy.
+
+    They are the trainer's own log-probs and not the sampler's, so that the ratio starts at exactly
+    1, even if the sampler rounds differently.
+    """
+    if args.update_epochs * args.num_minibatches == 1:
+        return
+    for minibatch in minibatches:
+        for mb in minibatch.micro_batches:
+            mb.old_logps = micro_batch_logps(model, mb, args)
+
+
+def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) -> bool:
+    """Log how far trainer and sampler differ.  -> whether to refuse the step
+
+    Both score the same tokens under the same weights, so their log-probs differ by rounding alone.
+    A mean difference above MAX_LOGP_DIFF is a bug, and a step would train on it.  All ranks must
+    call it.
+    """
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of |difference|, tokens
+    for minibatch in minibatches:
+        for mb in minibatch.micro_batches:
+            difference = (mb.old_logps - mb.sampler_logps).masked_fill(~mb.mask, 0.0).abs()
+            n = mb.mask.sum()
+            total += torch.stack((difference.sum().double(), n))
+            meter.max("sampler_logp_diff/max", difference.max())
+            meter.mean("sampler_logp_diff/mean", difference.sum() / n, n)
+
+    difference, n = ranks.all_reduce_(total).tolist()
+    if difference <= MAX_LOGP_DIFF * n:
+        return False
+    ranks.print0(
+        f"\nstep refused: sampler and trainer differ by {difference / n:.3f} per token, more than "
+        f"the {MAX_LOGP_DIFF} of MAX_LOGP_DIFF in grpo.py"
+    )
+    return True
 
 
 # ------------------------------------------------------------------------------------------------
@@ -560,148 +607,212 @@ def update(
 # ------------------------------------------------------------------------------------------------
 
 
-def evaluate_all(run: Run, eval_sets: dict, args: Args, ranks: Ranks) -> dict[str, float]:
-    """-> {"eval/NAME/war": percent, ...}"""
+def train(run: Run, args: Args, ranks: Ranks) -> None:
+    """GRPO: the whole algorithm.
+
+    Every rank makes the same number of updates, also with an empty batch: then it adds nothing to
+    the sums over ranks.
+    """
+    model, optimizer, state = run.model, run.optimizer, run.state
+    reward_functions = load_rewards(tuple(args.rewards), args.prompt)
+    run.start_progress("grpo")
+
+    while not run.should_stop:
+        timer, meter = Timer(), Meter()
+        batch = next(run.batches).to(ranks.device)  # B prompts of this rank; may be empty
+        timer.lap("load")
+
+        # 1. Encode every clip, once for all that follows (a trained tower runs in every pass).
+        batch = encode_media(model, batch, run.cache)
+        timer.lap("encode")
+
+        # 2. Sample G completions for each prompt.
+        rollout = sample_completions(model, run.processor, batch, args)
+        timer.lap("generate")
+        if run.reference is not None:  # for the KL
+            rollout.ref_logps = rollout_logps(run.reference, batch, rollout, args)  # (B, G, T)
+        timer.lap("train")
+
+        # 3. Reward every completion, and compare it with the others in its group.
+        rollout.rewards = compute_rewards(reward_functions, rollout, batch, args)
+        rollout.total_rewards = sum_rewards(reward_functions, rollout.rewards)  # (B, G)
+        rollout.advantages = compute_advantages(rollout, args, ranks)  # (B, G)
+        timer.lap("reward")
+
+        # 4. Update: make the better completions more likely.
+        minibatches = split_minibatches(batch, rollout, args, ranks, state.position)
+        minibatches = [m for m in minibatches if m.denominator > 0]  # the same on every rank
+        fill_old_logps(model, minibatches, args)
+        updates = minibatches * args.update_epochs  # one update each, in this order
+        lr = learning_rate(state.step, run.max_steps, args.lr, args.schedule, WARMUP, args.lr_floor)
+        meter.sum("loss", 0.0)
+        grad_norm, updated = 0.0, False
+        for number, minibatch in enumerate(updates):
+            for mb in minibatch.micro_batches:
+                logps, entropy = micro_batch_logps(model, mb, args, with_entropy=True)  # (b, G, T)
+                if mb.old_logps is None:  # the only update of this step: rho is exactly 1
+                    mb.old_logps = logps.detach()
+                loss, metrics = grpo_loss(
+                    logps,
+                    mb.old_logps,
+                    mb.ref_logps,
+                    mb.advantages,
+                    mb.mask,
+                    denominator=minibatch.denominator,
+                    **objective(args),
+                )
+                loss.backward()
+                optimizer.accumulate_grads()
+                log_micro_batch(meter, mb, loss / len(updates), entropy, metrics)
+            if number == 0 and sampler_differs(minibatches, meter, ranks):
+                optimizer.zero_grads()
+                grad_norm = None
+                break
+            grad_norm, updated = optimizer.step(ranks, lr, MAX_GRAD_NORM)
+            if not updated:  # the gradient is not finite, on any rank
+                break
+        timer.lap("train")
+
+        # 5. Log, evaluate, save: in this order, because a checkpoint keeps the length of the logs.
+        row = log_step(run, batch, rollout, meter, timer, lr, grad_norm, updated, args)
+        if run.eval_is_due(args):
+            row |= evaluate_all(run, args, ranks)
+        run.folder.append("metrics.jsonl", [row])
+        if run.save_is_due(args):
+            run.save()
+
+
+def objective(args: Args) -> dict:
+    """The flags that `grpo_loss` takes."""
+    return {
+        "ratio": args.ratio,
+        "gate": args.gate,
+        "clip_low": args.clip_low,
+        "clip_high": args.clip_high,
+        "agg": args.agg,
+        "beta": args.beta,
+        "kl": args.kl,
+    }
+
+
+# ---- bookkeeping: docs/metrics.md explains every number ------------------------------------------
+
+
+def log_micro_batch(meter: Meter, mb: MicroBatch, loss, entropy, metrics: dict) -> None:
+    """Add the numbers of one forward pass to the meter."""
+    n = mb.mask.sum()
+    meter.sum("loss", loss.detach())  # in the end the mean over the step's updates
+    meter.mean("entropy", entropy.sum() / n, n)  # zero past the end
+    meter.max("ratio/max", metrics.pop("ratio/max"))
+    for name, value in metrics.items():
+        meter.mean(name, value, n)
+
+
+def log_step(
+    run: Run,
+    batch: PromptBatch,
+    rollout: Rollout,
+    meter: Meter,
+    timer: Timer,
+    lr: float,
+    grad_norm: float | None,
+    updated: bool,
+    args: Args,
+) -> dict:
+    """Count and log a finished step: gather every rank's numbers and completions.  -> its row
+
+    Writes rollouts.jsonl; the row of metrics.jsonl is the caller's.  Advances `run.state`.
+    grad_norm: of the last update; None, and not in the row, if the step was refused.
+    """
+    step = run.state.step + 1
+    if grad_norm is not None:
+        meter.max("grad_norm", grad_norm)
+    measure_rollout(meter, rollout)
+    if args.prompt == "think" and len(rollout):
+        agree = [agreement_reward(text) for group in rollout.texts for text in group]
+        meter.mean("agreement", sum(agree) / len(agree), len(rollout))
+
+    decode = run.processor.tokenizer.decode if LOG_TOKENS else None
+    report = run.report(batch) | {
+        "meter": meter.totals(),
+        "rollouts": rollout_rows(batch, rollout, step, decode),
+    }
+    reports = run.ranks.gather([report])
+    counts = run.finish_step(reports, updated, refused=grad_norm is None)
+
+    timer.seconds["save"] = run.pop_save_seconds()  # of the checkpoint before this step
+    row = step_row(step, run.epoch, lr, [r["meter"] for r in reports], timer, counts)
+    completions = [line for r in reports for line in r["rollouts"]]
+    run.folder.append("rollouts.jsonl", completions)
+    run.show_progress(
+        reward=row.get("reward"),
+        accuracy=row.get("rewards/accuracy/mean"),
+        agreement=row.get("agreement"),
+        kl=row.get("kl"),
+    )
+    if run.ranks.is_main and SHOW_EVERY and step % SHOW_EVERY == 0:
+        run.progress.write(best_and_worst(completions, step))
+    return row
+
+
+def evaluate_all(run: Run, args: Args, ranks: Ranks) -> dict[str, float]:
+    """Evaluate on every file of --eval_data.  -> {"eval/NAME/war": percent, ...}"""
     row = {}
-    whole = dataclasses.replace(
-        run.view, shuffle_choices=False, drop_audio=0.0, drop_video=0.0
-    )  # nothing by chance
-    for name, samples in eval_sets.items():
+    # Every clip as it is, and the candidates in a fixed order.
+    spec = dataclasses.replace(run.spec, shuffle_choices=False, mute=0.0, blank=0.0)
+    for name, samples in run.eval_sets.items():
         result = evaluate(
             run.model,
             run.processor,
             samples,
             ranks,
-            view=whole,
+            spec=spec,
             max_new_tokens=args.max_new_tokens,
             workers=args.workers,
             cache=run.cache,
             name=f"--eval_data {name}",
         )
-        row |= {
-            f"eval/{name}/{key}": result[key]
-            for key in ("war", "uar", "format_rate", "epc", "eea")
-            if result[key] is not None
-        }
+        for key in ("war", "uar", "format_rate", "epc", "eea"):
+            if result[key] is not None:
+                row[f"eval/{name}/{key}"] = result[key]
         ranks.print0(
-            f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  format {result['format_rate']:.1f} %"
+            f"eval {name}: WAR {result['war']:.2f}  UAR {result['uar']:.2f}  "
+            f"format {result['format_rate']:.1f} %"
         )
     return row
 
 
-def read_eval_sets(args: Args) -> dict[str, list]:
+def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
     """--eval_data: file stem -> samples."""
     stems = [Path(file).stem for file in args.eval_data]
     if len(set(stems)) < len(stems):
         raise UserError(
-            f"--eval_data {' '.join(args.eval_data)}: the files' names name the metrics; no two may be alike."
+            f"--eval_data {' '.join(args.eval_data)}: the files' names name the metrics; "
+            "no two may be alike."
         )
-    return {
-        Path(file).stem: read_samples(file, args.media_root)[: args.eval_limit or None]
-        for file in args.eval_data
-    }
+    return {stem: read_samples(file, args.media_root) for stem, file in zip(stems, args.eval_data)}
 
 
-def train(args: Args) -> None:
-    """The loop."""
-    ranks = start_ranks(args.device)
+def main(args: Args) -> None:
+    """Read everything, train, print a summary."""
+    ranks = start_ranks()
     check_objective(args)
     eval_sets = read_eval_sets(args)
-    samples = read_samples(args.data, args.media_root, args.strict_paths)
-    validate_rewards(rewards_of(args), args.prompt, samples[0].row)
-    reference: list[
-        HumanOmni
-    ] = []  # the model that the *run* started from, also when it is resumed
-    keep = lambda start: reference.append(frozen_reference(start) if args.beta else None)
-    run = set_up(args, ranks, samples, args.prompts_per_step, keep)
-    model, batches = run.model, run.batches(args, ranks)
+    samples = read_samples(args.data, args.media_root)
+    reward_functions = load_rewards(tuple(args.rewards), args.prompt)
+    validate_rewards(reward_functions, args.prompt, samples[0].row)
+
+    run = set_up(args, ranks, samples, args.prompts_per_step, with_reference=args.beta > 0)
+    run.eval_sets = eval_sets
     for sentence in idle_flags(args):
         ranks.print0("note:", sentence)
-    if eval_sets and run.state["step"] == 0:
-        run.folder.append(
-            "metrics.jsonl", [{"step": 0} | evaluate_all(run, eval_sets, args, ranks)]
-        )
+    if eval_sets and run.state.step == 0:
+        run.folder.append("metrics.jsonl", [{"step": 0} | evaluate_all(run, args, ranks)])
 
-    bar = tqdm(
-        initial=run.state["step"],
-        total=run.max_steps,
-        disable=not ranks.is_main,
-        desc="grpo",
-        mininterval=1,
-    )
-    while not run.should_stop:
-        step, first = run.state["step"], run.state["position"]
-        clock, meter = Timer(), Meter()
-        batch = next(batches).to(ranks.device)
-        clock.lap("load")
-
-        # 1. Look and listen: every clip through the towers, once.
-        batch = encode_media(model, batch, run.cache)
-        clock.lap("encode")
-
-        # 2. Roll out: G answers each, scored and compared.
-        rollout = (
-            sample_completions(model, reference[0], run.processor, batch, args, clock)
-            if len(batch)
-            else None
-        )
-        r = compute_advantages(rollout, args, ranks)  # (B, G)
-
-        # 3. Update: make the better answers likelier.
-        lr = learning_rate(step, run.max_steps, args.lr, args.schedule, args.warmup, args.lr_floor)
-        moved = update(model, run.optimizer, batch, rollout, args, ranks, lr, meter, first)
-        clock.lap("train")
-
-        # 4. Tell: one exchange between the ranks, one row of metrics, every completion.
-        if rollout is not None:
-            measure(meter, rollout, r)
-            if args.prompt == "think":
-                meter.mean(
-                    "agreement",
-                    float(np.mean([agreement_reward(t) for group in rollout.texts for t in group])),
-                    len(batch),
-                )
-        piece = run.processor.tokenizer.decode if args.log_tokens else None
-        told = ranks.gather(
-            [
-                {
-                    "meter": meter.totals(),
-                    "rollouts": rollout_rows(batch, rollout, step + 1, piece),
-                    "usable": len(batch),
-                    "bad": [vars(bad) for bad in batch.bad],
-                    "stop": run.signal.asked,
-                }
-            ]
-        )
-        counts = run.finish_step(told, moved, args)
-        clock.seconds["save"], run.saving = run.saving, 0.0  # of the checkpoint before this step
-        row = step_row(step + 1, run.epoch, lr, [rank["meter"] for rank in told], clock, counts)
-        rollouts = [line for rank in told for line in rank["rollouts"]]
-        run.folder.append("rollouts.jsonl", rollouts)
-        bar.set_postfix(
-            {
-                name.split("/")[-2 if "/" in name else 0]: f"{row[name]:.3f}"
-                for name in ("reward", "rewards/accuracy/mean", "agreement", "kl")
-                if row.get(name) is not None
-            },
-            refresh=False,
-        )
-        bar.update()
-        if ranks.is_main and args.show_every and (step + 1) % args.show_every == 0:
-            bar.write(good_and_bad(rollouts, step + 1))
-
-        # 5. Look at the result, and keep it.  The row first: what a checkpoint has seen is logged.
-        if eval_sets and (
-            run.reached_max_steps or (args.eval_every and (step + 1) % args.eval_every == 0)
-        ):
-            row |= evaluate_all(run, eval_sets, args, ranks)
-        run.folder.append("metrics.jsonl", [row])
-        if run.should_stop or (args.save_every and (step + 1) % args.save_every == 0):
-            run.save()
-    bar.close()
-    run.finish(args)
+    train(run, args, ranks)
+    run.finish()
 
 
 if __name__ == "__main__":
     refuse_sampling_filters(sys.argv)
-    run_main(train, Args)
+    run_main(main, Args)

@@ -1,21 +1,24 @@
-"""HumanOmni: a video, a voice and a question become next-token logits.
+"""HumanOmni: a video, its sound and a question become next-token logits.
 
-    frames (F, 3, S, S) --SigLIP--> patches --three projector branches, mixed by the gate--> video tokens
-    mel    (M, T)       --Whisper-> states  --pool 3, two-layer projector------------------> audio tokens
-    question            --BERT----> [CLS]   --gate: how much of each branch
-    prompt ids with <video>, <audio> placeholders, replaced by those tokens --Qwen2 decoder--> logits
+    frames (F, 3, side, side) --SigLIP--> patches --projector: 3 branches, mixed by a gate--> tokens
+    mel (M, time) --Whisper--> states --pool 3, two-layer projector--> tokens
+    question --BERT--> [CLS] --gate--> weights of the 3 branches
+    prompt ids, placeholders replaced by those tokens --Qwen2 decoder--> logits
 
-SigLIP, the Whisper encoder and BERT come from transformers.  The decoder, the projectors and the gate
-are written out here, with attribute names that are the keys of the released checkpoints, so that
+SigLIP, the Whisper encoder and BERT come from transformers.  The decoder, the projectors and the
+gate are written out here.  Their attribute names are the keys of the released checkpoints, so that
 `HumanOmni-0.5B`, `EMER-SFT-0.5B`, `MAFW-DFEW-0.5B` and `R1-Omni-0.5B` load as they are.
 
-The decoder is run in four ways with one set of layers; only the attention differs (see `attend`):
+One set of decoder layers serves three uses; only the attention differs (`run_layers`):
     forward           the whole sequence, causal: slow and obvious, for parity and teaching
-    prefill, decode   for the sampler: prompts once, then one token at a time
-    completion_logps  for the loss: each prompt once, its G completions after it, exact gradients
+    prefill           for the sampler: each prompt once.  sampler.py then decodes token by token,
+                      with the same weights, packed
+    completion_logps  for the loss: each prompt once, then its G completions, with exact gradients
 
-Legend   B prompts   G completions per prompt   P prompt length (in embeddings)   T completion length
-         D width   V vocabulary   H query heads   K key/value heads   d head size   F frames   n patches
+Legend   B prompts   G completions per prompt   P prompt length (in embeddings)
+         T completion length   S = T - 1   L sequence length   D width   V vocabulary
+         Q question length   H query heads   K key/value heads   d head size
+         F frames   n patches   C tower width   side of a picture   M mel channels
 """
 
 import copy
@@ -26,11 +29,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import nn
-from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.utils.checkpoint import checkpoint
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from lib.checkpoint import (
     digest_of,
@@ -41,15 +41,16 @@ from lib.checkpoint import (
     read_json,
     save_checkpoint,
 )
-from lib.common import AUDIO, PAD, VIDEO, UserError, block
+from lib.common import UserError, as_slice
 from lib.compiler import compiled
+from lib.modalities import MODALITIES, PAD, PLACEHOLDERS
 from lib.projector import VideoProjector, two_layers
 from ops.logprob_head import HeadLogps, fp32_product
 
 GATE_HIDDEN = 3584  # fixed at every model size, as in the reference code
 AUDIO_POOL = 3  # 1,500 encoder states -> 500 tokens
 
-# The parts of the model, by the prefix of their keys.  `--train` flags name these.
+# The parts of the model, by the prefix of their keys.  `--train` takes these names.
 PARTS = {
     "decoder": ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
     "projectors": ("model.mm_projector.", "model.audio_projector."),
@@ -68,7 +69,7 @@ DEFAULT_TRAINED = ("decoder", "projectors", "gate")
 
 @dataclasses.dataclass
 class Config:
-    """What we use of config.json; `raw` keeps the file, so that nothing of it is lost on saving."""
+    """The entries of config.json that are used; `raw` keeps the whole file for saving."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -90,26 +91,31 @@ class Config:
 
     @classmethod
     def read(cls, file: Path) -> "Config":
+        """Read a checkpoint's config.json.  Raises UserError if it is another model's."""
         raw = read_json(file)
-        fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "raw"}
+        fields = [field for field in dataclasses.fields(cls) if field.name != "raw"]
         missing = [
-            name
-            for name, f in fields.items()
-            if f.default is dataclasses.MISSING and name not in raw
+            field.name
+            for field in fields
+            if field.default is dataclasses.MISSING and field.name not in raw
         ]
         if missing:
             raise UserError(
-                f"{file} lacks {', '.join(missing)}: this is not a HumanOmni checkpoint's config.json."
+                f"{file} lacks {', '.join(missing)}: this is not a HumanOmni checkpoint's "
+                "config.json."
             )
-        config = cls(**{name: raw[name] for name in fields if name in raw}, raw=raw)
-        for key, only in (
-            ("mm_projector_type", "all_in_one_small"),
-            ("mm_audio_projector_type", "mlp2x_gelu"),
-            ("hidden_act", "silu"),
-        ):
-            if raw.get(key, only) != only:
-                raise UserError(f"{file}: {key} is {raw[key]!r}; only {only!r} is implemented.")
-        config.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        implemented = {
+            "mm_projector_type": "all_in_one_small",
+            "mm_audio_projector_type": "mlp2x_gelu",
+            "hidden_act": "silu",
+        }
+        for key, value in implemented.items():
+            if raw.get(key, value) != value:
+                raise UserError(f"{file}: {key} is {raw[key]!r}; only {value!r} is implemented.")
+
+        config = cls(**{f.name: raw[f.name] for f in fields if f.name in raw}, raw=raw)
+        if not config.head_dim:
+            config.head_dim = config.hidden_size // config.num_attention_heads
         return config
 
 
@@ -125,25 +131,30 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """x * weight / sqrt(mean(x^2) + eps) over the last dimension; fused, and in fp32 inside also for bf16."""
+        """x * weight / sqrt(mean(x^2) + eps) over the last dimension.
+
+        One fused operation, which computes in fp32 also for bf16.
+        """
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rope_cos_sin(
     positions: torch.Tensor, config: Config, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """positions (B, L) -> cos, sin (B, L, 1, d), for halves: the angle of pair i turns entries i and i + d/2."""
+    """Rotary embedding of positions (B, L).  -> cos, sin (B, L, 1, d)
+
+    In the layout of halves: the angle of pair i rotates the entries i and i + d/2.
+    """
     d = config.head_dim
-    frequency = config.rope_theta ** (
-        -torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d
-    )
+    exponent = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-exponent / d)  # (d/2,)
     angle = positions[..., None].float() * frequency  # (B, L, d/2)
     angle = torch.cat((angle, angle), -1)[:, :, None, :]  # (B, L, 1, d)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def apply_rotary(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """x (B, L, heads, d), turned by its position."""
+    """Rotate x (B, L, heads, d) by its positions; rope: cos and sin."""
     cos, sin = rope
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
@@ -159,7 +170,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.d, c.hidden_size, bias=False)
 
     def qkv(self, x, rope):
-        """x (B, L, D) -> q (B, L, H, d), k and v (B, L, K, d), q and k turned by their position."""
+        """x (B, L, D) -> q (B, L, H, d), k and v (B, L, K, d); q and k are rotated"""
         q = apply_rotary(self.q_proj(x).unflatten(-1, (self.heads, self.d)), rope)
         k = apply_rotary(self.k_proj(x).unflatten(-1, (self.kv_heads, self.d)), rope)
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.d))
@@ -178,14 +189,14 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """One layer, in two halves: the attention between them depends on the use (`run_layers`)."""
+
     def __init__(self, c: Config):
         super().__init__()
         self.self_attn = Attention(c)
         self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-
-    # In two halves: what stands between them differs with what the decoder is run for, see `run_layers`.
 
     def before_attention(self, x, rope):
         """x (B, L, D) -> q (B, L, H, d), k and v (B, L, K, d)"""
@@ -197,38 +208,54 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# ---- masks and attention ---------------------------------------------------------------------
+
+
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
-    """mask (B, P) True on real positions -> (B, P) their index among the real ones; padding counts as 0."""
+    """Index of each real position among the real ones; 0 for padding.  mask (B, P) -> (B, P)"""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
-    """(B, P) -> (B, 1, P, P), True where a query may look; None when plain causal attention is enough."""
+    """Which key each query may attend to.  mask (B, P) -> (B, 1, P, P)
+
+    None if no row is padded, because then plain causal attention does the same.
+    """
     if bool(mask.all()):
         return None
     P = mask.shape[1]
-    see = (
-        torch.ones(P, P, dtype=torch.bool, device=mask.device).tril() & mask[:, None, :]
-    )  # (B, P, P)
-    # A padded query sees itself alone: a row that may see nothing would be softmax of nothing, NaN.
-    see |= torch.eye(P, dtype=torch.bool, device=mask.device)
-    return see[:, None]
+    causal = torch.ones(P, P, dtype=torch.bool, device=mask.device).tril()
+    visible = causal & mask[:, None, :]  # (B, P, P)
+    # A padded query attends to itself alone: a softmax over no key at all would be NaN.
+    visible |= torch.eye(P, dtype=torch.bool, device=mask.device)
+    return visible[:, None]
 
 
 def can_use_flash(x: torch.Tensor) -> bool:
+    """Whether PyTorch's flash kernel takes such a tensor."""
     return x.is_cuda and x.dtype != torch.float32
 
 
 def sdpa(q, k, v, mask=None, causal=False):
-    """Attention for q (B, L, H, d), k and v (B, M, K, d), each key head serving H/K query heads.  -> (B, L, H*d)"""
+    """Attention of q (B, L, H, d) to k and v (B, M, K, d).  -> (B, L, H*d)
+
+    Each key head serves H/K query heads.  `causal`: query i sees the keys up to i + M - L.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
     shared = q.shape[1] // k.shape[1]
-    plain = mask is None or isinstance(mask, CausalBias)
-    if q.is_cuda and shared > 1 and not (plain and can_use_flash(q)):
-        # Flash takes shared heads, but neither a mask nor fp32.  The memory-efficient kernel takes those, but not shared
-        # heads; the kernel that takes everything keeps all scores.
+    if q.is_cuda and shared > 1 and not (mask is None and can_use_flash(q)):
+        # The flash kernel takes shared heads, but neither a mask nor fp32.  The memory-efficient
+        # kernel takes both, but no shared heads.  The kernel that takes everything stores all
+        # scores.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         shared = 1
+    L, M = q.shape[2], k.shape[2]
+    if causal and L < M:
+        # Without this, is_causal would align the mask to the upper left.  Imported here, because
+        # it imports the whole compiler.
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask, causal = causal_lower_right(L, M), False
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared > 1
     )
@@ -244,6 +271,10 @@ class Backbone(nn.Module):
     """Everything under the checkpoint's `model.` prefix."""
 
     def __init__(self, c: Config, vision, audio, bert):
+        # Here and not at the top: importing them takes longer than importing torch.
+        from transformers import BertModel, SiglipVisionModel
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(c) for _ in range(c.num_hidden_layers))
@@ -251,34 +282,27 @@ class Backbone(nn.Module):
         self.mm_projector = VideoProjector(c.mm_hidden_size, c.hidden_size)
         self.audio_projector = two_layers(c.audio_hidden_size, c.hidden_size, c.hidden_size)
         self.bert_gate = two_layers(bert.hidden_size, GATE_HIDDEN, 3)
-        self.bert_model = transformers.BertModel(bert)
-        self.vision_tower = transformers.SiglipVisionModel(vision)
+        self.bert_model = BertModel(bert)
+        self.vision_tower = SiglipVisionModel(vision)
         self.audio_tower = WhisperEncoder(audio)
 
 
 class HumanOmni(nn.Module):
     def __init__(self, config: Config, vision, audio, bert):
-        """`config` plus the three towers' own transformers configurations."""
+        """Build the model without weights.  vision, audio, bert: transformers configurations."""
         super().__init__()
         self.config = config
         self.model = Backbone(config, vision, audio, bert)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.is_compiled = False  # see `compile_layers`
-        self.checkpoint_layers = (
-            False  # keep only what enters a layer, and run it again for its gradient
-        )
+        self.checkpoint_layers = False  # recompute each layer in the backward pass
         self.eos_ids: list[int] = []  # every id that ends a turn
-        self.files: dict[str, bytes] = {}  # tokenizer and the like, copied on into what we save
-        self.unused: dict[
-            str, torch.Tensor
-        ] = {}  # tensors of the file that nothing uses; saved again
-        self.stored_towers: set[str] = (
-            set()
-        )  # which towers' weights the file holds, so that saving keeps them
-        self.local_towers: dict[
-            str, Path
-        ] = {}  # towers named by a relative path: config key -> folder
+        # What saving needs of the checkpoint that was loaded:
+        self.files: dict[str, bytes] = {}  # tokenizer and other small files
+        self.unused: dict[str, torch.Tensor] = {}  # tensors that the model does not use
+        self.stored_towers: set[str] = set()  # towers whose weights it stores
+        self.local_towers: dict[str, Path] = {}  # config key -> folder of a tower beside it
         self.eval()
 
     @property
@@ -298,100 +322,120 @@ class HumanOmni(nn.Module):
     def video_tokens(self) -> int:
         """Embeddings that a clip's frames take in a prompt: 392 at full size."""
         tower = self.model.vision_tower.config
-        return self.num_frames * ((tower.image_size // tower.patch_size) // 2) ** 2
+        side = (tower.image_size // tower.patch_size) // 2
+        return self.num_frames * side**2
 
     @property
     def audio_tokens(self) -> int:
-        """Embeddings that its sound takes: 500 at full size."""
+        """Embeddings that a clip's sound takes in a prompt: 500 at full size."""
         return self.model.audio_tower.config.max_source_positions // AUDIO_POOL
 
-    def prompt_length(self, rows: list[list[int]]) -> int:
+    def prompt_length(self, input_ids: list[list[int]]) -> int:
         """P of the prompts' embeddings, before they are made."""
-        media = {VIDEO: self.video_tokens, AUDIO: self.audio_tokens}
-        return max((sum(media.get(i, 1) for i in row) for row in rows), default=0)
+
+        def length(token: int) -> int:
+            modality = PLACEHOLDERS.get(token)
+            return getattr(self, modality.num_tokens) if modality else 1
+
+        return max((sum(length(token) for token in row) for row in input_ids), default=0)
 
     def fingerprint(self) -> str:
-        """Names the weights: whether a run that goes on starts from the model that it started from."""
+        """Identifies the weights: a resumed run must have started from the same ones."""
         return digest_of(self.parameters())
 
     def tower_fingerprints(self) -> dict[str, str]:
-        """Names what the towers compute, for the keys of a feature cache: {"video": ..., "audio": ...}."""
-        towers = {
-            "video": (self.model.vision_tower, self.config.mm_vision_select_layer),
-            "audio": (self.model.audio_tower, AUDIO_POOL),
-        }
+        """Identifies what the towers compute, for the keys of a feature cache.  modality -> text"""
+        vision = digest_of(self.model.vision_tower.parameters())
+        audio = digest_of(self.model.audio_tower.parameters())
         return {
-            modality: f"{digest_of(tower.parameters())} {taken}"
-            for modality, (tower, taken) in towers.items()
+            "video": f"{vision} {self.config.mm_vision_select_layer}",
+            "audio": f"{audio} {AUDIO_POOL}",
         }
 
     @property
     def head_weight(self) -> torch.Tensor:
         """(V, D)"""
-        return (
-            self.model.embed_tokens.weight
-            if self.config.tie_word_embeddings
-            else self.lm_head.weight
-        )
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def train(self, mode: bool = True):
-        """Stays in evaluation mode, always.
+        """Stay in evaluation mode, always.
 
-        Dropout (BERT has it) would make the policy differ from itself: the ratio of the first
-        update would not be 1 and the KL to an identical reference would not be 0.
+        With dropout, which BERT has, the policy would differ from itself: the ratio of the first
+        update would not be 1, and the KL to an identical reference would not be 0.
         """
         return super().train(False)
 
     def set_trained(self, parts=DEFAULT_TRAINED) -> list[nn.Parameter]:
-        """Freeze everything but `parts` (names of PARTS).  -> the trained parameters, in a fixed order."""
+        """Freeze everything but `parts` (names of PARTS).  -> the trained parameters, in order"""
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise UserError(
-                f"--train {' '.join(sorted(unknown))}: not a part of the model; parts are {', '.join(PARTS)}."
+                f"--train {' '.join(sorted(unknown))}: not a part of the model; parts are "
+                f"{', '.join(PARTS)}."
             )
         prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(prefixes))
         return [p for p in self.parameters() if p.requires_grad]
 
-    # ---- the prompt ------------------------------------------------------------------------------
+    # ---- the towers ----------------------------------------------------------------------------
 
-    # Both towers run clip by clip.  A matrix product's last bits depend on its number of rows; so the features depend on
-    # the clip alone, whatever clips are in its batch, and it makes no difference which of them came from a cache.
+    # They run clip by clip.  The last bits of a matrix product depend on its number of rows.  So a
+    # clip's features depend on the clip alone, whatever other clips are in its batch, and it makes
+    # no difference which of them come from a cache.
 
-    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """frames (B, F, 3, S, S) -> SigLIP patches (B, F, n, C): hidden_states[-2], no post layer norm."""
+    def encode(self, modality: str, inputs: torch.Tensor) -> torch.Tensor:
+        """Run a modality's tower on a batch of clips: inputs of the tower -> features."""
+        return getattr(self, MODALITIES[modality].encode)(inputs)
+
+    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+        """frames (B, F, 3, side, side) -> SigLIP patches (B, F, n, C)
+
+        They are hidden_states[mm_vision_select_layer], by default -2, without the final layer norm.
+        """
+        # Older versions of transformers wrap the tower once more.
         tower = getattr(self.model.vision_tower, "vision_model", self.model.vision_tower)
         layers = tower.encoder.layers
         index = self.config.mm_vision_select_layer
-        used = layers[
-            : index if index >= 0 else len(layers) + 1 + index
-        ]  # the layers after it would be thrown away
+        last = index if index >= 0 else len(layers) + 1 + index
+        used = layers[:last]  # the output of later layers would be discarded
 
-        def encode(clip: torch.Tensor) -> torch.Tensor:  # (F, 3, S, S) -> (F, n, C)
-            x = tower.embeddings(clip.to(self.dtype))
+        def encode_clip(clip: torch.Tensor) -> torch.Tensor:
+            x = tower.embeddings(clip.to(self.dtype))  # (F, n, C)
             for layer in used:
                 x = layer(x, attention_mask=None)
                 x = x[0] if isinstance(x, tuple) else x
             return x
 
-        return torch.stack([encode(clip) for clip in frames])
+        return torch.stack([encode_clip(clip) for clip in frames])
 
     def encode_audio(self, mel: torch.Tensor) -> torch.Tensor:
-        """mel (B, M, frames) -> pooled Whisper states (B, tokens, C), three states a token."""
+        """mel (B, M, time) -> pooled Whisper states (B, tokens, C), three states per token"""
 
-        def encode(clip: torch.Tensor) -> torch.Tensor:  # (1, M, frames) -> (1, L/3, C)
+        def encode_clip(clip: torch.Tensor) -> torch.Tensor:
             states = self.model.audio_tower(clip.to(self.dtype)).last_hidden_state  # (1, L, C)
-            return F.avg_pool1d(states.transpose(1, 2), AUDIO_POOL).transpose(1, 2)
+            return F.avg_pool1d(states.transpose(1, 2), AUDIO_POOL).transpose(1, 2)  # (1, L/3, C)
 
-        return torch.cat([encode(clip) for clip in mel.split(1)])
+        return torch.cat([encode_clip(clip) for clip in mel.split(1)])
+
+    # ---- the prompt ----------------------------------------------------------------------------
 
     def gate(self, question_ids: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
-        """The question decides how much of video, body and face is mixed in.  (B, Q) -> (B, 3), rows sum to 1."""
-        states = self.model.bert_model(
-            input_ids=question_ids, attention_mask=question_mask
-        ).last_hidden_state
+        """Weights of the branches scene, body, face.  Question (B, Q) -> (B, 3), rows sum to 1"""
+        bert = self.model.bert_model
+        states = bert(input_ids=question_ids, attention_mask=question_mask).last_hidden_state
         return self.model.bert_gate(states[:, 0]).softmax(-1)
+
+    def project_video(self, patches, question_ids, question_mask) -> torch.Tensor:
+        """Patches (B, F, n, C) and questions (B, Q) -> video tokens (B, tokens, D)"""
+        weights = self.gate(question_ids, question_mask)  # (B, 3)
+        return self.model.mm_projector(patches.to(self.dtype), weights)
+
+    def project_audio(self, states, question_ids, question_mask) -> torch.Tensor:
+        """Whisper states (B, tokens, C) -> audio tokens (B, tokens, D)"""
+        return self.model.audio_projector(states.to(self.dtype))
 
     def embed_prompt(
         self,
@@ -401,85 +445,89 @@ class HumanOmni(nn.Module):
         question_ids=None,
         question_mask=None,
         *,
-        vision=None,
-        audio=None,
+        features: dict[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt ids with placeholders -> (embeds (B, P, D), mask (B, P) True on real positions).
+        """Prompt ids with placeholders -> embeds (B, P, D), mask (B, P) True on real positions
 
-        input_ids (B, L): VIDEO and AUDIO are replaced in place by their tokens, PAD is padding (either
-        side).  frames (B, F, 3, S, S) and mel (B, M, T) have one row per *placeholder*, in row order: a batch
-        where some prompts lack a modality passes fewer rows.  `vision`, `audio` are the towers' outputs
-        (`encode_frames`, `encode_audio`), to encode a clip once and use it often; they win over frames and mel.
-        Shorter rows are padded on the left, so a prompt always ends at position P - 1.
+        input_ids (B, L): placeholders are replaced in place by the tokens of their modality; PAD is
+        padding, on either side.  frames (B, F, 3, side, side) and mel (B, M, time) have one row per
+        *placeholder*, in order: a batch in which some prompts lack a modality passes fewer rows.
+        `features`, modality -> the tower's output, replaces them, to encode a clip once and use it
+        often.  Shorter prompts are padded on the left, so that each ends at position P - 1.
         """
         rows = input_ids.tolist() if torch.is_tensor(input_ids) else input_ids
-        self._check_placeholders(rows)
-        tokens = {}
-        if any(VIDEO in row for row in rows):
-            vision = self.encode_frames(frames) if vision is None else vision
-            seen = [i for i, row in enumerate(rows) if VIDEO in row]
-            weights = self.gate(question_ids[block(seen)], question_mask[block(seen)])
-            tokens[VIDEO] = iter(self.model.mm_projector(vision.to(self.dtype), weights))
-        if any(AUDIO in row for row in rows):
-            audio = self.encode_audio(mel) if audio is None else audio
-            tokens[AUDIO] = iter(self.model.audio_projector(audio.to(self.dtype)))
+        self._check_ids(rows)
+        inputs = {"video": frames, "audio": mel}
+        tokens = {}  # placeholder -> iterator over its clips' tokens
+        for name, modality in MODALITIES.items():
+            having = [b for b, row in enumerate(rows) if modality.placeholder in row]
+            if not having:
+                continue
+            if features and name in features:
+                x = features[name]
+            else:
+                x = self.encode(name, inputs[name])
+            if len(x) != len(having):
+                raise ValueError(f"{name}: {len(x)} clips for {len(having)} placeholders")
+            project = getattr(self, modality.project)
+            part = as_slice(having)
+            tokens[modality.placeholder] = iter(project(x, question_ids[part], question_mask[part]))
 
-        rows = [[i for i in row if i != PAD] for row in rows]
-        ids = torch.tensor([i for row in rows for i in row], dtype=torch.long).to(
-            self.device
-        )  # all with one transfer
-        embedded = []
-        for row, text in zip(
-            rows, self.model.embed_tokens(ids.clamp(min=0)).split([len(row) for row in rows])
-        ):
-            pieces, done = [], 0  # text (L, D)
-            for at, token in enumerate(row):
-                if token in tokens:
-                    pieces += [text[done:at], next(tokens[token])]
-                    done = at + 1
-            embedded.append(torch.cat((*pieces, text[done:])))  # (P_b, D)
+        rows = [[token for token in row if token != PAD] for row in rows]
+        # All ids in one transfer.
+        ids = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+        text = self.model.embed_tokens(ids.to(self.device).clamp(min=0))
+        embedded = [
+            self._insert_media(row, embeds, tokens)
+            for row, embeds in zip(rows, text.split([len(row) for row in rows]))
+        ]
         P = max(len(e) for e in embedded)
         embeds = torch.stack([F.pad(e, (0, 0, P - len(e), 0)) for e in embedded])  # (B, P, D)
         column = torch.arange(P, device=self.device)
-        mask = torch.stack([column >= P - len(e) for e in embedded])
+        mask = torch.stack([column >= P - len(e) for e in embedded])  # (B, P)
         return embeds, mask
 
-    def _check_placeholders(self, rows: list[list[int]]) -> None:
-        for i, row in enumerate(rows):
-            bad = [
-                t
-                for t in row
-                if t not in (VIDEO, AUDIO, PAD) and not 0 <= t < self.config.vocab_size
-            ]
-            if bad:
+    def _insert_media(self, row: list[int], embeds: torch.Tensor, tokens: dict) -> torch.Tensor:
+        """Replace the placeholders of one prompt.  row: L ids, embeds (L, D) -> (P_b, D)"""
+        pieces, done = [], 0
+        for at, token in enumerate(row):
+            if token in tokens:
+                pieces += [embeds[done:at], next(tokens[token])]
+                done = at + 1
+        return torch.cat((*pieces, embeds[done:]))
+
+    def _check_ids(self, rows: list[list[int]]) -> None:
+        for b, row in enumerate(rows):
+            for token in row:
+                known = token in PLACEHOLDERS or token == PAD
+                if not known and not 0 <= token < self.config.vocab_size:
+                    raise ValueError(
+                        f"row {b} of input_ids holds {token}: outside the vocabulary of "
+                        f"{self.config.vocab_size} and no placeholder"
+                    )
+            if any(row.count(placeholder) > 1 for placeholder in PLACEHOLDERS):
                 raise ValueError(
-                    f"row {i} of input_ids holds {bad[0]}: outside the vocabulary of "
-                    f"{self.config.vocab_size} and no placeholder"
-                )
-            if row.count(VIDEO) > 1 or row.count(AUDIO) > 1:
-                raise ValueError(
-                    f"row {i} of input_ids has a placeholder twice; a prompt has one clip"
+                    f"row {b} of input_ids has a placeholder twice; a prompt has one clip"
                 )
 
     # ---- the decoder, run in four ways -----------------------------------------------------------
 
     def compile_layers(self) -> None:
-        """From now on run the decoder's layers through torch.compile: the same numbers up to rounding, fewer kernels.
+        """Run the decoder's layers through torch.compile from now on.
 
-        Attention over whole sequences is left to its own kernel.  Raises UserError if nothing can be compiled here.
+        The numbers are the same up to rounding, with fewer kernels.  Attention over whole sequences
+        keeps its own kernel.  Raises UserError if nothing can be compiled on this machine.
         """
-        if self.device.type == "cpu" and not (
-            os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-        ):
-            raise UserError(
-                "--compile: on a CPU torch.compile needs a C++ compiler; install g++ or leave the flag out."
-            )
+        has_compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+        if self.device.type == "cpu" and not has_compiler:
+            raise UserError("on a CPU torch.compile needs a C++ compiler; install g++.")
         self.is_compiled = True
 
     def run_layers(self, x: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
-        """x (B, L, D) through all layers and the last norm.
+        """x (B, L, D) through all layers and the last norm
 
-        `attend(i, q, k, v)` is layer i's attention: q (B, L, H, d), k and v (B, L, K, d) -> (B, L, H*d).
+        `attend(i, q, k, v)` is the attention of layer i: q (B, L, H, d), k and v (B, L, K, d)
+        -> (B, L, H*d).
         """
         rope = rope_cos_sin(positions, self.config, x.dtype)
         before, after = DecoderLayer.before_attention, DecoderLayer.after_attention
@@ -490,45 +538,55 @@ class HumanOmni(nn.Module):
             q, k, v = before(layer, x, rope)
             return after(layer, x, attend(i, q, k, v))
 
-        again = self.checkpoint_layers and torch.is_grad_enabled()
+        recompute = self.checkpoint_layers and torch.is_grad_enabled()
         for i, layer in enumerate(self.model.layers):
-            x = (
-                checkpoint(run, i, layer, x, use_reentrant=False, preserve_rng_state=False)
-                if again
-                else run(i, layer, x)
-            )
+            if recompute:
+                x = checkpoint(run, i, layer, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = run(i, layer, x)
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., D) -> fp32 logits (..., V).
+        """hidden (..., D) -> fp32 logits (..., V)
 
-        fp32 also when the weights are bf16: rounding logits to bf16 alone moves log-probs by 2e-2.
+        They are fp32 also when the weights are bf16: rounding the logits to bf16 alone moves the
+        log-probs by 2e-2.
         """
         if torch.is_grad_enabled():
             return F.linear(hidden.float(), self.head_weight.float())
-        return fp32_product(hidden.flatten(0, -2), self.head_weight).unflatten(0, hidden.shape[:-1])
+        flat = fp32_product(hidden.flatten(0, -2), self.head_weight)
+        return flat.unflatten(0, hidden.shape[:-1])
 
     def forward(
         self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None
     ) -> torch.Tensor:
-        """The slow obvious form: prompt and S text ids after it, all at once.  -> logits (B, P + S, V) fp32"""
+        """The slow obvious form: logits (B, P, V) fp32 at every position of the embedded prompts.
+
+        input_ids may continue with the ids of a completion.
+        """
         embeds, mask = self.embed_prompt(input_ids, frames, mel, question_ids, question_mask)
         return self.logits(self.hidden(embeds, mask))
 
     def hidden(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Last hidden states (B, P, D) of whole sequences, causal."""
-        see = causal_mask(mask)
-        return self.run_layers(
-            embeds, positions_of(mask), lambda i, q, k, v: sdpa(q, k, v, see, causal=see is None)
-        )
+        visible = causal_mask(mask)
+
+        def attend(i, q, k, v):
+            return sdpa(q, k, v, visible, causal=visible is None)
+
+        return self.run_layers(embeds, positions_of(mask), attend)
 
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor):
-        """-> (hidden state of each prompt's last position (B, D), per layer (k, v), each (B, K, P, d))"""
-        see, cache = causal_mask(mask), []
+        """Run the prompts.
+
+        -> hidden state of each prompt's last position (B, D); per layer keys and values, each
+        (B, K, P, d)
+        """
+        visible, cache = causal_mask(mask), []
 
         def attend(i, q, k, v):
             cache.append((k.transpose(1, 2), v.transpose(1, 2)))
-            return sdpa(q, k, v, see, causal=see is None)
+            return sdpa(q, k, v, visible, causal=visible is None)
 
         hidden = self.run_layers(embeds, positions_of(mask), attend)
         return last_valid_hidden(hidden, mask), cache
@@ -536,40 +594,49 @@ class HumanOmni(nn.Module):
     def completion_logps(
         self, embeds, mask, completions, lengths, temperature=1.0, with_entropy=False
     ):
-        """Log-probabilities of given completions, each prompt run once for its whole group.
+        """Log-probabilities of given completions; each prompt runs once for its whole group.
 
-        embeds (B, P, D), mask (B, P), completions (B, G, T) ids, lengths (B, G) -> (B, G, T) fp32, zeros
-        past the length; differentiable in the weights and in `embeds`.  `with_entropy` adds the policy's
-        entropy at each token, (B, G, T), without gradient.  `temperature` divides the logits, as in sampling.
+        embeds (B, P, D), mask (B, P), completions (B, G, T) ids, lengths (B, G)
+        -> (B, G, T) fp32, zeros past the length; differentiable in the weights and in `embeds`.
+        `with_entropy` adds the policy's entropy at each token, (B, G, T), without gradient.
+        `temperature` divides the logits, as in sampling.
 
-        A row is [prompt | completion 1 | ... | completion G], one row a prompt.  Prompt positions attend
-        causally among themselves; a completion attends to the prompt and to itself, never to a sibling.
+        A row is [prompt | completion 1 | ... | completion G], one row per prompt.  Prompt positions
+        attend causally to the prompt.  A completion attends to the prompt and causally to itself,
+        never to the other completions in its group.
         """
         B, G, T = completions.shape
         P = embeds.shape[1]
-        inside = torch.arange(T, device=lengths.device) < lengths[..., None]  # (B, G, T)
-        ids = completions.masked_fill(~inside, 0)  # what stands past the end is nobody's business
         S = T - 1  # the last token is only predicted, never read
+        inside = torch.arange(T, device=lengths.device) < lengths[..., None]  # (B, G, T)
+        ids = completions.masked_fill(~inside, 0)  # ids past the end are ignored
+
         text = self.model.embed_tokens(ids[:, :, :S]).flatten(1, 2)  # (B, G*S, D)
         x = torch.cat((embeds, text.to(embeds.dtype)), 1)  # (B, P + G*S, D)
-        start = mask.sum(-1, keepdim=True)  # (B, 1) first position after the prompt
-        after = start + torch.arange(S, device=mask.device).repeat(G)  # (B, G*S)
-        positions = torch.cat((positions_of(mask), after), 1)
-        hidden = self.run_layers(
-            x, positions, shared_prefix_attend(mask, G, S, can_use_flash(x))
-        )  # (B, P + G*S, D)
+        prompt_lengths = mask.sum(-1, keepdim=True)  # (B, 1)
+        own_positions = prompt_lengths + torch.arange(S, device=mask.device).repeat(G)  # (B, G*S)
+        positions = torch.cat((positions_of(mask), own_positions), 1)
+        attend = shared_prefix_attend(mask, G, S, can_use_flash(x))
+        hidden = self.run_layers(x, positions, attend)  # (B, P + G*S, D)
 
-        # The prompt's last state predicts token 0 of every completion; token t's state predicts t + 1.
-        first = last_valid_hidden(hidden[:, :P], mask)[:, None, None].expand(
-            B, G, 1, -1
-        )  # (B, G, 1, D)
+        # The prompt's last state predicts token 0 of every completion; token t's state predicts
+        # token t + 1.
+        first = last_valid_hidden(hidden[:, :P], mask)[:, None, None]  # (B, 1, 1, D)
+        first = first.expand(B, G, 1, -1)
         states = torch.cat((first, hidden[:, P:].unflatten(1, (G, S))), 2)  # (B, G, T, D)
-        real = inside.flatten().nonzero()[:, 0]  # (N,) once: the host waits for a GPU to count them
+        # Computed once, because the host waits for a GPU to count the N real tokens.
+        real = inside.flatten().nonzero()[:, 0]  # (N,)
         logps, entropy = self.token_logps(
             states.flatten(0, 2)[real], ids.flatten()[real], temperature, with_entropy=with_entropy
         )
-        spread = lambda x: x.new_zeros(B * G * T).index_copy(0, real, x).view(B, G, T)
-        return (spread(logps), spread(entropy)) if with_entropy else spread(logps)
+
+        def spread(values: torch.Tensor) -> torch.Tensor:
+            """(N,) -> (B, G, T), zeros past the length"""
+            return values.new_zeros(B * G * T).index_copy(0, real, values).view(B, G, T)
+
+        if with_entropy:
+            return spread(logps), spread(entropy)
+        return spread(logps)
 
     def token_logps(
         self,
@@ -579,15 +646,18 @@ class HumanOmni(nn.Module):
         chunk: int | None = None,
         with_entropy: bool = True,
     ):
-        """states (N, D), targets (N,) -> log-probabilities (N,) fp32, and entropies (N,) without gradient, or None.
+        """states (N, D), targets (N,) -> log-probabilities (N,) fp32; entropies (N,) or None
 
-        `chunk`: rows whose logits exist at a time.  On a CPU what fits into its cache is faster than what does not; on a
-        GPU each chunk reads and writes the head's gradient, so there it is half a gigabyte of logits.
+        The entropies have no gradient.  `chunk`: rows whose logits exist at a time.  On a CPU,
+        logits that fit into its cache are faster.  On a GPU each chunk reads and writes the head's
+        gradient, so chunks are larger: 2^27 logits, 512 MB.
         """
-        chunk = chunk or max(64, 2 ** (27 if states.is_cuda else 23) // self.config.vocab_size)
+        if chunk is None:
+            max_logits = 2**27 if states.is_cuda else 2**23
+            chunk = max(64, max_logits // self.config.vocab_size)
         return HeadLogps.apply(states, self.head_weight, targets, temperature, chunk, with_entropy)
 
-    # ---- files: see lib/checkpoint.py -------------------------------------------------------------
+    # ---- files: see lib/checkpoint.py ------------------------------------------------------------
 
     @classmethod
     def from_pretrained(
@@ -598,86 +668,105 @@ class HumanOmni(nn.Module):
         bert=None,
         dtype=torch.float32,
         device="cpu",
+        *,
+        towers=None,
         log=print,
     ) -> "HumanOmni":
         """Load a checkpoint folder or hub id.
 
-        Weights of the vision and audio tower: an explicit argument wins; else those in the checkpoint; else
-        what config.json names (a relative path is relative to the checkpoint).  BERT's weights: those in the
-        checkpoint, else its folder; its folder: the argument, else `bert/` in or beside the checkpoint, else
-        bert-base-uncased.
-        `log` gets one line that tells which were used.  Raises UserError that names the file and the keys.
+        Weights of the vision and the audio tower: the explicit argument, else those in the
+        checkpoint, else what config.json names (a relative path starts from the checkpoint).
+        BERT's weights: those in the checkpoint, else its folder; its folder: the argument, else
+        `bert/` in or beside the checkpoint, else bert-base-uncased.  `towers` is a folder that
+        replaces the hub: it holds the folders of public models.
+
+        `log` gets one line that names the sources.  Raises UserError that names the file and keys.
         """
-        config = Config.read(find_file(str(path), "config.json"))
+        path = str(path)
+        config = Config.read(find_file(path, "config.json"))
         return load_checkpoint(
-            cls, config, str(path), vision_tower, audio_tower, bert, dtype, device, log
+            cls, config, path, vision_tower, audio_tower, bert, towers, dtype, device, log
         )
 
     def load_weights(self, path) -> None:
-        """Overwrite the weights in place with those of a checkpoint that this model saved (to resume a run)."""
+        """Overwrite the weights in place with a checkpoint that this model saved, to resume."""
         overwrite_weights(self, str(path))
 
     def save_pretrained(self, path, final=None) -> None:
         """Write a folder that `from_pretrained`, and the reference code, load again.
 
-        `final`: where the folder will stand, if it is to be renamed (relative tower paths depend on it).
+        `final`: where the folder will be if it is renamed (relative tower paths depend on it).
         """
         save_checkpoint(self, Path(path), Path(final or path))
 
 
-def encode_media(model: HumanOmni, batch, cache=None):
-    """A PromptBatch with its media run through the frozen towers: once per clip, whatever is done with it after.
+# ------------------------------------------------------------------------------------------------
+# From a PromptBatch to embeddings; the reference model; attention over a shared prefix
+# ------------------------------------------------------------------------------------------------
 
-    With a FeatureCache, clips that it holds come with their features already, and the others are added.
-    Left as it is when a tower is being trained: then every pass needs the towers' gradients.
+
+def encode_media(model: HumanOmni, batch, cache=None):
+    """Run the frozen towers on a PromptBatch, once per clip, whatever is done with it afterwards.
+
+    With a FeatureCache, clips that it holds come with their features, and the others are added.
+    If a tower is trained, and gradients are on, the media stay and `embed` runs the towers in every
+    pass.
     """
-    if torch.is_grad_enabled() and (is_trained(model, "vision") or is_trained(model, "audio")):
-        return dataclasses.replace(batch, vision=None, audio=None)
-    vision = _features(
-        model, batch, "video", batch.vision, batch.frames, model.encode_frames, cache
-    )
-    audio = _features(model, batch, "audio", batch.audio, batch.mel, model.encode_audio, cache)
-    return dataclasses.replace(batch, frames=None, mel=None, vision=vision, audio=audio)
+    trained = is_trained(model, "vision") or is_trained(model, "audio")
+    if torch.is_grad_enabled() and trained:
+        return dataclasses.replace(batch, features={})
+    features = {
+        name: encode_missing(model, batch, name, rows, cache)
+        for name, rows in batch.features.items()
+    }
+    return dataclasses.replace(batch, media={}, features=features)
 
 
 @torch.no_grad()
-def _features(model, batch, modality: str, rows, media, tower, cache) -> torch.Tensor | None:
-    """rows: a feature tensor per placeholder, or None where `media` holds the clip.  -> all of them, stacked."""
-    if not isinstance(rows, list):
-        return rows  # encoded before, or the batch lacks the modality
-    keys = [k[modality] for k in batch.keys if modality in k]
-    unknown = iter(media.split(1) if media is not None else ())
-    done = []
-    for key, row in zip(keys, rows):
+def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> torch.Tensor:
+    """Features of all clips that have the modality: the cached ones, the rest from its tower.
+
+    rows: all of them, or a list of the cached ones and None.
+    """
+    if torch.is_tensor(rows):
+        return rows
+    inputs = iter(batch.media[modality].split(1) if modality in batch.media else ())
+    cache_keys = [keys[modality] for keys in batch.feature_keys if modality in keys]
+    features = []
+    for cache_key, row in zip(cache_keys, rows):
         if row is None:
-            row = tower(next(unknown))[0]
+            row = model.encode(modality, next(inputs))[0]
             if cache is not None:
-                cache.put(key, row)
-        done.append(row.to(model.device))
-    return torch.stack(done)
+                cache.put(cache_key, row)
+        features.append(row.to(model.device))
+    return torch.stack(features)
 
 
 def embed(model: HumanOmni, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`embed_prompt` of a PromptBatch: (embeds (B, P, D), mask (B, P))."""
+    """`embed_prompt` of a PromptBatch that `encode_media` returned, B >= 1.
+
+    -> embeds (B, P, D), mask (B, P)
+    """
+    features = batch.features
+    if batch.media:  # a tower is trained: it runs here, with gradients
+        features = {name: model.encode(name, inputs) for name, inputs in batch.media.items()}
     return model.embed_prompt(
         batch.input_ids,
-        batch.frames,
-        batch.mel,
-        batch.question_ids,
-        batch.question_mask,
-        vision=batch.vision,
-        audio=batch.audio,
+        question_ids=batch.question_ids,
+        question_mask=batch.question_mask,
+        features=features,
     )
 
 
 def frozen_reference(model: HumanOmni) -> HumanOmni:
-    """The policy as it is now, for the KL: a copy of the trained parts alone; frozen parts are shared."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad}
+    """The policy as it is now, for the KL: a copy of the trained parts; frozen parts are shared."""
+    frozen = (x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
+    shared = {id(x): x for x in frozen}
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
 def last_valid_hidden(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """hidden (B, P, D), mask (B, P) -> the state at each row's last real position (B, D)."""
+    """The state at each row's last real position.  hidden (B, P, D), mask (B, P) -> (B, D)"""
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
     return hidden[torch.arange(len(hidden), device=hidden.device), index]
 
@@ -685,35 +774,36 @@ def last_valid_hidden(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
     """Attention over rows [prompt P | G completions of S tokens]; see `completion_logps`.
 
-    One softmax over the concatenated keys.  (Merging two partial attentions by their log-sum-exp
-    looks cheaper, but that output carries no gradient under plain autograd: silently wrong.)
-    `flash`: the kernel without masks, three times as fast, where no prompt is padded.
+    It is one softmax over the concatenated keys.  (Merging two partial attentions by their
+    log-sum-exp looks cheaper, but that output carries no gradient under plain autograd, and nothing
+    would report it.)  `flash`: use the kernel without masks, three times as fast, if no prompt is
+    padded.
     """
     B, P = mask.shape
-    see = causal_mask(mask)
-    # A completion sees all of its prompt, and itself up to here: causal, aligned to the lower right.
-    if flash and see is None:
-        after = causal_lower_right(S, P + S)
-    else:
+    visible = causal_mask(mask)
+    # A completion sees all of its prompt, and itself up to the current token.
+    own_mask = None
+    if not flash or visible is not None:
         own = torch.ones(S, S, dtype=torch.bool, device=mask.device).tril()  # (S, S)
-        after = torch.cat(
-            (mask[:, None, :].expand(B, S, P), own.expand(B, S, S)), 2
-        )  # (B, S, P + S)
-        after = after.repeat_interleave(G, 0)[:, None]  # (B*G, 1, S, P + S)
+        prefix = mask[:, None, :].expand(B, S, P)
+        own_mask = torch.cat((prefix, own.expand(B, S, S)), 2)  # (B, S, P + S)
+        own_mask = own_mask.repeat_interleave(G, 0)[:, None]  # (B*G, 1, S, P + S)
+
+    def with_prefix(x: torch.Tensor) -> torch.Tensor:
+        """Keys or values (B, P + G*S, K, d) -> each completion's behind its prompt's"""
+        prefix = x[:, None, :P].expand(-1, G, -1, -1, -1)  # (B, G, P, K, d)
+        own = x[:, P:].unflatten(1, (G, S))  # (B, G, S, K, d)
+        return torch.cat((prefix, own), 2).flatten(0, 1)  # (B*G, P + S, K, d)
 
     def attend(i, q, k, v):
-        prompt = sdpa(q[:, :P], k[:, :P], v[:, :P], see, causal=see is None)  # (B, P, H*d)
+        prompt = sdpa(q[:, :P], k[:, :P], v[:, :P], visible, causal=visible is None)  # (B, P, H*d)
         if S == 0:
             return prompt
         q_own = q[:, P:].unflatten(1, (G, S)).flatten(0, 1)  # (B*G, S, H, d)
-
-        def with_prefix(x):
-            prefix = x[:, None, :P].expand(-1, G, -1, -1, -1)  # (B, G, P, K, d)
-            return torch.cat((prefix, x[:, P:].unflatten(1, (G, S))), 2).flatten(
-                0, 1
-            )  # (B*G, P + S, K, d)
-
-        completions = sdpa(q_own, with_prefix(k), with_prefix(v), after)  # (B*G, S, H*d)
-        return torch.cat((prompt, completions.unflatten(0, (B, G)).flatten(1, 2)), 1)
+        completions = sdpa(
+            q_own, with_prefix(k), with_prefix(v), own_mask, causal=own_mask is None
+        )  # (B*G, S, H*d)
+        completions = completions.unflatten(0, (B, G)).flatten(1, 2)  # (B, G*S, H*d)
+        return torch.cat((prompt, completions), 1)
 
     return attend

@@ -1,4 +1,4 @@
-"""What the two trainers, sft.py and grpo.py, share: arguments, micro-batches, optimiser, schedule, set-up.
+"""What sft.py and grpo.py share: flags, optimizer, learning rate, set-up, and the state of a run.
 
 What a run leaves on disk is in lib/run_folder.py.
 """
@@ -10,15 +10,17 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
+from tqdm import tqdm
 
 from data import (
     ClipDataset,
     FeatureCache,
-    Modal,
     Processor,
+    PromptBatch,
     PromptSpec,
     Sample,
     check_labels,
@@ -27,88 +29,60 @@ from data import (
     read_question,
     training_batches,
 )
-from lib.common import Ranks, UserError, dtype_of
+from lib.common import Ranks, UserError, dtype_of, list_of
+from lib.modalities import Modal
 from lib.run_folder import STATE, RunFolder, check_outputs
-from model import DEFAULT_TRAINED, HumanOmni
+from model import DEFAULT_TRAINED, HumanOmni, frozen_reference
+
+MAX_GRAD_NORM = 1.0  # the gradient's norm is clipped to this; 0: never
+WEIGHT_DECAY = 0.0  # of AdamW
+MAX_BAD_STEPS = 10  # skipped steps in a row, for whatever reason, after which a run stops
+COMPILE_LAYERS = False  # run the decoder's layers through torch.compile in training, too
 
 
 @dataclasses.dataclass(kw_only=True)
 class TrainArgs:
     # -- model
     model: str  # checkpoint folder or hub id to start from
-    vision_tower: str | None = None  # folder or hub id that replaces the checkpoint's vision tower
-    audio_tower: str | None = None  # the same for the audio tower
-    bert: str | None = None  # folder or hub id of BERT's tokenizer
-    train: list[str] = dataclasses.field(
-        default_factory=lambda: list(DEFAULT_TRAINED)
-    )  # trained parts, by name
+    towers: str | None = None  # folder of the video, audio and text encoders, instead of the hub
+    # (siglip-base-patch16-224, whisper-large-v3, bert-base-uncased)
+    train: list[str] = list_of(*DEFAULT_TRAINED)  # trained parts
+    # decoder, projectors, gate, bert, vision, audio
     # -- data
     data: str  # sample file (json or jsonl)
-    media_root: str | None = (
-        None  # folder under which the sample file's paths are; default: beside the file
-    )
-    strict_paths: bool = False  # refuse a sample file that names anything outside --media_root
+    media_root: str | None = None  # folder that the file's paths start from; default: beside it
     allow_labels: bool = False  # accept labels outside the vocabulary
-    feature_cache: str | None = (
-        None  # folder that keeps what the towers make of a clip, for later epochs and runs
-    )
+    feature_cache: str | None = None  # folder for the towers' outputs, for later epochs and runs
     workers: int = 2  # processes that read media, per rank
-    # -- what the model sees and is asked
-    modal: Modal = "video_audio"  # what of the clip the model gets
-    mute: bool = False  # replace the sound by silence; the prompt keeps its form
-    blank: bool = False  # replace the frames by grey
-    drop_audio: float = (
-        0.0  # share of the prompts that are asked without their sound; never both; 0: none
-    )
-    drop_video: float = 0.0  # share of the prompts that are asked without their picture; 0: none
-    fit: Literal["pad", "stretch"] = "pad"  # how a picture becomes square
-    question: str | None = None  # text file with the question to ask instead of the rows' own
-    choices: list[str] = dataclasses.field(
-        default_factory=list
-    )  # words to choose from, or dfew, mafw, ravdess
-    # -- optimiser
+    # -- what the model is given
+    modal: Modal = "video_audio"  # which parts of a clip
+    mute: float = 0.0  # share of the prompts whose sound is replaced by silence; 0: none
+    blank: float = 0.0  # share of the prompts whose frames are replaced by grey; 0: none
+    question: str | None = None  # text file with a question that replaces the rows' own
+    choices: list[str] = list_of()  # words to choose from, or dfew, mafw, ravdess
+    # -- optimizer
     max_steps: int = 0  # steps; 0: as many as --epochs needs
     epochs: float = 1.0  # passes over the data, if --max_steps is 0
     lr: float = 1e-6  # peak learning rate
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # shape after warm-up
-    warmup: float = 0.0  # share of the steps that the rate rises; 0: none
     lr_floor: float = 0.0  # lowest rate, as a share of the peak; 0: it falls to nothing
-    weight_decay: float = 0.0  # of AdamW; 0: none
-    max_grad_norm: float = 1.0  # gradient norm is clipped to this; 0: never
-    max_bad_steps: int = 10  # stop after so many steps in a row without a finite gradient
-    # -- speed and memory
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # working weights; masters and Adam are always fp32
-    )
-    # auto: bfloat16 on a GPU, float32 on a CPU
-    tokens_per_micro_batch: int = (
-        0  # positions per forward and backward instead of --micro_batch prompts; 0: off
-    )
-    compile: bool = False  # run the decoder's layers through torch.compile
-    checkpoint_layers: bool = (
-        False  # keep less for the backward pass and compute it again: a third less memory
-    )
+    # -- precision and memory
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights in use
+    # auto: bfloat16 on a GPU, float32 on a CPU; the optimizer's weights are always float32
+    checkpoint_layers: bool = False  # recompute layers in the backward pass: a third less memory
     # -- run folder and saving
     out: str  # run folder, empty or new
     seed: int = 0  # decides the data order and every sampled token
     save_every: int = 0  # steps between checkpoints; 0: only at the end
-    keep: int = 0  # keep only so many checkpoints, the newest; 0: all
-    on_save_error: Literal["stop", "continue"] = (
-        "stop"  # when the disk is full: end the run, or train on and try again
-    )
+    keep: int = 0  # number of checkpoints to keep, the newest; 0: all
     resume: bool = False  # continue the run in --out
-    allow_changes: bool = (
-        False  # resume although flags or the sample file are not what the run started with
-    )
+    allow_changes: bool = False  # resume although flags or the sample file have changed
     overwrite: bool = False  # replace the run in --out
-    log: Literal["none", "tensorboard", "wandb", "trackio"] = (
-        "none"  # who else gets the rows of metrics.jsonl
-    )
+    log: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also send the metrics there
 
 
 # ------------------------------------------------------------------------------------------------
-# Optimiser: fp32 masters, one flat gradient
+# Optimizer: fp32 master weights, one flat gradient
 # ------------------------------------------------------------------------------------------------
 
 
@@ -116,10 +90,11 @@ class MasterAdamW:
     """AdamW on fp32 masters of the trained parameters; the model may work in another dtype.
 
     Why masters: at lr 1e-6 an update is smaller than half a bf16 step for about 98 % of the
-    weights, so AdamW on bf16 weights simply does not move them.
+    weights, so AdamW on bf16 weights does not move them at all.
+
     Why one flat gradient: micro-batches add up in fp32, one collective joins the ranks, and the
-    norm is one number.  Working weights are written back in place, so whoever holds a view of
-    them (a captured graph, a packed weight) sees the new values.
+    norm is one number.  The working weights are written in place, so that a captured graph or a
+    packed weight, which holds a view of them, sees the new values.
     """
 
     def __init__(
@@ -135,38 +110,41 @@ class MasterAdamW:
             sum(sizes), dtype=torch.float32, device=parameters[0].device
         )  # (N,)
         self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), parameters)]
-        # In fp32 the working weight is its own master: nothing is kept twice.
+        # In fp32 the working weight is its own master, so nothing is kept twice.
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for p in parameters
         ]
-        # Decay is for matrices; a norm's scale or a bias that is pulled to 0 says something else.
+
+        # Weight decay on matrices only, not on norms and biases.
+        matrices = [m for m in self.masters if m.dim() > 1]
+        vectors = [m for m in self.masters if m.dim() <= 1]
         groups = [
-            {
-                "params": [m for m in self.masters if (m.dim() > 1) == matrix],
-                "weight_decay": weight_decay * matrix,
-            }
-            for matrix in (True, False)
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=lr, betas=betas, fused=self.flat.is_cuda or None
-        )  # on a GPU: a few kernels, not a dozen a parameter
+            [group for group in groups if group["params"]],
+            lr=lr,
+            betas=betas,
+            fused=self.flat.is_cuda or None,  # on a GPU a few kernels, not a dozen per parameter
+        )
 
     def accumulate_grads(self) -> None:
-        """Add the gradients of one backward pass to the flat fp32 sum and free them."""
-        new = [
-            (total, p.grad) for p, total in zip(self.parameters, self.grads) if p.grad is not None
-        ]
-        if new:
-            torch._foreach_add_(*map(list, zip(*new)))
+        """Add the gradients of one backward pass to the flat fp32 sum, and free them."""
+        pairs = [(g, p.grad) for g, p in zip(self.grads, self.parameters) if p.grad is not None]
+        if pairs:
+            sums, grads = zip(*pairs)
+            torch._foreach_add_(list(sums), list(grads))
         for p in self.parameters:
             p.grad = None
 
     def step(self, ranks: Ranks, lr: float, max_grad_norm: float) -> tuple[float, bool]:
-        """Sum over ranks, clip to `max_grad_norm` (0: never), update.  -> (norm before clipping, done).
+        """Sum over ranks, clip to `max_grad_norm` (0: never), update.  All ranks must call it.
 
-        A gradient that is not finite changes nothing, on any rank: all ranks see the same sum, so
-        all decide alike without another collective.
+        -> norm before clipping, whether it was finite.  A gradient that is not finite changes
+        nothing.  All ranks see the same sum, so they all decide alike.  (On a gradient of 0, Adam's
+        momentum still moves the weights.)
         """
         ranks.all_reduce_(self.flat)
         # In pieces: one fp32 sum over 494 M squares is off by 9 % on a CPU.
@@ -179,30 +157,33 @@ class MasterAdamW:
             for group in self.adam.param_groups:
                 group["lr"] = lr
             self.adam.step()
-            with torch.no_grad():
-                for p, master in zip(self.parameters, self.masters):
-                    if p is not master:
-                        p.copy_(master)
-            for master in self.masters:
-                master.grad = None
-        self.flat.zero_()
+            self._copy_masters_to_weights()
+        self.zero_grads()
         return norm, finite
 
     def _assign_grads(self) -> None:
-        """The sums as gradients of the masters.  A part that has never had a gradient (what hears, in a run without sound)
-        gets none: Adam passes it over, where a gradient of 0 would let it decay."""
-        asleep = [i for i, master in enumerate(self.masters) if master not in self.adam.state]
-        idle = (
-            torch.stack([self.grads[i].any() for i in asleep]).logical_not().tolist()
-            if asleep
-            else []
-        )
-        never = {i for i, still in zip(asleep, idle) if still}
+        """Set the sums as the masters' gradients.
+
+        A parameter that has never had a gradient (the audio projector, in a run without sound)
+        gets None: Adam skips it, where a gradient of 0 would let it decay.
+        """
+        unused = set()
+        no_state = [i for i, master in enumerate(self.masters) if master not in self.adam.state]
+        if no_state:
+            is_zero = torch.stack([self.grads[i].any() for i in no_state]).logical_not().tolist()
+            unused = {i for i, zero in zip(no_state, is_zero) if zero}
         for i, (master, grad) in enumerate(zip(self.masters, self.grads)):
-            master.grad = None if i in never else grad
+            master.grad = None if i in unused else grad
+
+    @torch.no_grad()
+    def _copy_masters_to_weights(self) -> None:
+        for p, master in zip(self.parameters, self.masters):
+            if p is not master:
+                p.copy_(master)
+            master.grad = None
 
     def zero_grads(self) -> None:
-        """Forget the gradients that were collected."""
+        """Discard the accumulated gradients."""
         self.flat.zero_()
 
     def state_dict(self) -> dict:
@@ -210,242 +191,339 @@ class MasterAdamW:
         return {"adam": self.adam.state_dict(), "masters": masters}
 
     def load_state_dict(self, state: dict) -> None:
-        """After the model's weights: a run in fp32 saved no masters (None), its weights were their own."""
-        # What was asked for now, not what was saved.  Before loading and not after it: `fused` decides on which device
-        # Adam's step counters belong, and a run on a GPU may go on from one on a CPU.
-        own = [
-            {k: v for k, v in group.items() if k != "params"} for group in self.adam.param_groups
+        """Load after the model's weights: a run in fp32 saved no masters (None), only weights."""
+        # This run's settings win over the saved ones.  They are set before loading and not after
+        # it, because `fused` decides on which device Adam's step counters belong, and a run on a
+        # GPU may continue one from a CPU.
+        current = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.adam.param_groups
         ]
-        groups = [
-            saved | mine for saved, mine in zip(state["adam"]["param_groups"], own, strict=True)
-        ]
+        saved = state["adam"]["param_groups"]
+        groups = [old | new for old, new in zip(saved, current, strict=True)]
         self.adam.load_state_dict(state["adam"] | {"param_groups": groups})
         with torch.no_grad():
-            for p, master, saved in zip(self.parameters, self.masters, state["masters"]):
-                master.copy_(p if saved is None else saved)
+            for p, master, value in zip(self.parameters, self.masters, state["masters"]):
+                master.copy_(p if value is None else value)
 
 
-def micro_batches(
-    lengths: torch.Tensor,
-    prompt_length: int,
-    prompts: int,
-    tokens: int = 0,
-    rows: list[int] | None = None,
-) -> list[tuple[list[int], list[int]]]:
-    """Cut B prompts with G completions each into pieces for one forward and backward.  -> [(rows, members)]
-
-    lengths (B, G).  Without a budget (`tokens` 0) a piece is `prompts` prompts.  With one it is as many prompts as
-    stay within `tokens` positions, a prompt taking prompt_length + G x the longest completion of the piece; a group
-    that is too large alone is cut too, and its prompt is run for every part.  `rows`: only these prompts.
-    The pieces' gradients add up to the same whatever the cut, because the loss has one global denominator.
-    """
-    G, longest = lengths.shape[1], lengths.amax(1).tolist()
-    everyone = list(range(G))
-
-    def fits(rows: list[int]) -> bool:
-        if not tokens:
-            return len(rows) <= prompts
-        return len(rows) * (prompt_length + G * max(longest[b] for b in rows)) <= tokens
-
-    pieces: list[tuple[list[int], list[int]]] = []
-    for b in range(len(longest)) if rows is None else rows:
-        if pieces and pieces[-1][1] == everyone and fits([*pieces[-1][0], b]):
-            pieces[-1][0].append(b)
-        elif fits([b]):
-            pieces.append(([b], everyone))
-        else:
-            share = max(1, (tokens - prompt_length) // longest[b])
-            pieces += [([b], everyone[g : g + share]) for g in range(0, G, share)]
-    return pieces
+def chunks(rows: list[int], size: int) -> list[list[int]]:
+    """[0, 1, 2, 3, 4], 2 -> [[0, 1], [2, 3], [4]]"""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def learning_rate(
     step: int, max_steps: int, peak: float, schedule: str, warmup: float, floor: float
 ) -> float:
-    """Learning rate of 0-based `step`: linear warm-up over `warmup` x max_steps, then down to `floor` x peak."""
-    warm = round(warmup * max_steps)
-    if step < warm:
-        return peak * (step + 1) / warm
-    done = (step - warm) / max(1, max_steps - warm)  # 0 .. 1
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-    }[schedule]
+    """Learning rate of 0-based `step`.
+
+    It rises linearly over the first `warmup` x max_steps steps.  Then it follows `schedule`, which
+    reaches `floor` x peak after the last step (constant: never).
+    """
+    warmup_steps = round(warmup * max_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)  # 0 .. 1
+    if schedule == "constant":
+        shape = 1.0
+    elif schedule == "linear":
+        shape = 1.0 - progress
+    else:
+        shape = 0.5 * (1.0 + math.cos(math.pi * progress))
     return peak * (floor + (1.0 - floor) * shape)
 
 
 # ------------------------------------------------------------------------------------------------
-# Setting up
+# A run
 # ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
+class RunState:
+    """What a resumed run continues from, besides weights and optimizer."""
+
+    step: int = 0  # finished steps
+    position: int = 0  # samples taken from the endless shuffled list
+    skipped_samples: int = 0
+    skipped_steps: int = 0  # steps without a clip, refused, or cut short by a bad gradient
+    bad_in_a_row: int = 0  # such steps since the last good one
+
+
+@dataclasses.dataclass
 class Run:
+    """Everything that a training loop works on."""
+
+    args: TrainArgs
+    ranks: Ranks
     folder: RunFolder
-    samples: list[Sample]
-    per_step: int
     processor: Processor
     model: HumanOmni
-    view: PromptSpec
+    reference: HumanOmni | None  # the model that the *run* started from, also after a resume
+    spec: PromptSpec
     cache: FeatureCache | None
     optimizer: MasterAdamW
-    state: dict  # step, position, skipped_samples, ...: what a resumed run goes on from
+    state: RunState
+    batches: Iterator[PromptBatch]  # one for each step that is left
+    samples: list[Sample]
+    per_step: int  # samples per step, over all ranks
     max_steps: int
     signal: "StopSignal"
+    progress: tqdm | None = None  # see `start_progress`
+    eval_sets: dict[str, list[Sample]] = dataclasses.field(default_factory=dict)
     stop_reason: str = ""  # why too many steps in a row changed nothing
-    stopped: bool = False  # somebody asked for it
-    saving: float = 0.0  # seconds of the last save, until they are logged
-
-    def batches(self, args: TrainArgs, ranks: Ranks):
-        """This rank's PromptBatch for every step that is left."""
-        dataset = ClipDataset(
-            self.samples, self.processor, self.view, self.model.num_frames, self.cache
-        )
-        steps = training_batches(
-            len(self.samples),
-            self.per_step,
-            self.state["position"],
-            self.max_steps - self.state["step"],
-            args.seed,
-            ranks.rank,
-            ranks.world,
-        )
-        return iter(loader(dataset, steps, args.workers, pin=ranks.device.type == "cuda"))
-
-    def finish_step(self, told: list[dict], moved: bool, args: TrainArgs) -> dict:
-        """Book a finished step; `told`: every rank's {"usable": n, "bad": clips, "stop": signalled}.  -> counts for its row.
-
-        Raises UserError if not one clip of the run's first step could be read: then the path is wrong, not the clips.
-        """
-        bad = [clip for rank in told for clip in rank["bad"]]
-        usable = sum(rank["usable"] for rank in told)
-        if not usable and self.state["step"] == 0:
-            raise UserError(
-                f"--media_root {args.media_root}: none of the first step's {len(bad)} clips can be read; "
-                f"the first: {bad[0]['reason']}."
-            )
-        self.state["step"] += 1
-        self.state["position"] += self.per_step
-        self.folder.tell_skipped(self.state["step"], bad)
-        self.state["skipped_samples"] += len(bad)
-        self.state["skipped_steps"] += not moved
-        self.state["bad_in_a_row"] = 0 if moved else self.state["bad_in_a_row"] + 1
-        if self.state["bad_in_a_row"] >= args.max_bad_steps:
-            self.stop_reason = (
-                "no finite gradient: lower --lr"
-                if usable
-                else "no usable clip: see skipped.jsonl there"
-            )
-        self.stopped = any(
-            rank["stop"] for rank in told
-        )  # all ranks, or none: they must save together
-        return {key: self.state[key] for key in ("skipped_samples", "skipped_steps")}
+    stop_requested: bool = False  # by a signal
+    save_seconds: float = 0.0  # of the last save, until it is logged
 
     @property
     def reached_max_steps(self) -> bool:
-        return self.state["step"] >= self.max_steps
+        return self.state.step >= self.max_steps
 
     @property
     def should_stop(self) -> bool:
-        return self.reached_max_steps or bool(self.stop_reason) or self.stopped
+        return self.reached_max_steps or bool(self.stop_reason) or self.stop_requested
 
     @property
     def epoch(self) -> float:
-        return round(self.state["position"] / len(self.samples), 4)
+        return round(self.state.position / len(self.samples), 4)
+
+    def eval_is_due(self, args) -> bool:
+        if not self.eval_sets:
+            return False
+        return self.reached_max_steps or is_multiple(self.state.step, args.eval_every)
+
+    def save_is_due(self, args) -> bool:
+        return self.should_stop or is_multiple(self.state.step, args.save_every)
+
+    def report(self, batch: PromptBatch) -> dict:
+        """What the other ranks have to know about this rank's part of the step."""
+        return {
+            "usable": len(batch),
+            "bad": [dataclasses.asdict(bad) for bad in batch.bad],
+            "stop": self.signal.received,
+        }
+
+    def finish_step(self, reports: list[dict], updated: bool, refused: bool = False) -> dict:
+        """Count a finished step.  -> the counts for its row of metrics
+
+        reports: every rank's `report`.  updated: whether all of its updates were made.  Raises
+        UserError if not one clip of the run's first step could be used: then the path is wrong, not
+        the clips.
+        """
+        state = self.state
+        bad = [clip for report in reports for clip in report["bad"]]
+        usable = sum(report["usable"] for report in reports)
+        if usable == 0 and state.step == 0:
+            raise UserError(
+                f"--media_root {self.args.media_root}: none of the first step's {len(bad)} clips "
+                f"can be read; the first: {bad[0]['reason']}."
+            )
+
+        state.step += 1
+        state.position += self.per_step
+        self.folder.log_skipped(state.step, bad)
+        state.skipped_samples += len(bad)
+        if updated:
+            state.bad_in_a_row = 0
+        else:
+            state.skipped_steps += 1
+            state.bad_in_a_row += 1
+        if state.bad_in_a_row >= MAX_BAD_STEPS:
+            if usable == 0:
+                self.stop_reason = f"no usable clip: see {self.folder.path}/skipped.jsonl"
+            elif refused:
+                self.stop_reason = "log-probs of the sampler that are not the trainer's"
+            else:
+                self.stop_reason = "no finite gradient: lower --lr"
+        # If one rank was signalled, all of them stop: they have to save together.
+        self.stop_requested = any(report["stop"] for report in reports)
+        return {"skipped_samples": state.skipped_samples, "skipped_steps": state.skipped_steps}
+
+    def start_progress(self, name: str) -> None:
+        """Show a progress bar, on rank 0."""
+        self.progress = tqdm(
+            desc=name,
+            initial=self.state.step,
+            total=self.max_steps,
+            disable=not self.ranks.is_main,
+            mininterval=1,
+        )
+
+    def show_progress(self, **numbers: float | None) -> None:
+        """Advance the progress bar, and show these numbers beside it."""
+        shown = {name: f"{x:.3f}" for name, x in numbers.items() if x is not None}
+        self.progress.set_postfix(shown, refresh=False)
+        self.progress.update()
 
     def save(self) -> None:
+        """Write a checkpoint, and remember how long that took."""
         started = time.perf_counter()
-        self.folder.save(
-            self.state["step"], self.model, self.state | {"optimizer": self.optimizer.state_dict()}
-        )
-        self.saving = time.perf_counter() - started
+        state = dataclasses.asdict(self.state) | {"optimizer": self.optimizer.state_dict()}
+        self.folder.save(self.state.step, self.model, state)
+        self.save_seconds = time.perf_counter() - started
 
-    def finish(self, args: TrainArgs) -> None:
-        """Last words: what was left out, what there is now, and how to go on if this was not the end."""
-        out, print0 = self.folder.path, self.folder.ranks.print0
+    def pop_save_seconds(self) -> float:
+        """Duration of the last save, if it was not logged yet, else 0."""
+        seconds, self.save_seconds = self.save_seconds, 0.0
+        return seconds
+
+    def finish(self) -> None:
+        """Print a summary: skipped clips, where the checkpoint is, how to resume."""
+        self.progress.close()
+        state, out, print0 = self.state, self.folder.path, self.ranks.print0
         if self.stop_reason:
             raise UserError(
-                f"{args.max_bad_steps} steps in a row changed nothing: stopped after step {self.state['step']}. "
-                f"The last had {self.stop_reason}."
+                f"{MAX_BAD_STEPS} steps in a row changed nothing: stopped after step "
+                f"{state.step}. The last had {self.stop_reason}."
             )
-        if self.state["skipped_samples"]:
+        if state.skipped_samples:
+            print0(f"{state.skipped_samples} times a clip was skipped; see {out}/skipped.jsonl")
+        if state.skipped_steps:
             print0(
-                f"{self.state['skipped_samples']} times a clip was skipped; see {out}/skipped.jsonl"
-            )
-        if self.state["skipped_steps"]:
-            print0(
-                f"{self.state['skipped_steps']} of {self.state['step']} steps changed nothing; the doctor says why."
+                f"{state.skipped_steps} of {state.step} steps changed nothing; the doctor says why."
             )
         if self.reached_max_steps:
             print0(
-                f"\ndone: {self.max_steps} steps. The model is {out}/latest, its numbers are in {out}/metrics.jsonl."
+                f"\ndone: {self.max_steps} steps. The model is {out}/latest, its numbers are in "
+                f"{out}/metrics.jsonl."
             )
             print0(
-                f"Is all well with it?  python -m tools.doctor {out}    Look at it:  python -m tools.report {out}"
+                f"Is all well with it?  python -m tools.doctor {out}    "
+                f"Look at it:  python -m tools.report {out}"
             )
         else:
             print0(
-                f"\nstopped and saved after step {self.state['step']} of {self.max_steps}. Continue with:"
+                f"\nstopped and saved after step {state.step} of {self.max_steps}. Continue with:"
             )
             print0(resume_command())
 
 
+def is_multiple(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps (0: never) is due after this one."""
+    return every > 0 and step % every == 0
+
+
 def resume_command() -> str:
-    """This command again, with --resume."""
+    """The command line that started this process, with --resume."""
     words = [word for word in sys.argv if word not in ("--resume", "--overwrite")] + ["--resume"]
-    local = os.environ.get("LOCAL_WORLD_SIZE")  # torchrun's
-    return shlex.join(
-        [*(["torchrun", f"--nproc_per_node={local}"] if local else ["python"]), *words]
-    )
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes else ["python"]
+    return shlex.join([*launcher, *words])
 
 
 class StopSignal:
-    """SIGTERM and Ctrl-C set a flag, and the loop ends after the step it is in, saved.  Schedulers and people send these.
+    """SIGTERM and Ctrl-C set a flag, and the loop ends after the current step, with a checkpoint.
 
-    A Ctrl-C after that ends the process at once.  A SIGTERM does not: torchrun turns a second Ctrl-C into one, and then
-    leaves the save in progress 30 seconds.
+    A second Ctrl-C ends the process at once.  A SIGTERM does not: torchrun turns a second Ctrl-C
+    into a SIGTERM, and then gives the save in progress 30 seconds.
     """
 
     def __init__(self):
-        self.asked = False
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, self._ask)
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
 
-    def _ask(self, kind, frame) -> None:
-        if not self.asked:
-            os.write(
-                2, b"\nstopping after this step, saved; Ctrl-C again ends at once, unsaved\n"
-            )  # print is unsafe here
-            signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            )  # Python's own would wait for a hanging collective
-        self.asked = True
+    def _receive(self, number, frame) -> None:
+        if not self.received:
+            # `print` is not safe in a signal handler.
+            os.write(2, b"\nstopping after this step, saved; Ctrl-C again ends at once, unsaved\n")
+            # Python's own handler would wait for a hanging collective.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self.received = True
+
+
+# ------------------------------------------------------------------------------------------------
+# Set-up
+# ------------------------------------------------------------------------------------------------
 
 
 def training_prompt_spec(args) -> PromptSpec:
-    """What the flags say of clips and questions."""
-    if args.drop_audio < 0 or args.drop_video < 0 or args.drop_audio + args.drop_video > 1:
+    """The PromptSpec that the flags describe.  Raises UserError."""
+    if args.mute < 0 or args.blank < 0 or args.mute + args.blank > 1:
         raise UserError(
-            "--drop_audio and --drop_video are shares of the prompts: 0 or more each, 1 or less together."
+            "--mute and --blank are shares of the prompts: 0 or more each, 1 or less together."
         )
-    if (args.drop_audio or args.drop_video) and args.modal != "video_audio":
-        raise UserError(
-            f"--modal {args.modal} with --drop_audio or --drop_video: nothing would be left; drop one flag."
-        )
+    for flag, share, other in (("mute", args.mute, "video"), ("blank", args.blank, "audio")):
+        if share and args.modal == other:
+            raise UserError(
+                f"--{flag} with --modal {other}: there is nothing to replace; drop one of the two."
+            )
     return PromptSpec(
-        args.modal,
-        args.prompt,
-        args.fit,
-        read_question(args.question),
-        read_choices(args.choices),
+        modal=args.modal,
+        prompt=args.prompt,
+        question=read_question(args.question),
+        choices=read_choices(args.choices),
         shuffle_choices=True,
         mute=args.mute,
         blank=args.blank,
-        drop_audio=args.drop_audio,
-        drop_video=args.drop_video,
         seed=args.seed,
     )
+
+
+def count_steps(args: TrainArgs, num_samples: int, per_step: int) -> int:
+    """--max_steps, or the steps that --epochs takes."""
+    steps = args.max_steps or math.ceil(args.epochs * num_samples / per_step)
+    if steps < 1:
+        raise UserError("there is no step to make: give --max_steps or --epochs above 0.")
+    return steps
+
+
+def load_model(args: TrainArgs, ranks: Ranks) -> tuple[HumanOmni, list[torch.nn.Parameter]]:
+    """-> the starting model, its trained parameters"""
+    model = HumanOmni.from_pretrained(
+        args.model,
+        towers=args.towers,
+        dtype=dtype_of(args.dtype, ranks.device),
+        device=ranks.device,
+        log=ranks.print0,
+    )
+    if COMPILE_LAYERS:
+        model.compile_layers()
+    model.checkpoint_layers = args.checkpoint_layers
+    trained = model.set_trained(args.train)
+    if not trained:
+        raise UserError("--train names no part of the model: there would be nothing to learn.")
+    return model, trained
+
+
+def open_cache(args: TrainArgs, model: HumanOmni) -> FeatureCache | None:
+    """The feature cache of --feature_cache, if any."""
+    if args.feature_cache is None:
+        return None
+    if {"vision", "audio"} & set(args.train):
+        raise UserError(
+            "--feature_cache with a trained tower: its features change with every step; "
+            "leave one of them out."
+        )
+    return FeatureCache(args.feature_cache, model.tower_fingerprints())
+
+
+def restore(
+    folder: RunFolder, model: HumanOmni, optimizer: MasterAdamW, args: TrainArgs, ranks: Ranks
+) -> RunState:
+    """Load the newest checkpoint if the run is resumed, and cut the logs back to it.  -> its state
+
+    Writes the weights of `model` and the state of `optimizer` in place.
+    """
+    newest = folder.newest() if args.resume else None
+    if newest is None:
+        if args.resume:
+            ranks.print0(
+                f"--resume: {folder.path} holds no checkpoint yet; starting at the first step"
+            )
+        folder.cut_logs({})
+        return RunState()
+
+    model.load_weights(newest)
+    # To the CPU first: Adam moves its moments and step counters to the device where it wants them.
+    on_gpu = ranks.device.type == "cuda"
+    saved = torch.load(newest / STATE, map_location="cpu", weights_only=True, mmap=on_gpu)
+    optimizer.load_state_dict(saved.pop("optimizer"))
+    logs = saved.pop("logs")
+    state = RunState(**saved)
+    ranks.print0(f"resuming after step {state.step} from {newest}")
+    folder.cut_logs(logs)
+    return state
 
 
 def set_up(
@@ -453,90 +531,67 @@ def set_up(
     ranks: Ranks,
     samples: list[Sample],
     per_step: int,
-    before_training=lambda model: None,
+    with_reference: bool = False,
 ) -> Run:
-    """Everything that is read before the first step: a fault in any of it ends the run here, in one sentence.
+    """Load data, model and optimizer, and resume if asked.  -> the Run
 
-    `per_step`: samples in a step, over all ranks.  `before_training(model)` sees the starting model, with its
-    trained parts chosen, before a resumed run overwrites its weights (the KL reference is taken there).
+    A fault in any of it is reported here, before the first step.  Sets args.dtype to what "auto"
+    means on this machine.  per_step: samples per step, over all ranks.  with_reference: keep a
+    frozen copy of the starting model for the KL, taken before a resumed run overwrites the weights.
     """
-    if args.seed < 0 or args.max_bad_steps < 1:
-        raise UserError("--seed must be 0 or more, --max_bad_steps 1 or more.")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more.")
     check_outputs(args, ranks)
-    view = training_prompt_spec(args)
+    spec = training_prompt_spec(args)
     check_labels(samples, args.data, args.allow_labels)
-    max_steps = args.max_steps or math.ceil(args.epochs * len(samples) / per_step)
-    if max_steps < 1:
-        raise UserError("there is no step to make: give --max_steps or --epochs above 0.")
-    where = {"vision_tower": args.vision_tower, "audio_tower": args.audio_tower, "bert": args.bert}
-    processor = Processor.from_pretrained(args.model, **where)
-    model = HumanOmni.from_pretrained(
-        args.model,
-        **where,
-        dtype=dtype_of(args.dtype, ranks.device),
-        device=ranks.device,
-        log=ranks.print0,
-    )
-    if args.compile:
-        model.compile_layers()
-    model.checkpoint_layers = args.checkpoint_layers
-    trained = model.set_trained(args.train)
-    if not trained:
-        raise UserError("--train names no part of the model: there would be nothing to learn.")
-    cache = None
-    if args.feature_cache:
-        if {"vision", "audio"} & set(args.train):
-            raise UserError(
-                "--feature_cache with a trained tower: its features change with every step; "
-                "leave one of them out."
-            )
-        cache = FeatureCache(args.feature_cache, model.tower_fingerprints())
-    args.dtype = str(model.dtype).removeprefix(
-        "torch."
-    )  # what "auto" came to: a run goes on in its dtype
-    folder = RunFolder(args, ranks, model.fingerprint())
-    before_training(model)
+    max_steps = count_steps(args, len(samples), per_step)
 
-    state = {
-        "step": 0,
-        "position": 0,
-        "skipped_samples": 0,
-        "skipped_steps": 0,
-        "bad_in_a_row": 0,
-        "logs": {},
-    }
-    optimizer = MasterAdamW(trained, args.lr, args.weight_decay)
-    newest = folder.newest() if args.resume else None
-    if newest:
-        model.load_weights(newest)
-        # To the CPU first: Adam takes its moments and step counters to the device where it wants them.
-        state = torch.load(
-            newest / STATE, map_location="cpu", weights_only=True, mmap=ranks.device.type == "cuda"
-        )
-        optimizer.load_state_dict(state.pop("optimizer"))
-        state.setdefault("position", state["step"] * per_step)  # before it was kept
-        ranks.print0(f"resuming after step {state['step']} from {newest}")
-    elif args.resume:
-        ranks.print0(f"--resume: {folder.path} holds no checkpoint yet; starting at the first step")
-    folder.cut_logs(state.pop("logs"))
+    processor = Processor.from_pretrained(args.model, towers=args.towers)
+    model, trained = load_model(args, ranks)
+    cache = open_cache(args, model)
+    args.dtype = str(model.dtype).removeprefix("torch.")  # a resumed run keeps what "auto" became
+    folder = RunFolder(args, ranks, model.fingerprint())
+    reference = frozen_reference(model) if with_reference else None
+    optimizer = MasterAdamW(trained, args.lr, WEIGHT_DECAY)
+    state = restore(folder, model, optimizer, args, ranks)
+
+    dataset = ClipDataset(samples, processor, spec, model.num_frames, cache)
+    steps = training_batches(
+        len(samples),
+        per_step,
+        state.position,
+        max_steps - state.step,
+        args.seed,
+        ranks.rank,
+        ranks.world,
+    )
+    stop_signal = StopSignal()
+    batches = iter(loader(dataset, steps, args.workers, pin=ranks.device.type == "cuda"))
+
     ranks.print0(
-        f"{len(samples)} samples, {max_steps} steps, {sum(p.numel() for p in trained) / 1e6:.2f} M trained "
-        f"parameters, {ranks.world} rank(s) on {ranks.device.type}"
+        f"{len(samples)} samples, {max_steps} steps, "
+        f"{sum(p.numel() for p in trained) / 1e6:.2f} M trained parameters, "
+        f"{ranks.world} rank(s) on {ranks.device.type}"
     )
     if per_step > len(samples):
         ranks.print0(
-            f"warning: a step takes {per_step} samples and {args.data} has {len(samples)}: some come up twice in it"
+            f"warning: a step takes {per_step} samples and {args.data} has {len(samples)}: "
+            "some come up twice in it"
         )
     return Run(
-        folder,
-        samples,
-        per_step,
-        processor,
-        model,
-        view,
-        cache,
-        optimizer,
-        state,
-        max_steps,
-        StopSignal(),
+        args=args,
+        ranks=ranks,
+        folder=folder,
+        processor=processor,
+        model=model,
+        reference=reference,
+        spec=spec,
+        cache=cache,
+        optimizer=optimizer,
+        state=state,
+        batches=batches,
+        samples=samples,
+        per_step=per_step,
+        max_steps=max_steps,
+        signal=stop_signal,
     )

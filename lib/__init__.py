@@ -1,1 +1,1 @@
-"""What the scripts on top need and a student need not open."""
+"""Support code for the scripts in the root folder, which can be read without opening it."""

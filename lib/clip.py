@@ -1,25 +1,34 @@
-"""What reading a clip gives.  Reading itself is in lib/media.py, which needs FFmpeg; this does not."""
+"""The result of reading a clip. The code that reads is in lib/media.py.
+
+lib/media.py needs FFmpeg; this file does not.
+"""
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 
-SAMPLE_RATE = 16_000
-SILENCE = np.zeros(10 * SAMPLE_RATE, np.float32)  # what the reference hears where there is no sound
+SAMPLE_RATE = 16_000  # Hz
 
-Modal = Literal["video_audio", "video", "audio"]  # what of a clip is wanted
+# The reference code uses 10 s of zeros for a clip without sound.
+SILENCE = np.zeros(10 * SAMPLE_RATE, np.float32)
 
 
 class ClipError(Exception):
-    """A clip that cannot be used; the message names the file and the reason."""
+    """A clip cannot be used. The message names the file and the reason."""
 
 
 @dataclasses.dataclass
 class Clip:
-    frames: (
-        np.ndarray
-    )  # uint8 (F, H, W, 3); (0, 0, 0, 3) if there is no video or none was asked for
-    audio: np.ndarray  # float32 (n,) at 16 kHz mono; 10 s of zeros if there is none
+    """The decoded frames and samples of one clip."""
+
+    # uint8 (F, H, W, 3). Shape (0, 0, 0, 3) if the clip has no video or none was requested.
+    frames: np.ndarray
+
+    # float32 (n,) at 16 kHz, mono. 10 s of zeros if the clip has no sound or none was requested.
+    audio: np.ndarray
+
+    # False if `audio` is the substituted silence.
     has_audio: bool
-    notes: list[str]  # what was wrong with it, if anything: silent, degraded, another stream taken
+
+    # Problems with the clip: silent, degraded, another stream taken. Empty if there are none.
+    notes: list[str]

@@ -1,12 +1,14 @@
-"""What every script needs and no student should have to read twice.
+"""What every script needs and no part of the lesson: arguments, processes, files.
 
-Arguments from a dataclass, the process group, files that are never half written.  No learning in here.
+The arguments come from a dataclass; torchrun's processes join in a group; files are never left half
+written.
 """
 
 import argparse
 import ast
 import dataclasses
 import datetime
+import difflib
 import inspect
 import io
 import json
@@ -24,37 +26,56 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-# Placeholders in a prompt's ids: the clip's video tokens, its audio tokens, padding.  They are
-# outside every vocabulary, so no text can forge them.
-VIDEO, AUDIO, PAD = -201, -202, -100
-
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the file, flag or row and what to do."""
+    """Something that the user can fix.
+
+    The message is one sentence that names the file, flag or row and says what to do.
+    """
 
 
 # ------------------------------------------------------------------------------------------------
-# Arguments: one dataclass a script.  Its fields are the flags, its comments are the help.
+# Arguments: one dataclass per script.  Its fields are the flags, its comments are the help.
 # ------------------------------------------------------------------------------------------------
+
+
+def list_of(*words: str):
+    """The default of a flag that takes several words."""
+    return dataclasses.field(default_factory=lambda: list(words))
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """A line of a flag's comment is a line of its help, wrapped where it is too long."""
+    """Each line of a flag's comment is a line of its help, wrapped if it is too long."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        return [
-            piece
-            for line in text.split("\n")
-            for piece in super(Help, self)._split_lines(line, width)
-        ]
+        lines = []
+        for line in text.split("\n"):
+            lines += super()._split_lines(line, width)
+        return lines
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that suggests a similar flag for an unknown one."""
+
+    def parse_args(self, argv: list[str] | None = None):
+        # Before parsing: otherwise a misspelt required flag would be reported as missing.
+        for word in sys.argv[1:] if argv is None else argv:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                similar = difflib.get_close_matches(flag, self._option_string_actions, 1)
+                hint = f"; did you mean {similar[0]}?" if similar else ""
+                self.error(f"unrecognized arguments: {flag}{hint}")
+        return super().parse_args(argv)
 
 
 def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
-    """field of a dataclass -> its help, and -> the group that it is in.  A field that is redefined stays in its group.
+    """Help and group of each field of a dataclass, from the comments in its source.
 
-    # -- optimiser                      starts a group
-    lr: float = 1e-6                    # peak learning rate
-        # and more lines of the same help
+        # -- optimizer                  starts a group
+        lr: float = 1e-6  # peak learning rate
+        # more lines of the same help
+
+    A field that is redefined in a subclass stays in its group.
     """
     helps, groups = {}, {}
     for base in reversed(cls.__mro__[:-1]):
@@ -89,75 +110,83 @@ def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
 def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
     """Command line -> an instance of the dataclass `cls`.  Unknown flags are an error (exit 2).
 
-    Every field is a flag of the same name; `x: int = 3  # help` gives its type, default and help (see read_comments).
-    A bool is a switch, a list takes several words, a Literal is a choice.
+    Every field is a flag of the same name; `x: int = 3  # help` gives its type, default and help
+    (see `read_comments`).  A bool is a switch, a list takes several words, a Literal is a choice.
     """
     helps, groups = read_comments(cls)
-    doc = sys.modules[cls.__module__].__doc__
-    spec = sys.modules["__main__"].__spec__  # of a program that was started by `python -m`
-    if prog is None and spec and cls.__module__ == "__main__":
-        prog = f"python -m {spec.name.removesuffix('.__main__')}"
-    parser = argparse.ArgumentParser(
-        prog=prog, description=doc, formatter_class=Help, allow_abbrev=False
+    main_spec = sys.modules["__main__"].__spec__  # of a program that was started by `python -m`
+    if prog is None and main_spec and cls.__module__ == "__main__":
+        prog = f"python -m {main_spec.name.removesuffix('.__main__')}"
+    parser = Parser(
+        prog=prog,
+        description=sys.modules[cls.__module__].__doc__,
+        formatter_class=Help,
+        allow_abbrev=False,
     )
-    sections = {
-        g: parser.add_argument_group(g) if g else parser for g in dict.fromkeys(groups.values())
-    }
+    sections = {"": parser}
+    for group in groups.values():
+        if group not in sections:
+            sections[group] = parser.add_argument_group(group)
+
     fields = dataclasses.fields(cls)
     for field in fields:
-        told = helps[field.name]
-        options: dict = {}
-        kind = (
-            next((a for a in typing.get_args(field.type) if a is not type(None)), field.type)
-            if type(None) in typing.get_args(field.type)
-            else field.type
-        )  # `int | None` -> int
-        default = (
-            field.default
-            if field.default_factory is dataclasses.MISSING
-            else field.default_factory()
-        )
-        if kind is bool:
-            options["action"] = "store_true"
-        elif typing.get_origin(kind) is list:
-            options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
-        elif typing.get_origin(kind) is typing.Literal:
-            options |= {"choices": typing.get_args(kind)}
-        else:
-            options["type"] = kind
-        if default is dataclasses.MISSING:
-            options["required"] = True
-        else:
-            options["default"] = default
-            # Shown, but not where there is none, nor a 0 of which the help says what it means ("; 0: off").
-            if (
-                kind is not bool
-                and default not in (None, "", [])
-                and not (default == 0 and re.search(r"\b0: ", told))
-            ):
-                shown = " ".join(map(str, default)) if isinstance(default, list) else default
-                told = re.sub(
-                    "$", f" ({shown})", told, count=1, flags=re.MULTILINE
-                )  # after its first line
-        sections[groups[field.name]].add_argument(
-            f"--{field.name}", help=told.replace("%", "%%"), **options
-        )
-    if len(fields) > 12:  # sixty flags in a row would hide the error below them
-        needed = "".join(
-            f" --{f.name} {f.name.upper()}" for f in fields if f.default is f.default_factory
-        )
-        parser.usage = f"%(prog)s [-h]{needed} [--flag value ...]"
+        options = flag_options(field, helps[field.name])
+        sections[groups[field.name]].add_argument(f"--{field.name}", **options)
+    if len(fields) > 12:  # a usage line of fifty flags would hide the error below it
+        required = [field.name for field in fields if is_required(field)]
+        words = "".join(f" --{name} {name.upper()}" for name in required)
+        parser.usage = f"%(prog)s [-h]{words} [--flag value ...]"
     return cls(**vars(parser.parse_args(argv)))
 
 
+def is_required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def flag_options(field: dataclasses.Field, text: str) -> dict:
+    """The options of `add_argument` for a field of a dataclass.  text: its help"""
+    kind = field.type
+    if type(None) in typing.get_args(kind):  # `int | None` -> int
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+
+    options: dict = {}
+    if kind is bool:
+        options["action"] = "store_true"
+    elif typing.get_origin(kind) is list:
+        options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
+    elif typing.get_origin(kind) is typing.Literal:
+        options["choices"] = typing.get_args(kind)
+    else:
+        options["type"] = kind
+
+    if is_required(field):
+        options["required"] = True
+    else:
+        default = field.default
+        if default is dataclasses.MISSING:
+            default = field.default_factory()
+        options["default"] = default
+        # A 0 is not shown if the help explains it ("; 0: off").
+        explained = default == 0 and re.search(r"\b0: ", text)
+        if kind is not bool and default not in (None, "", []) and not explained:
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            first, *more = text.split("\n")
+            text = "\n".join([f"{first} ({shown})", *more])
+    options["help"] = text.replace("%", "%%")
+    return options
+
+
 OUT_OF_MEMORY = (
-    "out of GPU memory: lower --tokens_per_micro_batch (or --micro_batch), --num_generations or "
-    "--max_new_tokens."
+    "out of GPU memory: lower --micro_batch, --num_generations or --max_new_tokens, or give "
+    "--checkpoint_layers."
 )
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Also where a later error hides it: the capture of a graph ends with its own, and cuBLAS has words of its own."""
+    """Whether the device ran out of memory.
+
+    A later error may hide it: the capture of a graph ends with its own.  cuBLAS has its own words.
+    """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
             return True
@@ -166,16 +195,17 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def run_main(main, args_cls, prog: str | None = None, first: str | None = None) -> None:
-    """Run a script's `main(args)`.  What the user can mend ends in one sentence, not in a traceback.
+    """Run a script's `main(args)`.  A UserError ends it in one sentence, not in a traceback.
 
-    `first`: the flag that words in front of all flags belong to, `python -m tools.rescore RUN --last 20`.
+    `first`: the flag of words that stand before all flags, as in
+    `python -m tools.rescore RUN --last 20`.
     """
     if first and sys.argv[1:] and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, f"--{first}")
     try:
         main(parse_args(args_cls, prog=prog))
         sys.stdout.flush()
-    except BrokenPipeError:  # `... | head`: nobody reads on.  As the shell has it, without words
+    except BrokenPipeError:  # `... | head` has closed its end: exit silently, as the shell would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os._exit(141) if dist.is_initialized() else sys.exit(141)
     except Exception as error:
@@ -183,8 +213,8 @@ def run_main(main, args_cls, prog: str | None = None, first: str | None = None) 
             raise
         # Plain text and exit 1 on this rank; torchrun then ends the others.
         who = f" (rank {dist.get_rank()})" if dist.is_initialized() else ""
-        told = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
-        print(f"error{who}: {printable(told)}", file=sys.stderr, flush=True)
+        message = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
+        print(f"error{who}: {printable(message)}", file=sys.stderr, flush=True)
         os._exit(1) if dist.is_initialized() else sys.exit(1)
     # Not after another error: leaving the group would wait for ranks that wait for this one.
     if dist.is_initialized():
@@ -192,10 +222,11 @@ def run_main(main, args_cls, prog: str | None = None, first: str | None = None) 
 
 
 # ------------------------------------------------------------------------------------------------
-# Processes: the same script under plain python (one rank) and under torchrun (any number)
+# Processes: the same script runs under python (one rank) and under torchrun (any number)
 # ------------------------------------------------------------------------------------------------
 
-# How long a rank waits for the others.  NCCL's own 10 minutes end a run whose first rank is still saving to a slow disk.
+# How long a rank waits for the others.  NCCL's own 10 minutes would end a run whose rank 0 is still
+# saving to a slow disk.
 PATIENCE = datetime.timedelta(minutes=30)
 
 
@@ -262,27 +293,28 @@ def set_up_cuda(device: torch.device) -> None:
     """This process's GPU, and the settings under which it computes what a CPU computes."""
     torch.cuda.set_device(device)
     use_expandable_segments(device)
-    # From torch 2.11 on cuDNN is asked first on Hopper.  With a mask its gradients can be NaN (pytorch issue 196678),
-    # and it plans half a second for every new shape, of which we have one a micro-batch.
+    # From torch 2.11 on, cuDNN is the first choice on Hopper.  With a mask its gradients can be NaN
+    # (pytorch issue 196678), and it plans for half a second at every new shape; each micro-batch
+    # has a new one.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
-        False  # partial sums stay in fp32
-    )
-    # fp32 is fp32 in convolutions too: by default their factors are rounded to 10 bits, which moves a gradient's norm by
-    # 3e-3.  Products of matrices are exact already, torch's default.
+    # Partial sums stay in fp32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # Convolutions in fp32, too: by default their factors are rounded to 10 bits, which moves a
+    # gradient's norm by 3e-3.  Matrix products are exact by torch's default.
     torch.backends.cudnn.allow_tf32 = False
 
 
 def use_expandable_segments(device: torch.device) -> None:
-    """Let the allocator's segments grow: micro-batches differ in length, and fixed segments leave holes between them.
+    """Let the allocator's segments grow.
 
-    A user's own setting wins.  Where the driver refuses such memory (WSL2: pytorch issue 192330), segments stay fixed.
+    Micro-batches differ in length, and fixed segments leave holes between them.  A user's own
+    setting wins.  If the driver refuses such memory (WSL2: pytorch issue 192330), segments stay
+    fixed.
     """
     if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         return
-    os.environ["PYTORCH_ALLOC_CONF"] = (
-        "expandable_segments:True"  # read at the first allocation, which is this:
-    )
+    # It is read at the first allocation, which follows.
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     try:
         torch.empty(1, device=device)
     except RuntimeError:
@@ -291,12 +323,13 @@ def use_expandable_segments(device: torch.device) -> None:
 
 
 def fresh_store() -> dist.Store:
-    """The store in which ranks find each other's addresses, without what an earlier attempt left in it.
+    """The store in which ranks find each other's addresses, without those of an earlier attempt.
 
-    torchrun --max_restarts (torch 2.13) keeps one store for all attempts, so that a restarted rank could read the
-    address of one that is dead, and be refused or wait for ever.  Here rank 0 draws a name under which this attempt's
-    keys go.  The others must not take a dead rank 0's name for it: each deletes what is there and waits for the next,
-    and rank 0 repeats itself until all have it.
+    torchrun --max_restarts (torch 2.13) keeps one store for all attempts.  So a restarted rank
+    could read the address of a dead one, and be refused or wait for ever.  Here rank 0 draws a name
+    under which this attempt's keys are stored.  The other ranks must not mistake a dead rank 0's
+    name for it: each deletes the name that it finds and waits for the next one, and rank 0 repeats
+    its name until all have it.
     """
     store, rank, world = next(dist.rendezvous("env://"))
     if rank == 0:
@@ -313,30 +346,36 @@ def fresh_store() -> dist.Store:
 
 
 def printable(text: str) -> str:
-    """For the terminal: a file's name or a sampled text may hold control characters that would steer it."""
+    """Escape control characters: a file's name or a sampled text could steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:
-    """Of the working weights.  auto: bfloat16 on a GPU (eight times as fast there), float32 on a CPU (faster there)."""
+    """The dtype of the working weights.
+
+    auto: bfloat16 on a GPU (eight times as fast there), float32 on a CPU (faster there).
+    """
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
-def block(index: list[int]) -> slice | list[int]:
-    """[3, 4, 5] -> slice(3, 6).  A list has to be sent to a GPU, and the host waits for that; a slice does not."""
-    neighbours = bool(index) and index == list(range(index[0], index[-1] + 1))
-    return slice(index[0], index[-1] + 1) if neighbours else index
+def as_slice(index: list[int]) -> slice | list[int]:
+    """[3, 4, 5] -> slice(3, 6), if the numbers are consecutive.
+
+    A list has to be sent to a GPU, for which the host waits; a slice does not.
+    """
+    consecutive = bool(index) and index == list(range(index[0], index[-1] + 1))
+    return slice(index[0], index[-1] + 1) if consecutive else index
 
 
 # ------------------------------------------------------------------------------------------------
-# Files: written beside and renamed, so a reader sees the old one or the new one, never a half
+# Files are written beside their place and renamed: a reader sees the old one or the new one
 # ------------------------------------------------------------------------------------------------
 
 
 def sync(what) -> None:
-    """Force an open file, or the file or folder of that path, to the disk: it survives a loss of power."""
+    """Write an open file, or the file or folder of a path, to the disk, against a power failure."""
     if not isinstance(what, (str, Path)):
         what.flush()
         os.fsync(what.fileno())
@@ -349,19 +388,20 @@ def sync(what) -> None:
 
 
 def check_writable(path, folder_flag: str = "") -> None:
-    """Before the work: can a file be written there, its folders made where they lack?  Leaves nothing; raises UserError.
+    """Check before the work that a file, and missing folders above it, can be written.
 
-    `folder_flag`: the flag that names `path`, where that is a folder to be filled.
+    Leaves nothing behind; raises UserError.  `folder_flag`: the flag that names `path`, if that is
+    a folder to be filled.
     """
     path = Path(path).absolute()
     try:
-        if path.exists() and not (path.is_dir() if folder_flag else path.is_file()):
-            raise OSError(
-                None, "it is no folder" if folder_flag else "it is a folder or a device, not a file"
-            )
-        tempfile.TemporaryFile(
-            dir=next(p for p in (path, *path.parents)[not folder_flag :] if os.path.lexists(p))
-        ).close()
+        if folder_flag and path.exists() and not path.is_dir():
+            raise OSError(None, "it is no folder")
+        if not folder_flag and path.exists() and not path.is_file():
+            raise OSError(None, "it is a folder or a device, not a file")
+        places = [path, *path.parents] if folder_flag else path.parents
+        existing = next(place for place in places if os.path.lexists(place))
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         what = f"give {folder_flag} a folder" if folder_flag else "name a file in a folder"
         raise UserError(

@@ -1,7 +1,7 @@
-"""torch.compile as this repository uses it.
+"""torch.compile with the settings of this repository.
 
-`compiled` wraps a function once per process, and prints a warning when the function reaches its limit
-of graphs.
+`compiled` wraps a function once per process, and prints a warning when the function reaches its
+limit of graphs.
 """
 
 import functools
@@ -10,23 +10,25 @@ import sys
 
 import torch
 
-# Graphs per function.  torch's own limit is 8.  Where the numbers of prompts, completions and tokens
-# vary, a decode step without kernels of its own needs up to 12 (tests/commands/test_compiled.py).
+# Number of graphs that torch.compile may build for one function; torch's own limit is 8. Where the
+# numbers of prompts, completions and tokens vary, a decode step without the fused kernels needs up
+# to 12 (tests/commands/test_compiled.py).
 RECOMPILE_LIMIT = 64
 
 
 class RecompileLimitNotice(logging.Handler):
-    """Follows torch's log record about the limit by a sentence on what it means and what to do."""
+    """Follow torch's log record about the limit with a warning: what it means, and what to do."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "config.recompile_limit" in record.getMessage():
-            print(
-                f"warning: torch.compile has compiled one function {RECOMPILE_LIMIT} times and will not compile it again: "
-                "new shapes run uncompiled and slower. Set TORCH_LOGS=recompiles to see why, or raise RECOMPILE_LIMIT "
-                "in lib/compiler.py.",
-                file=sys.stderr,
-                flush=True,
-            )
+        if "config.recompile_limit" not in record.getMessage():
+            return
+        print(
+            f"warning: torch.compile has compiled one function {RECOMPILE_LIMIT} times and will "
+            "not compile it again: new shapes run uncompiled and slower. Set TORCH_LOGS=recompiles "
+            "to see why, or raise RECOMPILE_LIMIT in lib/compiler.py.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 logging.getLogger("torch._dynamo.convert_frame").addHandler(RecompileLimitNotice())
@@ -34,10 +36,11 @@ logging.getLogger("torch._dynamo.convert_frame").addHandler(RecompileLimitNotice
 
 @functools.cache
 def compiled(function):
-    """`function` through torch.compile, once per process.
+    """Return `function` compiled by torch.compile, once per process.
 
-    Functions are compiled, never a model's own methods: a bound method that sits in a module is not
-    copied with the module, and a copy of the model would compute with the weights of the original.
+    Only plain functions are compiled, never the bound methods of a model. A bound method that is
+    stored in a module is not copied with the module, so a copy of the model would compute with the
+    weights of the original.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(function)

@@ -1,4 +1,4 @@
-"""What the frozen towers make of a clip, kept on disk for later epochs and other runs."""
+"""A cache on disk for the outputs of the frozen towers, for later epochs and other runs."""
 
 import hashlib
 import os
@@ -10,40 +10,51 @@ from safetensors.torch import load_file, save
 
 
 class FeatureCache:
-    """What the frozen towers make of a clip, on disk, for later epochs and other runs.
+    """The outputs of the frozen towers on disk, for later epochs and other runs.
 
-    One small safetensors file per clip and modality (for the full-size towers 2.4 MB of vision and 1.3 MB of audio in bf16,
-    twice that in fp32).  The towers run clip by clip, so an entry is to the bit what they would give again.  The name is a hash of the file's path, size and time, the preprocessing, the working dtype
-    and the tower's weights: whatever changes, the old entry is simply not found.  Written beside and renamed, so several
-    processes may share a folder.
+    The cache stores one small safetensors file per clip and modality. For the full-size towers a
+    file takes 2.4 MB (vision) or 1.3 MB (audio) in bf16, and twice that in fp32. The towers run on
+    each clip separately, so an entry equals, bit for bit, what the towers would compute again.
+
+    The name of a file is a hash of the clip's path, size and modification time, the preprocessing,
+    the working dtype and the weights of the tower. If any of them changes, the old entry is not
+    found. A file is written under a temporary name and then renamed, so several processes may share
+    a folder.
     """
 
     def __init__(self, folder: str, towers: dict[str, str], max_gb: float = 200.0):
+        """Open a cache in `folder`, created if necessary, that stops writing at `max_gb` GiB.
+
+        towers: a fingerprint of the tower for each modality, {"video": ..., "audio": ...}.
+        """
         self.folder, self.towers = Path(folder), towers
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.left = max_gb * 2**30 - sum(
-            f.stat().st_size for f in self.folder.glob("*/*.safetensors")
-        )
+        used_bytes = sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
+        self.free_bytes = max_gb * 2**30 - used_bytes
 
     def _file(self, key: str) -> Path:
-        name = hashlib.sha256(f"{self.towers[key.split()[0]]} {key}".encode()).hexdigest()
+        """Return the path of an entry. The first word of `key` is the modality."""
+        modality = key.split()[0]
+        name = hashlib.sha256(f"{self.towers[modality]} {key}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def get(self, key: str) -> torch.Tensor | None:
+        """Return the features stored under `key`, or None if there are none or `key` is ""."""
         if not key:
             return None
         try:
             return load_file(self._file(key))["x"]
-        except (OSError, SafetensorError):  # not there, or not readable: made again
+        except (OSError, SafetensorError):  # missing or unreadable: the caller computes it again
             return None
 
     def put(self, key: str, x: torch.Tensor) -> None:
-        if not key or self.left <= 0:
+        """Store the features `x` under `key`, unless the cache is full or `key` is ""."""
+        if not key or self.free_bytes <= 0:
             return
         file = self._file(key)
         file.parent.mkdir(exist_ok=True)
-        beside = file.with_suffix(f".tmp{os.getpid()}")
-        # Not save_file: its files can be read by their owner alone, and a cache is shared.
-        beside.write_bytes(save({"x": x.cpu().contiguous()}))
-        self.left -= beside.stat().st_size
-        os.replace(beside, file)
+        temporary = file.with_suffix(f".tmp{os.getpid()}")
+        # save_file is not used: only the owner could read its files, and a cache is shared.
+        temporary.write_bytes(save({"x": x.cpu().contiguous()}))
+        self.free_bytes -= temporary.stat().st_size
+        os.replace(temporary, file)

@@ -1,6 +1,6 @@
-"""Numbers of a step: clocks, meters, and the rows that they become.  docs/metrics.md explains each name.
+"""Numbers of a step: timer, meter, and the rows that they become.  docs/metrics.md explains each.
 
-Legend   B prompts on this rank   G completions per prompt   r (B, G) rewards
+Legend   B prompts on this rank   G completions per prompt   T completion length
 """
 
 import resource
@@ -12,16 +12,18 @@ from lib.common import printable
 
 
 class Timer:
-    """Seconds per named part.  On a GPU, work is queued: a lap waits for it, or it would be booked on the next."""
+    """Seconds per named part of a step."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        if (
-            torch.cuda.is_initialized()
-        ):  # not is_available: a run with --device cpu leaves the GPU alone
+        """Add the time since the last lap to `name`.
+
+        Work on a GPU is queued, so a lap waits for it: otherwise the next lap would count it.
+        """
+        if torch.cuda.is_initialized():  # is_available is also true for a run on the CPU
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
@@ -29,14 +31,15 @@ class Timer:
 
 
 class Meter:
-    """Numbers of one step, joined over micro-batches and ranks: weighted means, totals, maxima and minima.
+    """Numbers of one step, joined over micro-batches and ranks: weighted means, sums, extremes.
 
-    A number may be a tensor of one element on any device.  It stays there until `totals` fetches all of them at once:
-    float() of each would make the host wait for a GPU dozens of times a micro-batch.
+    A number may be a scalar tensor.  It stays on its device until `totals` fetches all of them at
+    once: with float() of each, the host would wait for a GPU dozens of times per
+    micro-batch.
     """
 
     def __init__(self):
-        self.records: list[tuple] = []  # (name, kind, value, weight), as they came
+        self.records: list[tuple] = []  # (name, how to join, value, weight), in order of arrival
 
     def mean(self, name: str, value, weight) -> None:
         self.records.append((name, "mean", value, weight))
@@ -51,152 +54,174 @@ class Meter:
         self.records.append((name, "min", value, 1.0))
 
     def totals(self) -> dict[str, tuple[str, float, float]]:
-        """name -> (kind, value, weight) in plain numbers; the value of a mean is the weighted sum."""
-        tensors = [
-            x.detach().double()
-            for *_, value, weight in self.records
-            for x in (value, weight)
-            if torch.is_tensor(x)
-        ]
-        fetched = iter(torch.stack(tensors).tolist() if tensors else ())
-        plain = lambda x: next(fetched) if torch.is_tensor(x) else x
-        notes = [
-            (name, kind, plain(value), plain(weight)) for name, kind, value, weight in self.records
-        ]
-        return fold(
-            (name, kind, value * weight if kind == "mean" else value, weight)
-            for name, kind, value, weight in notes
-        )
+        """name -> (how, value, weight) as plain numbers; the value of a mean is the weighted sum"""
+        tensors = [x for record in self.records for x in record[2:] if torch.is_tensor(x)]
+        numbers = torch.stack([x.detach().double() for x in tensors]).tolist() if tensors else []
+        fetched = iter(numbers)
+
+        def plain(x) -> float:
+            return next(fetched) if torch.is_tensor(x) else x
+
+        records = []
+        for name, how, value, weight in self.records:
+            value, weight = plain(value), plain(weight)
+            records.append((name, how, value * weight if how == "mean" else value, weight))
+        return join_records(records)
 
     @staticmethod
     def join(ranks: list[dict]) -> dict[str, float]:
-        """Every rank's entries -> one value each.  A rank without prompts has fewer names and adds nothing."""
-        joined = fold((name, *entry) for entries in ranks for name, entry in entries.items())
-        return {
-            name: value / weight if kind == "mean" and weight else value
-            for name, (kind, value, weight) in joined.items()
-        }
+        """Join every rank's totals.  -> name -> value
+
+        A rank without prompts has fewer names and adds nothing.
+        """
+        records = [(name, *total) for totals in ranks for name, total in totals.items()]
+        joined = {}
+        for name, (how, value, weight) in join_records(records).items():
+            joined[name] = value / weight if how == "mean" and weight else value
+        return joined
 
 
-def fold(notes) -> dict[str, tuple[str, float, float]]:
-    """(name, kind, value, weight) ... -> what all of one name say together."""
-    entries: dict[str, tuple[str, float, float]] = {}
-    for name, kind, value, weight in notes:
-        if name in entries:
-            _, before, weight_before = entries[name]
-            value = (
-                max(before, value)
-                if kind == "max"
-                else min(before, value)
-                if kind == "min"
-                else before + value
-            )
-            weight += weight_before
-        entries[name] = (kind, value, weight)
-    return entries
+def join_records(records: list[tuple]) -> dict[str, tuple[str, float, float]]:
+    """(name, how, value, weight) ... -> the joined value and the summed weight of each name"""
+    joined: dict[str, tuple[str, float, float]] = {}
+    for name, how, value, weight in records:
+        if name in joined:
+            _, other, other_weight = joined[name]
+            if how == "max":
+                value = max(other, value)
+            elif how == "min":
+                value = min(other, value)
+            else:
+                value = other + value
+            weight += other_weight
+        joined[name] = (how, value, weight)
+    return joined
 
 
-def measure(meter: Meter, rollout, r: torch.Tensor) -> None:
-    """What the rollout looks like, into the meter.  r (B, G): the total rewards."""
-    B, G = r.shape
-    for name, part in rollout.rewards.items():
-        meter.mean(f"rewards/{name}/mean", part.mean(), B)
-        meter.mean(f"rewards/{name}/std", part.std(1).mean(), B)
-    meter.mean("reward", r.mean(), B)
-    meter.mean("reward_std", r.std(1).mean(), B)
-    dead = r.amax(1) == r.amin(1)  # (B,)
-    first = next(iter(rollout.rewards.values()))  # (B, G), accuracy if nothing else was asked for
-    right, wrong = first.amin(1) > 0, first.amax(1) <= 0  # (B,)
-    meter.mean("frac_reward_zero_std", dead.float().mean(), B)
-    meter.mean("frac_reward_zero_std/all_right", (dead & right).float().mean(), B)
-    meter.mean("frac_reward_zero_std/all_wrong", (dead & wrong).float().mean(), B)
+def measure_rollout(meter: Meter, rollout) -> None:
+    """Add the numbers of a rollout to the meter.  An empty one adds nothing."""
+    B = len(rollout)
+    if B == 0:
+        return
+    for name, values in rollout.rewards.items():
+        meter.mean(f"rewards/{name}/mean", values.mean(), B)
+        meter.mean(f"rewards/{name}/std", values.std(1).mean(), B)
+    total = rollout.total_rewards  # (B, G)
+    meter.mean("reward", total.mean(), B)
+    meter.mean("reward_std", total.std(1).mean(), B)
+
+    # Zero-variance groups, and whether the first reward, which should be accuracy, is above 0.
+    zero_variance = total.amax(1) == total.amin(1)  # (B,)
+    first = next(iter(rollout.rewards.values()))  # (B, G)
+    all_right, all_wrong = first.amin(1) > 0, first.amax(1) <= 0  # (B,)
+    meter.mean("frac_reward_zero_std", zero_variance.float().mean(), B)
+    meter.mean("frac_reward_zero_std/all_right", (zero_variance & all_right).float().mean(), B)
+    meter.mean("frac_reward_zero_std/all_wrong", (zero_variance & all_wrong).float().mean(), B)
+
     lengths = rollout.lengths.float()
     meter.mean("completions/mean_length", lengths.mean(), B)
     meter.min("completions/min_length", lengths.min())
     meter.max("completions/max_length", lengths.max())
     meter.mean("completions/clipped_ratio", (~rollout.finished).float().mean(), B)
-    meter.mean("unique_completions", sum(len(set(group)) for group in rollout.texts) / (B * G), B)
+    unique = sum(len(set(group)) for group in rollout.texts)
+    meter.mean("unique_completions", unique / rollout.lengths.numel(), B)
     meter.sum("num_tokens", rollout.lengths.sum())
 
 
-def rollout_rows(batch, rollout, step: int, piece=None) -> list[dict]:
+def rollout_rows(batch, rollout, step: int, decode=None) -> list[dict]:
     """Every completion of this rank as a row of rollouts.jsonl.
 
-    With `piece` (id -> its text) a row has "tokens": [piece, log-prob when it was sampled, k3 to the reference or None,
-    ratio of the last pass] for each sampled token, the end token included.
+    With `decode` (ids -> text) a row has "tokens": [text, log-prob when it was sampled, k3 to the
+    reference (of that log-prob) or None] for each sampled token, the end token included.
     """
-    if rollout is None:
-        return []
-    # Whole tensors to lists: a number at a time, a GPU would be waited for thousands of times.
-    A, lengths, finished = (
-        rollout.advantages.tolist(),
-        rollout.lengths.tolist(),
-        rollout.finished.tolist(),
-    )
-    parts = {name: r.tolist() for name, r in rollout.rewards.items()}
-    rows = [
-        {
-            "step": step,
-            "clip": sample.id,
-            "prompt": batch.asked[b],
-            "answer": sample.answer,
-            "completion": g,
-            "text": text,
-            "rewards": {name: r[b][g] for name, r in parts.items()},
-            "advantage": round(A[b][g], 6),
-            "length": lengths[b][g],
-            "finished": finished[b][g],
-        }
-        for b, sample in enumerate(batch.samples)
-        for g, text in enumerate(rollout.texts[b])
-    ]
-    if piece:
-        x = None if rollout.ref_logps is None else rollout.ref_logps - rollout.logps  # (B, G, T)
-        listed = lambda tensor: tensor.flatten(0, 1).tolist()  # B G lists of T
-        kls = [None] * len(rows) if x is None else listed(x.expm1() - x)
-        columns = listed(rollout.completions), listed(rollout.logps), kls, listed(rollout.ratio)
-        for row, ids, logps, kl, ratio in zip(rows, *columns):
-            row["tokens"] = [
-                [piece([ids[t]]), round(logps[t], 4), kl and round(kl[t], 4), round(ratio[t], 4)]
-                for t in range(row["length"])
-            ]
+    # Whole tensors to lists: fetching a number at a time, the host would wait for a GPU each time.
+    advantages = rollout.advantages.tolist()
+    lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
+    rewards = {name: values.tolist() for name, values in rollout.rewards.items()}
+    rows = []
+    for b, sample in enumerate(batch.samples):
+        for g, text in enumerate(rollout.texts[b]):
+            rows.append(
+                {
+                    "step": step,
+                    "clip": sample.id,
+                    "prompt": batch.questions[b],
+                    "answer": sample.answer,
+                    "completion": g,
+                    "text": text,
+                    "rewards": {name: values[b][g] for name, values in rewards.items()},
+                    "advantage": round(advantages[b][g], 6),
+                    "length": lengths[b][g],
+                    "finished": finished[b][g],
+                }
+            )
+    if decode:
+        add_tokens(rows, rollout, decode)
     return rows
 
 
-def good_and_bad(rows: list[dict], step: int) -> str:
-    """Two completions of one clip for the terminal: the best and the worst of the group that differs most."""
+def add_tokens(rows: list[dict], rollout, decode) -> None:
+    """Add "tokens" to the rows; see `rollout_rows`."""
+    completions = rollout.completions.flatten(0, 1).tolist()  # B G lists of T
+    logps = rollout.logps.flatten(0, 1).tolist()
+    k3 = None
+    if rollout.ref_logps is not None:
+        x = rollout.ref_logps - rollout.logps  # (B, G, T)
+        k3 = (x.expm1() - x).flatten(0, 1).tolist()
+    for i, row in enumerate(rows):
+        row["tokens"] = [
+            [
+                decode([completions[i][t]]),
+                round(logps[i][t], 4),
+                None if k3 is None else round(k3[i][t], 4),
+            ]
+            for t in range(row["length"])
+        ]
+
+
+def best_and_worst(rows: list[dict], step: int) -> str:
+    """The best and the worst completion of one clip, for the terminal.
+
+    The clip is the one whose group has the largest spread of advantages.
+    """
     if not rows:
         return f"step {step}: no completion"
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["clip"], []).append(row)
-    spread = lambda group: max(r["advantage"] for r in group) - min(r["advantage"] for r in group)
-    group = sorted(max(groups.values(), key=spread), key=lambda r: -r["advantage"])
-    told = [f"step {step}, {printable(group[0]['clip'])}, label {printable(group[0]['answer'])}"]
-    if not spread(group):
-        told[0] += ": in every group of this step all rewards are equal"
-    for sign, row in [("+", group[0])] + [("-", group[-1])] * bool(spread(group)):
-        rewards = ", ".join(f"{name} {value:g}" for name, value in row["rewards"].items())
-        told.append(
-            f"  {sign} {rewards}, advantage {row['advantage']:+.2f}: {printable(row['text'])}"
-        )
-    return "\n".join(told)
+
+    def spread(group: list[dict]) -> float:
+        values = [row["advantage"] for row in group]
+        return max(values) - min(values)
+
+    group = sorted(max(groups.values(), key=spread), key=lambda row: -row["advantage"])
+    title = f"step {step}, {printable(group[0]['clip'])}, label {printable(group[0]['answer'])}"
+    if spread(group) == 0:
+        title += ": in every group of this step all rewards are equal"
+        return "\n".join([title, completion_line("+", group[0])])
+    return "\n".join([title, completion_line("+", group[0]), completion_line("-", group[-1])])
+
+
+def completion_line(sign: str, row: dict) -> str:
+    rewards = ", ".join(f"{name} {value:g}" for name, value in row["rewards"].items())
+    return f"  {sign} {rewards}, advantage {row['advantage']:+.2f}: {printable(row['text'])}"
 
 
 def step_row(
-    step: int, epoch: float, lr: float, meters: list[dict], clock: Timer, counts: dict
+    step: int, epoch: float, lr: float, meters: list[dict], timer: Timer, counts: dict
 ) -> dict:
-    """One row of metrics.jsonl."""
+    """One row of metrics.jsonl.  meters: every rank's `Meter.totals`"""
     row = {"step": step, "epoch": epoch, "lr": lr}
     row |= Meter.join(meters) | counts
-    row |= {f"time/{name}": round(seconds, 4) for name, seconds in clock.seconds.items()}
+    row |= {f"time/{name}": round(seconds, 4) for name, seconds in timer.seconds.items()}
     for name in ("generate", "train"):
-        row[f"tokens_per_second/{name}"] = round(
-            row.get("num_tokens", 0) / max(clock.seconds.get(name, 0), 1e-9), 1
-        )
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_initialized()
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    return row | {"memory_gb": round(peak / 2**30, 3)}
+        seconds = max(timer.seconds.get(name, 0), 1e-9)
+        row[f"tokens_per_second/{name}"] = round(row.get("num_tokens", 0) / seconds, 1)
+    return row | {"memory_gb": round(peak_memory() / 2**30, 3)}
+
+
+def peak_memory() -> int:
+    """Bytes: of the GPU if there is one in use, else of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,8 +1,11 @@
-"""A clip's patches become video tokens: three branches of small convolutions, mixed by the gate.
+"""The video projector: the patches of a clip become video tokens.
 
-Layer for layer as in the released checkpoints, whose keys the attribute names are.
+Three branches of small networks (whole scene, body, face) process the same patches. The gate of the
+model weights their outputs. All layers are those of the released checkpoints, and the attribute
+names are the keys of those checkpoints.
 
-Legend   B prompts   F frames   n patches of a frame, on an h x h map   C width of the vision tower   D width of the decoder
+Legend   B prompts   F frames   n patches of a frame, on an h x h map
+         C width of the vision tower   D width of the decoder   N maps in a batch (B * F)
 """
 
 import torch
@@ -18,87 +21,106 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class ConvNorm(nn.Module):
+    """A convolution and a layer norm: (N, c_in, h, w) -> (N, c_out, h, w)."""
+
     def __init__(self, c_in: int, c_out: int, kernel: int, groups: int = 1):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        self.bn = ChannelNorm(c_out, eps=1e-5)  # the reference's name; it is a layer norm
+        # The reference code names this layer `bn`, but it is a layer norm.
+        self.bn = ChannelNorm(c_out, eps=1e-5)
 
     def forward(self, x):
         return self.bn(self.conv(x))
 
 
 class SqueezeExcite(nn.Module):
+    """Scale every channel by a gate that is computed from the means of all channels."""
+
     def __init__(self, channels: int, squeeze: int):
         super().__init__()
         self.fc1 = nn.Conv2d(channels, squeeze, 1)
         self.fc2 = nn.Conv2d(squeeze, channels, 1)
 
     def forward(self, x):
-        return x * self.fc2(F.silu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        means = x.mean((2, 3), keepdim=True)  # (N, channels, 1, 1)
+        gate = self.fc2(F.silu(self.fc1(means))).sigmoid()
+        return x * gate
 
 
 class RegBlock(nn.Module):
-    """A RegNet-Y block with depthwise 3x3: (N, c_in, h, w) -> (N, c_out, h, w)."""
+    """A RegNet-Y block with a depthwise 3x3 convolution: (N, c_in, h, w) -> (N, c_out, h, w)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
         self.conv1 = ConvNorm(c_in, c_out, 1)
         self.conv2 = ConvNorm(c_out, c_out, 3, groups=c_out)
-        self.se = SqueezeExcite(
-            c_out, round(c_in / 4)
-        )  # a quarter of what comes in, not of what goes out
+        # The squeeze width is a quarter of the block's input channels, not of its output channels.
+        self.se = SqueezeExcite(c_out, round(c_in / 4))
         self.conv3 = ConvNorm(c_out, c_out, 1)
         self.downsample = ConvNorm(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        y = F.silu(self.conv2(F.silu(self.conv1(x))))
-        return F.silu(self.conv3(self.se(y)) + self.downsample(x))
+        y = F.silu(self.conv1(x))
+        y = F.silu(self.conv2(y))
+        y = self.conv3(self.se(y))
+        return F.silu(y + self.downsample(x))
 
 
 class RegStage(nn.Module):
+    """Two RegNet-Y blocks: (N, c_in, h, w) -> (N, c_out, h, w)."""
+
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.b1, self.b2 = RegBlock(c_in, c_out), RegBlock(c_out, c_out)
+        self.b1 = RegBlock(c_in, c_out)
+        self.b2 = RegBlock(c_out, c_out)
 
     def forward(self, x):
         return self.b2(self.b1(x))
 
 
 def two_layers(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
+    """Return a two-layer perceptron with a GELU: (..., c_in) -> (..., c_out)."""
     return nn.Sequential(nn.Linear(c_in, hidden), nn.GELU(), nn.Linear(hidden, c_out))
 
 
 class VideoProjector(nn.Module):
-    """Three views of the same patches (whole scene, body, face), mixed by the gate."""
+    """Three branches over the same patches (whole scene, body, face), mixed by the gate."""
 
     def __init__(self, c_in: int, width: int):
         super().__init__()
         for branch in ("video", "body"):
             self.add_module(f"s1_{branch}", RegStage(c_in, width))
-            # Sees frames t-1 and t and halves the map; index 0 holds the weights, as in the checkpoint.
-            self.add_module(
-                f"sampler_{branch}",
-                nn.Sequential(
-                    nn.Conv3d(width, width, 2, stride=(1, 2, 2), padding=(1, 0, 0)), nn.SiLU()
-                ),
-            )
+            # The convolution sees frames t-1 and t, and halves the height and width of the map.
+            convolution = nn.Conv3d(width, width, 2, stride=(1, 2, 2), padding=(1, 0, 0))
+            # nn.Sequential gives the convolution the index 0, as in the checkpoint's keys.
+            self.add_module(f"sampler_{branch}", nn.Sequential(convolution, nn.SiLU()))
             self.add_module(f"s2_{branch}", RegStage(width, width))
             self.add_module(f"readout_{branch}", two_layers(width, width, width))
         self.mlp_2xgelu_face = two_layers(c_in, width, width)
 
     def forward(self, patches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """patches (B, F, n, C) on an h x h map, weights (B, 3) -> (B, F * h/2 * h/2, D)."""
+        """Return video tokens (B, F * h/2 * h/2, D).
+
+        patches: (B, F, n, C), where the n patches are an h x h map.
+        weights: (B, 3), of the branches whole scene, body and face.
+        """
         B, frames, n, C = patches.shape
         h = int(n**0.5)
         maps = patches.reshape(B * frames, h, h, C).permute(0, 3, 1, 2)  # (B*F, C, h, h)
-        tokens = [self._branch(name, maps, B) for name in ("video", "body")] + [
-            self._face(patches, h)
-        ]
-        return sum(w[:, None, None] * t for w, t in zip(weights.unbind(1), tokens))
+
+        scene = self._branch("video", maps, B)  # (B, F*h/2*h/2, D)
+        body = self._branch("body", maps, B)
+        face = self._face(patches, h)
+
+        scene_weight, body_weight, face_weight = weights[:, :, None, None].unbind(1)  # (B, 1, 1)
+        return scene_weight * scene + body_weight * body + face_weight * face
 
     def _branch(self, name: str, maps: torch.Tensor, B: int) -> torch.Tensor:
+        """Return the tokens of branch "video" or "body": (B*F, C, h, h) -> (B, F*h/2*h/2, D)."""
         x = self.get_submodule(f"s1_{name}")(maps)  # (B*F, D, h, h)
         x = x.unflatten(0, (B, -1)).transpose(1, 2)  # (B, D, F, h, h)
+        # The convolution pads with a frame of zeros at both ends, so it returns F + 1 maps. The
+        # last map sees the last frame and zeros, and is dropped.
         x = self.get_submodule(f"sampler_{name}")(x)[:, :, :-1]  # (B, D, F, h/2, h/2)
         x = x.transpose(1, 2).flatten(0, 1)  # (B*F, D, h/2, h/2)
         x = self.get_submodule(f"s2_{name}")(x)
@@ -106,10 +128,10 @@ class VideoProjector(nn.Module):
         return self.get_submodule(f"readout_{name}")(x)
 
     def _face(self, patches: torch.Tensor, h: int) -> torch.Tensor:
+        """Return the tokens of the face branch: (B, F, n, C) -> (B, F*h/2*h/2, D)."""
         B, frames = patches.shape[:2]
+        half = (h + 1) // 2
         x = self.mlp_2xgelu_face(patches)  # (B, F, n, D)
         x = x.flatten(0, 1).transpose(1, 2).unflatten(2, (h, h))  # (B*F, D, h, h)
-        x = F.interpolate(
-            x, size=((h + 1) // 2, (h + 1) // 2), mode="bilinear", align_corners=False
-        )
+        x = F.interpolate(x, size=(half, half), mode="bilinear", align_corners=False)
         return x.flatten(2).transpose(1, 2).unflatten(0, (B, frames)).flatten(1, 2)

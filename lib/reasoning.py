@@ -1,15 +1,21 @@
-"""What a text says about emotions: which words mean which, what a reasoning concludes, and whether it means what it says.
+"""The emotions that an output names, and whether its reasoning supports its answer.
 
-    p the answer   g the label   e the emotion that the reasoning alone concludes (`concluded`)
+The first half of this file maps words to emotions. `concluded` returns the emotion that a reasoning
+supports. The second half computes rates from that:
+
+    p   the answer
+    g   the label
+    e   the emotion that the reasoning alone concludes, by `concluded`
+
     EPC = P(p = e)              the reasoning agrees with the answer
-    EEA = P(e = g)              the reasoning itself is right
-    FCR = P(p = g and e = g)    right for the stated reason
+    EEA = P(e = g)              the reasoning supports the label
+    FCR = P(p = g and e = g)    the answer is correct, and so is the reasoning
 
-The names are those of ERV (arXiv 2510.23506); all rates are in percent.  A reasoning that concludes nothing agrees with
-nothing; how many there are is reported apart.
+The names are those of ERV (arXiv 2510.23506). All rates are in percent. A reasoning without a
+conclusion agrees with no answer and no label. The share of such reasonings is reported separately.
 
-`normalise` is for evaluation alone.  It is never a reward for the answer, because a policy finds every hole in an alias
-table.
+`normalise` is for evaluation only. It must not reward the answer, because a policy finds every hole
+in an alias table.
 """
 
 import re
@@ -20,22 +26,25 @@ import numpy as np
 # Words
 # ------------------------------------------------------------------------------------------------
 
-# The vocabulary of the training sets: seven words of DFEW, four more of MAFW.
+# The vocabulary of the training sets: the seven words of DFEW, and four more of MAFW.
 DFEW_WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
 VOCABULARY = (*DFEW_WORDS, "contemptuous", "disappointed", "helpless", "anxious")
 
-# What people (and models) write for each of them.  Written by hand; every alias has one target.
-# Words that fit two of them are deliberately absent: upset, frustrated, excited, hopeless, indifferent, horrified, tense.
-# So is `calm`, which is in RAVDESS and means none of the eleven.
+# Other words that people and models write for each word of the vocabulary. The table is written by
+# hand, and each alias has one target. Words that fit two targets are left out on purpose: upset,
+# frustrated, excited, hopeless, indifferent, horrified, tense. So is `calm`: it is a label of
+# RAVDESS, and it means none of the eleven words.
 ALIASES = {
-    "happy": "happiness happily joy joyful joyous cheerful glad delighted delight pleased elated amused "
-    "amusement gleeful overjoyed",
-    "surprise": "surprised surprising astonished astonishment amazed amazement shocked startled stunned",
+    "happy": "happiness happily joy joyful joyous cheerful glad delighted delight pleased elated "
+    "amused amusement gleeful overjoyed",
+    "surprise": "surprised surprising astonished astonishment amazed amazement shocked startled "
+    "stunned",
     "neutral": "neutrality expressionless emotionless unemotional",
-    "angry": "anger angrily mad furious fury rage enraged irritated irritation annoyed annoyance outraged",
+    "angry": "anger angrily mad furious fury rage enraged irritated irritation annoyed annoyance "
+    "outraged",
     "disgust": "disgusted disgusting revulsion revolted repulsed repulsion",
-    "sad": "sadness sadly saddened unhappy sorrow sorrowful grief grieving heartbroken depressed melancholy "
-    "miserable gloomy",
+    "sad": "sadness sadly saddened unhappy sorrow sorrowful grief grieving heartbroken depressed "
+    "melancholy miserable gloomy",
     "fear": "fearful afraid scared frightened terrified terror fright dread panicked panic",
     "contemptuous": "contempt disdain disdainful scorn scornful",
     "disappointed": "disappointment disappointing",
@@ -44,7 +53,8 @@ ALIASES = {
 }
 _TARGET = {alias: word for word, aliases in ALIASES.items() for alias in (word, *aliases.split())}
 
-# A word right after one of these, or one word further on ("not very happy"), is denied, not stated.
+# One of these words denies an emotion word that follows it directly or after one other word, as in
+# "not very happy".
 _NEGATIONS = frozenset(
     "not no non never neither nor without isn't aren't wasn't weren't don't doesn't didn't "
     "cannot can't hardly".split()
@@ -52,57 +62,65 @@ _NEGATIONS = frozenset(
 
 
 def stated(text: str, reach: int = 2, denials: frozenset[str] = _NEGATIONS) -> list[str]:
-    """The emotions that a text states, as vocabulary words, in order; not what one of the `reach` words before denies."""
+    """Return the emotions that a text states, in order, as words of the vocabulary.
+
+    An emotion is left out if one of the `reach` words before it is in `denials`.
+    """
     words = re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower().replace("\u2019", "'"))
     return [
-        _TARGET[w]
-        for i, w in enumerate(words)
-        if w in _TARGET and not denials.intersection(words[max(0, i - reach) : i])
+        _TARGET[word]
+        for i, word in enumerate(words)
+        if word in _TARGET and not denials.intersection(words[max(0, i - reach) : i])
     ]
 
 
 def normalise(word: str) -> str | None:
-    """The vocabulary word that a free answer means, or None.
+    """Return the word of the vocabulary that an answer means, or None.
 
-    None when no known word occurs, when every known word is denied ("not happy"), and when two
-    different emotions are named ("happy and sad"): an answer that hedges is not an answer.
+    The result is None if no known word occurs, if every known word is denied ("not happy"), or if
+    two different emotions are named ("happy and sad"). An answer must commit to one emotion.
     """
-    found = set(stated(word))
-    return found.pop() if len(found) == 1 else None
+    emotions = set(stated(word))
+    return emotions.pop() if len(emotions) == 1 else None
 
 
-# A quotation ends at its mark and holds no second opening one, so a text of nothing but marks is read in linear time.
-# In single marks an apostrophe within a word ends nothing.
+# A quotation ends at its closing mark and contains no second opening mark. So the search takes
+# linear time even for a text of nothing but marks. Inside a word, the closing single mark is an
+# apostrophe and does not end a quotation.
 _QUOTED = re.compile(
-    r"\"([^\"]*)\"|\u201c([^\u201c\u201d]*)\u201d|\u2018((?:[^\u2018\u2019]|\u2019(?=\w))*)\u2019(?!\w)"
+    r"\"([^\"]*)\""
+    r"|\u201c([^\u201c\u201d]*)\u201d"
+    r"|\u2018((?:[^\u2018\u2019]|\u2019(?=\w))*)\u2019(?!\w)"
 )
 _CLAUSE_END = re.compile(r"[.,;:!?()\n\u2013\u2014]|--|\bbut\b|\byet\b|\bhowever\b")
 
 
 def quotations(text: str) -> list[str]:
-    """What a text quotes, in order, without the marks: "...", \u201c...\u201d and \u2018...\u2019."""
-    return ["".join(marked) for marked in _QUOTED.findall(text)]
+    """Return the quotations of a text, in order, without their marks.
+
+    The marks are "...", \u201c...\u201d and \u2018...\u2019.
+    """
+    return ["".join(groups) for groups in _QUOTED.findall(text)]
 
 
 def clauses(text: str) -> list[str]:
-    """The clauses of a text in its own words, lower case, apostrophes straight.
+    """Return the clauses of a text in lower case, with straight apostrophes, without quotations.
 
-    What is quoted is left out, it is what somebody in the clip says: "I fear nothing" tells no fear of the writer.
+    A quotation holds the words of somebody in the clip. If the text quotes "I fear nothing", the
+    text itself does not state fear.
     """
     return _CLAUSE_END.split(_QUOTED.sub(" ", text).lower().replace("\u2019", "'"))
 
 
 def concluded(reasoning: str) -> str | None:
-    """The emotion that a reasoning alone concludes: the last one that it states in its own words; None if there is none.
+    """Return the emotion that a reasoning concludes, or None if it states no emotion.
 
-    A denial reaches four words on in its clause: "no clear sign of anger", "sad rather than angry".
+    It is the last emotion that the reasoning states outside of quotations. A denial reaches four
+    words ahead in its clause: "no clear sign of anger", "sad rather than angry".
     """
-    found = [
-        word
-        for clause in clauses(reasoning)
-        for word in stated(clause, 4, _NEGATIONS | {"than", "instead"})
-    ]
-    return found[-1] if found else None
+    denials = _NEGATIONS | {"than", "instead"}
+    emotions = [word for clause in clauses(reasoning) for word in stated(clause, 4, denials)]
+    return emotions[-1] if emotions else None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -111,145 +129,196 @@ def concluded(reasoning: str) -> str | None:
 
 RESAMPLES = 1000
 
-# By these words a text claims to have seen or heard something, unless it denies it ("no sound can be heard").
+# A clause with one of these words claims that something was seen, or heard. A clause with a word of
+# _DENIED makes no claim: "no sound can be heard".
 SEEN = frozenset(
-    "see sees seen looks looking look face facial eyes eyebrows brows brow forehead mouth lips smile smiles "
-    "smiling frown frowns frowning gaze stares expression gesture gestures posture wearing scene".split()
+    "see sees seen looks looking look face facial eyes eyebrows brows brow forehead mouth lips "
+    "smile smiles smiling frown frowns frowning gaze stares expression gesture gestures posture "
+    "wearing scene".split()
 )
 HEARD = frozenset(
-    "hear hears heard voice voices tone pitch volume loud loudly quietly says said saying speaks speaking "
-    "speech shouts yells whispers sighs sobs laughs laughter intonation melody sound sounds audio".split()
+    "hear hears heard voice voices tone pitch volume loud loudly quietly says said saying speaks "
+    "speaking speech shouts yells whispers sighs sobs laughs laughter intonation melody sound "
+    "sounds audio".split()
 )
 _DENIED = frozenset(
-    "no not without never nothing silent silence cannot can't isn't aren't doesn't don't absent".split()
+    "no not without never nothing silent silence cannot can't isn't aren't doesn't don't "
+    "absent".split()
 )
+
+
+def lower(word: str | None) -> str | None:
+    """Return a word stripped and in lower case; None stays None."""
+    return None if word is None else word.strip().lower()
 
 
 def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int = 0) -> dict:
-    """Predictions {"text", "answer", "predicted", "concluded"} and the sample file's rows -> all measures of a result file.
+    """Return the rates of a result file that measure the reasoning.
 
-    Rows may have "cues" (see `cue_rates`) and "transcript", what is said in the clip.  With prompt "label" there is no
-    reasoning: epc, eea and fcr are None.
+    `predictions` have "text" (the output), "answer" (the label), "predicted" (the answer) and
+    "concluded". `rows` are the rows of the sample file. They may have "cues" (see `cue_rates`) and
+    "transcript", the words spoken in the clip. With the prompt "label" the outputs have no
+    reasoning, so epc, eea and fcr are None.
     """
     if prompt == "label":
         return {"epc": None, "eea": None, "fcr": None}
-    lower = lambda word: None if word is None else word.strip().lower()
-    out = faithfulness(
+
+    result = faithfulness(
         [lower(p["answer"]) for p in predictions],
         [lower(p["predicted"]) for p in predictions],
         [p["concluded"] for p in predictions],
         seed,
     )
     texts = [p["text"] for p in predictions]
-    claimed = [claims(text) for text in texts]
-    out |= {
-        f"claims_{sense}": 100.0 * float(np.mean([c[sense] for c in claimed]))
-        for sense in ("seen", "heard")
-    }
+    claims_of_texts = [claims(text) for text in texts]
+    for sense in ("seen", "heard"):
+        share = float(np.mean([claim[sense] for claim in claims_of_texts]))
+        result[f"claims_{sense}"] = 100.0 * share
+
     if all("cues" in row for row in rows):
-        out |= cue_rates(texts, [row["cues"] for row in rows])
+        result |= cue_rates(texts, [row["cues"] for row in rows])
+
     errors = [
         quote_error(text, str(row["transcript"]))
         for text, row in zip(texts, rows)
         if "transcript" in row
     ]
-    told = [e for e in errors if e is not None]
-    return out | (
-        {"quote_error": 100.0 * float(np.mean(told)), "quoted_clips": len(told)} if told else {}
-    )
+    errors = [error for error in errors if error is not None]
+    if errors:
+        result["quote_error"] = 100.0 * float(np.mean(errors))
+        result["quoted_clips"] = len(errors)
+    return result
 
 
 def reasoning_of(text: str) -> str:
-    """The inside of <think>; of a text that has no such block, all of it."""
-    inside = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    return inside[1] if inside else text
+    """Return the content of <think>, or the whole text if it has no such block."""
+    match = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    return match[1] if match else text
 
 
-def agrees(answer: str | None, concluded: str | None) -> bool:
-    """Is the answer (lower case) what the reasoning concludes?  Also by its meaning: "anger" agrees with "angry".
+def agrees(answer: str | None, conclusion: str | None) -> bool:
+    """Return True if the answer, in lower case, is the emotion that the reasoning concludes.
 
-    A reasoning that concludes nothing agrees with nothing.
+    Different words for one emotion agree: the answer "anger" agrees with the conclusion "angry". A
+    reasoning without a conclusion agrees with no answer.
     """
-    return concluded is not None and answer is not None and concluded in (answer, normalise(answer))
+    if answer is None or conclusion is None:
+        return False
+    return conclusion in (answer, normalise(answer))
 
 
 def faithfulness(
-    truth: list[str], said: list[str | None], concluded: list[str | None], seed: int = 0
+    truth: list[str], answers: list[str | None], conclusions: list[str | None], seed: int = 0
 ) -> dict:
-    """Labels, answers and conclusions (n each, lower case) -> epc, eea, fcr, their 95 % intervals, and what else is told."""
+    """Return EPC, EEA and FCR with their 95 % intervals, and two more rates.
+
+    The arguments are the labels, answers and conclusions of n outputs, in lower case.
+    "unconcluded_rate" is the share of reasonings without a conclusion. "right_without_reason" is
+    the share of the correct answers whose reasoning does not conclude the label.
+    """
     n = len(truth)
     if n == 0:
         return {}
-    rows = list(zip(truth, said, concluded))
-    agreed = np.array([agrees(p, e) for _, p, e in rows])
-    right, reason = np.array([p == g for g, p, _ in rows]), np.array([e == g for g, _, e in rows])
-    out = {}
-    for name, hits in (("epc", agreed), ("eea", reason), ("fcr", right & reason)):
-        out[name] = 100.0 * float(hits.mean())
-        # The mean over clips drawn with replacement is binomial: no need to draw them.
+    agreed = np.array([agrees(p, e) for p, e in zip(answers, conclusions)])
+    answer_correct = np.array([p == g for g, p in zip(truth, answers)])
+    reasoning_correct = np.array([e == g for g, e in zip(truth, conclusions)])
+
+    result = {}
+    for name, hits in (
+        ("epc", agreed),
+        ("eea", reasoning_correct),
+        ("fcr", answer_correct & reasoning_correct),
+    ):
+        result[name] = 100.0 * float(hits.mean())
+        # A bootstrap resample draws n clips with replacement. The number of hits among them is
+        # binomial, so it is drawn directly.
         draws = np.random.default_rng([seed, n]).binomial(n, hits.mean(), RESAMPLES) / n
-        out[f"{name}_ci"] = [100.0 * float(x) for x in np.percentile(draws, (2.5, 97.5))]
-    return out | {
-        "unconcluded_rate": 100.0 * sum(e is None for e in concluded) / n,
-        "right_without_reason": 100.0 * float((right & ~reason).sum() / max(1, right.sum())),
-    }
+        result[f"{name}_ci"] = [100.0 * float(x) for x in np.percentile(draws, (2.5, 97.5))]
+
+    num_correct = max(1, answer_correct.sum())
+    num_without_reason = (answer_correct & ~reasoning_correct).sum()
+    result["unconcluded_rate"] = 100.0 * sum(e is None for e in conclusions) / n
+    result["right_without_reason"] = 100.0 * float(num_without_reason / num_correct)
+    return result
 
 
 def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
-    """Reasonings beside the cues that were there: {"seen": {"brows": "raised", ...}, "heard": {...}} for each clip.
+    """Return how well the outputs state the cues that their clips have.
 
-    -> cue_recall, the share of the true cues that are stated; cue_precision, the share of the stated that are true;
-    cues_seen_claimed and cues_heard_claimed, stated ones per cue of that sense, true or not: what a model claims to
-    have heard when there was silence.  Only the inside of <think> counts where there is one.
+    `cues` holds {"seen": {"brows": "raised", ...}, "heard": {...}} for each clip. A cue is stated
+    if its word occurs in the reasoning, or in the whole output if it has no <think> block.
+
+    cue_recall           share of the true cues that are stated
+    cue_precision        share of the stated cues that are true
+    cues_seen_claimed    stated cues, true or not, per cue of this sense that the clips have
+    cues_heard_claimed   the same for hearing. For silent clips it shows how much a model claims to
+                         have heard nevertheless.
     """
-    every = {
-        sense: {word for c in cues for word in c[sense].values()} for sense in ("seen", "heard")
-    }
-    right = stated = true = 0
-    claimed, possible = dict.fromkeys(every, 0), dict.fromkeys(every, 0)
-    for text, c in zip(texts, cues):
+    senses = ("seen", "heard")
+    # All cue words of a sense that occur in any clip.
+    cue_words = {sense: {word for c in cues for word in c[sense].values()} for sense in senses}
+    num_correct = num_stated = num_true = 0
+    claimed, possible = dict.fromkeys(senses, 0), dict.fromkeys(senses, 0)
+
+    for text, clip_cues in zip(texts, cues):
         words = set(re.findall(r"[a-z]+", reasoning_of(text).lower()))
-        for sense, known in every.items():
-            there, said = set(c[sense].values()), words & known
-            right, stated, true = right + len(said & there), stated + len(said), true + len(there)
-            claimed[sense], possible[sense] = (
-                claimed[sense] + len(said),
-                possible[sense] + len(c[sense]),
-            )
-    return {
-        "cue_recall": 100.0 * right / max(1, true),
-        "cue_precision": 100.0 * right / max(1, stated),
-    } | {
-        f"cues_{sense}_claimed": 100.0 * claimed[sense] / max(1, possible[sense]) for sense in every
+        for sense in senses:
+            true_cues = set(clip_cues[sense].values())
+            stated_cues = words & cue_words[sense]
+            num_correct += len(stated_cues & true_cues)
+            num_stated += len(stated_cues)
+            num_true += len(true_cues)
+            claimed[sense] += len(stated_cues)
+            possible[sense] += len(clip_cues[sense])
+
+    rates = {
+        "cue_recall": 100.0 * num_correct / max(1, num_true),
+        "cue_precision": 100.0 * num_correct / max(1, num_stated),
     }
+    for sense in senses:
+        rates[f"cues_{sense}_claimed"] = 100.0 * claimed[sense] / max(1, possible[sense])
+    return rates
 
 
 def claims(text: str) -> dict[str, bool]:
-    """Does a text claim to have seen something, to have heard something?  A clause that denies claims nothing.
+    """Return whether a text claims to have seen something, and to have heard something.
 
-    What is quoted is somebody else's: in 'says "I never look"' it denies nothing and claims nothing.
+    -> {"seen": bool, "heard": bool}
+
+    A clause that denies something claims nothing. Quotations are the words of somebody in the clip,
+    so they are left out: in 'says "I never look"' the quotation neither denies nor claims.
     """
-    claiming = [
-        words
-        for clause in clauses(text)
-        if not (words := set(re.findall(r"[a-z']+", clause))) & _DENIED
-    ]
+    words_of_clauses = [set(re.findall(r"[a-z']+", clause)) for clause in clauses(text)]
+    claiming = [words for words in words_of_clauses if not words & _DENIED]
     return {
         "seen": any(words & SEEN for words in claiming),
         "heard": any(words & HEARD for words in claiming),
     }
 
 
+def plain_words(text: str) -> list[str]:
+    """Return the words of a text in lower case, without punctuation, with straight apostrophes."""
+    return re.findall(r"[a-z0-9']+", text.lower().replace("\u2019", "'"))
+
+
 def quote_error(text: str, transcript: str) -> float | None:
-    """Word error rate of what a text quotes: edits / words said.  None where nothing is quoted or nothing was said."""
-    plain = lambda s: re.findall(r"[a-z0-9']+", s.lower().replace("\u2019", "'"))
-    quoted, said = plain(" ".join(quotations(text))), plain(transcript)
-    if not quoted or not said:
+    """Return the word error rate of a text's quotations: edits / words of the transcript.
+
+    The result is None if the text quotes nothing or the transcript is empty.
+    """
+    quoted, spoken = plain_words(" ".join(quotations(text))), plain_words(transcript)
+    if not quoted or not spoken:
         return None
-    row = np.arange(len(said) + 1)  # edits from nothing to each beginning of what was said
+
+    # Edit distance by dynamic programming. After i rounds, edits[j] is the distance between the
+    # first i quoted words and the first j spoken words.
+    positions = np.arange(len(spoken) + 1)
+    edits = positions
     for i, word in enumerate(quoted, 1):
-        new = np.minimum(row[1:] + 1, row[:-1] + [word != other for other in said])
-        row = np.minimum.accumulate(
-            np.concatenate(([i], new)) - np.arange(len(said) + 1)
-        ) + np.arange(len(said) + 1)
-    return float(row[-1] / len(said))
+        substitution_cost = [word != other for other in spoken]
+        # A quoted word is deleted or substituted.
+        new = np.minimum(edits[1:] + 1, edits[:-1] + substitution_cost)
+        # Or spoken words are inserted: the minimum over k <= j of new[k] + (j - k).
+        new = np.concatenate(([i], new))
+        edits = np.minimum.accumulate(new - positions) + positions
+    return float(edits[-1] / len(spoken))

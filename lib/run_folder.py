@@ -1,16 +1,20 @@
-"""What a run leaves on disk, so that nothing of it is ever lost or half written.
+"""The folder of a training run: config, logs and checkpoints that survive a kill at any moment.
 
-    out/config.json         the arguments
-        metrics.jsonl       a row a step
+    out/config.json         the arguments of the run
+        metrics.jsonl       one row per step
         rollouts.jsonl      every sampled completion (grpo.py)
         skipped.jsonl       every clip that could not be used
-        checkpoints/step_N  a folder that `from_pretrained` loads, and the trainer's state
+        checkpoints/step_N  a folder that `from_pretrained` loads, with the trainer's state
         latest              a link to the newest complete checkpoint: `--model out/latest`
 
-A checkpoint is written beside its place, listed in a manifest (size and SHA-256 of every file), forced to
-the disk, and renamed: `step_N` exists only when it is complete.  It also keeps how long each log was.  So a
-run that is killed at any moment goes on from the newest sound checkpoint, with the logs cut back to it, and
-ends as if it had never been interrupted.
+A checkpoint is first written to a temporary folder beside its final place. A manifest lists the
+size and the SHA-256 of every file. All files are forced to the disk, and then the folder is renamed
+to `step_N`. So a folder with this name is always complete. The trainer's state records the length
+of each log.
+
+A killed run can be resumed with --resume. It continues from the newest undamaged checkpoint and
+cuts the logs back to the lengths recorded there. At its end, weights and logs are the same as
+without the interruption.
 """
 
 import contextlib
@@ -35,41 +39,43 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
 
-# Flags that may change between a run and its continuation: they decide how the work is done or looked at, not
-# what is learned.
-FREE = {
+# Flags that may change when a run is resumed. They affect how the work is done or monitored, but
+# not what is learned.
+MAY_CHANGE = {
     "out",
     "resume",
     "overwrite",
-    "device",
     "workers",
     "save_every",
     "keep",
-    "on_save_error",
-    "max_bad_steps",
     "micro_batch",
-    "tokens_per_micro_batch",
-    "compile",
+    "towers",
     "checkpoint_layers",
     "feature_cache",
     "eval_data",
     "eval_every",
-    "eval_limit",
     "allow_changes",
-    "strict_paths",
     "media_root",
     "log",
-    "show_every",
-    "log_tokens",
 }
-IN_PASSING = {"argv", "torch", "world_size", "model_resolved"}  # recorded, never compared
-LENGTH = {"max_steps", "epochs"}  # may grow; but they shape the schedule
+# Entries of config.json that are recorded for information and never compared.
+NEVER_COMPARED = {"argv", "torch", "world_size", "model_resolved"}
+# Flags that set the length of a run. They may change when a run is resumed, but the learning-rate
+# schedule depends on them.
+LENGTH_FLAGS = {"max_steps", "epochs"}
+
+# Shells and schedulers write their own logs, of these file types, into a run's folder.
+FOREIGN_LOG_SUFFIXES = (".log", ".out", ".err", ".txt")
 
 
 def read_rows(path: Path) -> Iterator[dict]:
-    """Rows of a jsonl file, one at a time.  What is no row (a last line that is half written) is passed over."""
+    """Yield the rows of a jsonl file, one at a time.
+
+    Lines that are not a JSON object are skipped, such as a last line that is half written. A
+    missing file has no rows. Raises UserError if the file cannot be read.
+    """
     try:
-        # newline: U+2028 and its like end no line, and a policy can sample them.
+        # Only "\n" ends a row. Completions can contain U+2028 and similar characters, which do not.
         with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
             for line in file:
                 row = None
@@ -78,28 +84,36 @@ def read_rows(path: Path) -> Iterator[dict]:
                 if isinstance(row, dict):
                     yield row
     except FileNotFoundError:
-        return  # not written yet, or never
+        return
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def finite(row: dict) -> dict:
-    """NaN and infinity are no JSON: null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+def json_safe(row: dict) -> dict:
+    """Return the row with None in place of NaN and infinity, which JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def digest(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Return a description of what is wrong with a checkpoint folder, or None if it is undamaged.
+
+    Every file that the manifest lists must have the recorded size and SHA-256.
+    """
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
         for name, (size, sha256) in files.items():
-            if (checkpoint / name).stat().st_size != size:
-                return f"{name} has {(checkpoint / name).stat().st_size} bytes and not {size}"
+            actual_size = (checkpoint / name).stat().st_size
+            if actual_size != size:
+                return f"{name} has {actual_size} bytes and not {size}"
             if digest(checkpoint / name) != sha256:
                 return f"{name} is not what was written"
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -108,240 +122,288 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def check_outputs(args, ranks: Ranks) -> None:
-    """Can the run write where it is to, and is --out its own?  Asked before anything is loaded; raises UserError."""
+    """Check that the run can write its files and that --out holds nothing of another origin.
+
+    It is called before anything is loaded. Raises UserError if a folder cannot be written, if --out
+    holds a run and neither --resume nor --overwrite is given, or if it holds other files.
+    """
     out = Path(args.out)
-    if args.feature_cache:  # may be another disk on every machine
+    # The cache may be on a different disk on every machine, so every rank checks it.
+    if args.feature_cache:
         check_writable(args.feature_cache, "--feature_cache")
     if not ranks.is_main:
         return
     check_tracker(args.log)
     check_writable(out, "--out")
-    config, found = None, sorted(out.iterdir()) if out.is_dir() else []
+
+    config = None
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     if isinstance(config, dict) and "world_size" in config:
         if not (args.resume or args.overwrite):
             raise UserError(
-                f"--out {out} already holds a run: continue it with --resume, replace it with --overwrite, or "
-                "choose another folder."
+                f"--out {out} already holds a run: continue it with --resume, "
+                "replace it with --overwrite, or choose another folder."
             )
         return
-    # A run may have been killed before its config.json; shells and schedulers write their logs here.
-    own = {
-        *LOGS,
-        "checkpoints",
-        "latest",
-        Path(os.path.relpath(args.feature_cache or out / "latest", out)).parts[0],
-    }
-    others = [
-        p.name
-        for p in found
-        if p.name not in own
-        and p.suffix not in (".log", ".out", ".err", ".txt")
-        and not p.name.startswith((".", "config.json.tmp"))
-    ]
-    if others:
+
+    names = foreign_files(out, args.feature_cache)
+    if names:
+        more = ", ..." if len(names) > 3 else ""
         raise UserError(
-            f"--out {out} holds other things and no run ({', '.join(others[:3])}{', ...' * (len(others) > 3)}): "
+            f"--out {out} holds other things and no run ({', '.join(names[:3])}{more}): "
             "choose a new or an empty folder."
         )
 
 
-class RunFolder:
-    """The folder of one run.  Rank 0 writes; every rank calls, because some calls wait for all."""
+def foreign_files(out: Path, feature_cache: str) -> list[str]:
+    """Return the names of the files in `out` that no run and no scheduler has written.
 
-    mirror: Mirror | None = None  # --log, on rank 0
+    A run that was killed before it wrote config.json can have left logs, checkpoints and a feature
+    cache.
+    """
+    # The feature cache may be inside of `out`. Without a cache this line adds "latest" once more.
+    cache_folder = Path(os.path.relpath(feature_cache or out / "latest", out)).parts[0]
+    own = {*LOGS, "checkpoints", "latest", cache_folder}
+    files = sorted(out.iterdir()) if out.is_dir() else []
+    return [
+        file.name
+        for file in files
+        if file.name not in own
+        and file.suffix not in FOREIGN_LOG_SUFFIXES
+        and not file.name.startswith((".", "config.json.tmp"))
+    ]
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Only rank 0 writes. Every rank must call the methods, because some of them wait for all ranks.
+    """
+
+    # Sends the rows of metrics.jsonl to the tracker of --log. Only rank 0 has one.
+    mirror: Mirror | None = None
 
     def __init__(self, args, ranks: Ranks, start_model: str = ""):
-        """`start_model`: fingerprint of the weights that the run starts from, the KL's reference."""
+        """Create the folder, or prepare it for a resumed run.
+
+        `start_model` is the fingerprint of the weights that the run starts from, which are also the
+        reference model of the KL penalty.
+        """
         self.path, self.ranks = Path(args.out), ranks
-        self.keep, self.on_save_error = args.keep, args.on_save_error
+        self.keep = args.keep
         self.checkpoints = self.path / "checkpoints"
-        self.unwritten: dict[str, str] = {}  # log -> rows that could not be written yet
         if ranks.is_main:
             self._prepare(args, start_model)
             if args.log != "none":
                 self.mirror = Mirror(args.log, self.path, dataclasses.asdict(args), ranks.print0)
         ranks.barrier()
 
-    # ---- starting and resuming --------------------------------------------------------------------
+    # ---- starting and resuming -------------------------------------------------------------------
 
     def _prepare(self, args, start_model: str) -> None:
+        """Check and write config.json, and remove what a replaced or killed run has left."""
         check_outputs(args, self.ranks)
-        before = self.path / "config.json"
-        # A link (`RUN/latest`) points elsewhere tomorrow.  A place alone may change, the weights may not: start_model.
-        start = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-        config = dataclasses.asdict(args) | {
+        config_file = self.path / "config.json"
+        config = self._config(args, start_model)
+        if config_file.exists() and args.resume:
+            self._check_same(json.loads(config_file.read_text()), config, args.allow_changes)
+        elif config_file.exists():  # --overwrite
+            for name in ("config.json", *LOGS, "latest"):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        # A process that is killed while it saves leaves its temporary folder.
+        for temporary in self.checkpoints.glob(".step_*"):
+            shutil.rmtree(temporary, ignore_errors=True)
+        write_json(config_file, config)
+
+    def _config(self, args, start_model: str) -> dict:
+        """Return the content of config.json: the flags and what identifies the run's inputs."""
+        # --model may be a link such as RUN/latest, which later points to another folder, so its
+        # target is recorded too. The path itself may change. `start_model` ensures that the weights
+        # do not.
+        is_folder = Path(args.model).is_dir()
+        model_resolved = str(Path(args.model).resolve()) if is_folder else args.model
+        reward_files = {
+            spec: digest(Path(spec.rpartition(":")[0]))
+            for spec in getattr(args, "rewards", [])
+            if ".py:" in spec
+        }
+        return dataclasses.asdict(args) | {
             "argv": sys.argv,
             "world_size": self.ranks.world,
             "torch": torch.__version__,
             "data_sha256": digest(Path(args.data)),
             "start_model": start_model,
-            "model_resolved": start,
-            "rewards_sha256": {
-                s: digest(Path(s.rpartition(":")[0]))
-                for s in getattr(args, "rewards", [])
-                if ".py:" in s
-            },
+            "model_resolved": model_resolved,
+            "rewards_sha256": reward_files,
         }
-        if before.exists() and args.resume:
-            self._check_same(json.loads(before.read_text()), config, args.allow_changes)
-        elif before.exists():  # --overwrite
-            for name in ("config.json", *LOGS, "latest"):
-                (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        for left in self.checkpoints.glob(".step_*"):  # of a process that was killed while it saved
-            shutil.rmtree(left, ignore_errors=True)
-        write_json(before, config)
 
     def _check_same(self, old: dict, new: dict, allow: bool) -> None:
-        """A continuation under other flags would be another run under the old one's name."""
+        """Raise UserError if a resumed run has other flags or inputs than the run it continues.
+
+        `old` and `new` are the contents of config.json. With `allow` (--allow_changes) nothing is
+        refused.
+        """
+        ignored = MAY_CHANGE | NEVER_COMPARED
         changed = sorted(
-            k for k in new if k in old and old[k] != new[k] and k not in FREE | IN_PASSING
+            key for key in new if key in old and old[key] != new[key] and key not in ignored
         )
-        contents = {
+        descriptions = {
             "data_sha256": f"the sample file {new['data']} has other contents",
-            "start_model": f"{new['model']} holds other weights than the run started from (the KL would change its "
-            "reference)",
+            "start_model": f"{new['model']} holds other weights than the run started from "
+            "(the KL would change its reference)",
             "rewards_sha256": "a reward's file was edited",
         }
-        told = [
-            contents.get(k, f"--{k} was {old.get(k)!r} and is {new[k]!r}")
-            for k in changed
-            if k not in LENGTH
+        problems = [
+            descriptions.get(key, f"--{key} was {old.get(key)!r} and is {new[key]!r}")
+            for key in changed
+            if key not in LENGTH_FLAGS
         ]
-        if told and not allow:
+        if problems and not allow:
             raise UserError(
-                f"--resume {self.path}: {'; '.join(told)}. Give what the run was started with, "
+                f"--resume {self.path}: {'; '.join(problems)}. Give what the run was started with, "
                 "or --allow_changes."
             )
-        if LENGTH.intersection(changed) and (old["schedule"] != "constant" or old["warmup"]):
+
+        length_changed = bool(LENGTH_FLAGS.intersection(changed))
+        if length_changed and old["schedule"] != "constant":
             self.ranks.print0(
-                "--max_steps or --epochs changed: the learning-rate schedule is stretched, so this is not what "
-                "one run of that length would have been"
+                "--max_steps or --epochs changed: the learning-rate schedule is stretched, "
+                "so this is not what one run of that length would have been"
             )
         if old["world_size"] != new["world_size"]:
             self.ranks.print0(
-                f"{old['world_size']} rank(s) before, {new['world_size']} now: same data order, same samples"
+                f"{old['world_size']} rank(s) before, {new['world_size']} now: "
+                "same data order, same samples"
             )
 
     def _complete(self) -> list[Path]:
-        there = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"step_\d+", p.name)]
-        return sorted(there, key=lambda p: int(p.name.removeprefix("step_")))
+        """Return the folders of the complete checkpoints, the oldest first."""
+        folders = [p for p in self.checkpoints.iterdir() if re.fullmatch(r"step_\d+", p.name)]
+        return sorted(folders, key=lambda p: int(p.name.removeprefix("step_")))
 
     def newest(self) -> Path | None:
-        """The newest sound checkpoint, the same on every rank; None if there is none yet.  Warns of damaged ones."""
-        found = None
+        """Return the newest undamaged checkpoint, or None if there is no checkpoint yet.
+
+        Every rank returns the same. Damaged checkpoints cause a warning. Raises UserError if all
+        are damaged.
+        """
+        newest = None
         if self.ranks.is_main:
-            there = self._complete()
-            for checkpoint in reversed(there):
-                problem = damage(checkpoint)
-                if problem is None:
-                    found = checkpoint
-                    break
-                self.ranks.print0(
-                    f"warning: {checkpoint} is damaged ({problem}); trying the one before"
-                )
-            if there and found is None:
-                raise UserError(
-                    f"{self.checkpoints}: every checkpoint is damaged; start anew with --overwrite."
-                )
-            if found:
-                self._link(found)
-        return self.ranks.gather([found])[0]
+            newest = self._find_newest()
+            if newest:
+                self._link(newest)
+        return self.ranks.gather([newest])[0]
+
+    def _find_newest(self) -> Path | None:
+        """Return the newest undamaged checkpoint on this rank. See `newest`."""
+        checkpoints = self._complete()
+        for checkpoint in reversed(checkpoints):
+            problem = find_damage(checkpoint)
+            if problem is None:
+                return checkpoint
+            self.ranks.print0(
+                f"warning: {checkpoint} is damaged ({problem}); trying the one before"
+            )
+        if checkpoints:
+            raise UserError(
+                f"{self.checkpoints}: every checkpoint is damaged; start anew with --overwrite."
+            )
+        return None
 
     def cut_logs(self, lengths: dict[str, int]) -> None:
-        """Forget what was logged after a checkpoint: the resumed run writes it again, each row exactly once."""
+        """Cut the logs back to the lengths in bytes that a checkpoint recorded.
+
+        The resumed run writes the later rows again, so each row is in the log exactly once.
+        """
         if self.ranks.is_main:
             for name in LOGS:
                 file, length = self.path / name, lengths.get(name, 0)
                 if not file.exists():
                     continue
-                if file.stat().st_size < length:
+                actual_length = file.stat().st_size
+                if actual_length < length:
                     self.ranks.print0(
-                        f"warning: {file} is shorter than when the checkpoint was written: rows are missing"
+                        f"warning: {file} is shorter than when the checkpoint was written: "
+                        "rows are missing"
                     )
-                os.truncate(file, min(length, file.stat().st_size))
+                os.truncate(file, min(length, actual_length))
         self.ranks.barrier()
 
-    # ---- writing ----------------------------------------------------------------------------------
+    # ---- writing ---------------------------------------------------------------------------------
 
     def append(self, name: str, rows: list[dict]) -> None:
-        """Add rows to a log."""
-        if self.ranks.is_main and rows:
-            lines = "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows)
-            self.unwritten[name] = self.unwritten.get(name, "") + lines
-            self._write_logs()
-            if name == "metrics.jsonl" and self.mirror:
-                self.mirror.add(rows)
+        """Append rows to the log called `name`."""
+        if not self.ranks.is_main or not rows:
+            return
+        path = self.path / name
+        length = path.stat().st_size if path.exists() else 0
+        lines = "".join(json.dumps(json_safe(row), ensure_ascii=False) + "\n" for row in rows)
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(lines)
+                sync(file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, length)  # no half row stays
+            raise self._cannot_write(path, error) from None
+        if name == "metrics.jsonl" and self.mirror:
+            self.mirror.add(rows)
 
-    def _write_logs(self) -> None:
-        for name in list(self.unwritten):
-            path = self.path / name
-            length = path.stat().st_size if path.exists() else 0
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(self.unwritten[name])
-                    sync(file)
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    os.truncate(
-                        path, length
-                    )  # no half row; all of it is tried again with the next one
-                self._failed(path, error)
-            else:
-                del self.unwritten[name]
-
-    def _failed(self, what: Path, error: Exception) -> None:
+    def _cannot_write(self, path: Path, error: Exception) -> UserError:
+        """Return the error that ends the run if a file cannot be written."""
         free = shutil.disk_usage(self.path if self.path.exists() else ".").free
-        told = f"cannot write {what}: {str(error).splitlines()[0]} ({free / 2**20:.0f} MB are free there)"
-        if self.on_save_error == "stop":
-            raise UserError(
-                f"{told}. The checkpoints before it are whole: make room and go on with --resume. "
-                "(--on_save_error continue would go on training.)"
-            )
-        self.ranks.print0(f"\nwarning: {told}; training goes on (--on_save_error continue)")
+        reason = str(error).splitlines()[0]
+        return UserError(
+            f"cannot write {path}: {reason} ({free / 2**20:.0f} MB are free there). The "
+            "checkpoints before it are whole: make room and go on with --resume."
+        )
 
     def save(self, step: int, model, state: dict) -> None:
-        """Write checkpoint `step_N` and point `latest` to it."""
+        """Write the checkpoint `step_N`, point `latest` to it, and remove the oldest ones."""
         if self.ranks.is_main:
             final = self.checkpoints / f"step_{step}"
-            beside, replaced = (final.with_name(f".{final.name}.{word}") for word in ("tmp", "old"))
+            temporary = final.with_name(f".{final.name}.tmp")
+            replaced = final.with_name(f".{final.name}.old")
             try:
-                self._write_checkpoint(beside, final, model, state)
-                if final.exists():  # a damaged one, which the run fell back behind
+                self._write_checkpoint(temporary, final, model, state)
+                # The folder exists if it was damaged and the run resumed from an earlier one.
+                if final.exists():
                     os.rename(final, replaced)
-                os.rename(beside, final)
+                os.rename(temporary, final)
                 sync(self.checkpoints)
                 self._link(final)
-            except (
-                OSError,
-                RuntimeError,
-                SafetensorError,
-            ) as error:  # torch and safetensors have their own
-                shutil.rmtree(beside, ignore_errors=True)
-                self._failed(final, error)
+            # torch and safetensors raise their own errors if the disk is full.
+            except (OSError, RuntimeError, SafetensorError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise self._cannot_write(final, error) from None
             shutil.rmtree(replaced, ignore_errors=True)
             self._prune()
         self.ranks.barrier()
 
     def _write_checkpoint(self, folder: Path, final: Path, model, state: dict) -> None:
+        """Write a checkpoint to `folder` and force it to the disk.
+
+        `final` is the name that the folder gets afterwards.
+        """
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, final=final)
-        logs = {
-            name: (self.path / name).stat().st_size for name in LOGS if (self.path / name).exists()
-        }
-        torch.save(state | {"logs": logs}, folder / STATE)
+        log_files = {name: self.path / name for name in LOGS}
+        lengths = {name: file.stat().st_size for name, file in log_files.items() if file.exists()}
+        torch.save(state | {"logs": lengths}, folder / STATE)
+
         files = sorted(p for p in folder.rglob("*") if p.is_file())
-        write_json(
-            folder / MANIFEST,
-            {str(p.relative_to(folder)): [p.stat().st_size, digest(p)] for p in files},
-        )
-        for path in (*files, *(p for p in folder.rglob("*") if p.is_dir()), folder):
+        manifest = {str(p.relative_to(folder)): [p.stat().st_size, digest(p)] for p in files}
+        write_json(folder / MANIFEST, manifest)
+        subfolders = [p for p in folder.rglob("*") if p.is_dir()]
+        for path in (*files, *subfolders, folder):
             sync(path)
 
     def _link(self, checkpoint: Path) -> None:
+        """Point `latest` to a checkpoint in one step, so that the link is never missing."""
         link = self.path / ".latest.tmp"
         link.unlink(missing_ok=True)
         link.symlink_to(Path("checkpoints") / checkpoint.name)
@@ -349,15 +411,17 @@ class RunFolder:
         sync(self.path)
 
     def _prune(self) -> None:
-        """Keep the newest `keep` checkpoints (0: all)."""
-        for old in self._complete()[: -self.keep] if self.keep else []:
-            gone = old.with_name(
-                f".{old.name}.old"
-            )  # renamed first: what is half deleted is no checkpoint
-            os.rename(old, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+        """Remove all but the newest `keep` checkpoints. If `keep` is 0, all stay."""
+        if not self.keep:
+            return
+        for checkpoint in self._complete()[: -self.keep]:
+            # The folder is renamed first, so that half of a checkpoint never has its name.
+            renamed = checkpoint.with_name(f".{checkpoint.name}.old")
+            os.rename(checkpoint, renamed)
+            shutil.rmtree(renamed, ignore_errors=True)
 
-    def tell_skipped(self, step: int, clips: list[dict]) -> None:
+    def log_skipped(self, step: int, clips: list[dict]) -> None:
+        """Log the clips that a step could not use, and print each with its reason."""
         self.append("skipped.jsonl", [{"step": step} | clip for clip in clips])
         for clip in clips:
             self.ranks.print0(f"\nskipped {printable(clip['id'])}: {printable(clip['reason'])}")

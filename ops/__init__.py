@@ -1,1 +1,4 @@
-"""Hand-written forward and backward passes, each with its slow obvious twin."""
+"""Custom forward and backward passes and GPU kernels.
+
+The tests compare each of them with a slow, simple version in PyTorch.
+"""

@@ -1,11 +1,15 @@
-"""Attention of one new token a row, over [the prompt's keys, shared by its group | the row's own keys].
+"""Attention of one decode step in PyTorch, and the check whether Triton kernels can replace it.
 
-`attend` says what is computed.  It launches 12 kernels in bf16, most of whose time goes into writing and reading scores.
-Where a GPU can build them, the two kernels of ops/decode_kernel.py replace it, together with the rotation of queries and
-keys and the write to the cache.
+In a decode step each row has one new token. Its queries attend to two sets of keys: those of the
+prompt, which the completions of a group share, and those of the row's own completion.
 
-Legend   B prompts   G completions per prompt   P prompt length   T longest completion   S how much of T is looked at
-         H query heads   K key/value heads   R = H/K   d head size
+`attend` is the version in PyTorch. In bf16 it launches 12 kernels, and most of their time goes
+into writing and reading scores. Where the machine can build them, the two Triton kernels of
+ops/decode_kernel.py replace `attend`. These also rotate queries and keys and write to the cache.
+
+Legend   B prompts   G completions per prompt   P prompt length   T longest completion
+         S cache slots of a completion that a step reads (S <= T)
+         H query heads   K key/value heads   R = H/K query heads per key/value head   d head size
 """
 
 import functools
@@ -21,71 +25,84 @@ import torch
 
 
 def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(N, m, d), (N, n, d) -> q @ k.T (N, m, n) in fp32.  Rounded to bf16, a score near 300 is off by up to 1, which
-    is 0.125 after scaling: the sampler would sample from another policy than the trainer scores."""
+    """Return the products of queries and keys in fp32. q (N, m, d), k (N, n, d) -> (N, m, n)
+
+    Rounding to bf16 would move a score near 300 by up to 1, which is 0.125 after scaling by
+    d**-0.5 with d = 64. The sampler would then sample from a different policy than the one whose
+    log-probabilities the trainer computes.
+    """
     if q.is_cuda and q.dtype != torch.float32:
-        return torch.bmm(
-            q, k.transpose(1, 2), out_dtype=torch.float32
-        )  # only here: it has no kernel elsewhere
+        # PyTorch has kernels for out_dtype only on CUDA.
+        return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
     return q.float() @ k.float().transpose(1, 2)
 
 
 def attend(
     q: torch.Tensor, prefix: torch.Tensor, suffix: torch.Tensor, bias: torch.Tensor, S: int
 ) -> torch.Tensor:
-    """q (B, G, H, d), prefix (2, B, K, P, d), suffix (2, B, K, G, T, d), bias (B, 1, 1, 1, P + T) fp32 -> (B, G, H*d)
+    """Return the attention output of one new token per row, (B, G, H*d).
 
-    Slots below S of the suffix are looked at; the bias is -inf where nothing is to be seen.
-    All G * R queries of a key head meet the shared prefix in one product; nothing is copied per completion.
-    One softmax over the concatenated scores, in fp32: no merging of partial results, nothing approximated.
+    q       (B, G, H, d), rotated queries
+    prefix  (2, B, K, P, d), keys and values of the prompts
+    suffix  (2, B, K, G, T, d), keys and values of the completions, of which the first S slots count
+    bias    (B, 1, 1, 1, P + T) fp32, added to the scores: -inf hides a key, such as padding
+
+    All G * R queries that share a key head are multiplied with the prompt's keys in one product, so
+    no prompt key is copied per completion. One fp32 softmax runs over the concatenated scores of
+    prompt and completion. It merges no partial results and approximates nothing.
     """
     B, G, _, d = q.shape
     _, _, K, P, _ = prefix.shape
     q = q.reshape(B, G, K, -1, d).transpose(1, 2)  # (B, K, G, R, d)
-    own = suffix[..., :S, :]  # (2, B, K, G, S, d)
-    from_prefix = scores(q.reshape(B * K, -1, d), prefix[0].flatten(0, 1))  # (B*K, G*R, P)
-    from_own = scores(q.reshape(B * K * G, -1, d), own[0].flatten(0, 2))  # (B*K*G, R, S)
-    both = torch.cat(
-        (from_prefix.view(B, K, G, -1, P), from_own.view(B, K, G, -1, S)), -1
-    )  # (B, K, G, R, P + S)
-    weights = torch.add(bias[..., : P + S], both, alpha=d**-0.5).softmax(-1).to(q.dtype)
-    out = (weights[..., :P].reshape(B, K, -1, P) @ prefix[1]).view(
-        B, K, G, -1, d
-    )  # (B, K, G, R, d)
-    out = out + weights[..., P:] @ own[1]
-    return out.transpose(1, 2).reshape(B, G, -1)
+    suffix = suffix[..., :S, :]  # (2, B, K, G, S, d)
+
+    prefix_scores = scores(q.reshape(B * K, -1, d), prefix[0].flatten(0, 1))  # (B*K, G*R, P)
+    suffix_scores = scores(q.reshape(B * K * G, -1, d), suffix[0].flatten(0, 2))  # (B*K*G, R, S)
+    prefix_scores = prefix_scores.view(B, K, G, -1, P)  # (B, K, G, R, P)
+    suffix_scores = suffix_scores.view(B, K, G, -1, S)  # (B, K, G, R, S)
+    all_scores = torch.cat((prefix_scores, suffix_scores), -1)  # (B, K, G, R, P + S)
+    weights = torch.add(bias[..., : P + S], all_scores, alpha=d**-0.5).softmax(-1).to(q.dtype)
+
+    out = weights[..., :P].reshape(B, K, -1, P) @ prefix[1]  # (B, K, G*R, d)
+    out = out.view(B, K, G, -1, d)  # (B, K, G, R, d)
+    out = out + weights[..., P:] @ suffix[1]
+    return out.transpose(1, 2).reshape(B, G, -1)  # (B, G, H*d)
 
 
 @functools.cache
 def can_build_kernels() -> bool:
-    """True if Triton can build the kernels here: it needs a C compiler, Python's headers and a GPU of capability 8.0 or
-    higher.  Under TRITON_INTERPRET=1 it needs nothing."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    scheme = sysconfig.get_default_scheme().replace(
-        "posix_local", "posix_prefix"
-    )  # as Triton looks for it
-    header = (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists()
+    """Return True if Triton can build its kernels on this machine; warn if it cannot.
+
+    A build needs Triton, a C compiler, Python's headers and a GPU of compute capability 8.0 or
+    higher. With TRITON_INTERPRET=1 it needs only Triton.
+    """
     triton = importlib.util.find_spec("triton")
-    if triton and os.environ.get("TRITON_INTERPRET") == "1":  # runs anywhere, slowly, for tests
+    if triton and os.environ.get("TRITON_INTERPRET") == "1":
+        # The interpreter runs on any machine. It is slow and meant for tests.
         return True
-    if (
-        triton
-        and compiler
-        and header
-        and torch.cuda.is_available()
-        and torch.cuda.get_device_capability() >= (8, 0)
-    ):
+
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    # Triton replaces the scheme in the same way when it looks for Python.h.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header_exists = (Path(sysconfig.get_path("include", scheme)) / "Python.h").exists()
+    can_compile = triton and compiler and header_exists
+    if can_compile and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0):
         return True
+
     warnings.warn(
-        "the kernels of decoding cannot be built here (needed: triton, a C compiler, Python.h, an Ampere GPU or "
-        "newer), so sampling is slower: a decode step runs three times as many kernels",
+        "the kernels of decoding cannot be built here (needed: triton, a C compiler, Python.h, "
+        "an Ampere GPU or newer), so sampling is slower: a decode step runs three times as many "
+        "kernels",
         stacklevel=2,
     )
     return False
 
 
 def load_kernels() -> types.SimpleNamespace:
-    """`rotate_write_attend` and `append_token` as kernels.  Triton is imported only here, where it is needed."""
+    """Return the Triton functions `rotate_write_attend` and `append_token` in a namespace.
+
+    Triton is imported only by this function, so a machine without it can import this file.
+    """
     from ops import decode_kernel, sample_kernel
 
     return types.SimpleNamespace(

@@ -1,12 +1,17 @@
-"""The end of a decode step as two Triton kernels: choose a token from the logits and record it.
+"""The end of a decode step as two Triton kernels: sample a token from the logits and record it.
 
-    block_statistics   one pass over the logits: maximum and remaining mass of each block of 256
-    choose_and_record  one program a row: finds the block, then the token in it, and writes it down
+    block_statistics   One pass over the logits: the maximum and the remaining mass of each block of
+                       256 entries.
+    choose_and_record  One program per row: it selects a block, then a token in the block, and
+                       writes the results.
 
-Slow obvious twin: `append_token` of sampler.py, 57 operations of which six read or write an (N, V) tensor.
-The method is the same: inverse CDF in float64 over blocks summed in fp32; see `sample_token` there.
+The tests compare the kernels with a slow, simple version in PyTorch, `append_token` of sampler.py.
+That version takes 57 operations, of which six read or write an (N, V) tensor. Both use the same
+method: inversion of the CDF in float64, over blocks that are summed in fp32. See `sample_token`
+in sampler.py.
 
-This file is imported only where a GPU can build the kernels, or under Triton's interpreter.
+This file needs Triton. So it is imported only where a GPU can build the kernels, or under Triton's
+interpreter.
 
 Legend   N rows   V vocabulary   T longest completion   E end tokens
 """
@@ -16,15 +21,16 @@ import triton
 import triton.language as tl
 
 BLOCK = tl.constexpr(256)
-BELOW_ONE = tl.constexpr(1 - 2**-52)  # a double times this is certainly less than that double
+# A positive double times BELOW_ONE is always less than that double.
+BELOW_ONE = tl.constexpr(1 - 2**-52)
 
 
 @triton.jit
 def block_statistics(logits, maxima, rests, V, blocks, temperature, TILE: tl.constexpr):
-    """Program (row, tile): TILE blocks of one row.
+    """Store the maximum and the rest of TILE blocks of one row. One program per (row, tile).
 
-    A block's mass is exp(maximum) * (1 + rest).  Its most probable token stands outside of the sum:
-    in fp32 a 1 would swallow the small probabilities beside it.
+    The mass of a block is exp(maximum) * (1 + rest). The 1 is its most probable token, and `rest`
+    is the sum over its other tokens. In fp32, small probabilities would be lost in a sum with 1.
     """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -32,7 +38,7 @@ def block_statistics(logits, maxima, rests, V, blocks, temperature, TILE: tl.con
     x = tl.load(logits + row * V + token, mask=token < V, other=float("-inf"))
     x = tl.math.div_rn(x, temperature)
     maximum, best = tl.max(x, 1, return_indices=True)
-    # A block of -inf has no mass; -inf - -inf would be NaN.
+    # A block whose logits are all -inf has no mass. Its reference is 0, since -inf - -inf is NaN.
     reference = tl.where(maximum == float("-inf"), 0.0, maximum)
     p = tl.exp(x - reference[:, None])
     p = tl.where(tl.arange(0, BLOCK)[None, :] == best[:, None], 0.0, p)
@@ -42,19 +48,20 @@ def block_statistics(logits, maxima, rests, V, blocks, temperature, TILE: tl.con
 
 @triton.jit
 def invert_cdf(mass, sought, index, count):
-    """The interval that contains `sought` when intervals of these lengths are laid end to end.
+    """Invert a CDF: return the bin that contains `sought`, and the offset of `sought` in that bin.
 
-    mass (n,) float64 -> its index, and the offset of `sought` into it.  The index is the number of
-    sums that do not exceed `sought`; up to rounding, its interval has a positive length.
+    The bins have the lengths `mass` (n,) float64 and lie end to end from 0; the first `count` of
+    them are valid. The bin's number is the number of cumulative sums that do not exceed `sought`.
+    Up to rounding, the bin has a positive length.
     """
     cumulative = tl.cumsum(mass, 0)
-    sought = tl.minimum(
-        sought, tl.max(cumulative, 0) * BELOW_ONE
-    )  # two ways to sum differ by rounding
-    found = tl.sum((cumulative <= sought).to(tl.int32), 0)
-    found = tl.minimum(found, count - 1)  # only if the masses are NaN or all 0
-    start = tl.sum(tl.where(index == found, cumulative - mass, 0.0), 0)
-    return found, sought - start
+    # The caller summed the masses in another order, so `sought` can reach the total by rounding.
+    sought = tl.minimum(sought, tl.max(cumulative, 0) * BELOW_ONE)
+    bin_index = tl.sum((cumulative <= sought).to(tl.int32), 0)
+    # The limit has an effect only if the masses are NaN or all 0.
+    bin_index = tl.minimum(bin_index, count - 1)
+    start = tl.sum(tl.where(index == bin_index, cumulative - mass, 0.0), 0)
+    return bin_index, sought - start
 
 
 @triton.jit
@@ -77,9 +84,14 @@ def choose_and_record(
     ENDS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Program: one row.  Writes token, log-probability, length and whether the row is done."""
+    """Sample the token of one row and record it. One program per row.
+
+    It writes the token, its log-probability, the length of the row and whether the row is done.
+    """
     row = tl.program_id(0).to(tl.int64)
     t = tl.load(position)
+
+    # The mass of each block, relative to exp(top): (BLOCKS,).
     index = tl.arange(0, BLOCKS)
     maximum = tl.load(maxima + row * blocks + index, mask=index < blocks, other=float("-inf"))
     rest = tl.load(rests + row * blocks + index, mask=index < blocks, other=0.0)
@@ -88,6 +100,7 @@ def choose_and_record(
     mass = tl.where(index < blocks, mass, 0.0)
     total = tl.sum(mass, 0)
 
+    # Select a block, then a token in it.
     block, offset = best_block, tl.zeros([], tl.float64)
     if not GREEDY:
         u = tl.load(uniforms + t * N + row)
@@ -102,8 +115,10 @@ def choose_and_record(
         chosen, _ = invert_cdf(tl.exp(x - top).to(tl.float64), offset, inside, BLOCK)
     logit = tl.sum(tl.where(inside == chosen, x, 0.0), 0)
     logp = (logit - top).to(tl.float64) - tl.log(total)
-    token = tl.minimum(block * BLOCK + chosen, V - 1).to(tl.int64)  # past V only if logits are NaN
+    # Without the limit the token could be past V, but only if logits are NaN.
+    token = tl.minimum(block * BLOCK + chosen, V - 1).to(tl.int64)
 
+    # A row that was already done gets the first end token, and its length stays.
     was_done = tl.load(done + row) != 0
     is_done = was_done
     for e in tl.static_range(ENDS):
@@ -126,14 +141,17 @@ def append_token(
     temperature: float,
     greedy: bool,
 ) -> None:
-    """Choose the token at `position` of every row and write it down; done rows get an end token.
+    """Sample the token at `position` of every row and record it; done rows get an end token.
 
-    logits (N, V) fp32, uniforms (T, N) float64, position (1,) int64, end_tokens (E,) int64.
-    Written: tokens (T, N), logps (T, N) fp32, lengths (N,), done (N,).
+    Reads logits (N, V) fp32, uniforms (T, N) float64, position (1,) int64, end_tokens (E,) int64.
+    Writes tokens (T, N) int64, logps (T, N) fp32, lengths (N,) int64 and done (N,) bool in place.
+    With `greedy` the token is the most probable one.
     """
     N, V = logits.shape
-    temperature = float(temperature)  # an int would be another kernel, which does not compile
     assert logits.is_contiguous() and logits.dtype == torch.float32
+    # Triton would build a separate kernel for an int, and that kernel does not compile.
+    temperature = float(temperature)
+
     blocks = triton.cdiv(V, BLOCK.value)
     tile = min(16, triton.next_power_of_2(blocks))
     maxima, rests = torch.empty(2, N, blocks, dtype=torch.float32, device=logits.device)

@@ -1,12 +1,12 @@
-"""Shared by all tests: the golden checkpoint, what the public reference computed with it, offline mode."""
+"""Shared by all tests: the golden checkpoint, what the public reference computed with it,
+offline mode."""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # before any import that reads it: a test never needs the network
-)
+# before any import that reads it: a test never needs the network
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -70,16 +70,14 @@ def batch(forward) -> PromptBatch:
     return PromptBatch(
         indices=[0, 1],
         samples=[None] * 2,
-        asked=[""] * 2,
+        questions=[""] * 2,
         input_ids=forward["input_ids"].tolist(),
         targets=[[], []],
-        frames=forward["frames"],
-        mel=forward["mel"],
-        vision=[None] * 2,
-        audio=[None] * 2,
+        media={"video": forward["frames"], "audio": forward["mel"]},
+        features={"video": [None] * 2, "audio": [None] * 2},
         question_ids=forward["question_ids"],
         question_mask=forward["question_mask"],
-        keys=[{"video": "", "audio": ""}] * 2,
+        feature_keys=[{"video": "", "audio": ""}] * 2,
         bad=[],
         notes=[],
     )

@@ -1,9 +1,12 @@
-"""Invented copies of the data sets, in the layouts and with the numbers of clips in which they are distributed.
+"""Invented copies of the data sets, in the layouts and with the numbers of clips in
+which they are distributed.
 
-    build_all(root)     root/DFEW, MAFW, RAVDESS, EMER, MER2025, r1omni.json: the recipe's commands run on them
+    build_all(root)     root/DFEW, MAFW, RAVDESS, EMER, MER2025, r1omni.json:
+                        the recipe's commands run on them
 
-No clip, name, text or label in here is anybody's: names are drawn, and every clip is a hard link to one tiny mp4.
-The numbers are typed a second time, apart from those of convert.py, so that a slip in either does not go unseen.
+No clip, name, text or label in here is anybody's: names are drawn, and every clip is a hard link to
+one tiny mp4.  The numbers are typed a second time, apart from those of convert.py, so that a slip
+in either does not go unseen.
 """
 
 import csv
@@ -21,7 +24,8 @@ DFEW_TRAIN = (1956, 1515, 2135, 1738, 1175, 116, 721)
 DFEW_TEST = (489, 379, 534, 435, 294, 29, 181)
 DFEW_TESTS = (2341, 2341, 2340, 2339, 2336)  # all of the test folds 1 to 5
 MAFW_WORDS = (
-    "anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness disappointment"
+    "anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness "
+    "disappointment"
 ).split()
 MAFW_TRAIN = (1112, 511, 500, 993, 910, 1176, 857, 188, 732, 209, 145)
 MAFW_TEST = (278, 128, 125, 249, 228, 294, 215, 48, 184, 53, 37)
@@ -29,7 +33,8 @@ MAFW_TESTS = (1839, 1837, 1833, 1832, 1831)
 
 
 def write_clip(path: Path, frames: int = 8, seconds: float = 1.0, level: float = 0.3) -> Path:
-    """A real mp4 of 16 x 16 pixels; a tone of that `level`, no audio track if it lasts 0 seconds."""
+    """A real mp4 of 16 x 16 pixels; a tone of that `level`,
+    no audio track if it lasts 0 seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=8)
@@ -72,7 +77,8 @@ def write_csv(path: Path, rows: list) -> None:
 def five_folds(
     ids: list, train: tuple, test: tuple, sizes: tuple, words: list
 ) -> list[dict[str, list]]:
-    """[{"train": [(id, word)], "test": [...]}]: fold 1 as the class counts say, five disjoint tests of those sizes."""
+    """[{"train": [(id, word)], "test": [...]}]: fold 1 as the class counts say,
+    five disjoint tests of those sizes."""
     ids = iter(ids)
     first = [(next(ids), word) for word, count in zip(words, test) for _ in range(count)]
     rest = [(next(ids), word) for word, count in zip(words, train) for _ in range(count)]
@@ -102,7 +108,8 @@ def dfew_list(root: Path, fold: int, part: str) -> Path:
 
 
 def dfew(root: Path) -> None:
-    """Lists of labels 1 to 7; clips in 11 parts; avis without sound beside them, in a folder that nobody wants."""
+    """Lists of labels 1 to 7; clips in 11 parts; avis without sound beside them,
+    in a folder that nobody wants."""
     folds = dfew_folds()
     for number, fold in enumerate(folds, 1):
         for part, rows in fold.items():
@@ -228,7 +235,8 @@ def mer2025(root: Path) -> None:
 
 
 def r1omni(file: Path) -> None:
-    """3000 rows as the authors' are: DFEW and MAFW under the paths and the words of another machine."""
+    """3000 rows as the authors' are: DFEW and MAFW under the paths and the
+    words of another machine."""
     question = "<video>\n<audio>\nWhich emotion is the most obvious? Think first."
     rows = [
         (f"/mnt/nas/someone/DFEW_data/clips/{dfew_path(clip).removeprefix('Clip/')}", word)

@@ -1,17 +1,20 @@
 """Runs the project's scripts and `-m` programs without paying for their imports each time.
 
-`python grpo.py` spends most of a test's time on importing torch and transformers.  This process imports them once
-and forks for every run; a fork executes the script file itself as __main__, with its own arguments and output.
+`python grpo.py` spends most of a test's time on importing torch and transformers.  This process
+imports them once and forks for every run; a fork executes the script file itself as __main__, with
+its own arguments and output.
 
     server = shared()
-    job = server.start("grpo.py", "--model", ..., hook="import rewards; rewards.accuracy_reward = ...")
-    os.kill(job.pid, signal.SIGKILL)              # as a test likes
-    done = server.wait(job)                       # .returncode (negative: the signal), .stdout, .stderr
+    job = server.start("grpo.py", "--model", ...,
+                       hook="import rewards; rewards.accuracy_reward = ...")
+    os.kill(job.pid, signal.SIGKILL)    # as a test likes
+    done = server.wait(job)             # .returncode (negative: the signal), .stdout, .stderr
 """
 
 import atexit
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import runpy
@@ -106,7 +109,8 @@ def child(request: dict) -> int:
             os.open(Path(request["folder"]) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream
         )
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.stdin, sys.stdout = open(0), open(1, "w")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
     os.setpgid(0, 0)
     os.chdir(request["cwd"])
     os.environ.update(request["env"])
@@ -131,15 +135,29 @@ def child(request: dict) -> int:
     return code
 
 
+# What a script imports, and what it imports only where it is needed.
+IMPORTED = (
+    "eval",
+    "grpo",
+    "sft",
+    "huggingface_hub",
+    "lib.media",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.siglip.modeling_siglip",
+    "transformers.models.whisper.feature_extraction_whisper",
+    "transformers.models.whisper.modeling_whisper",
+)
+
+
 def serve() -> None:
     import torch
 
-    import eval as eval_script
-    import grpo
-    import sft
-
+    for name in IMPORTED:  # a run executes the script's own file anew
+        importlib.import_module(name)
+    transformers = importlib.import_module("transformers")
+    for name in ("AutoTokenizer", "BertModel", "SiglipVisionModel", "WhisperFeatureExtractor"):
+        getattr(transformers, name)
     torch.set_num_threads(1)
-    del eval_script, grpo, sft  # imported for their imports; a run executes the file anew
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -1,8 +1,9 @@
 """The CUDA path without a GPU: whole steps and answers on tensors that say they are on one.
 
-`OnGpu` computes on the CPU and claims to be on a GPU.  It refuses what a GPU refuses: a CPU tensor among GPU tensors.
-It counts what makes the host wait for a GPU: item, tolist, nonzero, a boolean index, a copy that is not from or to
-pinned memory.  In a step that is to be captured as a graph, each of those is an error.
+`OnGpu` computes on the CPU and claims to be on a GPU.  It refuses what a GPU refuses: a CPU tensor
+among GPU tensors.  It counts what makes the host wait for a GPU: item, tolist, nonzero, a boolean
+index, a copy that is not from or to pinned memory.  In a step that is to be captured as a graph,
+each of those is an error.
 
 Not shown here: which kernels a GPU picks, their rounding and speed, streams, graphs themselves.
 """
@@ -26,8 +27,10 @@ import sampler
 import sft
 from data import PromptBatch, Sample
 from lib import common
-from lib.common import AUDIO, Ranks
+from lib.common import Ranks
+from lib.modalities import AUDIO
 from model import HumanOmni, encode_media, frozen_reference
+from tools.one_update import one_update
 from training import MasterAdamW
 
 CUDA = torch.device("cuda", 0)
@@ -277,16 +280,14 @@ def golden_batch(forward) -> PromptBatch:
     return PromptBatch(
         indices=[4, 1, 7],
         samples=[sample] * 3,
-        asked=[""] * 3,
+        questions=[""] * 3,
         input_ids=ids,
         targets=[[5, 6, 7, 2], [8, 2], [9] * 6],
-        frames=forward["frames"][take],
-        mel=forward["mel"],
-        vision=[None] * 3,
-        audio=[None] * 2,
+        media={"video": forward["frames"][take], "audio": forward["mel"]},
+        features={"video": [None] * 3, "audio": [None] * 2},
         question_ids=forward["question_ids"][take],
         question_mask=forward["question_mask"][take],
-        keys=[{"video": "", "audio": ""}] * 2 + [{"video": ""}],
+        feature_keys=[{"video": "", "audio": ""}] * 2 + [{"video": ""}],
         bad=[],
         notes=[],
     )
@@ -338,29 +339,32 @@ def grpo_step(device, dtype, forward, processor) -> tuple[Bench, grpo.Rollout]:
         max_new_tokens=14,
         micro_batch=2,
         scale="none",
-        max_logp_diff=100.0,
     )
     b = Bench(device, dtype, forward)
     meter, reference = grpo.Meter(), frozen_reference(b.model)
     rollout = b.part(
         "rollout",
-        lambda: grpo.sample_completions(b.model, reference, processor, b.batch, args, grpo.Timer()),
+        lambda: grpo.sample_completions(b.model, processor, b.batch, args),
+    )
+    rollout.ref_logps = b.part(
+        "reference", lambda: grpo.rollout_logps(reference, b.batch, rollout, args)
     )
     r = torch.arange(12.0).view(3, 4) % 5
-    rollout.rewards = {
-        "accuracy": r.to(device),
-        "format": r.to(device),
-    }  # of noise all rewards are 0
-    total = b.part("compute_advantages", lambda: grpo.compute_advantages(rollout, args, b.ranks))
+    # of noise all rewards are 0
+    rollout.rewards = {"accuracy": r.to(device), "format": r.to(device)}
+    rollout.total_rewards = 2 * r.to(device)
+    rollout.advantages = b.part(
+        "compute_advantages", lambda: grpo.compute_advantages(rollout, args, b.ranks)
+    )
     assert b.part(
         "update",
-        lambda: grpo.update(b.model, b.optimizer, b.batch, rollout, args, b.ranks, 1e-4, meter),
+        lambda: one_update(b.model, b.optimizer, b.batch, rollout, args, b.ranks, 1e-4, meter),
     )
     assert b.moved
     b.part(
         "tell",
         lambda: (
-            grpo.measure(meter, rollout, total),
+            grpo.measure_rollout(meter, rollout),
             meter.totals(),
             grpo.rollout_rows(b.batch, rollout, 1),
         ),
@@ -383,15 +387,18 @@ def sft_step(device, dtype, forward) -> Bench:
 # ------------------------------------------------------------------------------------------------
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-# How often the host may wait for the device in each part: bounds that only go down.  (The optimiser asks once, in its first
-# step, which weights have a gradient; rewards know whether a completion was finished.)
+# How often the host may wait for the device in each part: bounds that only go down.  (The
+# optimiser asks once, in its first step, which weights have a gradient; rewards know whether a
+# completion was finished.)
+# two micro-batches of 5
 MOST_WAITS = {
     "encode": 4,
-    "rollout": 40,
+    "rollout": 16,
+    "reference": 10,
     "compute_advantages": 0,
     "update": 7 + 2 * 5,
     "tell": 6,
-}  # two micro-batches of 5
+}
 MOST_WAITS_SFT = {"encode": 4, "update": 7 + 2 * 5}
 
 
@@ -401,10 +408,11 @@ def within(counted: dict, most: dict) -> bool:
 
 @DTYPES
 def test_a_whole_grpo_step(gpu, forward, processor, dtype):
-    """Stops a tensor left on the CPU, a step that cannot be captured, a loop that waits, and another result than a CPU's."""
+    """Stops a tensor left on the CPU, a step that cannot be captured, a loop that waits,
+    and another result than a CPU's."""
     b, rollout = grpo_step("cuda", dtype, forward, processor)
     parts = [x for x in (*vars(rollout).values(), *rollout.rewards.values()) if torch.is_tensor(x)]
-    assert len(parts) == 8 and all(x.is_cuda for x in parts)
+    assert len(parts) == 9 and all(x.is_cuda for x in parts)
     assert within(b.waits, MOST_WAITS), b.waits
     assert bool(flash) == (dtype == torch.bfloat16)
     if dtype == torch.float32:
@@ -440,7 +448,8 @@ def test_an_evaluation(gpu, forward, processor):
 @DTYPES
 @pytest.mark.parametrize("temperature, greedy", [(1.0, False), (0.7, False), (1.0, True)])
 def test_a_step_can_be_captured(gpu, dtype, temperature, greedy):
-    """Stops whatever waits for the device or sits on the CPU in the captured step, and memory that moves."""
+    """Stops whatever waits for the device or sits on the CPU in the captured step,
+    and memory that moves."""
     advance(on("cuda", dtype), temperature, greedy)
 
 
@@ -510,8 +519,8 @@ def settings(monkeypatch):
 
 
 def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch):
-    """Stops NaN gradients of cuDNN's masked attention, bf16 partial sums, fp32 convolutions in TF32 (a gradient's norm off
-    by 3e-3), memory in fixed segments, and a run killed by one slow save."""
+    """Stops NaN gradients of cuDNN's masked attention, bf16 partial sums, fp32 convolutions in TF32
+    (a gradient's norm off by 3e-3), memory in fixed segments, and a run killed by one slow save."""
     asked = {}
     monkeypatch.setattr(common.dist, "init_process_group", lambda *a, **k: asked.update(k))
     monkeypatch.setattr(common, "fresh_store", lambda: None)
@@ -527,7 +536,8 @@ def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch)
 
 
 def test_segments_stay_fixed_where_the_driver_refuses_others(settings, monkeypatch):
-    """Stops every script ending in "CUDA driver error" on a machine whose driver cannot map memory piece by piece."""
+    """Stops every script ending in "CUDA driver error" on a machine whose driver cannot map memory
+    piece by piece."""
 
     def refuse(*args, **kwargs):
         raise RuntimeError("CUDA driver error: unknown error")
@@ -556,7 +566,8 @@ def test_a_gpu_works_in_bf16():
 
 
 def test_out_of_memory_in_a_capture_is_told_in_one_sentence(monkeypatch, capsys):
-    """Stops a traceback of "operation failed due to a previous error during capture" that does not say which flags help."""
+    """Stops a traceback of "operation failed due to a previous error during capture" that does not
+    say which flags help."""
 
     def capture(args):
         try:
@@ -598,7 +609,8 @@ def test_a_gpu_samples_with_kernels_compiled_and_captured(paths):
 
 
 def test_the_variable_chooses_how_a_step_is_run(paths):
-    """Stops a run that cannot go on where the kernels, the compiler or the capture fail; and a switch that is ignored."""
+    """Stops a run that cannot go on where the kernels, the compiler or the capture fail;
+    and a switch that is ignored."""
     ways = {name: paths("cuda", asked=name) for name in sampler.DECODE_PATHS}
     assert ways == {
         "eager": (False, False, False),
@@ -618,8 +630,9 @@ def test_the_variable_chooses_how_a_step_is_run(paths):
 
 @pytest.mark.parametrize("fails", ["decode_step", "append_token"])
 def test_a_step_that_fails_names_the_variable(gpu, monkeypatch, fails):
-    """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how to continue.  The first token
-    is chosen before the first step: a kernel that cannot be built fails there."""
+    """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how
+    to continue.  The first token is chosen before the first step: a kernel that cannot be
+    built fails there."""
 
     def broken(*args):
         raise RuntimeError("no kernel image is available")

@@ -1,4 +1,5 @@
-"""Clips, prompts, sample files and batches: the reference's numbers, and everything that is wrong in the wild."""
+"""Clips, prompts, sample files and batches: the reference's numbers,
+and everything that is wrong in the wild."""
 
 import copy
 import json
@@ -25,8 +26,9 @@ from data import (
     read_samples,
     training_batches,
 )
-from lib.common import AUDIO, VIDEO, UserError
+from lib.common import UserError
 from lib.media import read_clip
+from lib.modalities import AUDIO, VIDEO
 from model import embed, encode_media
 
 CLIPS = sorted(p.name for p in (GOLDEN / "media").iterdir())
@@ -45,7 +47,8 @@ def golden_media() -> dict:
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_golden_clips(name, golden_media, processor):
-    """Stops wrong frames, a resize that the towers were not trained with, and sound at another rate or level."""
+    """Stops wrong frames, a resize that the towers were not trained with,
+    and sound at another rate or level."""
     golden, clip = golden_media[name], read_clip(GOLDEN / "media" / name)
     assert (
         clip.frames.dtype == np.uint8
@@ -59,9 +62,8 @@ def test_golden_clips(name, golden_media, processor):
         assert off.max() <= most and off.mean() < mean, (fit, off.max(), off.mean())
     mel = processor.log_mel(clip.audio)
     if not name.endswith(".mkv"):  # the reference's older FFmpeg kept the priming samples there
-        padding = (
-            1023 if av.__version__ >= "19" else 0
-        )  # that of the encoder, at the end: FFmpeg 9 leaves it out
+        # that of the encoder, at the end: FFmpeg 9 leaves it out
+        padding = 1023 if av.__version__ >= "19" else 0
         assert 0 <= golden["samples"] - len(clip.audio) <= padding
         assert (mel - golden["mel"][0].float()).abs().mean() < 1e-3
     assert mel.shape == golden["mel"][0].shape
@@ -99,7 +101,8 @@ def test_pad_and_stretch(processor):
 
 
 def test_prompt_ids(processor, forward):
-    """Stops a prompt that the released model never saw: other ids, other system line, merged pieces."""
+    """Stops a prompt that the released model never saw: other ids, other system line,
+    merged pieces."""
     assert processor.encode_prompt(QUESTION) == forward["input_ids"][0].tolist()
     assert processor.encode_prompt(QUESTION, "video") == forward["input_ids_video_only"][0].tolist()
     assert processor.encode_question(QUESTION) == forward["question_ids"][0].tolist()
@@ -128,7 +131,8 @@ def test_chat_markup_in_a_question_is_refused(processor, question):
 
 
 def test_text_of_a_completion(processor):
-    """Stops an end token in the scored text, and special tokens in the middle being hidden from the reward."""
+    """Stops an end token in the scored text, and special tokens in the middle
+    being hidden from the reward."""
     ids = processor.encode_target("<answer>happy</answer>")
     assert ids[-1] == processor.tokenizer.eos_token_id == 380
     assert processor.decode(ids) == processor.decode(ids[:-1]) == "<answer>happy</answer>"
@@ -171,7 +175,8 @@ def write_rows(path, rows, bom=False):
     "name, bom", [("a.json", False), ("a.jsonl", False), ("a.json", True), ("a.jsonl", True)]
 )
 def test_read_samples(tmp_path, name, bom):
-    """Stops a row that is lost or changed on the way, and a file of Windows' editor being refused."""
+    """Stops a row that is lost or changed on the way, and a file of
+    Windows' editor being refused."""
     taught = "<think>she \u2028 smiles</think>\n<answer>happy</answer>"
     file = write_rows(
         tmp_path / name,
@@ -205,21 +210,19 @@ GOOD = json.dumps(row())
 @pytest.mark.parametrize(
     "name, text, said",
     [
-        (
-            "a.jsonl",
-            f"{GOOD}\n{GOOD[:-1]}\n{GOOD}\n",
-            "line 2",
-        ),  # cut off: the *next* line looks wrong
+        # cut off: the *next* line looks wrong
+        ("a.jsonl", f"{GOOD}\n{GOOD[:-1]}\n{GOOD}\n", "line 2"),
         ("a.jsonl", f"{GOOD}\n\n{GOOD[:60]}\n{GOOD}\n", "line 3"),
         ("a.jsonl", f"{GOOD}\n{GOOD},\n", "line 2"),
         ("a.json", f"[\n{GOOD},\n{{oops}}\n]", "line 3"),
         ("a.json", f"[\n{GOOD},\n{GOOD}\n", "does not end"),
         ("a.json", f"[{GOOD}]\n[{GOOD}]", "does not end"),
+        # toy's cues.json
         (
             "a.json",
             '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n}',
             "is JSON, but no list of samples",
-        ),  # toy's cues.json
+        ),
         ("a.json", json.dumps(row(), indent=1), "is JSON, but no list of samples"),
         ("a.json", '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n', "line 1 is not valid JSON"),
         ("a.json", "[]", "no samples"),
@@ -288,7 +291,8 @@ def test_check_labels(tmp_path):
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Samples: both, video only, audio only, a missing clip, a sound file, a text file, a silent clip."""
+    """Samples: both, video only, audio only, a missing clip, a sound file, a text file,
+    a silent clip."""
     folder = tmp_path_factory.mktemp("rows")
     soundfile.write(folder / "voice.wav", 0.1 * np.sin(np.arange(16_000) / 7), 16_000)
     (folder / "text.mp4").write_text("no clip\n" * 50)
@@ -312,7 +316,8 @@ def rows(tmp_path_factory):
 
 
 def test_loader_keeps_order_and_reports_bad_clips(rows, processor):
-    """Stops a bad clip being replaced by another, lost without a word, or ending the run; and a mixed-up order."""
+    """Stops a bad clip being replaced by another, lost without a word, or ending the run;
+    and a mixed-up order."""
     dataset = ClipDataset(rows, processor)
     batches = list(
         loader(
@@ -333,12 +338,12 @@ def test_loader_keeps_order_and_reports_bad_clips(rows, processor):
         [],
     ]
     assert "no such file" in batches[0].bad[0].reason and "gone.mp4" in batches[0].bad[0].reason
-    assert (
-        len(batches[1]) == 0 and batches[1].frames is None and batches[1].question_ids.shape[0] == 0
-    )
+    assert len(batches[1]) == 0 and batches[1].media == {} and batches[1].question_ids.shape[0] == 0
     assert batches[2].notes == [f"{rows[6].id}: no audio track: silence"]
     # 0: both; 2: only sound, so one row of frames and two of sound.
-    assert batches[0].frames.shape == (1, 8, 3, 64, 64) and batches[0].mel.shape == (2, 80, 300)
+    assert batches[0].media["video"].shape == (1, 8, 3, 64, 64) and batches[0].media[
+        "audio"
+    ].shape == (2, 80, 300)
     assert [[VIDEO in i, AUDIO in i] for i in batches[0].input_ids] == [[True, True], [False, True]]
     # 4: a sound file asked for both; 1: only video; 6: both.
     assert [[VIDEO in i, AUDIO in i] for i in batches[2].input_ids] == [
@@ -346,8 +351,8 @@ def test_loader_keeps_order_and_reports_bad_clips(rows, processor):
         [True, False],
         [True, True],
     ]
-    assert batches[2].frames.shape[0] == 2 and batches[2].mel.shape[0] == 2
-    assert torch.equal(batches[2].frames[0], batches[0].frames[0])
+    assert batches[2].media["video"].shape[0] == 2 and batches[2].media["audio"].shape[0] == 2
+    assert torch.equal(batches[2].media["video"][0], batches[0].media["video"][0])
 
 
 def test_what_a_batch_holds(rows, processor):
@@ -355,8 +360,10 @@ def test_what_a_batch_holds(rows, processor):
     dataset = ClipDataset(rows, processor, PromptSpec(prompt="row"))
     batch = collate([dataset[0, 0], dataset[1, 1], dataset[2, 2]])
     clip = read_clip(rows[0].clip)
-    assert all(torch.equal(f, processor.preprocess_frames(clip.frames)) for f in batch.frames)
-    assert all(torch.equal(m, processor.log_mel(clip.audio)) for m in batch.mel)
+    assert all(
+        torch.equal(f, processor.preprocess_frames(clip.frames)) for f in batch.media["video"]
+    )
+    assert all(torch.equal(m, processor.log_mel(clip.audio)) for m in batch.media["audio"])
     for i in range(3):
         real = batch.question_mask[i].bool()
         assert batch.question_ids[i, real].tolist() == processor.encode_question(rows[i].question)
@@ -381,8 +388,8 @@ def test_the_runs_modality_and_the_rows(rows, processor):
     assert "no video" in video[0, 2].reason and "no video" in video[0, 4].reason
     batch = collate([video[0, 0], video[0, 6]])
     assert (
-        batch.mel is None
-        and len(batch.frames) == 2
+        "audio" not in batch.media
+        and len(batch.media["video"]) == 2
         and not any(AUDIO in ids for ids in batch.input_ids)
     )
 
@@ -401,9 +408,10 @@ def test_select_is_slicing_by_hand(rows, processor):
             and part.targets == by_hand.targets
         )
         assert part.samples == by_hand.samples and len(part) == len(by_hand)
-        for name in ("frames", "mel"):
-            a, b = getattr(part, name), getattr(by_hand, name)
-            assert (a is None or len(a) == 0) if b is None else torch.equal(a, b), (name, chosen)
+        assert list(part.media) == list(by_hand.media), chosen
+        for name, expected in by_hand.media.items():
+            assert torch.equal(part.media[name], expected), (name, chosen)
+        assert part.features == by_hand.features and part.feature_keys == by_hand.feature_keys
         Q = by_hand.question_ids.shape[1]
         assert (
             torch.equal(part.question_ids[:, :Q], by_hand.question_ids)
@@ -427,7 +435,8 @@ def test_training_batches():
             assert sorted(p for r in ranks for p in r[step]) == whole[step]
     assert training_batches(n, per_step, 24, 4, seed=3) == whole[6:]
     assert training_batches(n, per_step, 0, 10, seed=4) != whole
-    # Another --prompts_per_step after a resume goes on where the run was, not at step x the new size.
+    # Another --prompts_per_step after a resume goes on where the run was,
+    # not at step x the new size.
     assert [p for batch in training_batches(n, 7, 24, 2, seed=3) for p, _ in batch] == list(
         range(24, 38)
     )
@@ -435,8 +444,9 @@ def test_training_batches():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_on_disk(rows, processor, model, tmp_path, dtype):
-    """Stops cached features of one clip landing in another's row (a sound file has no video feature to be found), and a
-    run that differs with a cache and without: every bit is kept, in the model's own dtype."""
+    """Stops cached features of one clip landing in another's row (a sound file has no video
+    feature to be found), and a run that differs with a cache and without: every bit is kept, in
+    the model's own dtype."""
     model = copy.deepcopy(model).to(dtype)
     cache = data.FeatureCache(tmp_path / "whole", {"video": "a", "audio": "b"})
     dataset = ClipDataset(rows, processor, cache=cache)
@@ -446,10 +456,10 @@ def test_features_on_disk(rows, processor, model, tmp_path, dtype):
             model, collate([ClipDataset(rows, processor)[i, n] for i, n in enumerate(order)])
         )
         fresh = encode_media(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
-        assert dataset[0, 0]["frames"] is None and dataset[0, 0]["mel"] is None  # found
+        assert dataset[0, 0].media == {}  # found
         again = encode_media(model, collate([dataset[i, n] for i, n in enumerate(order)]), cache)
-        for name in ("vision", "audio"):
-            a, b, c = (getattr(batch, name) for batch in (plain, fresh, again))
+        for name in ("video", "audio"):
+            a, b, c = (batch.features[name] for batch in (plain, fresh, again))
             assert (
                 a.dtype == b.dtype == c.dtype == dtype and torch.equal(a, b) and torch.equal(a, c)
             ), name
@@ -458,15 +468,16 @@ def test_features_on_disk(rows, processor, model, tmp_path, dtype):
         dataset.cache = part
         encode_media(model, collate([dataset[0, 4]]), part)
         mixed = encode_media(model, collate([dataset[i, n] for i, n in enumerate(order)]), part)
-        assert torch.equal(mixed.vision, fresh.vision)
-        assert torch.equal(mixed.audio, fresh.audio)
+        assert torch.equal(mixed.features["video"], fresh.features["video"])
+        assert torch.equal(mixed.features["audio"], fresh.features["audio"])
         assert embed(model, mixed)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_depend_on_the_clip_alone(rows, processor, fresh_model, tmp_path, dtype):
-    """Stops a tower that runs on several clips at once: then a clip's last bits depend on the clips beside it, so a cache's
-    history, a kill, or how far ahead the loader reads would make another run of the same command."""
+    """Stops a tower that runs on several clips at once: then a clip's last bits depend on the clips
+    beside it, so a cache's history, a kill, or how far ahead the loader reads would make another
+    run of the same command."""
     model = fresh_model.to(dtype)
     numbers = [4, 0, 2, 1, 6]
     alone = {n: encode_media(model, collate([ClipDataset(rows, processor)[0, n]])) for n in numbers}
@@ -475,16 +486,13 @@ def test_features_depend_on_the_clip_alone(rows, processor, fresh_model, tmp_pat
     first, second = (
         collate([dataset[i, n] for i, n in enumerate(order)]) for order in ([4, 0], [0, 6, 4, 2, 1])
     )
-    assert (
-        len(second.frames) == 3 and len(second.mel) == 4
-    )  # read ahead, before anything was encoded
+    # read ahead, before anything was encoded
+    assert len(second.media["video"]) == 3 and len(second.media["audio"]) == 4
     for batch, order in ((first, [4, 0]), (second, [0, 6, 4, 2, 1])):
         features = encode_media(model, batch, cache)
-        for name in ("vision", "audio"):
-            one_by_one = [
-                getattr(alone[n], name) for n in order if getattr(alone[n], name) is not None
-            ]
-            assert torch.equal(getattr(features, name), torch.cat(one_by_one)), name
+        for name in ("video", "audio"):
+            one_by_one = [alone[n].features[name] for n in order if name in alone[n].features]
+            assert torch.equal(features.features[name], torch.cat(one_by_one)), name
     frames = torch.stack(
         [
             processor.preprocess_frames(clip.frames)
@@ -492,18 +500,18 @@ def test_features_depend_on_the_clip_alone(rows, processor, fresh_model, tmp_pat
         ]
     )
     for row, n in enumerate((0, 6)):  # the same function, where prompts are embedded at once
-        assert torch.equal(model.encode_frames(frames)[row], alone[n].vision[0])
+        assert torch.equal(model.encode_video(frames)[row], alone[n].features["video"][0])
 
 
 def test_a_key_holds_all_that_features_depend_on(processor, fresh_model, tmp_path):
-    """Stops features of other pixels, another normalisation, another layer or another precision being found."""
+    """Stops features of other pixels, another normalisation,
+    another layer or another precision being found."""
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"picture")
     before = tmp_path.stat().st_mtime_ns
     keys = [ClipDataset([], processor).feature_key("video", tmp_path)]
-    (tmp_path / "1.png").write_bytes(
-        b"another"
-    )  # of the same size, maybe within the same tick of the clock
+    # of the same size, maybe within the same tick of the clock
+    (tmp_path / "1.png").write_bytes(b"another")
     os.utime(tmp_path / "1.png", (1, 1))
     assert tmp_path.stat().st_mtime_ns == before
     for change in (
@@ -534,7 +542,8 @@ def test_a_key_holds_all_that_features_depend_on(processor, fresh_model, tmp_pat
 
 
 def test_a_sound_file_is_asked_as_one_by_its_streams(rows, processor, tmp_path):
-    """Stops a sound file that is called .mp4 being bad for its missing picture, or asked to be looked at."""
+    """Stops a sound file that is called .mp4 being bad for its missing picture,
+    or asked to be looked at."""
     (tmp_path / "voice.mp4").write_bytes(rows[4].clip.read_bytes())
     voice, seen = read_samples(
         write_rows(tmp_path / "a.json", [row("voice.mp4"), row("voice.mp4", question="<video>\nq")])
@@ -543,25 +552,24 @@ def test_a_sound_file_is_asked_as_one_by_its_streams(rows, processor, tmp_path):
     cache = data.FeatureCache(tmp_path / "c", {"video": "a", "audio": "b"})
     for view in (
         PromptSpec(),
-        PromptSpec(drop_audio=1.0),
-        PromptSpec(drop_video=1.0),
+        PromptSpec(blank=1.0),
         PromptSpec(modal="audio"),
     ):
         dataset = ClipDataset([voice, seen], processor, view)
         item = dataset[0, 0]
         assert (
-            item["ids"] == wav["ids"]
-            and item["frames"] is None
-            and torch.equal(item["mel"], wav["mel"])
+            item.input_ids == wav.input_ids
+            and "video" not in item.media
+            and torch.equal(item.media["audio"], wav.media["audio"])
         )
-        assert list(item["keys"]) == ["audio"]
+        assert list(item.feature_keys) == ["audio"]
         dataset.cache = cache
-        cache.put(item["keys"]["audio"], torch.ones(2, 3))
+        cache.put(item.feature_keys["audio"], torch.ones(2, 3))
         known = dataset[0, 0]
         assert (
-            known["ids"] == wav["ids"]
-            and known["mel"] is None
-            and torch.equal(known["audio"], torch.ones(2, 3))
+            known.input_ids == wav.input_ids
+            and known.media == {}
+            and torch.equal(known.features["audio"], torch.ones(2, 3))
         )
     for bad in (
         ClipDataset([seen], processor)[0, 0],
@@ -575,31 +583,35 @@ def test_a_sound_file_is_asked_as_one_by_its_streams(rows, processor, tmp_path):
 
 
 def test_mute_and_blank_replace_one_modality_alone(rows, processor):
-    """Stops `--mute` leaving some sound, `--blank` some picture, either touching the other, or the prompt telling."""
+    """Stops `--mute` leaving some sound, `--blank` some picture, either touching the other,
+    or the prompt telling."""
     plain, muted, blank = (
         ClipDataset(rows, processor, view)[0, 0]
-        for view in (PromptSpec(), PromptSpec(mute=True), PromptSpec(blank=True))
+        for view in (PromptSpec(), PromptSpec(mute=1.0), PromptSpec(blank=1.0))
     )
-    assert muted["ids"] == plain["ids"] == blank["ids"]
-    assert torch.equal(muted["frames"], plain["frames"]) and torch.equal(blank["mel"], plain["mel"])
-    silence = ClipDataset(rows, processor)[0, 6]["mel"]  # a clip without a sound track
-    assert torch.equal(muted["mel"], silence) and not torch.equal(plain["mel"], silence)
+    assert muted.input_ids == plain.input_ids == blank.input_ids
+    assert torch.equal(muted.media["video"], plain.media["video"]) and torch.equal(
+        blank.media["audio"], plain.media["audio"]
+    )
+    silence = ClipDataset(rows, processor)[0, 6].media["audio"]  # a clip without a sound track
+    assert torch.equal(muted.media["audio"], silence) and not torch.equal(
+        plain.media["audio"], silence
+    )
     grey = (127 / 255 - 0.5) / 0.5
     torch.testing.assert_close(
-        blank["frames"], torch.full_like(blank["frames"], grey), atol=1e-6, rtol=0
+        blank.media["video"], torch.full_like(blank.media["video"], grey), atol=1e-6, rtol=0
     )
-    assert not torch.equal(plain["frames"], blank["frames"])
+    assert not torch.equal(plain.media["video"], blank.media["video"])
 
 
 def test_muted_features_are_not_those_of_the_sound(rows, processor):
     """Stops a muted evaluation hearing the sound after all, from the feature cache."""
     keys = {
-        name: ClipDataset(rows, processor, view)[0, 0]["keys"]
+        name: ClipDataset(rows, processor, view)[0, 0].feature_keys
         for name, view in (
             ("plain", PromptSpec()),
-            ("mute", PromptSpec(mute=True)),
-            ("blank", PromptSpec(blank=True)),
-            ("stretch", PromptSpec(fit="stretch")),
+            ("mute", PromptSpec(mute=1.0)),
+            ("blank", PromptSpec(blank=1.0)),
         )
     }
     assert (
@@ -608,44 +620,40 @@ def test_muted_features_are_not_those_of_the_sound(rows, processor):
     )
     assert (
         len({k["audio"] for k in keys.values()}) == 2
-        and len({k["video"] for k in keys.values()}) == 3
+        and len({k["video"] for k in keys.values()}) == 2
     )
 
 
-def test_dropped_modalities(rows, processor):
-    """Stops a prompt losing both, another share than asked for, or a draw that changes with the batch or on resuming."""
-    view = PromptSpec(drop_audio=0.3, drop_video=0.2, seed=5)
-    kept = [view.drop_modality("video_audio", position) for position in range(20_000)]
-    assert set(kept) == {"video_audio", "video", "audio"}
-    for left, share in (
-        ("video", 0.3),
-        ("audio", 0.2),
-    ):  # within 5 sd: sqrt(.3 * .7 / 20000) = .0032
-        assert abs(kept.count(left) / 20_000 - share) < 0.017
-    assert [view.drop_modality("video_audio", p) for p in range(500, 520)] == kept[500:520]
-    assert kept[:200] != [
-        PromptSpec(drop_audio=0.3, drop_video=0.2, seed=6).drop_modality("video_audio", p)
-        for p in range(200)
-    ]
-    assert {
-        PromptSpec(drop_audio=0.5, drop_video=0.5).drop_modality("video_audio", p)
-        for p in range(50)
-    } == {
-        "video",
-        "audio",
-    }
-    assert all(
-        PromptSpec(drop_video=1.0).drop_modality("video", p) == "video" for p in range(20)
-    )  # it has nothing else
-    dataset = ClipDataset(rows, processor, view)
+def test_shares_of_muted_and_blanked_prompts(rows, processor):
+    """Stops a prompt losing both senses, another share than requested,
+    or a draw that changes with the batch or on resuming."""
+    spec = PromptSpec(mute=0.3, blank=0.2, seed=5)
+    dropped = [spec.drop_modality(position) for position in range(20_000)]
+    assert set(dropped) == {None, "video", "audio"}
+    # within 5 sd: sqrt(.3 * .7 / 20000) = .0032
+    for name, share in (("audio", 0.3), ("video", 0.2)):
+        assert abs(dropped.count(name) / 20_000 - share) < 0.017
+    assert [spec.drop_modality(p) for p in range(500, 520)] == dropped[500:520]
+    other = PromptSpec(mute=0.3, blank=0.2, seed=6)
+    assert dropped[:200] != [other.drop_modality(p) for p in range(200)]
+    half = PromptSpec(mute=0.5, blank=0.5)
+    assert {half.drop_modality(p) for p in range(50)} == {"video", "audio"}
+    assert {PromptSpec(mute=1.0).drop_modality(p) for p in range(50)} == {"audio"}
+    assert {PromptSpec().drop_modality(p) for p in range(50)} == {None}
+
+    plain = ClipDataset(rows, processor)[0, 0]
+    dataset = ClipDataset(rows, processor, spec)
     for position in range(12):
         item = dataset[position, 0]
-        assert (VIDEO in item["ids"]) == ("video" in kept[position]) == (item["frames"] is not None)
-        assert (AUDIO in item["ids"]) == ("audio" in kept[position]) == (item["mel"] is not None)
+        assert item.input_ids == plain.input_ids  # the prompt keeps its form
+        for name in ("video", "audio"):
+            same = torch.equal(item.media[name], plain.media[name])
+            assert same == (name != dropped[position])
 
 
 def test_what_is_asked():
-    """Stops a label-only run asking for reasoning, candidates in a free evaluation, and an order that can be learned."""
+    """Stops a label-only run asking for reasoning, candidates in a free evaluation,
+    and an order that can be learned."""
     row = "What is felt?" + data.THINK
     assert (
         PromptSpec().format_question(row, "happy") == row
@@ -673,9 +681,8 @@ def test_what_is_asked():
     shuffled = PromptSpec(prompt="label", choices=("happy", "sad", "calm"), shuffle_choices=True)
     orders = [shuffled.format_question(row, "sad", p) for p in range(600)]
     assert orders[0] == shuffled.format_question(row, "sad", 0)
-    assert len(set(orders)) == 6 and all(
-        60 < orders.count(order) < 140 for order in set(orders)
-    )  # 100 each, sd 9
+    # 100 each, sd 9
+    assert len(set(orders)) == 6 and all(60 < orders.count(order) < 140 for order in set(orders))
 
 
 def test_questions_and_choices_that_cannot_be_used(tmp_path):
@@ -699,7 +706,8 @@ def test_questions_and_choices_that_cannot_be_used(tmp_path):
 
 
 def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
-    """Stops features of an older file or of other towers, a torn entry that ends a run, and a full disk."""
+    """Stops features of an older file or of other towers, a torn entry that ends a run,
+    and a full disk."""
     cache = data.FeatureCache(tmp_path / "c", {"video": "tower 1", "audio": "tower 2"})
     dataset = ClipDataset(rows, processor, cache=cache)
     x = torch.randn(5, 7)
@@ -708,17 +716,16 @@ def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
     key = dataset.feature_key("video", clip)
     cache.put(key, x)
     assert torch.equal(cache.get(key), x) and cache.get(dataset.feature_key("audio", clip)) is None
+    # other weights
     assert (
         data.FeatureCache(tmp_path / "c", {"video": "tower 3", "audio": "tower 2"}).get(key) is None
-    )  # other weights
+    )
     clip.write_bytes(b"123456")  # another file
     assert (
         dataset.feature_key("video", clip) != key
         and cache.get(dataset.feature_key("video", clip)) is None
     )
-    assert ClipDataset(rows, processor, PromptSpec(fit="stretch")).feature_key(
-        "video", clip
-    ) != dataset.feature_key("video", clip)
+    assert dataset.feature_key("video", clip, dropped=True) != dataset.feature_key("video", clip)
     assert ClipDataset(rows, processor, num_frames=4).feature_key(
         "video", clip
     ) != dataset.feature_key("video", clip)
@@ -728,9 +735,8 @@ def test_a_feature_cache_is_bounded_and_never_wrong(rows, processor, tmp_path):
     assert cache.get(key) is None  # torn: made again
     cache.put(key, x)
     assert torch.equal(cache.get(key), x)
-    small = data.FeatureCache(
-        tmp_path / "small", {"video": "", "audio": ""}, max_gb=1e-7
-    )  # 107 bytes
+    # 107 bytes
+    small = data.FeatureCache(tmp_path / "small", {"video": "", "audio": ""}, max_gb=1e-7)
     small.put("video a", x)
     small.put("video b", x)
     assert small.get("video a") is not None and small.get("video b") is None

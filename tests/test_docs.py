@@ -1,4 +1,5 @@
-"""docs/grpo.md and the README's map: every function that they name exists, every number of the example is computed again."""
+"""docs/grpo.md and the README's map: every function that they name exists,
+every number of the example is computed again."""
 
 import dataclasses
 import importlib
@@ -37,7 +38,8 @@ def test_functions_that_are_named_exist(file):
     """Stops an equation that points to a function which was renamed or moved."""
     found = set(
         re.findall(
-            r"\b(grpo|rewards|model|sampler|data|training|eval)\.(?!py\b|md\b)([A-Za-z_]\w*(?:\.\w+)?)",
+            r"\b(grpo|rewards|model|sampler|data|training|eval)"
+            r"\.(?!py\b|md\b)([A-Za-z_]\w*(?:\.\w+)?)",
             (ROOT / file).read_text(),
         )
     )
@@ -50,7 +52,8 @@ def test_functions_that_are_named_exist(file):
 
 
 def second_step() -> tuple[torch.Tensor, ...]:
-    """-> log-probabilities then and now, (2, 4, 3) each, and the mask; as the page's table has them."""
+    """-> log-probabilities then and now, (2, 4, 3) each, and the mask;
+    as the page's table has them."""
     mask = torch.arange(3) < LENGTHS[..., None]
     old = torch.full((2, 4, 3), -0.5)
     now = old.clone()
@@ -102,16 +105,15 @@ def test_the_examples_losses():
         )
 
 
-# ---- the table of equations --------------------------------------------------------------------------
+# ---- the table of equations ----------------------------------------------------------------------
 
 P, Q, R = (
     torch.tensor([0.5, 0.25, 0.25]),
     torch.tensor([0.2, 0.3, 0.5]),
     torch.tensor([2.0, 1.0, 0.0]),
 )
-ANSWERS = torch.tensor(
-    [0, 0, 1, 2]
-)  # of one token each: as often as P says, so that their mean is the mean
+# of one token each: as often as P says, so that their mean is the mean
+ANSWERS = torch.tensor([0, 0, 1, 2])
 
 
 def slope(**flags) -> torch.Tensor:
@@ -137,7 +139,14 @@ def of_mean(value: torch.Tensor) -> torch.Tensor:
 def small_rollout(**parts) -> grpo.Rollout:
     old, now, _ = second_step()
     return grpo.Rollout(
-        3, torch.zeros(2, 4, 3), LENGTHS, LENGTHS > 0, now, old, [], parts, torch.zeros(2, 4)
+        completions=torch.zeros(2, 4, 3),
+        lengths=LENGTHS,
+        finished=LENGTHS > 0,
+        logps=now,
+        texts=[],
+        rewards=parts,
+        total_rewards=sum(parts.values()),
+        ref_logps=old,
     )
 
 
@@ -185,13 +194,13 @@ def eq_on_policy():
 
 
 def coefficients(beta: float, kl: str = "k3") -> torch.Tensor:
-    """(2, 4, 3) what stands before grad log pi at each token, at rho = 1 and log(pi_ref / pi_theta) = -0.3."""
+    """(2, 4, 3) what stands before grad log pi at each token,
+    at rho = 1 and log(pi_ref / pi_theta) = -0.3."""
     old, _, mask = second_step()
     now = old.clone().requires_grad_()
     loss, _ = grpo.grpo_loss(now, old, old - 0.3, grpo.advantages(REWARDS), mask, kl=kl, beta=beta)
-    return (
-        torch.autograd.grad(-loss, now)[0] * LENGTHS[..., None] * 8
-    )  # without 1 / |o_i| and 1 / G of 2 groups
+    # without 1 / |o_i| and 1 / G of 2 groups
+    return torch.autograd.grad(-loss, now)[0] * LENGTHS[..., None] * 8
 
 
 def eq_coefficients():
@@ -207,14 +216,15 @@ def eq_sum():
         "accuracy": torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1]]),
         "format": torch.tensor([[1.0, 1, 0, 0], [0, 0, 0, 0]]),
     }
-    return grpo.compute_advantages(small_rollout(**parts), args(), start_ranks("cpu")), REWARDS
+    return grpo.sum_rewards(grpo.load_rewards(("accuracy", "format")), parts), REWARDS
 
 
 def eq_kl_in_the_reward():
     rollout = small_rollout(accuracy=REWARDS, format=torch.zeros(2, 4))
-    grpo.compute_advantages(rollout, args(kl="reward", beta=0.5, scale="none"), start_ranks("cpu"))
+    flags = args(kl="reward", beta=0.5, scale="none")
+    got = grpo.compute_advantages(rollout, flags, start_ranks("cpu"))
     r = REWARDS - 0.5 * ((rollout.logps - rollout.ref_logps) * rollout.mask).sum(-1)
-    return rollout.advantages, r - r.mean(1, keepdim=True)
+    return got, r - r.mean(1, keepdim=True)
 
 
 def eq_format():

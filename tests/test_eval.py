@@ -1,4 +1,5 @@
-"""eval.py as a user calls it: views, prompts, sound files, result files, flags that have no meaning together."""
+"""eval.py as a user calls it: views, prompts, sound files, result files,
+flags that have no meaning together."""
 
 import json
 import shutil
@@ -77,14 +78,12 @@ def texts(result: dict) -> list[str]:
 
 @pytest.fixture
 def inputs_for_answers(monkeypatch):
-    """The model's inputs in place of its answers: the golden one hardly listens, so a lost flag would not show in words."""
+    """The model's inputs in place of its answers: the golden one hardly listens,
+    so a lost flag would not show in words."""
 
     def told(model, processor, batch, max_new_tokens, cache=None) -> list[str]:
-        mean = lambda x: None if x is None else x.double().mean().item()
-        return [
-            f"<answer>{ids} {mean(batch.frames)} {mean(batch.mel)}</answer>"
-            for ids in batch.input_ids
-        ]
+        means = {name: x.double().mean().item() for name, x in batch.media.items()}
+        return [f"<answer>{ids} {means}</answer>" for ids in batch.input_ids]
 
     monkeypatch.setattr(eval_script, "answer", told)
 
@@ -104,7 +103,8 @@ def wav(tmp_path) -> Path:
 
 
 def test_result_file(score, tmp_path, capsys):
-    """Stops: fields that users and --table rely on missing, and the paper's numbers not shown for a real set."""
+    """Stops: fields that users and --table rely on missing,
+    and the paper's numbers not shown for a real set."""
     result = score(write_rows(tmp_path / "rows.json", dataset="ravdess"))
     assert {
         "model",
@@ -162,9 +162,8 @@ def test_views_reach_the_model(score, model, processor, tmp_path, inputs_for_ans
         "--prompt label": PromptSpec(prompt="label"),
         "--modal video": PromptSpec(modal="video"),
         "--modal audio": PromptSpec(modal="audio"),
-        "--mute": PromptSpec(mute=True),
-        "--blank": PromptSpec(blank=True),
-        "--fit stretch": PromptSpec(fit="stretch"),
+        "--mute": PromptSpec(mute=1.0),
+        "--blank": PromptSpec(blank=1.0),
         "--choices dfew": PromptSpec(choices=CHOICES["dfew"]),
         "--seed 3": PromptSpec(seed=3),
         f"--question {tmp_path / 'question.txt'}": PromptSpec(question="Is anybody there?"),
@@ -173,7 +172,7 @@ def test_views_reach_the_model(score, model, processor, tmp_path, inputs_for_ans
     said = {}
     for line, view in cases.items():
         result = score(rows, *line.split())
-        by_hand = eval_script.evaluate(model, processor, samples, ranks, view=view, workers=0)
+        by_hand = eval_script.evaluate(model, processor, samples, ranks, spec=view, workers=0)
         assert (
             result["predictions"] == by_hand["predictions"]
             and result["war_ci"] == by_hand["war_ci"]
@@ -196,7 +195,8 @@ def test_what_counts_as_the_answer(score, tmp_path):
 
 
 def test_what_is_asked_is_what_the_flags_say(score, tmp_path):
-    """Stops: a question from a file that is asked beside the row's own, or a list of choices in another form."""
+    """Stops: a question from a file that is asked beside the row's own,
+    or a list of choices in another form."""
     (tmp_path / "question.txt").write_text("Is anybody there?")
     flagged = score(
         write_rows(tmp_path / "a.json"),
@@ -222,7 +222,8 @@ def test_labels_outside_the_choices_are_named(score, tmp_path, capsys):
 
 
 def test_a_sound_file_is_a_clip_without_picture(score, wav, tmp_path, capsys):
-    """Stops: an audio-only row asked about a video that it lacks, scored with --modal video, or ending the run."""
+    """Stops: an audio-only row asked about a video that it lacks, scored with --modal video,
+    or ending the run."""
     shutil.copy(MEDIA / "wide.mp4", tmp_path / "wide.mp4")
     rows = write_rows(tmp_path / "rows.json", {str(wav): "sad", "wide.mp4": "happy"})
     result = score(rows)
@@ -255,8 +256,8 @@ def write_question(folder: Path) -> Path:
 
 
 def test_the_answer_to_one_clip(tmp_path, capsys):
-    """Stops: --out or --modal ignored with --clip, an answer of bare words looked for between tags, a traceback for a bad
-    clip."""
+    """Stops: --out or --modal ignored with --clip, an answer of bare words looked for between tags,
+    a traceback for a bad clip."""
     out, said = tmp_path / "new" / "answer.json", set()
     for prompt, modal in (
         ("think", "video_audio"),
@@ -294,7 +295,8 @@ def test_the_answer_to_one_clip(tmp_path, capsys):
 
 
 def test_modalities_are_the_five_runs(score, tmp_path, capsys, monkeypatch, inputs_for_answers):
-    """Stops: a setting that is another one under its name, a model loaded five times, and results that are not kept."""
+    """Stops: a setting that is another one under its name, a model loaded five times,
+    and results that are not kept."""
     rows = write_rows(tmp_path / "rows.json")
     lines = {
         "full": "",
@@ -331,13 +333,13 @@ def test_modalities_with_a_cache(score, tmp_path):
     first, second = score(rows, *flags), score(rows, *flags)
     for name, kept in first["modalities"].items():
         assert texts(kept) == texts(second["modalities"][name]), name
-    assert (
-        len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 4
-    )  # frames, sound, grey, silence
+    # frames, sound, grey, silence
+    assert len(list((tmp_path / "cache").glob("*/*.safetensors"))) == 4
 
 
 def test_the_seed_is_the_bootstraps(score, tmp_path, monkeypatch):
-    """Stops: a --seed without effect.  By the sum of the resamples: the interval of three clips is always the same."""
+    """Stops: a --seed without effect.  By the sum of the resamples:
+    the interval of three clips is always the same."""
     monkeypatch.setattr(
         eval_script,
         "answer",
@@ -360,15 +362,21 @@ def test_no_scored_clip_is_no_result(score, model, processor, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         score(rows, "--media_root", tmp_path / "typo")
     assert str(error.value) == (
-        f"{rows}: none of its 2 clips can be scored, the first, gone.mp4, because: {tmp_path}/typo/gone.mp4: no such file. "
-        "Give with --media_root the folder that the file's paths start from."
+        f"{rows}: none of its 2 clips can be scored, the first, gone.mp4, because: "
+        f"{tmp_path}/typo/gone.mp4: no such file. Give with --media_root the folder that the "
+        "file's paths start from."
     )
     assert not (tmp_path / "new").exists() and not capsys.readouterr().out
-    run = SimpleNamespace(model=model, processor=processor, view=PromptSpec(), cache=None)
+    run = SimpleNamespace(
+        model=model,
+        processor=processor,
+        spec=PromptSpec(),
+        cache=None,
+        eval_sets={"val": eval_script.read_samples(rows)},
+    )
     with pytest.raises(UserError, match=r"^--eval_data val: none of its 2 clips .* gone\.mp4"):
         grpo.evaluate_all(
             run,
-            {"val": eval_script.read_samples(rows)},
             SimpleNamespace(max_new_tokens=4, workers=0),
             eval_script.start_ranks("cpu"),
         )
@@ -387,7 +395,8 @@ def test_no_scored_clip_is_no_result(score, model, processor, tmp_path, capsys):
     ],
 )
 def test_out_is_tried_before_the_work(out, words, tmp_path):
-    """Stops: an evaluation of hours whose result cannot be written; what was made for the trial must not stay."""
+    """Stops: an evaluation of hours whose result cannot be written;
+    what was made for the trial must not stay."""
     rows = write_rows(tmp_path / "rows.json")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for job in (("--data", rows), ("--clip", MEDIA / "wide.mp4")):
@@ -421,7 +430,8 @@ REASONED = "<think>a</think><answer>sad</answer>"
     ],
 )
 def test_the_other_prompt_is_named(texts, flag, told, score, tmp_path, monkeypatch, capsys):
-    """Stops: a label model asked to reason, or the reverse, that scores 0.00 without a hint; hints where all is well."""
+    """Stops: a label model asked to reason, or the reverse, that scores 0.00 without a hint;
+    hints where all is well."""
     monkeypatch.setattr(eval_script, "answer", lambda *_: list(texts))
     for more in ((), ("--modalities",)):
         score(write_rows(tmp_path / "rows.json"), "--prompt", flag, *more)
@@ -463,14 +473,16 @@ def test_the_other_prompt_is_named(texts, flag, told, score, tmp_path, monkeypat
     ],
 )
 def test_flags_without_a_meaning_are_refused(line, words):
-    """Stops: a flag that is read and silently does nothing, and hours of a run that answers another question."""
+    """Stops: a flag that is read and silently does nothing,
+    and hours of a run that answers another question."""
     with pytest.raises(UserError) as error:
         run(*line.split())
     assert words in str(error.value)
 
 
 def test_flags_with_a_meaning_are_not_refused():
-    """Stops: a check that knows too few combinations: silence and grey at once is the prior of the prompt."""
+    """Stops: a check that knows too few combinations: silence and grey at once is
+    the prior of the prompt."""
     for line, job in (
         ("--model m --data d --mute --blank", "data"),
         ("--model m --data d --mute --modal audio", "data"),
@@ -507,7 +519,8 @@ def test_result_files_need_no_model(score, tmp_path, capsys):
 
 
 def test_reasoning_is_measured_for_every_result(score, tmp_path, monkeypatch, capsys):
-    """Stops: a result that is right about words and silent about reasons; cues or subtitles of a row that nobody asks."""
+    """Stops: a result that is right about words and silent about reasons;
+    cues or subtitles of a row that nobody asks."""
     rows = json.loads(Path(write_rows(tmp_path / "rows.json")).read_text())
     for row in rows:
         row |= {

@@ -1,12 +1,16 @@
-"""The house: eight scripts on top, ops and lib below, programs beside them; arrows point one way."""
+"""The house: eight scripts on top, ops and lib below, programs beside them;
+arrows point one way."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import transformers
+
+import grpo
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = {"grpo", "sft", "eval", "training", "model", "sampler", "data", "rewards"}
@@ -56,13 +60,15 @@ def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
 
 
 def test_the_top_floor_is_the_lesson():
-    """Stops a ninth script on top.  (Their length has no limit here: a limit makes code dense and not short.)"""
+    """Stops a ninth script on top.  (Their length has no limit here:
+    a limit makes code dense and not short.)"""
     assert {f.stem for f in FILES if f.parent == ROOT} == LESSON
 
 
 def test_no_package_of_ours_has_a_name_that_transformers_imports():
-    """Stops a folder that stands in for somebody else's package.  `kernels` beside the scripts made every script end in an
-    ImportError where the package of that name is installed: transformers found ours."""
+    """Stops a folder that stands in for somebody else's package.  `kernels` beside the scripts
+    made every script end in an ImportError where the package of that name is installed:
+    transformers found ours."""
     ours = {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in FILES}
     wanted = re.compile(rf"^\s*(?:from|import) ({'|'.join(ours)})\b", re.MULTILINE)
     theirs = [
@@ -75,7 +81,8 @@ def test_no_package_of_ours_has_a_name_that_transformers_imports():
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_arrows_point_one_way(file):
-    """Stops lib/ knowing the lesson, the lesson knowing its tools, imports in a circle hidden at the end of a file."""
+    """Stops lib/ knowing the lesson, the lesson knowing its tools,
+    imports in a circle hidden at the end of a file."""
     tree = ast.parse(file.read_text())
     mine = file.relative_to(ROOT).parts[0] if file.parent != ROOT else "lesson"
     for _, module in imports(tree):
@@ -110,9 +117,82 @@ def test_nothing_imports_in_a_circle():
         needs = {name: names for name, names in needs.items() if name not in free}
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+# ---- how the code reads: the rules that ruff.toml does not have ----------------------------------
+
+EACH_FILE = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+
+
+@EACH_FILE
+def test_no_line_is_wide(file):
+    """Stops a line that does not fit beside another window."""
+    wide = [n for n, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 100]
+    assert not wide, f"{file.name}: lines {wide} have more than 100 characters"
+
+
+@EACH_FILE
 def test_no_function_is_long(file):
-    """Stops a function that does not fit on two screens."""
+    """Stops a function that does not fit on two screens.  The training loop may have 90 lines."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno - node.lineno < 100, f"{file.name}: {node.name}"
+            limit = 90 if (file.name, node.name) == ("grpo.py", "train") else 80
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= limit, f"{file.name}: {node.name} has {lines} lines"
+
+
+def is_truth_value(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        return getattr(node.func, "id", "") == "bool"
+    return isinstance(node, ast.Compare) or (
+        isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+    )
+
+
+def riddles(node: ast.AST) -> str | None:
+    """A construction that has to be read twice, by name."""
+    if isinstance(node, ast.IfExp) and any(
+        isinstance(inner, ast.IfExp) for inner in ast.walk(node) if inner is not node
+    ):
+        return "nested conditional expressions"
+    is_product = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult)
+    if is_product and (is_truth_value(node.left) or is_truth_value(node.right)):
+        return "a product with a truth value"
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Dict):
+        return "a dict that is used as a switch"
+    is_vars = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "vars"
+    if is_vars and node.args and getattr(node.args[0], "id", "") == "self":
+        return "vars(self), which decides by reflection which fields are meant"
+    return None
+
+
+@EACH_FILE
+def test_no_line_is_a_riddle(file):
+    """Stops nested conditional expressions, products with truth values, dicts as switches and
+    reflection on one's own fields."""
+    found = [
+        (node.lineno, what)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if (what := riddles(node))
+    ]
+    assert not found, f"{file.name}: {found}"
+
+
+@pytest.mark.parametrize(
+    "code", ["a if b else c if d else e", "x * (n > 1)", "-x * bool(y)", "{1: 2}[k]", "vars(self)"]
+)
+def test_riddles_are_seen(code):
+    """Stops a rule that cannot fail."""
+    assert any(riddles(node) for node in ast.walk(ast.parse(code)))
+    plain = "a if b else c\nx * n\n{1: 2}\nd[k]\nvars(args)"
+    assert not any(riddles(node) for node in ast.walk(ast.parse(plain)))
+
+
+def test_the_lesson_is_not_dense():
+    """Stops several ideas a line: the eight scripts stay below a mean of 56 characters."""
+    text = "".join((ROOT / f"{name}.py").read_text() for name in LESSON)
+    lines = [line for line in text.splitlines() if line.strip()]
+    assert sum(map(len, lines)) / len(lines) < 56
+
+
+def test_grpo_has_at_most_48_flags():
+    """Stops a surface that nobody reads."""
+    assert len(dataclasses.fields(grpo.Args)) <= 48

@@ -7,7 +7,8 @@ import transformers
 from conftest import GOLDEN
 
 from grpo import grpo_loss
-from lib.common import AUDIO, PAD, VIDEO, UserError
+from lib.common import UserError
+from lib.modalities import AUDIO, PAD, VIDEO
 from model import (
     Config,
     HumanOmni,
@@ -55,10 +56,11 @@ def assert_same_gradients(ours: dict, theirs: dict, tolerance: float = 1e-5) -> 
 
 @torch.no_grad()
 def test_gate_and_tokens(model, forward):
-    """Stops a projector that computes another function (eps, order of t h w, shifted frames), or a tower's wrong layer."""
+    """Stops a projector that computes another function (eps, order of t h w, shifted frames),
+    or a tower's wrong layer."""
     gate = model.gate(forward["question_ids"], forward["question_mask"])
     torch.testing.assert_close(gate, forward["gate"], atol=1e-6, rtol=0)
-    video = model.model.mm_projector(model.encode_frames(forward["frames"]), gate)
+    video = model.model.mm_projector(model.encode_video(forward["frames"]), gate)
     torch.testing.assert_close(video[:, ::7], forward["video_tokens"], atol=2e-6, rtol=1e-5)
     audio = model.model.audio_projector(model.encode_audio(forward["mel"]))
     torch.testing.assert_close(audio[:, ::7], forward["audio_tokens"], atol=2e-6, rtol=1e-5)
@@ -72,8 +74,8 @@ def test_gate_and_tokens(model, forward):
 )
 @torch.no_grad()
 def test_logits(model, forward, ids, heard, golden):
-    """Stops a decoder that is nearly Qwen2 (rope pairs, norm eps, missing bias), media tokens at the wrong place of the
-    prompt, a video-only prompt that still hears something."""
+    """Stops a decoder that is nearly Qwen2 (rope pairs, norm eps, missing bias), media tokens at
+    the wrong place of the prompt, a video-only prompt that still hears something."""
     logits = model(
         forward[ids],
         forward["frames"],
@@ -105,7 +107,8 @@ def split_sft(forward) -> tuple[list, torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_sft_loss(model, forward):
-    """Stops labels that are off by one, and a shared-prefix loss that differs from the plain one."""
+    """Stops labels that are off by one, and a shared-prefix loss that
+    differs from the plain one."""
     logits = model(forward["sft_input_ids"], *(forward[k] for k in INPUTS[1:]))
     prompts, targets, lengths = split_sft(forward)
     T = targets.shape[2]
@@ -159,7 +162,8 @@ def test_grpo_loss_and_every_gradient(fresh_model, forward, grpo_golden):
 
 @pytest.fixture(scope="module")
 def qwen():
-    """(our model, transformers' Qwen2) with the same random weights, another geometry than the golden one."""
+    """(our model, transformers' Qwen2) with the same random weights,
+    another geometry than the golden one."""
     torch.manual_seed(0)
     shape = {
         "hidden_size": 48,
@@ -219,7 +223,8 @@ def qwen():
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @torch.no_grad()
 def test_decoder_equals_qwen2(qwen, side):
-    """Stops faults that one geometry hides: grouped heads, theta, the untied head, positions under padding."""
+    """Stops faults that one geometry hides: grouped heads, theta, the untied head,
+    positions under padding."""
     ours, theirs = qwen
     ids = torch.randint(0, 101, (3, 9), generator=torch.Generator().manual_seed(1))
     pads = torch.tensor([0, 3, 5]) if side != "none" else torch.zeros(3, dtype=torch.long)
@@ -240,7 +245,8 @@ def test_decoder_equals_qwen2(qwen, side):
 
 
 def ragged(model, B=3, G=3, T=6, left=True):
-    """Random embeddings of ragged prompts, padded on one side, and completions of ragged lengths."""
+    """Random embeddings of ragged prompts, padded on one side,
+    and completions of ragged lengths."""
     gen = torch.Generator().manual_seed(0)
     P, V = 7, model.config.vocab_size
     embeds = torch.randn(B, P, model.config.hidden_size, generator=gen) * 0.5
@@ -254,7 +260,8 @@ def ragged(model, B=3, G=3, T=6, left=True):
 
 
 def naive_logps(model, embeds, mask, completions, lengths, temperature=1.0):
-    """The twin: every completion alone behind its own copy of the prompt, without any padding.  Entropies too."""
+    """The twin: every completion alone behind its own copy of the prompt, without any padding.
+    Entropies too."""
     B, G, T = completions.shape
     rows = []
     for b in range(B):
@@ -274,9 +281,9 @@ def naive_logps(model, embeds, mask, completions, lengths, temperature=1.0):
     "temperature, T, left", [(1.0, 6, True), (0.7, 6, True), (1.0, 6, False), (1.0, 1, True)]
 )
 def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature, T, left):
-    """Stops siblings that see each other, wrong positions after the prompt, a lost gradient of the prompt, a prompt's last
-    state read where its padding is, a crash where no token is ever read (label SFT: the bare word), an entropy of other
-    logits than those the token came from."""
+    """Stops siblings that see each other, wrong positions after the prompt, a lost gradient of the
+    prompt, a prompt's last state read where its padding is, a crash where no token is ever read
+    (label SFT: the bare word), an entropy of other logits than those the token came from."""
     model = fresh_model
     model.set_trained(["decoder"])
     embeds, mask, completions, lengths = ragged(model, T=T, left=left)
@@ -293,14 +300,14 @@ def test_shared_prefix_equals_repeated_prefix(fresh_model, temperature, T, left)
     (ours, our_entropies, our_grads), (theirs, their_entropies, their_grads) = results
     assert relative(ours, theirs) < 1e-5 and relative(our_entropies, their_entropies) < 1e-5
     assert_same_gradients(our_grads, their_grads)
-    assert (
-        their_grads["embeds"][mask].abs().amin(-1).min() > 0
-    )  # the prompt is really part of the loss
+    # the prompt is really part of the loss
+    assert their_grads["embeds"][mask].abs().amin(-1).min() > 0
     assert not our_grads["embeds"][~mask].any()  # and its padding is not
 
 
 def test_attention_without_a_mask_equals_the_masked_form():
-    """Stops a completion aligned to the upper left (it would not see its prompt's end), and a path for padded prompts."""
+    """Stops a completion aligned to the upper left (it would not see its prompt's end),
+    and a path for padded prompts."""
     torch.manual_seed(0)
     B, G, P, S, H, K, d = 2, 3, 5, 4, 6, 2, 8
     rows = [torch.randn(B, P + G * S, heads, d) for heads in (H, K, K)]
@@ -349,7 +356,8 @@ def test_past_the_length_nothing_counts(fresh_model):
     assert (logps[outside] == 0).all()
     reference = gradients(model, logps.sum())
 
-    # Other tokens past the end, also ids that no vocabulary has; two more columns; another prompt column.
+    # Other tokens past the end, also ids that no vocabulary has; two more columns;
+    # another prompt column.
     junk = torch.where(outside, torch.tensor(10**6), completions)
     junk = F.pad(junk, (0, 2), value=-100)
     wider = F.pad(embeds, (0, 0, 1, 0), value=9.0)
@@ -372,8 +380,8 @@ def test_past_the_length_nothing_counts(fresh_model):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("temperature, chunk", [(1.0, 3), (0.7, 3), (0.7, 1), (0.7, 100)])
 def test_the_head_equals_log_softmax_over_all_logits(dtype, tolerance, temperature, chunk):
-    """Stops a lost temperature, exponentials that overflow, a gradient of the target or of a row's weight that is lost, a
-    chunk's border that loses or doubles a row."""
+    """Stops a lost temperature, exponentials that overflow, a gradient of the target or of a row's
+    weight that is lost, a chunk's border that loses or doubles a row."""
     torch.manual_seed(0)
     states, weight = torch.randn(7, 16) * torch.tensor([[300.0]] + 6 * [[1.0]]), torch.randn(33, 16)
     states, weight = (x.to(dtype) for x in (states, weight))
@@ -452,13 +460,14 @@ def test_the_question_moves_the_gate(model, forward, processor):
     embeds, kept = model.embed_prompt(
         rows, forward["frames"][:1], forward["mel"][:1], ids, mask.long()
     )
-    video = model.model.mm_projector(model.encode_frames(forward["frames"][:1]), both[1:])
+    video = model.model.mm_projector(model.encode_video(forward["frames"][:1]), both[1:])
     torch.testing.assert_close(embeds[1, kept[1]][:-1], video[0], atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
 def test_padding_in_ids_and_text_only(model, processor):
-    """Stops padding ids being embedded, a text prompt being refused, a crash on a row that no word of the tokenizer has."""
+    """Stops padding ids being embedded, a text prompt being refused,
+    a crash on a row that no word of the tokenizer has."""
     padded = torch.tensor([[PAD, PAD, 5, 6, 7], [1, 2, 3, 4, PAD]])
     embeds, mask = model.embed_prompt(padded)
     assert mask.tolist() == [[False, True, True, True], [True] * 4]
@@ -480,7 +489,8 @@ def test_wrong_ids_are_named(model):
 
 
 def test_train_leaves_dropout_off(fresh_model, forward):
-    """Stops BERT's dropout making the policy differ from itself: the first ratio must be exactly 1."""
+    """Stops BERT's dropout making the policy differ from itself:
+    the first ratio must be exactly 1."""
     model = fresh_model
     assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
     model.train()
@@ -522,17 +532,22 @@ def test_set_trained(fresh_model):
 
 
 def test_encode_once_changes_nothing(fresh_model, forward, batch):
-    """Stops cached tower outputs that differ from the towers, and a trained tower that gets no gradient."""
+    """Stops cached tower outputs that differ from the towers,
+    and a trained tower that gets no gradient."""
     model = fresh_model
     model.set_trained(["gate"])
     once = encode_media(model, batch)
-    assert once.frames is None and once.mel is None and not once.vision.requires_grad
+    assert once.media == {} and not once.features["video"].requires_grad
     with torch.no_grad():
         plain = model.embed_prompt(*(forward[k] for k in INPUTS))[0]
         torch.testing.assert_close(embed(model, once)[0], plain, atol=1e-6, rtol=0)
-    assert torch.equal(encode_media(model, once).vision, once.vision)  # a second time is harmless
+    assert torch.equal(
+        encode_media(model, once).features["video"], once.features["video"]
+    )  # a second time is harmless
     model.set_trained(["vision"])
     kept = encode_media(model, batch)
     assert (
-        kept.frames is batch.frames and kept.vision is None and embed(model, kept)[0].requires_grad
+        kept.media["video"] is batch.media["video"]
+        and kept.features == {}
+        and embed(model, kept)[0].requires_grad
     )

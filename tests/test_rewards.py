@@ -65,7 +65,8 @@ TABLE = [
 
 @pytest.mark.parametrize("text, parsed, right, shaped", TABLE)
 def test_table(text, parsed, right, shaped):
-    """Stops a reward for text that only looks like an answer, and a missing one for a good answer."""
+    """Stops a reward for text that only looks like an answer,
+    and a missing one for a good answer."""
     assert parse_answer(text) == parsed
     assert accuracy_reward(text, "happy") == right
     assert format_reward(text) == shaped
@@ -96,7 +97,8 @@ def test_bare_word():
     ids=["opening", "blocks", "answers", "spaces", "brackets", "newlines"],
 )
 def test_hostile_text_is_linear(text):
-    """Stops a backtracking pattern: one degenerate completion would hold up every rank for hours."""
+    """Stops a backtracking pattern: one degenerate completion would hold
+    up every rank for hours."""
     began = time.perf_counter()
     assert (
         parse_answer(text),
@@ -120,14 +122,14 @@ def test_every_target_is_a_fixed_point():
 
 
 def test_every_alias_has_one_target():
-    """Stops a word that counts for two classes, the later one silently winning, and a label that counts for another."""
+    """Stops a word that counts for two classes, the later one silently winning,
+    and a label that counts for another."""
     pairs = [(alias, word) for word, aliases in ALIASES.items() for alias in aliases.split()]
     words = [alias for alias, _ in pairs]
     assert 60 <= len(words) == len(set(words)) <= 90, sorted(w for w in words if words.count(w) > 1)
     assert not set(words) & set(VOCABULARY)
-    assert all(
-        w == w.lower() and w.isalpha() for w in words
-    )  # others could never be found in a text
+    # others could never be found in a text
+    assert all(w == w.lower() and w.isalpha() for w in words)
     assert {alias: normalise(f"{alias.capitalize()}.") for alias, _ in pairs} == dict(pairs)
 
 
@@ -169,7 +171,8 @@ def test_ambiguous_words_mean_nothing(word):
         ("sadistic", None),
         ("unafraid", None),
         ("nonhappy", None),
-        # denied: by the word before or by the one before that, with either apostrophe; what is stated beside it counts
+        # denied: by the word before or by the one before that, with either apostrophe;
+        # what is stated beside it counts
         ("not happy", None),
         ("not very happy", None),
         ("She isn't sad", None),
@@ -201,7 +204,7 @@ def test_normalise(text, word):
     assert normalise(text) == word
 
 
-# ---- what a reasoning concludes ----------------------------------------------------------------------
+# ---- what a reasoning concludes ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,18 +230,23 @@ def test_normalise(text, word):
         ("not angry -- sad", "sad"),
         # the manner of the paper's two examples: seen, heard, quoted, joined
         (
-            "In the opening scene he frowns, his eyes wide with what could be fear or surprise. His tone is agitated and fast, the "
-            'subtitle says "You scared me!". He does not seem afraid any more. Joining these, he is furious.',
+            "In the opening scene he frowns, his eyes wide with what could be fear or surprise. "
+            'His tone is agitated and fast, the subtitle says "You scared me!". '
+            "He does not seem afraid any more. Joining these, he is furious.",
             "angry",
         ),
         (
-            "She may be happy to see him; yet her sighs and her low voice tell of worry and of a deep sadness, not of joy",
+            (
+                "She may be happy to see him; yet her sighs and her low voice tell of worry and of "
+                "a deep sadness, not of joy"
+            ),
             "sad",
         ),
     ],
 )
 def test_what_a_reasoning_concludes(reasoning, word):
-    """Stops: the first emotion instead of the last, a denied one, one that is quoted from speech, one across a clause."""
+    """Stops: the first emotion instead of the last, a denied one, one that is quoted from speech,
+    one across a clause."""
     assert concluded(reasoning) == word
     assert agreement_reward(f"<think>{reasoning}</think><answer>{word or 'happy'}</answer>") == (
         word is not None
@@ -247,7 +255,8 @@ def test_what_a_reasoning_concludes(reasoning, word):
 
 
 def test_agreement_needs_one_reasoning_and_one_answer():
-    """Stops: pay for texts without tags, for a conclusion that stands outside of the reasoning, for time without end."""
+    """Stops: pay for texts without tags, for a conclusion that stands outside of the reasoning,
+    for time without end."""
     assert agreement_reward("<think>so sad</think>\n<answer> Sad </answer>") == 1.0
     for text in (
         "",
@@ -265,7 +274,7 @@ def test_agreement_needs_one_reasoning_and_one_answer():
         assert time.process_time() - started < 5  # linear; a quadratic one takes minutes
 
 
-# ---- rewards by name ---------------------------------------------------------------------------------
+# ---- rewards by name -----------------------------------------------------------------------------
 
 
 def completion(
@@ -275,14 +284,11 @@ def completion(
 
 
 def test_built_in_rewards():
-    """Stops: a table whose names mean something else, and a penalty that starts or ends elsewhere (DAPO, eq. 13)."""
+    """Stops: a table whose names mean something else, and a penalty that starts or ends elsewhere
+    (DAPO, eq. 13)."""
     pay = lambda name, **what: float(BUILT_IN[name](completion(**what)))
-    assert [pay(name) for name in ("accuracy", "format", "agreement", "conclusion")] == [
-        1,
-        1,
-        0,
-        0,
-    ]  # "she smiles"
+    # "she smiles"
+    assert [pay(name) for name in ("accuracy", "format", "agreement", "conclusion")] == [1, 1, 0, 0]
     torn = "<think>she is sad</think><answer>happy</answer>"
     assert [pay(name, text=torn) for name in ("accuracy", "agreement", "conclusion")] == [1, 0, 0]
     assert (
@@ -294,10 +300,12 @@ def test_built_in_rewards():
 
 
 def test_rewards_of_a_user(tmp_path):
-    """Stops: a lost weight, a bool or int that crashes the mean, a row or length that does not arrive."""
+    """Stops: a lost weight, a bool or int that crashes the mean,
+    a row or length that does not arrive."""
     file = tmp_path / "mine.py"
     file.write_text(
-        "def short(c): return c.length < 50\ndef rank(c): return c.row.get('rank', 0) + len(c.answer)\n"
+        "def short(c): return c.length < 50\n"
+        "def rank(c): return c.row.get('rank', 0) + len(c.answer)\n"
     )
     table = load_rewards(("accuracy", f"{file}:short=0.25", f"{file}:rank=-2", "format=0"))
     assert [(r.name, r.weight) for r in table] == [
@@ -330,7 +338,8 @@ def test_rewards_that_cannot_work_are_told(tmp_path, specs, said):
     """Stops: a typing error that ends a run after its first rollout, in a traceback."""
     file = tmp_path / "mine.py"
     file.write_text(
-        "def fails(c): return c.row['x']\ndef nan(c): return float('nan')\ndef text(c): return 'good'\n"
+        "def fails(c): return c.row['x']\ndef nan(c): return float('nan')\n"
+        "def text(c): return 'good'\n"
         "def nothing(c): pass\n"
     )
     with pytest.raises(UserError, match=said):

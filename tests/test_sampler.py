@@ -1,4 +1,5 @@
-"""The sampler against its slow twin, against the trainer's log-probabilities, and against the softmax."""
+"""The sampler against its slow twin, against the trainer's log-probabilities,
+and against the softmax."""
 
 import copy
 import gc
@@ -20,7 +21,8 @@ T = 10
 
 @pytest.fixture(scope="module")
 def sampled_model():
-    """The golden model with many end tokens, so that short and long completions are both sampled."""
+    """The golden model with many end tokens, so that short and long
+    completions are both sampled."""
     model = load_golden_model()
     model.eos_ids = [380, *range(0, 380, 12)]
     return model
@@ -40,13 +42,13 @@ def inside(lengths: torch.Tensor) -> torch.Tensor:
 
 def assert_same(a, b) -> None:
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-    torch.testing.assert_close(
-        a[2], b[2], atol=1e-5, rtol=1e-5
-    )  # sums in another order, by processor
+    # sums in another order, by processor
+    torch.testing.assert_close(a[2], b[2], atol=1e-5, rtol=1e-5)
 
 
 def both(model, seed=3, G=4, lengths=(7, 2, 5), temperature=1.0, greedy=False, left=True):
-    """-> (generate's results, its naive twin's) for the same random prompts, padded on the left or on the right."""
+    """-> (generate's results, its naive twin's) for the same random prompts,
+    padded on the left or on the right."""
     embeds, mask = prompts(model, lengths, seed)
     if not left:
         embeds, mask = (
@@ -62,8 +64,8 @@ def both(model, seed=3, G=4, lengths=(7, 2, 5), temperature=1.0, greedy=False, l
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("temperature, greedy", [(1.0, False), (0.6, False), (1.0, True)])
 def test_equals_its_naive_twin(sampled_model, temperature, greedy, left):
-    """Stops every fault of the cache: positions, ragged prompts padded on either side, a group's keys mixed up, a stale
-    step."""
+    """Stops every fault of the cache: positions, ragged prompts padded on either side,
+    a group's keys mixed up, a stale step."""
     fast, slow = both(sampled_model, temperature=temperature, greedy=greedy, left=left)
     assert_same(fast, slow)
     if not greedy:
@@ -72,7 +74,8 @@ def test_equals_its_naive_twin(sampled_model, temperature, greedy, left):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logps_are_the_trainers(sampled_model, temperature):
-    """Stops a sampler that scores another distribution than the loss: the first ratio would not be 1."""
+    """Stops a sampler that scores another distribution than the loss:
+    the first ratio would not be 1."""
     embeds, mask = prompts(sampled_model)
     completions, lengths, logps = generate(sampled_model, embeds, mask, 5, T, temperature, seed=1)
     with torch.no_grad():
@@ -118,17 +121,15 @@ def test_a_prompt_does_not_feel_its_batch(sampled_model):
 
 
 def test_every_identity_draws_its_own_numbers(sampled_model):
-    """Stops siblings, prompts, seeds or positions that share their random numbers, and numbers that are not uniform."""
+    """Stops siblings, prompts, seeds or positions that share their random numbers,
+    and numbers that are not uniform."""
     u = torch.stack([uniforms(seed, [0, 1, 2, 5_000_000], 6, T, "cpu") for seed in (0, 1)])
     assert u.unique().numel() == u.numel() and u.min() >= 0 and u.max() < 1
     assert torch.equal(uniforms(1, [5_000_000], 6, T, "cpu")[0], u[1, 3])
-    assert torch.equal(
-        uniforms(1, [2], 6, 3, "cpu"), u[1, 2:3, :, :3]
-    )  # a longer run begins like a shorter one
-    for axis in (
-        (8000, 1),
-        (1, 8000),
-    ):  # over siblings, over positions: Kolmogorov-Smirnov, p = 0.001
+    # a longer run begins like a shorter one
+    assert torch.equal(uniforms(1, [2], 6, 3, "cpu"), u[1, 2:3, :, :3])
+    # over siblings, over positions: Kolmogorov-Smirnov, p = 0.001
+    for axis in ((8000, 1), (1, 8000)):
         drawn = uniforms(7, [3], *axis, "cpu").flatten().sort().values
         assert (drawn - (torch.arange(8000) + 0.5) / 8000).abs().max() < 1.95 / 8000**0.5
     # The same prompt under two identities, and its siblings, give different texts.
@@ -141,7 +142,8 @@ def test_every_identity_draws_its_own_numbers(sampled_model):
 
 
 def test_small_probabilities_in_a_large_vocabulary():
-    """Stops rounding: of 150,000 tokens that share a thousandth of the probability, u says which, to the token."""
+    """Stops rounding: of 150,000 tokens that share a thousandth of the probability, u says which,
+    to the token."""
     V = 150_000
     logits = torch.zeros(1, V)
     logits[0, 0] = np.log(999 * V)
@@ -169,8 +171,9 @@ def full_cumsum(logits: torch.Tensor, u: torch.Tensor, temperature: float) -> to
 @pytest.mark.parametrize("V", [151_936, 152_000, 256, 255, 1])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_blocks_choose_what_the_full_sum_chooses(V, temperature):
-    """Stops a token of the wrong block, a tail that is never drawn or drawn past its end, fp32 sums, a token of probability
-    zero (its log-probability is -inf), a temperature that multiplies or is forgotten, greedy answers that heed `u`."""
+    """Stops a token of the wrong block, a tail that is never drawn or drawn past its end, fp32
+    sums, a token of probability zero (its log-probability is -inf), a temperature that multiplies
+    or is forgotten, greedy answers that heed `u`."""
     gen = torch.Generator().manual_seed(0)
     logits = torch.randn(64, V, generator=gen) * 3
     logits[1::4, : V // 2] = -torch.inf  # whole blocks without mass, at the front
@@ -179,8 +182,9 @@ def test_blocks_choose_what_the_full_sum_chooses(V, temperature):
     u[:8], u[-8:] = 0.0, 1 - 2**-53
     token, logp = sample_token(logits, u, temperature, False)
     slow = full_cumsum(logits, u, temperature)
-    # The fp32 exponentials of the one and the float64 ones of the other put a border elsewhere by some 1e-7: of 64
-    # random numbers hardly one can fall between, and then into the neighbour that has any mass.
+    # The fp32 exponentials of the one and the float64 ones of the other put a border elsewhere by
+    # some 1e-7: of 64 random numbers hardly one can fall between, and then into the neighbour
+    # that has any mass.
     assert (token != slow).sum() <= 1
     assert (token[:8] == slow[:8]).all()
     expected = (logits / temperature).double().log_softmax(-1).gather(1, token[:, None])[:, 0]
@@ -197,7 +201,8 @@ def test_blocks_choose_what_the_full_sum_chooses(V, temperature):
 
 
 def test_evenly_spread_numbers_meet_every_token_as_often_as_its_probability():
-    """Stops a hidden top-k and mass that moves from block to block: no count is off by more than its two borders."""
+    """Stops a hidden top-k and mass that moves from block to block:
+    no count is off by more than its two borders."""
     V, n, temperature = 1000, 40_000, 0.8  # four blocks, the last one short
     logits = torch.randn(V, generator=torch.Generator().manual_seed(1)) * 2
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
@@ -212,7 +217,8 @@ def test_evenly_spread_numbers_meet_every_token_as_often_as_its_probability():
 
 
 def test_logits_that_are_no_numbers_do_not_crash():
-    """Stops an index past the vocabulary when a policy has diverged: on a GPU it would end the process."""
+    """Stops an index past the vocabulary when a policy has diverged:
+    on a GPU it would end the process."""
     u = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     for bad in (torch.nan, torch.inf):
         token, _ = sample_token(torch.full((3, 1000), bad), u, 1.0, False)
@@ -226,7 +232,8 @@ def test_logits_that_are_no_numbers_do_not_crash():
 
 @pytest.mark.parametrize("prefix_step, suffix_step", [(1, 1), (1, 3), (8, 128), (64, 4)])
 def test_buckets_change_nothing(sampled_model, monkeypatch, prefix_step, suffix_step):
-    """Stops empty places of a bucket being attended to.  (1, 1) is the exact slice, nothing empty at all."""
+    """Stops empty places of a bucket being attended to.  (1, 1) is the exact slice,
+    nothing empty at all."""
     monkeypatch.setitem(sampler.PREFIX_STEP, "cpu", prefix_step)
     monkeypatch.setitem(sampler.SUFFIX_STEP, "cpu", suffix_step)
     looked_at = []
@@ -272,7 +279,8 @@ def test_leaving_finished_rows_behind_changes_nothing(
 
 
 def test_regrouping():
-    """Stops a row that is lost or doubled, two prompts in one line, and a move that saves nothing."""
+    """Stops a row that is lost or doubled, two prompts in one line,
+    and a move that saves nothing."""
     gen = torch.Generator().manual_seed(0)
     moved = 0
     for _ in range(200):
@@ -297,8 +305,9 @@ def test_regrouping():
 
 
 class Tape:
-    """Stands in for StepGraph where there is no GPU.  Like a captured graph it knows operations and memory, nothing of
-    Python: it makes the operations of one step again, in the same order, with the same numbers, on the same tensors."""
+    """Stands in for StepGraph where there is no GPU.  Like a captured graph it knows operations and
+    memory, nothing of Python: it makes the operations of one step again, in the same order, with
+    the same numbers, on the same tensors."""
 
     made = 0
 
@@ -313,9 +322,8 @@ class Tape:
                 assert not any(
                     word in name for word in ("local_scalar", "nonzero", "masked_select", "_to_cpu")
                 ), f"{name} waits for the device: it cannot be captured"
-                if (
-                    function._schema.is_mutable
-                ):  # capturing computes nothing: put back what it changes
+                # capturing computes nothing: put back what it changes
+                if function._schema.is_mutable:
                     undo.append((args[0], args[0].clone()))
                 out = function(*args, **(kwargs or {}))
                 tape.operations.append((function, args, kwargs or {}, out))
@@ -356,21 +364,22 @@ def tapes(monkeypatch):
 
 
 def test_a_captured_step_serves_every_position(sampled_model, tapes):
-    """Stops whatever Python would do anew at each step and a graph does not: a position, a length, an address."""
+    """Stops whatever Python would do anew at each step and a graph does not: a position, a length,
+    an address."""
     for seed, lengths in ((3, (7, 2, 5)), (4, (3, 8, 8)), (5, (4, 4, 1))):
         assert_same(*both(sampled_model, seed, lengths=lengths))
         assert Tape.made == 3  # S = 4, 8, 10; the second and third batch capture nothing
-    assert_same(
-        *both(sampled_model, temperature=0.7)
-    )  # another graph: the temperature is part of it
+    # another graph: the temperature is part of it
+    assert_same(*both(sampled_model, temperature=0.7))
     assert_same(*both(sampled_model, greedy=True))
     assert Tape.made == 9
 
 
 def test_reused_memory_is_clean(sampled_model, tapes):
-    """Stops a rollout that inherits NaN from the one before, through places that a mask only hides."""
+    """Stops a rollout that inherits NaN from the one before,
+    through places that a mask only hides."""
     assert_same(*both(sampled_model))
-    for rows in sampler.Decoder.of(sampled_model).rows.values():
+    for rows in sampler.Decoder.of(sampled_model).states.values():
         for name, x in vars(rows).items():
             if torch.is_tensor(x) and name not in ("ends", "seen"):
                 x.fill_(torch.nan if x.is_floating_point() else 1)
@@ -380,8 +389,8 @@ def test_reused_memory_is_clean(sampled_model, tapes):
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_weights_are_never_stale(request, graphs, tmp_path):
-    """Stops packed copies and captured addresses that outlive the weights: a policy sampled as it was some steps ago, or
-    before it was resumed."""
+    """Stops packed copies and captured addresses that outlive the weights: a policy sampled as it
+    was some steps ago, or before it was resumed."""
     if graphs:
         request.getfixturevalue("tapes")
     model, other = load_golden_model(), load_golden_model()
@@ -422,31 +431,32 @@ def test_weights_are_never_stale(request, graphs, tmp_path):
 
 
 def test_the_shape_that_was_not_used_for_longest_is_let_go(sampled_model, tapes, monkeypatch):
-    """Stops a GPU that fills up with the buffers of every batch size there ever was, and one that keeps none: a call that
-    leaves rows behind needs several shapes, and would capture all of them anew each time."""
+    """Stops a GPU that fills up with the buffers of every batch size there ever was, and one that
+    keeps none: a call that leaves rows behind needs several shapes, and would capture all of them
+    anew each time."""
     one = DecodeState(sampled_model, 3, 2, 8, T).nbytes
     monkeypatch.setattr(sampler, "kept_bytes", lambda model: 2 * one)
     made = []
     for G in (1, 2, 3, 1, 2, 3, 4, 1, 2):  # three fit; the fourth replaces the first of them
         assert_same(*both(sampled_model, G=G))
         made.append(Tape.made // 3)
-        assert len(sampler.Decoder.of(sampled_model).rows) <= 3
+        assert len(sampler.Decoder.of(sampled_model).states) <= 3
         assert {key[:4] for key in sampler.Decoder.of(sampled_model).graphs} == set(
-            sampler.Decoder.of(sampled_model).rows
+            sampler.Decoder.of(sampled_model).states
         )
     assert made == [1, 2, 3, 3, 3, 3, 4, 5, 6]
 
 
 def test_the_last_graph_takes_its_memory_along(sampled_model, tapes, monkeypatch):
-    """Stops "use_count > 0 INTERNAL ASSERT FAILED": a pool whose last graph is gone cannot be captured into again."""
+    """Stops "use_count > 0 INTERNAL ASSERT FAILED": a pool whose last graph is gone cannot be
+    captured into again."""
     pools, used = iter(range(100)), []
     monkeypatch.setattr(sampler, "graph_memory", lambda: next(pools))
     monkeypatch.setattr(
         sampler, "StepGraph", lambda run, memory: used.append(memory) or Tape(run, memory)
     )
-    monkeypatch.setattr(
-        sampler, "kept_bytes", lambda model: 1
-    )  # every new shape replaces the one before
+    # every new shape replaces the one before
+    monkeypatch.setattr(sampler, "kept_bytes", lambda model: 1)
     for G in (1, 2, 1):
         assert_same(*both(sampled_model, G=G))
     assert used == [0] * 3 + [1] * 3 + [2] * 3
@@ -466,9 +476,8 @@ def test_a_decoder_dies_with_its_model(tapes):
     assert gone() is None and len(sampler._decoders) == 0
 
 
-@pytest.mark.parametrize(
-    "width", [64, 1024]
-)  # below and above the size from which oneDNN lays them out
+# below and above the size from which oneDNN lays them out
+@pytest.mark.parametrize("width", [64, 1024])
 @pytest.mark.parametrize("count, bias", [(1, False), (3, True)])
 def test_a_packed_product_is_the_products(width, count, bias):
     """Stops weights stacked in the wrong order, and a bias that is lost."""

@@ -1,4 +1,5 @@
-"""Work that is not done: counted operations against formulas from the geometry.  Never a wall time."""
+"""Work that is not done: counted operations against formulas from the geometry.
+Never a wall time."""
 
 import collections
 import copy
@@ -16,15 +17,17 @@ import grpo
 import sampler
 from data import Sample
 from lib.common import start_ranks
-from model import HumanOmni, RMSNorm, encode_media
+from model import HumanOmni, RMSNorm, encode_media, frozen_reference
 from ops.logprob_head import HeadLogps
+from tools.one_update import one_update
 from training import MasterAdamW
 
 G, T = 3, 5
 
 
 def flops(run) -> int:
-    # The fused kernels of a CPU are not counted; written out, attention is products like all others.
+    # The fused kernels of a CPU are not counted; written out,
+    # attention is products like all others.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
@@ -36,7 +39,8 @@ def linear_flops(model) -> int:
 
 
 def pair_flops(model) -> int:
-    """Of attention, for one query position and one key position in all layers: q k and weights v, 2 d each and head."""
+    """Of attention, for one query position and one key position in all layers:
+    q k and weights v, 2 d each and head."""
     c = model.config
     return c.num_hidden_layers * c.num_attention_heads * 4 * c.head_dim
 
@@ -55,7 +59,8 @@ def test_prefill_runs_each_prompt_once(model, prompt):
 
 
 def test_decoding_costs_a_token_and_not_a_prompt(model, prompt, monkeypatch):
-    """Stops a cache that is not used, a prefix read per completion as a product of its own, a head over the past."""
+    """Stops a cache that is not used, a prefix read per completion as a product of its own,
+    a head over the past."""
     embeds, mask = prompt
     B, P = mask.shape
     monkeypatch.setattr(model, "eos_ids", [-7])  # never produced: all rows run to the end
@@ -70,7 +75,8 @@ def test_decoding_costs_a_token_and_not_a_prompt(model, prompt, monkeypatch):
 
 
 def test_the_loss_runs_the_prompt_once_and_the_head_on_completions(model, prompt):
-    """Stops G copies of the prompt in training, and logits over it: 7 times the work at full size."""
+    """Stops G copies of the prompt in training, and logits over it:
+    7 times the work at full size."""
     embeds, mask = prompt
     B, P = mask.shape
     completions, lengths = torch.randint(0, 300, (B, G, T)), torch.tensor([[5, 3, 1], [2, 5, 4]])
@@ -87,7 +93,8 @@ def test_the_loss_runs_the_prompt_once_and_the_head_on_completions(model, prompt
 
 
 def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
-    """Stops towers that run again for the reference, for the loss or for each completion: 17 times in the reference code."""
+    """Stops towers that run again for the reference, for the loss or for each completion:
+    17 times in the reference code."""
     model = fresh_model
     model.set_trained()
     calls = {"vision": 0, "audio": 0}
@@ -99,9 +106,9 @@ def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(model, "encode_frames", counted("vision", model.encode_frames))
+    monkeypatch.setattr(model, "encode_video", counted("vision", model.encode_video))
     monkeypatch.setattr(model, "encode_audio", counted("audio", model.encode_audio))
-    reference = grpo.frozen_reference(model)
+    reference = frozen_reference(model)
     args = grpo.Args(
         model="",
         data="",
@@ -116,17 +123,18 @@ def test_a_step_runs_the_towers_once_per_clip(fresh_model, batch, monkeypatch):
     once = encode_media(model, batch.__class__(**(vars(batch) | {"samples": samples})))
     assert calls == {"vision": 2, "audio": 2}
     decode = type("P", (), {"decode": staticmethod(lambda ids: " ".join(map(str, ids)))})
-    rollout = grpo.sample_completions(model, reference, decode, once, args, grpo.Timer())
-    grpo.compute_advantages(rollout, args, ranks)
+    rollout = grpo.sample_completions(model, decode, once, args)
+    rollout.ref_logps = grpo.rollout_logps(reference, once, rollout, args)
     rollout.advantages = torch.randn(2, G)
-    grpo.update(
+    one_update(
         model, MasterAdamW(model.set_trained(), 0.0), once, rollout, args, ranks, 0.0, grpo.Meter()
     )
     assert calls == {"vision": 2, "audio": 2}
 
 
 def test_nothing_as_large_as_tokens_times_vocabulary_is_kept(model, prompt):
-    """Stops a (tokens, V) tensor that autograd keeps for the backward pass: 5 GB a group at full size."""
+    """Stops a (tokens, V) tensor that autograd keeps for the backward pass:
+    5 GB a group at full size."""
     embeds, mask = prompt
     completions = torch.randint(0, 300, (2, 20, 40))
     lengths = torch.full((2, 20), 40)
@@ -139,11 +147,12 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_kept(model, prompt):
     assert {shape for shape in kept if V in shape} == {(V, D)}  # the head itself
 
 
-# ---- what a GPU would do: kernels of a decode step, passes of the head -----------------------------------
+# ---- what a GPU would do: kernels of a decode step, passes of the head ---------------------------
 
 
 class Operations(TorchDispatchMode):
-    """Counts what would be a kernel on a GPU, and how often tensors of each size are read or written.  Views are nothing."""
+    """Counts what would be a kernel on a GPU, and how often tensors of each size are read or
+    written.  Views are nothing."""
 
     def __init__(self):
         super().__init__()
@@ -172,10 +181,10 @@ def kernels_of_a_step(model, layers: int, kernels) -> int:
 
 
 def test_kernels_of_a_decode_step(model, monkeypatch):
-    """Stops a step that grows: for a few rows, the number of kernels decides how long it takes on a GPU."""
-    monkeypatch.setattr(
-        RMSNorm, "forward", lambda self, x: x * self.weight
-    )  # one kernel, as on a GPU
+    """Stops a step that grows: for a few rows, the number of kernels decides
+    how long it takes on a GPU."""
+    # one kernel, as on a GPU
+    monkeypatch.setattr(RMSNorm, "forward", lambda self, x: x * self.weight)
     towers = (
         model.model.vision_tower.config,
         model.model.audio_tower.config,
@@ -192,23 +201,24 @@ def test_kernels_of_a_decode_step(model, monkeypatch):
     for kernels in (None, own):
         one, two = (kernels_of_a_step(grouped, layers, kernels) for layers in (1, 2))
         counts.append((two - one, 2 * one - two))
-    # Eager, bf16 has one more: a cast of the attention weights.  Compiled, what is between our kernels is 7 a layer and
-    # not 10 (tests/commands/test_compiled.py): 225 at 24 layers.
+    # Eager, bf16 has one more: a cast of the attention weights.  Compiled, what is between our
+    # kernels is 7 a layer and not 10 (tests/commands/test_compiled.py): 225 at 24 layers.
     assert counts == [(28, 65), (12, 8)]
 
 
 @pytest.mark.parametrize("temperature, more", [(1.0, 0), (0.7, 4)])
 def test_passes_of_the_head(temperature, more):
-    """Stops another pass over (tokens, V): they are the head's time, 92 GB for 8 x 512 completions with 28 of them."""
+    """Stops another pass over (tokens, V): they are the head's time,
+    92 GB for 8 x 512 completions with 28 of them."""
     N, V, D, chunk = 12, 1009, 16, 4
     states, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     with Operations() as counted:
         logps, _ = HeadLogps.apply(states, weight, torch.arange(N), temperature, chunk, True)
         logps.sum().backward()
-    forward = (
-        1 + 1 + 2 + 2 + 1 + 3 + 1
-    )  # logits; maximum; less it; exponentials; their sum; times logits; that sum
+    # logits; maximum; less it; exponentials; their sum; times logits; that sum
+    forward = 1 + 1 + 2 + 2 + 1 + 3 + 1
     backward = 1 + 2 + 2 + 1 + 1  # logits; less the norm; exponentials; two products
     assert counted.passes[chunk * V] == (forward + backward + more) * N // chunk
-    # The head's gradient: zeros once, read and written by each chunk.  The weight: read by each product of each chunk.
+    # The head's gradient: zeros once, read and written by each chunk.
+    # The weight: read by each product of each chunk.
     assert counted.passes[V * D] == 2 + 2 * N // chunk + 3 * N // chunk

@@ -24,7 +24,8 @@ def weights() -> torch.Tensor:
 
 
 def test_masters_move_where_bf16_weights_stand_still():
-    """Stops: AdamW on bf16 weights, where an update of 1e-6 is rounded away for nearly every weight."""
+    """Stops: AdamW on bf16 weights, where an update of 1e-6 is rounded away
+    for nearly every weight."""
     ranks = start_ranks("cpu")
     plain = torch.nn.Parameter(weights())
     adam = torch.optim.AdamW([plain], lr=LR, weight_decay=0.0)
@@ -39,13 +40,13 @@ def test_masters_move_where_bf16_weights_stand_still():
     assert (plain != start).float().mean() < 0.05  # the negative control
     moved = (ours.masters[0].detach() - start.float()).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 20 * LR), rtol=0.02, atol=1e-8)
-    assert torch.equal(
-        kept, ours.masters[0].detach().bfloat16()
-    )  # and the working weights are the masters, rounded
+    # and the working weights are the masters, rounded
+    assert torch.equal(kept, ours.masters[0].detach().bfloat16())
 
 
 def test_one_step_is_adamw_on_the_clipped_sum_of_micro_batches():
-    """Stops: a mean instead of a sum, clipping per parameter, weight decay lost or given to biases, old gradients kept."""
+    """Stops: a mean instead of a sum, clipping per parameter, weight decay lost or given to biases,
+    old gradients kept."""
     torch.manual_seed(0)
     ours, theirs = (
         [torch.nn.Parameter(torch.arange(6.0).view(2, 3)), torch.nn.Parameter(torch.ones(4))]
@@ -75,7 +76,8 @@ def test_one_step_is_adamw_on_the_clipped_sum_of_micro_batches():
 
 
 def test_the_norm_of_many_entries_is_exact():
-    """Stops: one fp32 sum over all squares, which was off by 0.5 % at 62 M entries and 9 % at 494 M."""
+    """Stops: one fp32 sum over all squares, which was off by 0.5 % at 62 M
+    entries and 9 % at 494 M."""
     p = torch.nn.Parameter(torch.zeros(110_000_000))
     optimizer = MasterAdamW([p], 0.0)
     optimizer.flat.normal_(generator=torch.Generator().manual_seed(0)).mul_(1e-3)
@@ -85,13 +87,13 @@ def test_the_norm_of_many_entries_is_exact():
 
 
 def test_what_never_had_a_gradient_is_not_decayed():
-    """Stops: the audio projector of a run without sound shrinking towards 0 by weight decay alone."""
+    """Stops: the audio projector of a run without sound shrinking towards
+    0 by weight decay alone."""
     used, unused, late = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(3))
     optimizer = MasterAdamW([used, unused, late], 0.0, weight_decay=0.1)
     for step in range(3):
-        used.grad = (
-            torch.zeros(2, 2) if step == 1 else torch.ones(2, 2)
-        )  # once awake it is decayed in every step
+        # once awake it is decayed in every step
+        used.grad = torch.zeros(2, 2) if step == 1 else torch.ones(2, 2)
         late.grad = torch.ones(2, 2) if step == 2 else None
         optimizer.accumulate_grads()
         optimizer.step(start_ranks("cpu"), 0.01, 0.0)
@@ -107,7 +109,8 @@ def test_what_never_had_a_gradient_is_not_decayed():
 
 
 def test_a_resumed_optimiser_has_the_settings_that_are_asked_for():
-    """Stops: --resume --allow_changes --weight_decay being taken and then lost to what Adam had saved."""
+    """Stops: --resume --allow_changes --weight_decay being taken and then
+    lost to what Adam had saved."""
     p = torch.nn.Parameter(torch.ones(2, 2))
     first, second = (
         MasterAdamW([p], 0.1, weight_decay=0.1),
@@ -120,7 +123,8 @@ def test_a_resumed_optimiser_has_the_settings_that_are_asked_for():
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing():
-    """Stops: one NaN that makes every weight NaN; and Adam's moments poisoned for the steps after it."""
+    """Stops: one NaN that makes every weight NaN; and Adam's moments
+    poisoned for the steps after it."""
     p = torch.nn.Parameter(torch.ones(3))
     optimizer = MasterAdamW([p], 0.1)
     p.grad = torch.tensor([1.0, float("nan"), 1.0])
@@ -135,7 +139,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
 
 
 def test_a_run_goes_on_on_another_kind_of_device():
-    """Stops a state saved on a GPU (fused AdamW, counters on the device) choosing the kernels of a run on a CPU."""
+    """Stops a state saved on a GPU (fused AdamW, counters on the device) choosing the
+    kernels of a run on a CPU."""
 
     def one_more(optimizer):
         (p,) = optimizer.parameters
@@ -155,8 +160,9 @@ def test_a_run_goes_on_on_another_kind_of_device():
 
 
 def test_a_run_from_a_cpu_goes_on_on_a_gpu():
-    """Stops "params, grads, exp_avgs, exp_avg_sqs and state_steps must be on the same device" in the first step after
-    --resume: fused AdamW wants its step counters where the parameters are.  `meta` stands for the GPU."""
+    """Stops "params, grads, exp_avgs, exp_avg_sqs and state_steps must be on the same device" in
+    the first step after --resume: fused AdamW wants its step counters where the parameters are.
+    `meta` stands for the GPU."""
     weights = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(3))]
     saved = MasterAdamW(weights, 0.1)
     for p in weights:
@@ -175,7 +181,8 @@ def test_a_run_from_a_cpu_goes_on_on_a_gpu():
 
 
 def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
-    """Stops: rows lost on resume because a policy sampled U+2028, NaN that no JSON reader takes, duplicated steps."""
+    """Stops: rows lost on resume because a policy sampled U+2028, NaN that no JSON reader takes,
+    duplicated steps."""
     folder = object.__new__(RunFolder)
     folder.path, folder.ranks, folder.unwritten = tmp_path, start_ranks("cpu"), {}
     for step in (1, 2, 3):
@@ -198,21 +205,22 @@ def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
 
 
 def test_what_the_flags_say_of_clips_reaches_the_view():
-    """Stops --mute or --blank in training that change nothing: a control that compares a run with itself."""
+    """Stops --mute or --blank in training that change nothing:
+    a control that compares a run with itself."""
     view = lambda **flags: training_prompt_spec(grpo.Args(model="", data="", out="", **flags))
-    assert (view().mute, view().blank) == (False, False)
-    assert (view(mute=True).mute, view(blank=True).blank, view(drop_audio=0.5).drop_audio) == (
-        True,
-        True,
-        0.5,
-    )
-    with pytest.raises(UserError, match="nothing would be left"):
-        view(modal="audio", drop_audio=0.5)
+    assert (view().mute, view().blank) == (0.0, 0.0)
+    assert (view(mute=0.25).mute, view(blank=1.0).blank) == (0.25, 1.0)
+    with pytest.raises(UserError, match="nothing to replace"):
+        view(modal="audio", blank=0.5)
+    for shares in ({"mute": 0.6, "blank": 0.5}, {"mute": -0.1}):
+        with pytest.raises(UserError, match="shares of the prompts"):
+            view(**shares)
 
 
-@pytest.mark.parametrize("flag", ["compile", "checkpoint_layers", "micro_batch"])
+@pytest.mark.parametrize("flag", ["towers", "checkpoint_layers", "micro_batch"])
 def test_how_the_work_is_done_may_change_on_resume(tmp_path, flag):
-    """Stops: a run that ran out of memory and may not go on with the flag that saves some, although no gradient changes."""
+    """Stops: a run that ran out of memory and may not go on with the flag that saves some,
+    although no gradient changes."""
     folder = object.__new__(RunFolder)
     folder.path, folder.ranks = tmp_path, start_ranks("cpu")
     old = {

@@ -1,13 +1,15 @@
 """Ablations: runs that differ in one thing each, from the same start; one csv, one table.
 
-    python -m tools.ablate                              all of ROWS on the miniature of runs/toy, seeds 0 to 3, two at a time
+    python -m tools.ablate                              all of ROWS on the miniature of runs/toy,
+                                                        seeds 0 to 3, two at a time
     python -m tools.ablate --only paper agreement --seeds 0 1
-    python -m tools.ablate --table                      only the tables of what is there: mean, spread, paired differences
+    python -m tools.ablate --table                      only the tables of what is there: mean,
+                                                        spread, paired differences
     python -m tools.ablate --page docs/ablations.md     put them into the page
 
-To add one, add a line to ROWS.  What is done is skipped, what crashed is recorded and tried again with --again; every row
-of the csv keeps commit, machine and seconds.  A run is one thread: two at a time on two cores.  docs/ablations.md says what
-was learned.
+To add one, add a line to ROWS.  What is done is skipped, what crashed is recorded and tried again
+with --again; every row of the csv keeps commit, machine and seconds.  A run is one thread: two at a
+time on two cores.  docs/ablations.md says what was learned.
 """
 
 import contextlib
@@ -39,9 +41,8 @@ class Args:
     toy: str = "runs/toy"  # folder of `python -m toy`: its clips, and for some rows its base model
     out: str = "runs/ablations"  # run folders; each is deleted once it is measured, unless --keep
     csv: str = "results/ablations.csv"  # a line for each run
-    seeds: list[int] = dataclasses.field(
-        default_factory=lambda: [0, 1, 2, 3]
-    )  # of data order and sampling, one start
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2, 3])
+    # of data order and sampling, one start
     only: list[str] = dataclasses.field(default_factory=list)  # names of ROWS; none: all
     jobs: int = 2  # runs at a time, a thread each
     scale: float = 1.0  # of the number of steps, for a quick look
@@ -56,17 +57,18 @@ class Row:
     name: str
     flags: str  # beside COMMON
     expects: str  # said before the runs
-    start: str = (
-        ""  # stage of the miniature to start from; "": the cold start that is shipped, START
-    )
+    # stage of the miniature to start from; "": the cold start that is shipped, START
+    start: str = ""
     script: str = "grpo.py"
     evaluate: str = ""  # flags of eval.py
 
 
 START = ROOT / "toy" / "start" / "humanomni"
 COMMON = {
-    "grpo.py": "--max_steps 240 --prompts_per_step 8 --num_generations 8 --micro_batch 8 --max_new_tokens 80 "
-    "--lr 6e-4 --lr_floor 0.1",
+    "grpo.py": (
+        "--max_steps 240 --prompts_per_step 8 --num_generations 8 --micro_batch 8 "
+        "--max_new_tokens 80 --lr 6e-4 --lr_floor 0.1"
+    ),
     "sft.py": "--max_steps 300 --batch_size 16 --micro_batch 16 --lr 1e-3",
 }
 ROWS = [
@@ -131,7 +133,7 @@ ROWS = [
         "--num_minibatches 4 --ratio sequence --clip_low 3e-4 --clip_high 4e-4",
         "about equal",
     ),
-    Row("muted", "--mute", "what text and sight alone give: far below"),
+    Row("muted", "--mute 1", "what text and sight alone give: far below"),
     Row(
         "bare words",
         "--prompt label --max_new_tokens 8",
@@ -148,7 +150,8 @@ ROWS = [
         evaluate="--prompt label",
     ),
 ]
-# What is measured: rates of eval.py on the three sets, then what the miniature knows, then with a sense taken away.
+# What is measured: rates of eval.py on the three sets, then what the miniature knows,
+# then with a sense taken away.
 RATES = ("war", "uar", "epc", "eea", "fcr", "cue_recall", "cue_precision")
 COLUMNS = [f"{rate}/{s}" for rate in RATES for s in SETS] + [
     "war/mute",
@@ -316,12 +319,8 @@ def write_lines(file: Path, lines: list[dict]) -> None:
     writer = csv.DictWriter(text, HEAD, restval="", lineterminator="\n")
     writer.writeheader()
     for line in sorted(lines, key=lambda x: (order.get(x["name"], len(order)), int(x["seed"]))):
-        writer.writerow(
-            {
-                k: round(v, 3) if isinstance(v, float) else "" if v is None else v
-                for k, v in line.items()
-            }
-        )
+        # DictWriter writes None as an empty cell.
+        writer.writerow({k: round(v, 3) if isinstance(v, float) else v for k, v in line.items()})
     file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, text.getvalue())
 
@@ -348,17 +347,19 @@ def spread(values: list[float], error: bool = False) -> str:
     """Mean ± standard deviation; with `error` signed, and ± the standard error of the mean."""
     if not values:
         return "-"
-    mean = f"{statistics.fmean(values):{'+' if error else ''}.1f}"
-    return (
-        mean
-        if len(values) < 2
-        else f"{mean} ± {statistics.stdev(values) / (len(values) ** 0.5 if error else 1):.1f}"
-    )
+    mean = statistics.fmean(values)
+    shown = f"{mean:+.1f}" if error else f"{mean:.1f}"
+    if len(values) < 2:
+        return shown
+    deviation = statistics.stdev(values)
+    if error:
+        deviation /= len(values) ** 0.5
+    return f"{shown} ± {deviation:.1f}"
 
 
 def tables(lines: list[dict]) -> dict[str, tuple[str, dict[str, str]]]:
-    """The csv's tables in markdown: "main" and "more" are means over seeds, "less" the differences to the first row, seed by
-    seed.  -> name: (its head, {row: its line})"""
+    """The csv's tables in markdown: "main" and "more" are means over seeds, "less" the differences
+    to the first row, seed by seed.  -> name: (its head, {row: its line})"""
     done = {}
     for line in lines:
         if line["status"] == "ok":
@@ -376,7 +377,8 @@ def tables(lines: list[dict]) -> dict[str, tuple[str, dict[str, str]]]:
     }
     out = {}
     for kind, shown, rows in (("main", MAIN, done), ("more", MORE, done), ("less", MAIN, less)):
-        head = f"| {'less the first row ' * (rows is less)}| seeds | {' | '.join(shown)} |\n{'|---' * (len(shown) + 2)}|"
+        title = "less the first row " if rows is less else ""
+        head = f"| {title}| seeds | {' | '.join(shown)} |\n{'|---' * (len(shown) + 2)}|"
         cells = {
             name: [
                 " / ".join(
@@ -410,7 +412,8 @@ def table(lines: list[dict]) -> str:
 
 
 def fill(page: str, lines: list[dict]) -> str:
-    """A page with its tables made anew, each below a mark that says which rows: <!-- main: paper; beta0 -->, or all: *."""
+    """A page with its tables made anew, each below a mark that says which rows: <!-- main: paper;
+    beta0 -->, or all: *."""
     made = tables(lines)
 
     def anew(mark: re.Match) -> str:
@@ -442,19 +445,22 @@ def main(args: Args) -> None:
     unknown = set(args.only) - {row.name for row in ROWS}
     if unknown:
         raise UserError(
-            f"--only {' '.join(sorted(unknown))}: not in ROWS; there are {', '.join(row.name for row in ROWS)}."
+            f"--only {' '.join(sorted(unknown))}: not in ROWS; "
+            f"there are {', '.join(row.name for row in ROWS)}."
         )
     if not (Path(args.toy) / "data" / "cues.json").exists():
         raise UserError(
-            f"--toy {args.toy}: holds no clips; make them with python -m toy.world --out {args.toy}/data."
+            f"--toy {args.toy}: holds no clips; make them with python -m toy.world "
+            f"--out {args.toy}/data."
         )
     known = {(x["name"], int(x["seed"])) for x in lines if x["status"] == "ok" or not args.again}
+    # seed by seed: what is there early can be compared
     todo = [
         (row, seed)
         for seed in args.seeds
         for row in ROWS
         if row.name in (args.only or [r.name for r in ROWS]) and (row.name, seed) not in known
-    ]  # seed by seed: what is there early can be compared
+    ]
     if any(row.start == "emer_label" for row, _ in todo):
         label_start(Path(args.toy))
     commit = subprocess.run(
@@ -481,8 +487,8 @@ def main(args: Args) -> None:
             ]
             write_lines(file, lines)
             print(
-                f"{row.name}, seed {seed}: {line['status']}, {line.get('seconds', '-')} s of training, "
-                f"WAR {line.get('war/toy_dfew')}, EPC {line.get('epc/toy_dfew')}",
+                f"{row.name}, seed {seed}: {line['status']}, {line.get('seconds', '-')} s of "
+                f"training, WAR {line.get('war/toy_dfew')}, EPC {line.get('epc/toy_dfew')}",
                 flush=True,
             )
 

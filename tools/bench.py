@@ -1,31 +1,43 @@
-"""Speed, side by side: one GRPO step as the public reference does it, and as this repository does it.
+"""Speed, side by side: one GRPO step as the public reference does it,
+and as this repository does it.
 
-    python -m tools.bench                                  the miniature's model, all arms, about two minutes
-    python -m tools.bench --size mid                       half HumanOmni's width and depth; some ten minutes on two cores
-    python -m tools.bench --size full --device cuda        the true geometry with random weights; judges every target
+    python -m tools.bench                                  the miniature's model, all arms,
+                                                           about two minutes
+    python -m tools.bench --size mid                       half HumanOmni's width and depth;
+                                                           some ten minutes on two cores
+    python -m tools.bench --size full --device cuda        the true geometry with random weights;
+                                                           judges every target
     python -m tools.bench --size mid --ranks               two prompts on one process and on two
 
-    A  the faithful loop, from public transformers parts: both towers run on every copy of a clip, for the policy and
-       for the reference (2G+1 times a clip and step); generate(num_return_sequences=G); the prompt G times; logits of
-       the whole vocabulary over the whole prompt; one prompt at a time
-    B  Hugging Face generate with a static cache (compiled on CUDA), all prompts in one batch; sampling only
-    C  ours without sharing: towers once a clip, the head on completions only, but the prompt once per completion
+    A  the faithful loop, from public transformers parts: both towers run on every copy of a clip,
+       for the policy and for the reference (2G+1 times a clip and step);
+       generate(num_return_sequences=G); the prompt G times; logits of the whole vocabulary over the
+       whole prompt; one prompt at a time
+    B  Hugging Face generate with a static cache (compiled on CUDA), all prompts in one batch;
+       sampling only
+    C  ours without sharing: towers once a clip, the head on completions only,
+       but the prompt once per completion
     D  ours: the prompt once per group, in sampling and in training
-    E  D, compiled (not at size mid unless asked for: on a CPU the compiler takes longer than it saves)
+    E  D, compiled (not at size mid unless asked for: on a CPU the compiler
+       takes longer than it saves)
 
-All arms run in turn, in one process, on the very same weight tensors, clips, completions' lengths and advantages: end
-tokens are ignored, everybody samples T tokens, and a seeded list says how many of them count.  A speed is worth nothing
-if the result is another one, so beside every speed stand its gates; one that fails ends in exit status 1:
+All arms run in turn, in one process, on the very same weight tensors, clips, completions' lengths
+and advantages: end tokens are ignored, everybody samples T tokens, and a seeded list says how many
+of them count.  A speed is worth nothing if the result is another one, so beside every speed stand
+its gates; one that fails ends in exit status 1:
     greedy   the same greedy tokens as arm A's, in fp32
     dlogp    largest difference of a token's log-probability from arm A's, same completions, fp32
     dgrad    |gradient - arm A's| / |arm A's|, same loss, same completions, fp32
-    ratio    exp(trainer's - sampler's log-probability) at the 1st, 50th and 99th percentile, in the working dtype
+    ratio    exp(trainer's - sampler's log-probability) at the 1st, 50th and 99th percentile,
+             in the working dtype
 
-Read downwards, `decode` and `train` are the ladders: what each technique adds, `x_first` times the first arm's speed.
-Floors are what the job needs at least (towers and prompt once, weights once per decode step), not what an arm does, at
-this machine's rates; a model that fits into the processor's cache can beat its own.  Not in here: reading media.
+Read downwards, `decode` and `train` are the ladders: what each technique adds, `x_first` times the
+first arm's speed.  Floors are what the job needs at least (towers and prompt once, weights once per
+decode step), not what an arm does, at this machine's rates; a model that fits into the processor's
+cache can beat its own.  Not in here: reading media.
 
-Legend   B prompts   G completions per prompt   P prompt length   T completion length   D width   V vocabulary
+Legend   B prompts   G completions per prompt   P prompt length
+         T completion length   D width   V vocabulary
 """
 
 import contextlib
@@ -73,12 +85,11 @@ from tools.sizes import (
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
-BETA, LR = (
-    0.04,
-    1e-6,
-)  # the paper's weight of the KL; so small that every repetition meets the same weights
+# the paper's weight of the KL; so small that every repetition meets the same weights
+BETA, LR = 0.04, 1e-6
 MICRO_BATCH = 4  # prompts per forward and backward in C, D and E
-# What a correct arm stays under, in fp32; the ratio also in bf16, where sampler and trainer round at different places.
+# What a correct arm stays under, in fp32; the ratio also in bf16,
+# where sampler and trainer round at different places.
 MOST = {"max_dlogp": 1e-4, "relative_gradient_error": 1e-5}
 MOST_RATIO = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 ARMS = {
@@ -96,12 +107,10 @@ SECTIONS = ("encode", "prefill", "decode", "reward", "reference", "train", "opti
 class Args:
     size: Literal["toy", "mid", "full"] = "toy"  # geometry of the model and shape of the step
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
-    dtype: Literal["auto", "float32", "bfloat16"] = (
-        "auto"  # working weights; auto: float32 on cpu, bfloat16 on cuda
-    )
-    arms: list[str] = dataclasses.field(
-        default_factory=list
-    )  # which to run; none given: the size's
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    # working weights; auto: float32 on cpu, bfloat16 on cuda
+    arms: list[str] = dataclasses.field(default_factory=list)
+    # which to run; none given: the size's
     repeats: int = 5  # after a round to warm up; A, B and C at most as often as the size says
     ranks: bool = False  # instead: two prompts on one process and on two, a thread each
     out: str | None = None  # json file; default: results/bench_MACHINE.json
@@ -113,7 +122,8 @@ class Args:
 
 
 def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
-    """transformers' own Qwen2 around the same weight tensors: one update moves both, one backward fills the same .grad."""
+    """transformers' own Qwen2 around the same weight tensors: one update moves both,
+    one backward fills the same .grad."""
     with torch.device(model.device):  # not .to(dtype): the rotary frequencies stay in fp32
         hf = transformers.Qwen2ForCausalLM(
             transformers.Qwen2Config(**size.decoder, tie_word_embeddings=True)
@@ -126,9 +136,8 @@ def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
 
 @dataclasses.dataclass
 class Bench:
-    models: dict[
-        str, tuple
-    ]  # arm -> its view of (policy, reference): ours, or in A and B Hugging Face's
+    # arm -> its view of (policy, reference): ours, or in A and B Hugging Face's
+    models: dict[str, tuple]
     optimizer: MasterAdamW
     tokenizer: Tokenizer
     ranks: Ranks
@@ -139,15 +148,12 @@ class Bench:
 
 
 def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
-    """Models and one step's work.  Drawn on the CPU, so that the work is the same on every device."""
+    """Models and one step's work.  Drawn on the CPU, so that the work is
+    the same on every device."""
     model = build_model(size, ranks.device, dtype)
     reference = frozen_reference(model)
-    for (
-        name,
-        p,
-    ) in (
-        reference.named_parameters()
-    ):  # drifted: else the KL and its gradient are zero in every arm
+    # drifted: else the KL and its gradient are zero in every arm
+    for name, p in reference.named_parameters():
         if name.startswith(PARTS["decoder"]) and p.dim() == 2:
             p.add_(torch.randn_like(p) * 5e-3)
     ours, theirs = (model, reference), (qwen2_of(model, size), qwen2_of(reference, size))
@@ -189,7 +195,8 @@ def sample(
     top_k=0,
     prompts=None,
 ):
-    """embeds (B, P, D), `prompts` their identities -> ids (B, G, T), and where our sampler ran their log-probabilities."""
+    """embeds (B, P, D), `prompts` their identities -> ids (B, G, T),
+    and where our sampler ran their log-probabilities."""
     model, B, logps = b.models[arm][0], len(embeds), None
     if arm in "AB":
         asked = transformers.GenerationConfig(
@@ -247,7 +254,8 @@ def faithful_embeds(model: HumanOmni, batch: PromptBatch, laps: Laps) -> torch.T
 
 
 def faithful_logps(hf, embeds: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
-    """embeds (G, P, D), completions (1, G, T) -> (1, G, T), from the logits of every position, also of the prompt's."""
+    """embeds (G, P, D), completions (1, G, T) -> (1, G, T), from the logits of every position,
+    also of the prompt's."""
     P, text = embeds.shape[1], hf.get_input_embeddings()(completions[0])
     logits = hf(
         inputs_embeds=torch.cat((embeds, text.to(embeds.dtype)), 1), use_cache=False
@@ -259,7 +267,8 @@ def faithful_logps(hf, embeds: torch.Tensor, completions: torch.Tensor) -> torch
 
 
 def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
-    """All (B, G, T) but A (B, G).  The ratio is taken against itself, so it is 1 and only carries the gradient; k3 KL."""
+    """All (B, G, T) but A (B, G).  The ratio is taken against itself,
+    so it is 1 and only carries the gradient; k3 KL."""
     ratio = (logps - logps.detach()).exp()
     x = ref_logps - logps
     loss = -(ratio * A[..., None] - BETA * (x.exp() - x - 1))
@@ -269,7 +278,8 @@ def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
 def log_probs(
     b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_logps: torch.Tensor | None = None
 ):
-    """Completions (B, G, T) -> their log-probabilities: the reference's; or, where those are given, the policy's.
+    """Completions (B, G, T) -> their log-probabilities: the reference's;
+    or, where those are given, the policy's.
 
     The policy's come with a backward pass: the gradient goes into the optimiser's sum.
     """
@@ -307,18 +317,19 @@ def log_probs(
 
 
 def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> tuple:
-    """One GRPO step; in B the sampling alone.  -> log-probabilities of policy, reference and (ours) sampler; gradient's norm
+    """One GRPO step; in B the sampling alone.  -> log-probabilities of policy,
+    reference and (ours) sampler; gradient's norm
 
-    forced: completions (B, G, T) instead of sampled ones.  Then the weights stay, and the gradient is left in the sum.
+    forced: completions (B, G, T) instead of sampled ones.  Then the weights stay,
+    and the gradient is left in the sum.
     """
     model, ids, sampled, norm, (B, G, T) = b.models["D"][0], forced, None, 0.0, b.mask.shape
     with torch.no_grad():
         if arm != "A":
             b = dataclasses.replace(b, batch=encode_media(model, b.batch))
             laps.lap("" if arm == "B" else "encode")
-        if (
-            ids is None and arm == "A"
-        ):  # top_k: generate's default, which the reference leaves alone
+        # top_k: generate's default, which the reference leaves alone
+        if ids is None and arm == "A":
             ids = torch.cat(
                 [
                     sample(
@@ -343,11 +354,12 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
         b.tokenizer.decode_batch([row[:n] for row, n in zip(group, ns)])
         for group, ns in zip(ids.tolist(), b.mask.sum(-1).tolist())
     ]
+    # thrown away
     _ = [
         rewards.accuracy_reward(t, "happy") + rewards.format_reward(t)
         for group in texts
         for t in group
-    ]  # thrown away
+    ]
     laps.lap("reward")
     ref_logps = log_probs(b, arm, ids, laps)
     logps = log_probs(b, arm, ids, laps, ref_logps)
@@ -403,12 +415,14 @@ def gates_hold(gates: dict[str, dict], dtype: torch.dtype) -> bool:
 
 def gate_text(gate: dict) -> str:
     """One line, to stand beside a speed."""
-    words = f"greedy {'equal' if gate['greedy_equal'] else 'DIFFERS'}" if gate else "the yardstick"
+    if not gate:
+        return "the yardstick"
+    words = "greedy equal" if gate["greedy_equal"] else "greedy DIFFERS"
     if "max_dlogp" in gate:
         words += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
-    return words + (
-        "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"]) if "ratio" in gate else ""
-    )
+    if "ratio" in gate:
+        words += "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"])
+    return words
 
 
 # ------------------------------------------------------------------------------------------------
@@ -421,9 +435,10 @@ def take_turns(
 ) -> dict[str, dict]:
     """arm -> function of Laps  ->  section -> arm -> the numbers of a table row.  Round 0 warms up.
 
-    The arms take turns so that a slow minute of the machine falls on all of them.  On a CPU the arms with fewer repeats,
-    minutes long each, are left out of round 0: the gates have warmed them.  Peaks of memory are those of an arm's first
-    run, before which what nobody holds is given back (to fetch it again costs time): else they would be the predecessor's.
+    The arms take turns so that a slow minute of the machine falls on all of them.  On a CPU the
+    arms with fewer repeats, minutes long each, are left out of round 0: the gates have warmed them.
+    Peaks of memory are those of an arm's first run, before which what nobody holds is given back
+    (to fetch it again costs time): else they would be the predecessor's.
     """
     turns, rows, most = {arm: [] for arm in runs}, {}, max(repeats.values(), default=0)
     plan = [(turn, arm) for turn in range(most + 1) for arm in runs if turn <= repeats[arm]]
@@ -481,9 +496,8 @@ def sweep(
             floor = {"decode": decode_floor(model, embeds.shape[1], B, G, T, rates)}
             timed = take_turns(runs, dict.fromkeys(runs, repeats), floor, b.ranks.device)
             for arm, row in timed.get("decode", {}).items():
-                row |= {
-                    name: row[name] / (T - 1) for name in ("median_ms", "min_ms")
-                }  # of one decode step
+                # of one decode step
+                row |= {name: row[name] / (T - 1) for name in ("median_ms", "min_ms")}
                 table.append(
                     {
                         "rows": B * G,
@@ -496,8 +510,9 @@ def sweep(
     return table
 
 
-# (size, device) -> what was aimed at: words, limit, and what over what: a number, or the fewest milliseconds that these
-# arms take for this section (or a step of the decode table with so many rows).
+# (size, device) -> what was aimed at: words, limit, and what over what: a number, or the
+# fewest milliseconds that these arms take for this section (or a step of the decode table
+# with so many rows).
 TARGETS = {
     ("mid", "cpu"): (
         ("whole step, times arm A's speed, at least", 4.0, ("step", "A"), ("step", "DE")),
@@ -537,7 +552,8 @@ TARGETS = {
 
 
 def judge(size: str, device: str, sections: dict, decode: list[dict]) -> list[dict]:
-    """The targets of this size and device, met or not.  One whose arms were left out is not judged."""
+    """The targets of this size and device, met or not.  One whose arms
+    were left out is not judged."""
     ms = {
         (name, arm): row["median_ms"]
         for name, arms in sections.items()
@@ -567,7 +583,12 @@ def judge(size: str, device: str, sections: dict, decode: list[dict]) -> list[di
 
 def table(rows: list[dict]) -> None:
     """On the screen, numbers to the right."""
-    text = lambda x: f"{x:.2f}" if isinstance(x, float) else "-" if x is None else str(x)
+
+    def text(x) -> str:
+        if x is None:
+            return "-"
+        return f"{x:.2f}" if isinstance(x, float) else str(x)
+
     width = {key: max(len(text(x)) for x in (key, *(row[key] for row in rows))) for key in rows[0]}
     for row in [dict(zip(width, width)), *rows]:
         print(
@@ -585,9 +606,10 @@ def tell(report: dict) -> None:
     named = lambda arm: {"arm": f"{arm} {ARMS[arm]}"}
     gates = lambda arm: {"gates": gate_text(report["gates"].get(arm, {}))}
     print(
-        f"\n{report['what']}\n{report['machine']}, {report['threads']} threads, torch {report['torch']}, "
-        f"{report['dtype']}; copy {report['rates']['bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"matrix product {report['rates']['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
+        f"\n{report['what']}\n{report['machine']}, {report['threads']} threads, "
+        f"torch {report['torch']}, {report['dtype']}; "
+        f"copy {report['rates']['bytes_per_second'] / 1e9:.1f} GB/s, matrix product "
+        f"{report['rates']['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
     )
     table(
         [
@@ -607,12 +629,14 @@ def tell(report: dict) -> None:
     for t in report["targets"]:
         print(f"{'PASS' if t['met'] else 'FAIL'}  {t['target']} {t['limit']:g}: {t['value']:.3g}")
     print(
-        f"{'PASS' if report['gates_hold'] else 'FAIL'}  correctness gates; {report['seconds']:.0f} s in all"
+        f"{'PASS' if report['gates_hold'] else 'FAIL'}  correctness gates; "
+        f"{report['seconds']:.0f} s in all"
     )
 
 
 def save(args: Args, device: torch.device, dtype: torch.dtype, key: str, found: dict) -> dict:
-    """What was found, with its circumstances, into the machine's json file; what that holds of other sizes stays."""
+    """What was found, with its circumstances, into the machine's json file;
+    what that holds of other sizes stays."""
     report = {
         "command": " ".join(("python", "-m", "tools.bench", *sys.argv[1:])),
         "machine": machine_name(device),
@@ -653,8 +677,9 @@ def bench(args: Args, size: Size) -> dict:
         sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts)) / 1e6
     )
     what = (
-        f"{args.size}: decoder {count(PARTS['decoder']):.1f} M, towers {count(PARTS['vision'] + PARTS['audio']):.1f} M "
-        f"parameters; {B} prompts of {P} embeddings x {G} completions of {T} tokens"
+        f"{args.size}: decoder {count(PARTS['decoder']):.1f} M, "
+        f"towers {count(PARTS['vision'] + PARTS['audio']):.1f} M parameters; {B} prompts of {P} "
+        f"embeddings x {G} completions of {T} tokens"
     )
     print(what, flush=True)
 
@@ -710,7 +735,8 @@ def bench(args: Args, size: Size) -> dict:
 
 
 def one_of_ranks(args: Args, size: Size) -> None:
-    """One of torchrun's processes: its share of two prompts, whole steps of arm D.  Rank 0 prints one line of json."""
+    """One of torchrun's processes: its share of two prompts,
+    whole steps of arm D.  Rank 0 prints one line of json."""
     ranks, norms = start_ranks("cpu"), []
     b, rows = (
         set_up(dataclasses.replace(size, B=2), "D", ranks, torch.float32),
@@ -761,14 +787,16 @@ def scaling(args: Args) -> dict:
         )
         if done.returncode:
             raise UserError(
-                f"tools.bench --ranks: {n} process(es) ended with {done.returncode}; see their words above."
+                f"tools.bench --ranks: {n} process(es) ended with {done.returncode}; "
+                "see their words above."
             )
         runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
     table(runs)
     (one, two), (norm, again) = ([run[key] for run in runs] for key in ("median_ms", "grad_norm"))
     same = abs(norm - again) <= 1e-4 * norm
     print(
-        f"{'PASS' if same else 'FAIL'}  the same gradient; efficiency {50 * one / two:.1f} % of two cores"
+        f"{'PASS' if same else 'FAIL'}  the same gradient; "
+        f"efficiency {50 * one / two:.1f} % of two cores"
     )
     return save(
         args,

@@ -1,4 +1,5 @@
-"""Read every clip of a sample file before a run does; list the bad, silent, short and degraded ones.
+"""Read every clip of a sample file before a run does; list the bad, silent,
+short and degraded ones.
 
 python -m tools.convert check --data train.json --media_root /data --out report.json
 """
@@ -25,15 +26,15 @@ from lib.media import DAMAGE, IMAGES, ClipError, open_media, read_clip, video_st
 class CheckArgs:
     data: str  # sample file (json or jsonl)
     out: str  # report to write, FILE.json
-    media_root: str | None = (
-        None  # folder under which the sample file's paths are; default: beside the file
-    )
+    media_root: str | None = None
+    # folder under which the sample file's paths are; default: beside the file
     num_frames: int = 8  # frames that the model takes; a clip with fewer is short
     workers: int = 0  # processes; 0: one for each core
 
 
 def inspect_clip(sample: Sample, num_frames: int) -> dict[str, str]:
-    """What is wrong with a clip: {} or some of bad, silent, short, degraded, each with its reason."""
+    """What is wrong with a clip: {} or some of bad, silent, short, degraded,
+    each with its reason."""
     try:
         clip = read_clip(sample.clip, num_frames, modal=sample.modal)
         if sample.modal == "video" and not len(clip.frames):
@@ -69,16 +70,15 @@ def count_frames(clip: Path) -> int:
             )
             return max(counts.values())
         except DAMAGE:
-            return (
-                sys.maxsize
-            )  # damaged within; read_clip called it degraded, how short it is nobody knows
+            # damaged within; read_clip called it degraded, how short it is nobody knows
+            return sys.maxsize
 
 
 def inspect_share(pipe, parents_end, samples: list[Sample], num_frames: int) -> None:
-    """A process: sends the faults of one sample after another, until it is through or the parent is gone."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the parent, which ends its processes
+    """A process: sends the faults of one sample after another,
+    until it is through or the parent is gone."""
+    # Ctrl-C is for the parent, which ends its processes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parents_end.close()  # a copy: left open, the parent's death would not show
     with contextlib.suppress(ConnectionError):
         for sample in samples:
@@ -90,8 +90,9 @@ def inspect_all(
 ) -> Iterator[tuple[Sample, dict[str, str]]]:
     """(sample, faults) of every sample, in the order in which they are done.
 
-    Each process answers its share in order.  So when a decoder takes its process down, it is known which clip did it,
-    and another process goes on with the rest; a ProcessPoolExecutor would lose all that wait.
+    Each process answers its share in order.  So when a decoder takes its process down, it is
+    known which clip did it, and another process goes on with the rest; a ProcessPoolExecutor
+    would lose all that wait.
     """
     reading: dict = {}  # pipe -> (process, what is left of its share)
 
@@ -117,7 +118,10 @@ def inspect_all(
                 if not share:
                     continue
                 faults = {
-                    "bad": f"{share[0].clip}: reading it ended the process (exit code {process.exitcode})"
+                    "bad": (
+                        f"{share[0].clip}: reading it ended the process (exit code "
+                        f"{process.exitcode})"
+                    )
                 }
                 start(share[1:])
             yield share.pop(0), faults
@@ -157,5 +161,6 @@ def check(args: CheckArgs) -> None:
         )
     write_json(Path(args.out), report)
     print(
-        f"{'all':10}{len(samples):>8}   {report['good']} of them without a fault; report written to {args.out}"
+        f"{'all':10}{len(samples):>8}   {report['good']} of them without a fault; "
+        f"report written to {args.out}"
     )

@@ -1,13 +1,15 @@
 """The exercises of docs/course: begin one, check it, see its solution, go back.
 
     python -m tools.check_exercise 5 --begin         put the exercise's gap or bug into the scripts
-    python -m tools.check_exercise 5                 is it solved?  A line for each thing that must hold; else exit status 1
+    python -m tools.check_exercise 5                 is it solved?  A line for each thing that must
+                                                     hold; else exit status 1
     python -m tools.check_exercise 5 --runs runs/course/05    and do these run folders show it?
     python -m tools.check_exercise 5 --solution      put the solution in (after --begin)
-    python -m tools.check_exercise 5 --back          put the files back; what was there is kept in runs/course
+    python -m tools.check_exercise 5 --back          put the files back; what was
+                                                     there is kept in runs/course
 
-A check is every function check_* of tools/exercises/exNN.py.  They run in a process of their own: an endless loop or a
-crash is told like any other fault.
+A check is every function check_* of tools/exercises/exNN.py.  They run in a process of their own:
+an endless loop or a crash is told like any other fault.
 """
 
 import dataclasses
@@ -69,33 +71,36 @@ def git(*words, **options) -> subprocess.CompletedProcess:
     """git in the project's folder, which may be a repository, a part of one, or none."""
     if not shutil.which("git"):
         raise UserError(
-            "git is not installed; it applies the exercises' patches, also where the project is no repository."
+            "git is not installed; it applies the exercises' patches, "
+            "also where the project is no repository."
         )
     return subprocess.run(["git", *map(str, words)], cwd=ROOT, capture_output=True, **options)
 
 
 def apply(file: Path) -> None:
     """Raises UserError, and changes nothing, where the patch does not fit."""
-    # Inside somebody else's repository git would take the patch's paths for those of that repository, and skip them.
+    # Inside somebody else's repository git would take the patch's paths for those of that
+    # repository, and skip them.
     alone = {"env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}}
     done = git("apply", file, **alone)
     if done.returncode:
         raise UserError(
-            f"{file.relative_to(ROOT)} does not fit the files as they are now: put them back with --back and "
-            f"--begin anew ({done.stderr.decode().strip()})."
+            f"{file.relative_to(ROOT)} does not fit the files as they are now: put them back with "
+            f"--back and --begin anew ({done.stderr.decode().strip()})."
         )
 
 
 def original(n: int, file: str) -> bytes | None:
-    """The file as git has it, or else as --begin found it; None if it is not the project's.  Raises UserError."""
+    """The file as git has it, or else as --begin found it; None if it is not the project's.
+    Raises UserError."""
     if shutil.which("git") and git("rev-parse", "HEAD:./").returncode == 0:
         done = git("show", f"HEAD:./{file}")
         return done.stdout if done.returncode == 0 else None
     kept = KEPT / f"{n:02}-original"
     if not kept.exists():
         raise UserError(
-            f"this folder is no git repository, and exercise {n} was not begun here with --begin: take {file} "
-            "from where the project came from."
+            f"this folder is no git repository, and exercise {n} was not begun here with --begin: "
+            f"take {file} from where the project came from."
         )
     return (kept / file).read_bytes() if (kept / file).exists() else None
 
@@ -118,8 +123,8 @@ def refuse_other(n: int) -> None:
     other = opened()
     if other not in (None, n):
         raise UserError(
-            f"exercise {other} is open: first put it back with python -m tools.check_exercise {other} --back "
-            f"(what you wrote is kept in {KEPT.relative_to(ROOT)})."
+            f"exercise {other} is open: first put it back with python -m tools.check_exercise "
+            f"{other} --back (what you wrote is kept in {KEPT.relative_to(ROOT)})."
         )
 
 
@@ -134,24 +139,26 @@ def begin(n: int) -> None:
     changed = [file for file in files if now(file) != original(n, file)]
     if changed:
         raise UserError(
-            f"{', '.join(changed)}: changed already. Put it back with python -m tools.check_exercise {n} --back "
-            f"(what is there is kept in {KEPT.relative_to(ROOT)})."
+            f"{', '.join(changed)}: changed already. Put it back with python -m "
+            f"tools.check_exercise {n} --back (what is there is kept in "
+            f"{KEPT.relative_to(ROOT)})."
         )
     if patch("begin", n).exists():
         apply(patch("begin", n))
         done = re.findall(r"^[+]{3} b/(.+)", patch("begin", n).read_text(), re.MULTILINE)
         yours = [name for name in files if name not in done]
-        print(
-            f"Changed for exercise {n}: {', '.join(done)}."
-            + f" Yours to change too: {', '.join(yours)}." * bool(yours)
-        )
+        sentence = f"Changed for exercise {n}: {', '.join(done)}."
+        if yours:
+            sentence += f" Yours to change too: {', '.join(yours)}."
+        print(sentence)
     else:
         print(
             f"Exercise {n} begins with the scripts as they are; yours to write: {', '.join(files)}."
         )
     write_text(KEPT / "open", str(n))
     print(
-        f"What to do: {page(n).relative_to(ROOT)}. To go back: python -m tools.check_exercise {n} --back"
+        f"What to do: {page(n).relative_to(ROOT)}. To go back: "
+        f"python -m tools.check_exercise {n} --back"
     )
 
 
@@ -161,7 +168,8 @@ def solve(n: int) -> None:
     apply(patch("solutions", n))
     print(
         f"The solution of exercise {n} is in {', '.join(touched(n))}; read it in "
-        f"{patch('solutions', n).relative_to(ROOT)}. To go back: python -m tools.check_exercise {n} --back"
+        f"{patch('solutions', n).relative_to(ROOT)}. To go back: "
+        f"python -m tools.check_exercise {n} --back"
     )
 
 
@@ -255,8 +263,9 @@ def check(n: int, folders: list[Path]) -> bool:
         else:
             held += 1
             print(f"ok       {sentence}", flush=True)
-    print(f"{held} of {len(checks)} hold." + " Solved." * (held == len(checks)), flush=True)
-    return held == len(checks)
+    solved = held == len(checks)
+    print(f"{held} of {len(checks)} hold." + (" Solved." if solved else ""), flush=True)
+    return solved
 
 
 def check_apart(args: Args) -> bool:
@@ -269,11 +278,13 @@ def check_apart(args: Args) -> bool:
     )
     if done.returncode == -signal.SIGALRM:
         print(
-            f"not yet  the check that comes next did not end within {LIMIT} seconds: is there a loop that never ends?"
+            f"not yet  the check that comes next did not end within {LIMIT} seconds: "
+            "is there a loop that never ends?"
         )
     elif done.returncode < 0:
         print(
-            f"not yet  the check that comes next ended Python itself ({signal.Signals(-done.returncode).name})."
+            "not yet  the check that comes next ended Python itself "
+            f"({signal.Signals(-done.returncode).name})."
         )
     return done.returncode == 0
 
@@ -290,8 +301,12 @@ def main(args: Args) -> None:
             raise UserError(
                 f"--runs {run}: no run folder, it has no config.json; give the --out of a run."
             )
-    if jobs:
-        (begin if args.begin else solve if args.solution else back)(n)
+    if args.begin:
+        begin(n)
+    elif args.solution:
+        solve(n)
+    elif args.back:
+        back(n)
     elif args.here:
         signal.alarm(LIMIT)  # as a default it ends the process, whatever that is doing
         sys.exit(not check(n, [Path(run) for run in args.runs]))

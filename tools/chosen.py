@@ -1,4 +1,5 @@
-"""What tools/figures.py draws: results, clips, and the rules by which clips are chosen.  Nothing is chosen by hand."""
+"""What tools/figures.py draws: results, clips, and the rules by which clips are chosen.
+Nothing is chosen by hand."""
 
 import dataclasses
 import re
@@ -52,7 +53,8 @@ def read_results(args) -> Results:
     for path in args.results:
         if not Path(path).exists():
             raise UserError(
-                f"--results {path} is missing; make it with python eval.py --model ... --data ... --out {path}."
+                f"--results {path} is missing; make it with python eval.py --model ... --data ... "
+                f"--out {path}."
             )
     found = protocol.table_rows(args.results or [str(folder)])
     for name, test_set, files in (
@@ -60,7 +62,8 @@ def read_results(args) -> Results:
     ):
         if len(files) > 1:
             raise UserError(
-                f"{', '.join(files)} are all of {name} on {test_set}; give with --results one of them."
+                f"{', '.join(files)} are all of {name} on {test_set}; "
+                "give with --results one of them."
             )
         for p in next(iter(files.values()))["predictions"]:
             p |= {"text": str(p.get("text", "")), "concluded": p.get("concluded")}
@@ -72,13 +75,15 @@ def read_results(args) -> Results:
 
 
 def samples_of(result: dict, args) -> dict[str, Sample]:
-    """id -> sample of the file that a result is about: where it was, or where the miniature is now."""
+    """id -> sample of the file that a result is about: where it was,
+    or where the miniature is now."""
     file = Path(result.get("data") or "")
     moved = Path(args.toy) / "data" / file.name
     file = moved if not args.results and moved.is_file() else file
     if not file.is_file():
         raise UserError(
-            f"the sample file {file} of the results is not there; start this where eval.py was started."
+            f"the sample file {file} of the results is not there; "
+            "start this where eval.py was started."
         )
     return {s.id: s for s in read_samples(file, args.media_root)}
 
@@ -101,9 +106,8 @@ def right(p: dict) -> bool:
 
 
 def sign(good: bool) -> str:
-    return (
-        "\u2713" if good else "\u2717"
-    )  # a tick or a cross: colour alone would not do for everybody
+    # a tick or a cross: colour alone would not do for everybody
+    return "\u2713" if good else "\u2717"
 
 
 def agrees(p: dict) -> bool:
@@ -112,10 +116,11 @@ def agrees(p: dict) -> bool:
 
 
 def mended(results: Results) -> tuple[str, str]:
-    """-> (data set, id) of the clip that tells most: the first, set by set, of those for which most of these hold.
+    """-> (data set, id) of the clip that tells most: the first, set by set,
+    of those for which most of these hold.
 
-    The cold start is wrong, and concludes what it answers; R1 is right; its reasoning concludes another emotion; R1 with
-    the reasoning paid is right, and for the stated reason.
+    The cold start is wrong, and concludes what it answers; R1 is right; its reasoning concludes
+    another emotion; R1 with the reasoning paid is right, and for the stated reason.
     """
     wishes = {
         "emer_sft": (lambda p: not right(p), agrees),
@@ -145,7 +150,8 @@ def sample_of(results: Results, test_set: str, clip: str, args) -> Sample:
     sample = samples_of(result, args).get(clip)
     if sample is None:
         raise UserError(
-            f"the sample file {result['data']} has no clip {clip}, of which the results tell; evaluate again."
+            f"the sample file {result['data']} has no clip {clip}, of which the results tell; "
+            "evaluate again."
         )
     return sample
 
@@ -175,24 +181,31 @@ def cues_of(sample: Sample) -> dict[str, dict[str, str]]:
     )
 
 
-def faults(p: dict, sample: Sample, test_set: str, silent: bool, known: set[str]) -> list[Failure]:
-    """What is wrong with one prediction beside its answer; what cannot be known of a clip is no failure.
+def invented_sounds(text: str, sample: Sample, silent: bool, known: set[str]) -> list[str]:
+    """Words of the reasoning for sounds that the clip does not have.  A row without "cues" shows
+    them only if the clip is silent."""
+    words = set(re.findall("[a-z]+", reasoning.reasoning_of(text).lower()))
+    cues = cues_of(sample)
+    if cues:
+        there = set() if silent else set(cues.get("heard", {}).values())
+        return sorted((words & known) - there)
+    if silent and reasoning.claims(text)["heard"]:
+        return sorted(words & reasoning.HEARD)
+    return []
 
-    `silent`: it has no sound, or none was given.  `known`: all words for heard cues, where the rows have "cues".
+
+def faults(p: dict, sample: Sample, test_set: str, silent: bool, known: set[str]) -> list[Failure]:
+    """What is wrong with one prediction beside its answer; what cannot be known
+    of a clip is no failure.
+
+    `silent`: it has no sound, or none was given.  `known`: all words for heard cues,
+    where the rows have "cues".
     """
     found = []
     if p["concluded"] and not agrees(p):
         bad = (not right(p)) + (p["concluded"] != p["answer"].strip().lower())
         found.append(Failure("disagree", bad, "", p, sample, test_set))
-    words = set(re.findall("[a-z]+", reasoning.reasoning_of(p["text"]).lower()))
-    there = set() if silent else set(cues_of(sample).get("heard", {}).values())
-    invented = (
-        sorted((words & known) - there)
-        if cues_of(sample)
-        else sorted(words & reasoning.HEARD)
-        if silent and reasoning.claims(p["text"])["heard"]
-        else []
-    )
+    invented = invented_sounds(p["text"], sample, silent, known)
     if invented:
         why = f"{'Heard in silence' if silent else 'Not in the sound'}: {', '.join(invented)}."
         found.append(Failure("sound", len(invented), why, p, sample, test_set, frozenset(invented)))
@@ -205,7 +218,8 @@ def faults(p: dict, sample: Sample, test_set: str, silent: bool, known: set[str]
 
 
 def failures(results: dict[str, dict], args) -> dict[str, list[Failure]]:
-    """Data set -> result, of one model, -> kind -> failures, the worst first, ties in the order of the sample files."""
+    """Data set -> result, of one model, -> kind -> failures, the worst first,
+    ties in the order of the sample files."""
     found = []
     for test_set, result in results.items():
         samples, view = samples_of(result, args), result.get("view", {})

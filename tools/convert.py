@@ -1,19 +1,23 @@
-"""Data sets as they are distributed become sample files; sample files are joined, split and checked.
+"""Data sets as they are distributed become sample files; sample files are joined,
+split and checked.
 
-    python -m tools.convert dfew    --root /data/DFEW --fold 1 --part train --out dfew_fold1_train.json
-    python -m tools.convert mafw    --root /data/MAFW --fold 1 --part test --out mafw_fold1_test.json
+    python -m tools.convert dfew    --root /data/DFEW --fold 1 --part train
+                                    --out dfew_fold1_train.json
+    python -m tools.convert mafw    --root /data/MAFW --fold 1 --part test
+                                    --out mafw_fold1_test.json
     python -m tools.convert ravdess --root /data/RAVDESS --out ravdess.json
     python -m tools.convert emer    --root /data/EMER --out emer.json
     python -m tools.convert mer2025 --root /data/MER2025 --out mer2025.json
     python -m tools.convert r1omni  --data theirs.json --root /data --out ours.json
-    python -m tools.convert join    --data mafw_fold1_train.json dfew_fold1_train.json --out mafw_dfew.json
+    python -m tools.convert join    --data mafw_fold1_train.json dfew_fold1_train.json
+                                    --out mafw_dfew.json
     python -m tools.convert split   --data mafw_dfew.json --n 400 --train train.json --val val.json
     python -m tools.convert check   --data train.json --media_root /data/DFEW --out report.json
 
-A converter reads the data set's own lists, finds every clip, prints the counts beside the official ones, and
-writes nothing if they differ: a list that lost a line or a folder that lost a part gives numbers that cannot be
-compared with anybody's.  The rows' paths are relative to --root, or to --media_root where several sets are
-trained on together.
+A converter reads the data set's own lists, finds every clip, prints the counts beside the official
+ones, and writes nothing if they differ: a list that lost a line or a folder that lost a part gives
+numbers that cannot be compared with anybody's.  The rows' paths are relative to --root, or to
+--media_root where several sets are trained on together.
 """
 
 import csv
@@ -58,8 +62,9 @@ MAFW_LABELS = {
     "helplessness": "helpless",
     "disappointment": "disappointed",
 }
-# Fold 1 by class, in the order of the labels above, counted in the lists that the authors give out: DFEW (Jiang et al., ACM
-# MM 2020) in EmoLabel_DataSplit, single-labelled; MAFW (Liu et al., ACM MM 2022) in "Train & Test Set/single/no_caption".
+# Fold 1 by class, in the order of the labels above, counted in the lists that the authors give out:
+# DFEW (Jiang et al., ACM MM 2020) in EmoLabel_DataSplit, single-labelled; MAFW (Liu et al., ACM MM
+# 2022) in "Train & Test Set/single/no_caption".
 FOLD_1 = {
     ("dfew", "train"): dict(zip(DFEW_LABELS.values(), (1956, 1515, 2135, 1738, 1175, 116, 721))),
     ("dfew", "test"): dict(zip(DFEW_LABELS.values(), (489, 379, 534, 435, 294, 29, 181))),
@@ -70,11 +75,14 @@ FOLD_1 = {
         zip(MAFW_LABELS.values(), (278, 128, 125, 249, 228, 294, 215, 48, 184, 53, 37))
     ),
 }
-# All clips of the tests of folds 1 to 5, from the same lists.  A fold trains on the tests of the four others.
+# All clips of the tests of folds 1 to 5, from the same lists.  A fold trains on the
+# tests of the four others.
 TESTS = {"dfew": (2341, 2341, 2340, 2339, 2336), "mafw": (1839, 1837, 1833, 1832, 1831)}
-# Codes 01 to 08 of a RAVDESS file name (Livingstone and Russo, PLoS ONE 2018).  24 actors say two sentences twice,
-# with two intensities but for neutral, which has one: 60 clips an actor, 1440 in all.
+# Codes 01 to 08 of a RAVDESS file name (Livingstone and Russo, PLoS ONE 2018).  24 actors
+# say two sentences twice, with two intensities but for neutral, which has one: 60 clips an
+# actor, 1440 in all.
 RAVDESS_WORDS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
+CALM_BECOMES = {"keep": "calm", "neutral": "neutral", "drop": None}  # --calm -> the label
 RAVDESS_ACTORS = range(1, 25)
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")
@@ -90,12 +98,10 @@ class ConvertArgs:
     root: str  # folder of the data set as it is distributed
     out: str  # sample file to write, FILE.json
     media_root: str | None = None  # folder that the rows' paths start from; default: --root
-    clips: str | None = (
-        None  # folder under --root that holds the clips; default: the data set's own
-    )
-    allow_missing: str | None = (
-        None  # FILE: go on without the clips that are missing, and list them there
-    )
+    clips: str | None = None
+    # folder under --root that holds the clips; default: the data set's own
+    allow_missing: str | None = None
+    # FILE: go on without the clips that are missing, and list them there
 
     def __post_init__(self):
         """Before any work."""
@@ -120,27 +126,23 @@ class MafwArgs(FoldArgs):
 
 @dataclasses.dataclass(kw_only=True)
 class RavdessArgs(ConvertArgs):
-    calm: Literal["keep", "neutral", "drop"] = (
-        "keep"  # calm as a class of its own (the paper's 8), as neutral, or not
-    )
-    actors: list[int] = dataclasses.field(
-        default_factory=list
-    )  # only these, by number; default: all 24
+    calm: Literal["keep", "neutral", "drop"] = "keep"
+    # calm as a class of its own (the paper's 8), as neutral, or not
+    actors: list[int] = dataclasses.field(default_factory=list)
+    # only these, by number; default: all 24
 
 
 @dataclasses.dataclass(kw_only=True)
 class EmerArgs(ConvertArgs):
     reasons: str = "final-EMER-reason.csv"  # csv under --root with the columns name, english
-    labels: list[str] = dataclasses.field(
-        default_factory=lambda: ["final-openset-english.csv"]
-    )  # name, openset or discrete
+    labels: list[str] = dataclasses.field(default_factory=lambda: ["final-openset-english.csv"])
+    # name, openset or discrete
 
 
 @dataclasses.dataclass(kw_only=True)
 class Mer2025Args(ConvertArgs):
-    subset: Literal["ovmerd", "mercaptionplus"] = (
-        "ovmerd"  # annotated by people (332), or by models and checked (31k)
-    )
+    subset: Literal["ovmerd", "mercaptionplus"] = "ovmerd"
+    # annotated by people (332), or by models and checked (31k)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -153,9 +155,8 @@ class R1OmniArgs(ConvertArgs):
 class JoinArgs:
     data: list[str]  # sample files to train on, never a test part; no clip in two of them
     out: str  # sample file to write, FILE.json
-    media_root: str | None = (
-        None  # folder that all paths start from; if given, every clip must be there
-    )
+    media_root: str | None = None
+    # folder that all paths start from; if given, every clip must be there
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -203,23 +204,25 @@ def read_text(file: Path, encoding: str = "utf-8") -> str:
         ) from None
     except OSError as error:
         raise UserError(
-            f"{file}: cannot be read ({error.strerror}); --root must name the folder that holds the data set "
-            "as it is distributed."
+            f"{file}: cannot be read ({error.strerror}); --root must name the folder that holds "
+            "the data set as it is distributed."
         ) from None
 
 
 def table(
     file: Path, columns: tuple[str, ...], one_of: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """("FILE line 7", {column: value}) for each row of a csv that has `columns` and at least one of `one_of`.
+    """("FILE line 7", {column: value}) for each row of a csv that has `columns` and
+    at least one of `one_of`.
 
-    White space around values and blank lines do not count.  Raises UserError for a row that has more or fewer
-    values than the header: an unquoted comma in a text would otherwise cut it.
+    White space around values and blank lines do not count.  Raises UserError for a row that has
+    more or fewer values than the header: an unquoted comma in a text would otherwise cut it.
     """
     text, header, line = read_text(file), None, 1
     if text.count('"') % 2:
         raise UserError(
-            f"{file}: a quotation mark is opened and never closed; use the file as it is distributed."
+            f"{file}: a quotation mark is opened and never closed; "
+            "use the file as it is distributed."
         )
     reader = csv.reader(io.StringIO(text), skipinitialspace=True)
     try:
@@ -243,8 +246,8 @@ def table(
                 values.pop()
             if len(values) != len(header):
                 raise UserError(
-                    f"{where}: has {len(values)} values, expected {len(header)} ({','.join(header)}); a text "
-                    "with commas must stand in quotation marks."
+                    f"{where}: has {len(values)} values, expected {len(header)} "
+                    f"({','.join(header)}); a text with commas must stand in quotation marks."
                 )
             yield where, dict(zip(header, values))
     except csv.Error as error:
@@ -258,7 +261,8 @@ def table(
 def find_clips(
     args: ConvertArgs, folders: tuple[str, ...] = (), suffixes: Iterable[str] = (".mp4",)
 ) -> list[Path]:
-    """The clips below --clips, else below the first of `folders` that is in --root, else below --root.  Sorted."""
+    """The clips below --clips, else below the first of `folders` that is in --root,
+    else below --root.  Sorted."""
     folders = (args.clips,) if args.clips else folders
     base = next(
         (Path(args.root, folder) for folder in folders if Path(args.root, folder).is_dir()),
@@ -287,7 +291,8 @@ def make_sample(
 
 
 def write_samples(file: str, samples: list[Sample]) -> None:
-    """R1-Omni's json.  data.read_samples gives the same samples back; what it does not read of a row is not kept."""
+    """R1-Omni's json.  data.read_samples gives the same samples back;
+    what it does not read of a row is not kept."""
     rows = []
     for sample in samples:
         media = "".join(f"<{name}>\n" for name in sample.modal.split("_"))
@@ -305,19 +310,23 @@ def write_samples(file: str, samples: list[Sample]) -> None:
 
 
 def print_counts(columns: dict[str, dict[str, int]], words: tuple[str, ...]) -> None:
-    """A line for each class, the data set's own `words` first; a column for each count, and a last line of sums."""
+    """A line for each class, the data set's own `words` first; a column for each count,
+    and a last line of sums."""
     classes = [
         *words,
         *sorted({label for counts in columns.values() for label in counts} - {*words, "all"}),
     ]
+
+    def shown(counts: dict[str, int], label: str) -> int | str:
+        if label in counts:
+            return counts[label]
+        if label == "all":
+            return sum(counts.values())
+        return "-" if "all" in counts else 0  # where only the sum is known, a class has a dash
+
     print(f"{'':16}" + "".join(f"{name:>10}" for name in columns))
     for label in (*classes, "all"):
-        cells = [
-            counts.get(
-                label, sum(counts.values()) if label == "all" else "-" if "all" in counts else 0
-            )
-            for counts in columns.values()
-        ]
+        cells = [shown(counts, label) for counts in columns.values()]
         print(f"{label:16}" + "".join(f"{cell:>10}" for cell in cells))
 
 
@@ -332,8 +341,8 @@ def finish(
 ) -> None:
     """Print the counts and what was noticed; write the sample file, or refuse with a UserError.
 
-    source: the list, for messages.  missing: (name, label) of clips that are listed and not there.  official: clips by
-    class, {"all": number} where only the sum is known, or None.
+    source: the list, for messages.  missing: (name, label) of clips that are listed and not there.
+    official: clips by class, {"all": number} where only the sum is known, or None.
     """
     found = Counter(sample.answer for sample in samples)
     listed = found + Counter(label for _, label in missing)
@@ -358,11 +367,10 @@ def finish(
             f"{len(missing)} of its {listed.total()} clips are not below {args.root}: "
             + list_some((name for name, _ in missing), 5)
         )
-    for note in (
-        *notes,
-        *[f"no clip at all of {len(empty)} classes: {', '.join(empty)}"] * bool(empty),
-        *faults,
-    ):
+    notes = list(notes)
+    if empty:
+        notes.append(f"no clip at all of {len(empty)} classes: {', '.join(empty)}")
+    for note in (*notes, *faults):
         print(f"note: {note}")
 
     told = f"{source}: {' and '.join(faults)}. Nothing was written: "
@@ -372,19 +380,20 @@ def finish(
         )
     if not samples:
         raise UserError(
-            f"{source} lists {listed.total()} clips that can be used, and none of them is below {args.root}; is "
-            "it the right folder? Nothing was written."
+            f"{source} lists {listed.total()} clips that can be used, and none of them is below "
+            f"{args.root}; is it the right folder? Nothing was written."
         )
     if faults and args.allow_missing is None:
         raise UserError(
-            f"{told}complete the data set, or pass --allow_missing FILE, which lists the missing clips there "
-            "and goes on without them."
+            f"{told}complete the data set, or pass --allow_missing FILE, which lists the missing "
+            "clips there and goes on without them."
         )
     if args.allow_missing is not None:
         write_text(Path(args.allow_missing), "".join(f"{name}\n" for name, _ in missing))
     write_samples(args.out, samples)
     print(
-        f"{len(samples)} samples written to {args.out}; read them with --media_root {args.media_root or args.root}"
+        f"{len(samples)} samples written to {args.out}; read them with "
+        f"--media_root {args.media_root or args.root}"
     )
 
 
@@ -398,14 +407,15 @@ def finish_listed(
     official: dict[str, int] | None = None,
     notes: Iterable[str] = (),
 ) -> None:
-    """`finish` with the clips of a list, each once.  Raises UserError where two lines or two files of a clip may differ."""
+    """`finish` with the clips of a list, each once.  Raises UserError where two lines or two files
+    of a clip may differ."""
     first: dict[str, Listed] = {}
     again = [item.where for item in listed if first.setdefault(item.name, item) is not item]
     for item in listed:
         if item.target != first[item.name].target:
             raise UserError(
-                f"{item.where}: the clip {item.name} is listed as {item.label}, but with another label or text "
-                f"in {first[item.name].where}; correct the list."
+                f"{item.where}: the clip {item.name} is listed as {item.label}, but with another "
+                f"label or text in {first[item.name].where}; correct the list."
             )
     clips: dict[str, list[Path]] = {}  # of a.mp4 and a.avi only the first in the order of VIDEOS
     for file in sorted(files, key=lambda file: VIDEOS.index(file.suffix.lower())):
@@ -415,8 +425,8 @@ def finish_listed(
     double = [clips[name] for name in first if len(clips.get(name, ())) > 1]
     if double:
         raise UserError(
-            f"{len(double)} clips are there more than once ({double[0][0]} and {double[0][1]}); name the folder "
-            "that is meant with --clips, or delete the copies."
+            f"{len(double)} clips are there more than once ({double[0][0]} and {double[0][1]}); "
+            "name the folder that is meant with --clips, or delete the copies."
         )
     if again:
         notes = [
@@ -444,12 +454,14 @@ def read_dfew(file: Path) -> list[Listed]:
         name, label = row["video_name"], row["label"]
         if not re.fullmatch("[0-9]{1,18}", name):  # Python refuses to convert thousands of digits
             raise UserError(
-                f"{where}: the clip {name[:60]!r} is not a number; expected video_name,label as in 1600,3."
+                f"{where}: the clip {name[:60]!r} is not a number; "
+                "expected video_name,label as in 1600,3."
             )
         if label == "0":
             raise UserError(
-                f"{where}: label 0. This is a repackaged copy that counts from 0; read as DFEW's own labels, "
-                "which count from 1, every emotion would become another one. Use the distributed lists."
+                f"{where}: label 0. This is a repackaged copy that counts from 0; "
+                "read as DFEW's own labels, which count from 1, "
+                "every emotion would become another one. Use the distributed lists."
             )
         if label not in DFEW_LABELS:
             raise UserError(
@@ -460,7 +472,8 @@ def read_dfew(file: Path) -> list[Listed]:
 
 
 def read_mafw(file: Path, with_caption: bool) -> list[Listed]:
-    """Lines `00025.mp4 anger`; with captions tab separated, GB18030: `00025.mp4 TAB anger TAB text TAB text`."""
+    """Lines `00025.mp4 anger`; with captions tab separated, GB18030:
+    `00025.mp4 TAB anger TAB text TAB text`."""
     listed = []
     for number, line in enumerate(
         read_text(file, "gb18030" if with_caption else "utf-8").split("\n"), 1
@@ -476,10 +489,12 @@ def read_mafw(file: Path, with_caption: bool) -> list[Listed]:
             or values[1].lower() not in MAFW_LABELS
             or (len(values) > 2 and not with_caption)
         ):
+            captions = ", then the captions, with tabs between" if with_caption else ""
             raise UserError(
-                f"{file} line {number}: {line.strip()[:60]!r} is no clip and label; expected 00025.mp4 anger"
-                f"{', then the captions, with tabs between' * with_caption}; the label is one of the words "
-                f"{', '.join(MAFW_LABELS)}, never a number, because orders of classes differ."
+                f"{file} line {number}: {line.strip()[:60]!r} is no clip and label; "
+                f"expected 00025.mp4 anger{captions}; "
+                f"the label is one of the words {', '.join(MAFW_LABELS)}, never a number, "
+                "because orders of classes differ."
             )
         listed.append(
             Listed(
@@ -500,7 +515,8 @@ def convert_fold(
     words: tuple[str, ...],
     official: bool = True,
 ) -> None:
-    """The list of a part, as `read` reads it.  Raises UserError if it shares a clip with the other part of the fold."""
+    """The list of a part, as `read` reads it.  Raises UserError if it shares a clip with the other
+    part of the fold."""
     if args.fold not in range(1, 6):
         raise UserError(f"--fold {args.fold}: the official folds are 1 to 5.")
     parts = sorted(("train", "test"), key=args.part.__ne__)
@@ -510,8 +526,9 @@ def convert_fold(
     shared = [item for item in listed if item.name in theirs]
     if shared:
         raise UserError(
-            f"{len(shared)} clips are in train and test of fold {args.fold} (the first: {shared[0].name}, "
-            f"{shared[0].where} and {theirs[shared[0].name]}): the lists were mixed up or edited."
+            f"{len(shared)} clips are in train and test of fold {args.fold} (the first: "
+            f"{shared[0].name}, {shared[0].where} and {theirs[shared[0].name]}): "
+            "the lists were mixed up or edited."
         )
     tested = TESTS[name][args.fold - 1]
     counts = {"all": tested if args.part == "test" else sum(TESTS[name]) - tested}
@@ -565,7 +582,8 @@ def mafw(args: MafwArgs) -> None:
 def ravdess_names() -> dict[str, tuple[str, int]]:
     """Name -> (word, actor) of the 1440 clips of speech with picture and sound.
 
-    A name is modality-channel-emotion-intensity-statement-repetition-actor; 01-01 is picture and sound, speech.
+    A name is modality-channel-emotion-intensity-statement-repetition-actor;
+    01-01 is picture and sound, speech.
     """
     names = {}
     for actor, (code, word), intensity, statement, repetition in itertools.product(
@@ -589,11 +607,12 @@ def ravdess(args: RavdessArgs) -> None:
     odd = [clip for clip in others if clip.stem.startswith("01-01-")]
     if odd:
         raise UserError(
-            f"{odd[0]}: is no name of RAVDESS; expected modality-channel-emotion-intensity-statement-"
-            "repetition-actor as in 01-01-03-02-01-02-24.mp4."
+            f"{odd[0]}: is no name of RAVDESS; expected "
+            "modality-channel-emotion-intensity-statement-repetition-actor as in "
+            "01-01-03-02-01-02-24.mp4."
         )
     actors = args.actors or RAVDESS_ACTORS
-    becomes = {"calm": {"keep": "calm", "neutral": "neutral", "drop": None}[args.calm]}
+    becomes = {"calm": CALM_BECOMES[args.calm]}
     labels = {
         name: becomes.get(word, word) for name, (word, actor) in names.items() if actor in actors
     }
@@ -615,23 +634,25 @@ def ravdess(args: RavdessArgs) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# EMER and MER2025: written reasoning for the cold start.  Their versions differ in size, so nothing is official here.
+# EMER and MER2025: written reasoning for the cold start.  Their versions differ in size, so nothing
+# is official here.
 # ------------------------------------------------------------------------------------------------
 
 
 def read_reasons(reasons: Path, column: str, labels: list[Path]) -> tuple[list[Listed], list[str]]:
-    """Join the reasoning with the labels by name.  -> the clips that have both, and notes on those that have not.
+    """Join the reasoning with the labels by name.  -> the clips that have both,
+    and notes on those that have not.
 
-    The label is the `discrete` one, else the first word of `openset`, that means a word of the vocabulary.
+    The label is the `discrete` one, else the first word of `openset`,
+    that means a word of the vocabulary.
     """
     discrete: dict[str, list[str]] = {}
     openset: dict[str, list[str]] = {}
     for file in labels:
         for _, row in table(file, ("name",), one_of=("discrete", "openset")):
             discrete.setdefault(row["name"], []).append(row.get("discrete", ""))
-            words = (
-                row.get("openset", "").strip("[] ").split(",")
-            )  # "['happy', 'proud']" or "happy, proud"
+            # "['happy', 'proud']" or "happy, proud"
+            words = row.get("openset", "").strip("[] ").split(",")
             openset.setdefault(row["name"], []).extend(word.strip(" '\"") for word in words)
     listed, dropped, read = [], Counter(), set()
     for where, row in table(reasons, ("name", column)):
@@ -702,7 +723,8 @@ def path_parts(path) -> list[str]:
 
 
 def best_matches(path: str, files: list[Path]) -> list[Path]:
-    """The files that another machine's `path` may mean: one; none; or several that fit equally well.
+    """The files that another machine's `path` may mean: one; none;
+    or several that fit equally well.
 
     The longest common tail fits best, then the most folder names in common.
     """
@@ -717,7 +739,8 @@ def best_matches(path: str, files: list[Path]) -> list[Path]:
 
 
 def r1omni(args: R1OmniArgs) -> None:
-    """A sample file of R1-Omni: its author's paths become yours, labels become words of the vocabulary."""
+    """A sample file of R1-Omni: its author's paths become yours,
+    labels become words of the vocabulary."""
     rows = read_samples(args.data, args.root)
     files: dict[str, list[Path]] = {}
     for file in find_clips(args, suffixes=(*VIDEOS, *SOUNDS)):
@@ -745,7 +768,8 @@ def r1omni(args: R1OmniArgs) -> None:
     notes = []
     if torn:
         notes.append(
-            f"{torn} paths fit several files equally well and count as missing; narrow the choice with --clips"
+            f"{torn} paths fit several files equally well and count as missing; "
+            "narrow the choice with --clips"
         )
     if repeated:
         notes.append(
@@ -762,7 +786,8 @@ def r1omni(args: R1OmniArgs) -> None:
 
 
 def quotas(sizes: dict[str, int], n: int) -> dict[str, int]:
-    """n shared out in proportion to `sizes`; of a class of two or more at least one is taken and one is left.
+    """n shared out in proportion to `sizes`; of a class of two or more at least one
+    is taken and one is left.
 
     {"happy": 90, "fear": 9, "calm": 1}, 10 -> {"happy": 9, "fear": 1, "calm": 0}
     """
@@ -770,8 +795,8 @@ def quotas(sizes: dict[str, int], n: int) -> dict[str, int]:
     high = {c: size - 1 for c, size in sizes.items()}
     if not sum(low.values()) <= n <= sum(high.values()):
         raise UserError(
-            f"{n} validation clips: must be {sum(low.values())} to {sum(high.values())}, so that every class of "
-            "two or more clips is on both sides; change --n or --share."
+            f"{n} validation clips: must be {sum(low.values())} to {sum(high.values())}, "
+            "so that every class of two or more clips is on both sides; change --n or --share."
         )
     share, taken = {c: n * size / sum(sizes.values()) for c, size in sizes.items()}, low
     for _ in range(n - sum(low.values())):
@@ -780,7 +805,8 @@ def quotas(sizes: dict[str, int], n: int) -> dict[str, int]:
 
 
 def choose(samples: list[Sample], n: int, seed: int) -> set[str]:
-    """Ids of n clips, stratified by class and, within a class, by data set.  The order of the rows has no influence."""
+    """Ids of n clips, stratified by class and, within a class, by data set.
+    The order of the rows has no influence."""
     clips: dict[
         str, dict[str, str]
     ] = {}  # class -> {id: data set}; a clip with several rows counts once
@@ -803,22 +829,25 @@ def choose(samples: list[Sample], n: int, seed: int) -> set[str]:
 def read_training(
     files: list[str], outs: list[str], media_root: str | None = None
 ) -> list[list[Sample]]:
-    """Rows of each sample file to train on.  Raises UserError for a test part, and for two folds of a data set."""
+    """Rows of each sample file to train on.  Raises UserError for a test part,
+    and for two folds of a data set."""
     for out in outs:
         check_writable(out)
     if not files or len({Path(file).resolve() for file in (*files, *outs)}) < len(files) + len(
         outs
     ):
         raise UserError(
-            f"--data {' '.join(files)}: give one sample file or more, all different files, and others to write."
+            f"--data {' '.join(files)}: give one sample file or more, all different files, "
+            "and others to write."
         )
     parts = [read_samples(file, media_root) for file in files]
     for file, rows in zip(files, parts):
         test = [row for row in rows if "test" in row.dataset.split("/")]
         if test:
             raise UserError(
-                f"{file}: {len(test)} rows are of a test part ({test[0].id} of {test[0].dataset}). What is "
-                "trained on or chosen by looking at a test set is no longer tested by it; use a train part."
+                f"{file}: {len(test)} rows are of a test part ({test[0].id} of {test[0].dataset}). "
+                "What is trained on or chosen by looking at a test set is no longer tested by it; "
+                "use a train part."
             )
     everything = list(itertools.chain(*parts))
     folds = sorted(
@@ -826,13 +855,14 @@ def read_training(
     )
     if len({name for name, _ in folds}) < len(folds):
         raise UserError(
-            f"--data has rows of {' and '.join('/'.join(fold) for fold in folds)}: what one fold trains on "
-            "another tests on; use one fold of a data set."
+            f"--data has rows of {' and '.join('/'.join(fold) for fold in folds)}: "
+            "what one fold trains on another tests on; use one fold of a data set."
         )
     unnamed = sum(not sample.dataset for sample in everything)
     if unnamed:
         print(
-            f"note: {unnamed} rows do not say which data set they are from; that none is of a test part is up to you"
+            f"note: {unnamed} rows do not say which data set they are from; "
+            "that none is of a test part is up to you"
         )
     return parts
 
@@ -844,26 +874,30 @@ def join(args: JoinArgs) -> None:
     repeated = sorted(clip for clip, count in uses.items() if count > 1)
     if repeated:
         raise UserError(
-            f"{len(repeated)} clips are in two of {', '.join(args.data)} (say {repeated[0]}): give every clip "
-            "once; if they are different clips of one path, convert their data sets with one --media_root."
+            f"{len(repeated)} clips are in two of {', '.join(args.data)} (say {repeated[0]}): "
+            "give every clip once; if they are different clips of one path, "
+            "convert their data sets with one --media_root."
         )
     for file, rows in zip(args.data, parts):
         gone = [sample.id for sample in rows if args.media_root and not sample.clip.exists()]
         if gone:
             raise UserError(
-                f"{file}: {len(gone)} of its {len(rows)} rows have no clip under --media_root {args.media_root} "
-                f"(say {gone[0]}); convert its data set with that --media_root."
+                f"{file}: {len(gone)} of its {len(rows)} rows have no clip under "
+                f"--media_root {args.media_root} (say {gone[0]}); "
+                "convert its data set with that --media_root."
             )
     samples = list(itertools.chain(*parts))
     print_counts({"joined": Counter(sample.answer for sample in samples)}, ())
     write_samples(args.out, samples)
     print(
-        f"{len(samples)} samples written to {args.out}: {', '.join(map(str, map(len, parts)))} of {', '.join(args.data)}"
+        f"{len(samples)} samples written to {args.out}: "
+        f"{', '.join(map(str, map(len, parts)))} of {', '.join(args.data)}"
     )
 
 
 def split(args: SplitArgs) -> None:
-    """Carve a stratified validation set out of sample files to train on; the official splits have none."""
+    """Carve a stratified validation set out of sample files to train on;
+    the official splits have none."""
     if (args.share is None) == (args.n is None):
         raise UserError("give the size of the validation set: --share 0.05 or --n 400.")
     if args.seed < 0:
@@ -897,14 +931,13 @@ COMMANDS = {
 
 
 def main() -> None:
-    """python -m tools.convert COMMAND flags: the first word chooses the function and its arguments."""
+    """python -m tools.convert COMMAND flags: the first word chooses the
+    function and its arguments."""
     script, words = "python -m tools.convert", sys.argv[1:]
     command = words[0] if words else ""
     if command not in COMMANDS:
-        lines = [
-            f"    {name:8} {function.__doc__.splitlines()[0]}"
-            for name, (function, _) in COMMANDS.items()
-        ]
+        first = lambda function: " ".join(function.__doc__.partition("\n\n")[0].split())
+        lines = [f"    {name:8} {first(function)}" for name, (function, _) in COMMANDS.items()]
         asked = command in ("-h", "--help")
         usage = (
             f"usage: {script} COMMAND --flag ...\n\n"

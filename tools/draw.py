@@ -1,4 +1,5 @@
-"""Drawing by hand: svg, PNG, text that stays text, and what Chromium makes of a page.  For tools/figures.py."""
+"""Drawing by hand: svg, PNG, text that stays text, and what Chromium makes of a page.
+For tools/figures.py."""
 
 import base64
 import contextlib
@@ -55,15 +56,15 @@ def png(image: np.ndarray, palette: np.ndarray | None = None) -> bytes:
 
 
 def reduce_colours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (H, W, 3) -> which of at most 256 colours (H, W), the colours (n, 3): the most frequent ones, each the mean of
-    what is alike in the upper five bits.  A third of the bytes, and no difference to the eye on drawings."""
+    """uint8 (H, W, 3) -> which of at most 256 colours (H, W), the colours (n, 3): the most frequent
+    ones, each the mean of what is alike in the upper five bits.  A third of the bytes, and no
+    difference to the eye on drawings."""
     flat = image.reshape(-1, 3)
     bins = (flat >> 3).astype(np.int64) @ (1 << 10, 1 << 5, 1)
     _, where, count = np.unique(bins, return_inverse=True, return_counts=True)
     where = where.reshape(-1)
-    means = (
-        np.stack([np.bincount(where, flat[:, c]) for c in range(3)], 1) / count[:, None]
-    )  # (bins, 3)
+    # (bins, 3)
+    means = np.stack([np.bincount(where, flat[:, c]) for c in range(3)], 1) / count[:, None]
     kept = np.argsort(-count, kind="stable")[:256]
     nearest = ((means[:, None] - means[kept]) ** 2).sum(-1).argmin(1)  # (bins,)
     return nearest[where].reshape(image.shape[:2]).astype(np.uint8), np.rint(means[kept]).astype(
@@ -72,7 +73,8 @@ def reduce_colours(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def data_uri(frame: np.ndarray, side: int = 160) -> str:
-    """A frame, large ones thinned to at most `side` pixels, as the address of an image within the page."""
+    """A frame, large ones thinned to at most `side` pixels,
+    as the address of an image within the page."""
     step = -(-max(frame.shape[:2]) // side)
     return "data:image/png;base64," + base64.b64encode(png(frame[::step, ::step])).decode()
 
@@ -90,13 +92,9 @@ def mark(words: str, label: str, invented: set[str] = frozenset()) -> list[tuple
         meant = normalise(word) if word.isalpha() else None
         if meant or word == label.lower():
             return "right" if label.lower() in (word, meant) else "wrong"
-        return (
-            "invented"
-            if word in invented
-            else "tag"
-            if re.fullmatch("</?(think|answer)>", word)
-            else ""
-        )
+        if word in invented:
+            return "invented"
+        return "tag" if re.fullmatch("</?(think|answer)>", word) else ""
 
     return [
         (piece, kind(piece))
@@ -105,7 +103,10 @@ def mark(words: str, label: str, invented: set[str] = frozenset()) -> list[tuple
 
 
 def text(x: float, y: float, words: str, size: int, fill: str = INK, more: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" {more}>{escape(words)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" '
+        f"{more}>{escape(words)}</text>"
+    )
 
 
 def marked(
@@ -130,17 +131,17 @@ def wrap(words: str, width: float, size: int) -> list[str]:
 def svg(width: int, height: int, title: str, parts: list[str]) -> str:
     """A drawing with a ground of its own, so that it is as legible on a dark page."""
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'font-family="{FONT}"><title>{escape(title)}</title><rect width="100%" height="100%" fill="{GROUND}"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="{FONT}"><title>{escape(title)}</title><rect width="100%" '
+        f'height="100%" fill="{GROUND}"/>\n' + "\n".join(parts) + "\n</svg>\n"
     )
 
 
 def waveform(
     audio: np.ndarray, x: float, y: float, w: float, h: float, fill: str = SOFT, bars: int = 40
 ) -> str:
-    """Sound as bars around y: the peak of each part, two thirds of full scale being as high as `h`."""
+    """Sound as bars around y: the peak of each part, two thirds of full
+    scale being as high as `h`."""
     tall = [
         max(1.0, h * min(1.0, 1.5 * abs(part).max(initial=0)))
         for part in np.array_split(audio, bars)
@@ -158,12 +159,15 @@ def image(frame: np.ndarray, x: float, y: float, side: float) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --ground: #fdfcf9; --card: #fff; --ink: #1c1f24; --soft: #5b6470; --line: #ddd8cd;
+:root { color-scheme: light dark; --ground: #fdfcf9; --card: #fff; --ink: #1c1f24; --soft: #5b6470;\
+ --line: #ddd8cd;
   --right: #15803d; --wrong: #c0262d; --odd: #8a5a00; }
-@media (prefers-color-scheme: dark) { :root { --ground: #14171c; --card: #1c2027; --ink: #e8e6e1; --soft: #a0a8b4;
+@media (prefers-color-scheme: dark) \
+{ :root { --ground: #14171c; --card: #1c2027; --ink: #e8e6e1; --soft: #a0a8b4;
   --line: #343a44; --right: #4ac26b; --wrong: #ff7b72; --odd: #e3b341; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 84rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+body { margin: 0 auto; max-width: 84rem; padding: 2.5rem 1.25rem 4rem; background: var(--ground);\
+ color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif;
   overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; }
@@ -173,13 +177,16 @@ p { margin: 0 0 .6rem; }
 .soft { color: var(--soft); max-width: 46rem; }
 .grid { display: grid; gap: 1.1rem; margin-top: 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, var(--least)), 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--line); border-radius: 6px;
+.card { background: var(--card); border: 1px solid var(--line); border-top: 4px solid var(--line);\
+ border-radius: 6px;
   padding: 1rem 1.1rem; break-inside: avoid; }
-.frames { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 3px; margin: 1rem 0 0;
+.frames { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); gap: 3px;\
+ margin: 1rem 0 0;
   max-width: 44rem; }
 .card .frames { margin: 0; }
 .frames img { width: 100%; display: block; border-radius: 3px; }
-svg { display: block; color: var(--soft); width: 100%; max-width: 44rem; height: 2.6rem; margin-bottom: .6rem; }
+svg { display: block; color: var(--soft); width: 100%; max-width: 44rem;\
+ height: 2.6rem; margin-bottom: .6rem; }
 .card svg { height: 1.8rem; }
 .text { white-space: pre-wrap; margin-bottom: .8rem; }
 .answer { font-size: 1.15rem; font-weight: 700; margin: 0; }
@@ -193,10 +200,10 @@ svg { display: block; color: var(--soft); width: 100%; max-width: 44rem; height:
 
 def page(title: str, lead: str, body: list[str]) -> str:
     return (
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n<p class=soft>{lead}</p>\n"
-        + "\n".join(body)
-        + "\n</html>\n"
+        '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style>\n<h1>{escape(title)}</h1>\n"
+        f"<p class=soft>{lead}</p>\n" + "\n".join(body) + "\n</html>\n"
     )
 
 
@@ -219,7 +226,8 @@ def shoot(page: Path, size: tuple[int, int]) -> np.ndarray:
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise UserError(
-            f"{page} is written, but no PNG of it: install Chromium ({', '.join(BROWSERS)} were looked for)."
+            f"{page} is written, but no PNG of it: install Chromium "
+            f"({', '.join(BROWSERS)} were looked for)."
         )
     with tempfile.TemporaryDirectory() as folder:
         shot = Path(folder) / "shot.png"
@@ -238,6 +246,7 @@ def shoot(page: Path, size: tuple[int, int]) -> np.ndarray:
             )
         if not shot.exists():
             raise UserError(
-                f"{page} is written, but {browser} made no PNG of it; open the page in it and see why."
+                f"{page} is written, but {browser} made no PNG of it; "
+                "open the page in it and see why."
             )
         return media.read_clip(shot, 1, modal="video").frames[0]

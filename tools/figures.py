@@ -1,12 +1,17 @@
 """Figures, written by hand as svg and html: nothing to install, nothing chosen by hand.
 
-    python -m tools.figures picture      docs/picture.png: faces, the curves of RL, one clip before and after (by Chromium)
-    python -m tools.figures 1            the same clip through all models, side by side, as the paper's Figure 1
-    python -m tools.figures 2            WAR and UAR of the models, and apart from them the paper's, as its Figure 2
-    python -m tools.figures 3            the hardest failures of a model, chosen by rule, as its Figure 3
+    python -m tools.figures picture      docs/picture.png: faces, the curves of RL,
+                                         one clip before and after (by Chromium)
+    python -m tools.figures 1            the same clip through all models, side by side,
+                                         as the paper's Figure 1
+    python -m tools.figures 2            WAR and UAR of the models, and apart from them the paper's,
+                                         as its Figure 2
+    python -m tools.figures 3            the hardest failures of a model, chosen by rule,
+                                         as its Figure 3
     python -m tools.figures ablations    docs/ablations.svg: every seed of results/ablations.csv
 
-All but the last are made from the miniature of --toy.  1, 2 and 3 also take result files of real data:
+All but the last are made from the miniature of --toy.  1, 2 and 3 also take
+result files of real data:
     python -m tools.figures 3 --results dfew.json --media_root /data --out failures.html
 """
 
@@ -34,16 +39,13 @@ PICTURE = (1280, 960)  # its size in pixels
 
 @dataclasses.dataclass
 class Args:
-    figure: Literal[
-        "picture", "1", "2", "3", "ablations"
-    ]  # which one; the word itself, without the flag, does as well
+    figure: Literal["picture", "1", "2", "3", "ablations"]
+    # which one; the word itself, without the flag, does as well
     toy: str = "runs/toy"  # folder of `python -m toy`
-    results: list[str] = dataclasses.field(
-        default_factory=list
-    )  # for 1, 2, 3: result files of eval.py, folders of them
-    media_root: str | None = (
-        None  # folder under which the clips of --results are; default: beside their file
-    )
+    results: list[str] = dataclasses.field(default_factory=list)
+    # for 1, 2, 3: result files of eval.py, folders of them
+    media_root: str | None = None
+    # folder under which the clips of --results are; default: beside their file
     clip: str | None = None  # id of the clip of 1; default: by rule
     model: str = "r1"  # whose failures 3 shows: the NAME of NAME.SET.json
     top: int = 6  # how many failures of each kind
@@ -74,7 +76,8 @@ def curve(rows: list[dict], name: str, reach: int = 10) -> tuple[list[float], li
 def chart(
     x: float, y: float, w: float, h: float, title: str, series: list[tuple], low: float
 ) -> list[str]:
-    """Curves in [low, 1] against steps.  series: (label, colour, steps, values); a label stands where its curve ends."""
+    """Curves in [low, 1] against steps.  series: (label, colour, steps, values);
+    a label stands where its curve ends."""
     last = max(steps[-1] for *_, steps, _ in series)
     height = lambda value: y + h * (1 - (value - low) / (1 - low))
     parts = [text(x, y - 22, title, 20, more=BOLD)]
@@ -91,7 +94,10 @@ def chart(
         )
         place = max(height(values[-1]) + 4, place + 52)
         parts += [
-            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="3.5" stroke-linejoin="round"/>',
+            (
+                f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="3.5" '
+                'stroke-linejoin="round"/>'
+            ),
             text(x + w + 14, place, f"{100 * values[-1]:.0f} %", 22, colour, BOLD),
             text(x + w + 14, place + 20, label, 16, colour),
         ]
@@ -103,7 +109,8 @@ def chart(
 
 
 def typical(results: Results, args: Args) -> dict[str, Sample]:
-    """Emotion -> the first clip, set by set, of those that have most of the cues that are the commonest in their emotion."""
+    """Emotion -> the first clip, set by set, of those that have most of the cues that are the
+    commonest in their emotion."""
     found: dict[str, Sample] = {}
     for result in next(iter(results.values())).values():
         groups: dict[str, list[tuple[Sample, dict]]] = {}
@@ -126,7 +133,8 @@ def typical(results: Results, args: Args) -> dict[str, Sample]:
 
 
 def draw_faces(clips: dict[str, Sample], x: float, y: float, w: float) -> list[str]:
-    """A strip for each emotion, six in a row: at rest, on the way, at the apex; below them the voice."""
+    """A strip for each emotion, six in a row: at rest, on the way, at the apex;
+    below them the voice."""
     parts, pitch = [], (w + 14) / 6
     side = (pitch - 14) / 3
     for i, (emotion, sample) in enumerate(clips.items()):
@@ -144,13 +152,17 @@ def draw_faces(clips: dict[str, Sample], x: float, y: float, w: float) -> list[s
 
 
 def draw_texts(rows: list[tuple[str, dict]], x: float, y: float, w: float) -> list[str]:
-    """What models said about one clip, side by side: the reasoning, its last sentence larger, the answer."""
+    """What models said about one clip, side by side: the reasoning, its last sentence larger,
+    the answer."""
     parts, pitch = [], (w + 28) / len(rows)
     for i, (name, p) in enumerate(rows):
         left, (title, colour) = x + pitch * i, chosen.MODELS[name]
         *before, last = re.split(r"(?<=\.)\s+", reasoning_of(p["text"]).strip())
         parts += [
-            f'<rect x="{left:.1f}" y="{y:.1f}" width="{pitch - 28:.1f}" height="5" fill="{colour}"/>',
+            (
+                f'<rect x="{left:.1f}" y="{y:.1f}" width="{pitch - 28:.1f}" height="5" '
+                f'fill="{colour}"/>'
+            ),
             text(left, y + 35, title, 20, colour, BOLD),
         ]
         at = y + 42
@@ -231,10 +243,11 @@ def picture(args: Args) -> str:
 def bars(
     y: float, title: str, note: str, rows: dict[str, dict], sets: list[str]
 ) -> tuple[list[str], float]:
-    """A panel for each data set, a line for each model: WAR as a bar, UAR as a thin one, their intervals as lines.
+    """A panel for each data set, a line for each model: WAR as a bar, UAR as a thin one,
+    their intervals as lines.
 
-    rows: title of the model -> {data set: {"war", "uar", and where known "war_ci", "uar_ci"}, "colour"}.
-    -> parts of the svg, the y below them
+    rows: title of the model -> {data set: {"war", "uar", and where known "war_ci", "uar_ci"},
+    "colour"}.  -> parts of the svg, the y below them
     """
     wide = 700 / max(3, len(sets))  # as wide as the paper's, or lengths could not be compared
     full = wide - 76  # of 100 %
@@ -265,13 +278,13 @@ def bars(
             for key, top, height, strength in (("war", y + 5, 16, 1), ("uar", y + 24, 7, 0.45)):
                 low, high = rates.get(f"{key}_ci") or (0, 0)
                 parts.append(
-                    f'<rect x="{left:.1f}" y="{top:.1f}" width="{full * rates[key] / 100:.2f}" height="{height}" '
-                    f'fill="{row["colour"]}" opacity="{strength}"/>'
+                    f'<rect x="{left:.1f}" y="{top:.1f}" width="{full * rates[key] / 100:.2f}" '
+                    f'height="{height}" fill="{row["colour"]}" opacity="{strength}"/>'
                 )
                 if high > low:
                     parts.append(
-                        f'<path d="M{at(low):.2f} {top + height / 2}H{at(high):.2f}" stroke="{INK}" '
-                        'stroke-width="2"/>'
+                        f'<path d="M{at(low):.2f} {top + height / 2}H{at(high):.2f}" '
+                        f'stroke="{INK}" stroke-width="2"/>'
                     )
             reach = max(rates["war"], (rates.get("war_ci") or (0, 0))[1])
             parts.append(text(at(reach) + 7, y + 22, f"{rates['war']:.1f}", 15, more=BOLD))
@@ -300,7 +313,10 @@ def figure_2(args: Args) -> str:
     note = (
         "Its Table 1."
         if args.results
-        else "Its Table 1; other clips and a larger model: compare the order of the bars, not their length."
+        else (
+            "Its Table 1; other clips and a larger model: compare the order of the bars, "
+            "not their length."
+        )
     )
     second, end = bars(
         y + 56,
@@ -331,7 +347,8 @@ PANELS = {
 
 
 def measured(file: Path) -> dict[str, list[dict]]:
-    """Row of the csv -> its runs that ended well, each {column of PANELS: number, where there is one}.  Raises UserError."""
+    """Row of the csv -> its runs that ended well, each {column of PANELS: number,
+    where there is one}.  Raises UserError."""
     done: dict[str, list[dict]] = {}
     for line in read_lines(file):
         if line.get("status") == "ok":
@@ -341,8 +358,8 @@ def measured(file: Path) -> dict[str, list[dict]]:
                 )
             except ValueError as error:
                 raise UserError(
-                    f"{file}, {line['name']}, seed {line['seed']}: {error}; delete the line and run "
-                    "python -m tools.ablate."
+                    f"{file}, {line['name']}, seed {line['seed']}: {error}; delete the line and "
+                    "run python -m tools.ablate."
                 ) from None
     if not done:
         raise UserError(
@@ -376,6 +393,7 @@ def ablations(args: Args) -> str:
     ]
     for i, (name, runs) in enumerate(done.items()):
         y = top + step * i
+        seeds = f"{len(runs)} seeds" if len(runs) > 1 else f"{len(runs)} seed"
         if i % 2 == 0:
             wide = left + 4 * pitch - 38
             parts.append(
@@ -383,7 +401,7 @@ def ablations(args: Args) -> str:
             )
         parts += [
             text(40, y + 20, name, 15, more=BOLD if i == 0 else ""),
-            text(left - 18, y + 20, f"{len(runs)} seed{'s' * (len(runs) > 1)}", 13, SOFT, END),
+            text(left - 18, y + 20, seeds, 13, SOFT, END),
         ]
     for j, (column, title) in enumerate(PANELS.items()):
         x, colour = (
@@ -413,7 +431,8 @@ def ablations(args: Args) -> str:
             mean = at(statistics.mean(values))
             if i == 0:
                 parts.append(
-                    f'<path d="M{mean:.1f} {top}V{end}" stroke="{colour}" stroke-dasharray="3 4" opacity=".7"/>'
+                    f'<path d="M{mean:.1f} {top}V{end}" stroke="{colour}" stroke-dasharray="3 4" '
+                    'opacity=".7"/>'
                 )
             parts += [
                 f'<circle cx="{at(v):.1f}" cy="{y:.1f}" r="4.5" fill="{colour}" opacity=".55"/>'
@@ -481,11 +500,14 @@ def figure_1(args: Args) -> str:
         f"{escape(what.capitalize())}: {escape(words)}" for what, words in told.items()
     )
     cards = [
-        f"<section class=card style='border-top-color: {colour_of(name)}'><h3>{escape(title_of(name))}</h3>"
-        f"{show_text(p)}</section>"
+        "<section class=card style='border-top-color: "
+        f"{colour_of(name)}'><h3>{escape(title_of(name))}</h3>{show_text(p)}</section>"
         for name, p in chosen.said_of(results, test_set, clip).items()
     ]
-    lead = f"Label: {draw.html_text(sample.answer, sample.answer)} &middot; <span class=id>{escape(clip)}</span>"
+    lead = (
+        f"Label: {draw.html_text(sample.answer, sample.answer)} &middot; "
+        f"<span class=id>{escape(clip)}</span>"
+    )
     return draw.page(
         "One clip, side by side",
         lead,
@@ -524,8 +546,9 @@ def figure_3(args: Args) -> str:
     total = sum(len(result["predictions"]) for result in results[name].values())
     for kind, (title, rule) in KINDS.items():
         cards = [
-            f"<section class=card>{show_clip(f.sample, 4)}<p class=id>{escape(f.test_set)} &middot; "
-            f"{escape(f.p['id'])}</p><h3>Label: {draw.html_text(f.p['answer'], f.p['answer'])}</h3>"
+            f"<section class=card>{show_clip(f.sample, 4)}"
+            f"<p class=id>{escape(f.test_set)} &middot; {escape(f.p['id'])}</p>"
+            f"<h3>Label: {draw.html_text(f.p['answer'], f.p['answer'])}</h3>"
             f"{show_text(f.p, f.why, f.invented)}</section>"
             for f in found[kind][: args.top]
         ]

@@ -1,16 +1,17 @@
 """Acceptance on a GPU: checks there what the tests check on a CPU, and measures speed.
 
-    python -m tools.gpu_check                            full geometry, random weights, under ten minutes
+    python -m tools.gpu_check                            full geometry, random weights,
+                                                         under ten minutes
     python -m tools.gpu_check --seconds 240              the most valuable stages only
     python -m tools.gpu_check --device cpu --size toy    a dry run of every stage, under two minutes
 
 The most informative stages run first, each in a process group of its own with a limit, at which it
-is killed.  When --seconds are over, the running stage is cut and the later ones are left out.  Every
-finding is one line of results/gpu_MACHINE.jsonl, forced to the disk at once.  The table beside it
-(.md) is made from these lines after each of them, so it is complete as far as the run came.  Three
-seconds before a limit the stacks of all threads go to the log (.log).  A dry run writes to runs/.
-Exit status 1 if a finding is wrong or a stage failed; a missed speed target is reported and does
-not fail.
+is killed.  When --seconds are over, the running stage is cut and the later ones are left out.
+Every finding is one line of results/gpu_MACHINE.jsonl, forced to the disk at once.  The table
+beside it (.md) is made from these lines after each of them, so it is complete as far as the run
+came.  Three seconds before a limit the stacks of all threads go to the log (.log).  A dry run
+writes to runs/.  Exit status 1 if a finding is wrong or a stage failed; a missed speed target is
+reported and does not fail.
 
 What the stages check is in tools/gpu_stages.py.
 """
@@ -166,7 +167,10 @@ def main(args: Args) -> None:
         raise UserError(f"--stages {' '.join(sorted(unknown))}: choose from {' '.join(LIMITS)}.")
     deadline = time.monotonic() + args.seconds
     name = machine() if args.device != "cpu" else "cpu"
-    folder = Path(args.out) if args.out else ROOT / ("runs" if name == "cpu" else "results")
+    if args.out:
+        folder = Path(args.out)
+    else:
+        folder = ROOT / ("runs" if name == "cpu" else "results")
     slug = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
     path = folder / f"gpu_{slug}.jsonl"
     words = " ".join(("python -m tools.gpu_check", *sys.argv[1:]))

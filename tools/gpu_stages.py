@@ -5,8 +5,9 @@
 A check is a function that returns what it found and True, False or "measured".  An exception is
 recorded as WRONG and the stage goes on; after a CUDA fault its later checks fail too.
 
-Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length   T completion length
-         K key/value heads   R query heads per key head   d head size   V vocabulary
+Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length
+         T completion length   K key/value heads   R query heads per key head   d head size
+         V vocabulary
 """
 
 import dataclasses
@@ -35,13 +36,15 @@ from ops.logprob_head import add_product_, fp32_product
 from tools import bench
 from tools.gpu_check import LIMITS, add_finding
 from tools.memory import GIB, peak
+from tools.one_update import one_update
 from tools.sizes import SIZES, build_model, decode_floor, machine_rates, random_batch
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 GROUP = 8  # completions per prompt
-# T and P of the decode measurements, and the numbers of rows in the order in which they are measured.
+# T and P of the decode measurements, and the numbers of rows in the order in
+# which they are measured.
 SHAPES = {"toy": (32, 64, (16, 8, 32)), "full": (512, 960, (64, 16, 512, 8, 128))}
 
 
@@ -98,7 +101,8 @@ class Stage:
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Norm of the difference over the norm.  Infinite if it is not a number, so that every limit finds it."""
+    """Norm of the difference over the norm.  Infinite if it is not a number,
+    so that every limit finds it."""
     error = float((ours.double() - exact.double()).norm() / exact.double().norm())
     return error if math.isfinite(error) else math.inf
 
@@ -138,7 +142,8 @@ def products(device) -> tuple[str, bool]:
 
 
 def attention_twin(qkv, rope, prefix, suffix, bias, t) -> torch.Tensor:
-    """ops.decode_kernel.rotate_write_attend in PyTorch, called as it is called.  Writes to suffix."""
+    """ops.decode_kernel.rotate_write_attend in PyTorch, called as it is called.
+    Writes to suffix."""
     _, B, _, P, _ = prefix.shape
     q = sampler.rotate_and_write(qkv[0].unflatten(0, (B, -1)), rope.unbind(0), suffix, t)
     visible = bias.clone()
@@ -203,7 +208,8 @@ def attention_kernels(device, attend=None) -> tuple[str, bool]:
 
 
 def sampling_kernels(device, append_token=None) -> tuple[str, bool]:
-    """Tokens and log-probabilities of the sampling kernels against those of `append_token`, 64 rows."""
+    """Tokens and log-probabilities of the sampling kernels against those of `append_token`,
+    64 rows."""
     append_token = append_token or kernels_here(device).append_token
     equal = count = 0
     worst = 0.0
@@ -223,8 +229,9 @@ def sampling_kernels(device, append_token=None) -> tuple[str, bool]:
         equal += int((both[0][0][1] == both[1][0][1]).sum())
         count += N
         worst = max(worst, relative_error(both[0][1], both[1][1]))
-    # Sums that are rounded differently put the borders between tokens up to 1e-8 apart.  With this seed no random number is
-    # closer than 8e-7 to a border; with any seed, one draw in some thousands would be.
+    # Sums that are rounded differently put the borders between tokens up to 1e-8 apart.  With this
+    # seed no random number is closer than 8e-7 to a border; with any seed, one draw in some
+    # thousands would be.
     return (
         f"{equal} of {count} tokens equal, log-probabilities off by {worst:.0e}",
         equal == count and worst < 1e-5,
@@ -232,7 +239,8 @@ def sampling_kernels(device, append_token=None) -> tuple[str, bool]:
 
 
 def training_attention(device) -> tuple[str, bool]:
-    """Training attention through flash (CausalBias) against an explicit mask in fp32: output and gradients."""
+    """Training attention through flash (CausalBias) against an explicit mask in fp32:
+    output and gradients."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     gen, S, P = torch.Generator().manual_seed(0), 60, 200
     q, k, v = (
@@ -253,8 +261,8 @@ def training_attention(device) -> tuple[str, bool]:
 def rates(stage: Stage) -> tuple[str, str]:
     found = machine_rates(stage.device, stage.dtype)
     return (
-        f"copy {found['bytes_per_second'] / 1e9:.0f} GB/s, product {found['flops_per_second'] / 1e12:.2f} TFLOP/s, "
-        f"{stage.dtype}"
+        f"copy {found['bytes_per_second'] / 1e9:.0f} GB/s, "
+        f"product {found['flops_per_second'] / 1e12:.2f} TFLOP/s, {stage.dtype}"
     ), "measured"
 
 
@@ -287,10 +295,11 @@ def versions(stage: Stage) -> str:
 
 @torch.no_grad()
 def decode(stage: Stage, model: HumanOmni, N: int, machine: dict) -> tuple[str, str]:
-    """Mean time of a decode step over the last quarter of T, beside the time to read weights, keys and values once."""
+    """Mean time of a decode step over the last quarter of T, beside the time to read weights,
+    keys and values once."""
     T, P, _ = SHAPES[stage.args.size]
     decoder = sampler.Decoder.of(model)
-    rows = decoder.rows_for(model, N // GROUP, GROUP, P, T)
+    rows = decoder.state_for(model, N // GROUP, GROUP, P, T)
     first = T * 3 // 4
     rows.start(
         model,
@@ -317,16 +326,20 @@ def decode(stage: Stage, model: HumanOmni, N: int, machine: dict) -> tuple[str, 
         decode_floor(model, P, N // GROUP, GROUP, tokens, machine) for tokens in (first + 2, T)
     ]
     floor = 1e3 * (floors[1] - floors[0]) / (T - 2 - first)
-    found = f"{ms:.3f} ms a step (floor {floor:.2f}), {1e3 * N / ms:.0f} tokens/s; first call {warm_up:.1f} s"
+    found = (
+        f"{ms:.3f} ms a step (floor {floor:.2f}), {1e3 * N / ms:.0f} tokens/s; "
+        f"first call {warm_up:.1f} s"
+    )
     return found, "measured"
 
 
 @torch.no_grad()
 def profile(stage: Stage, model: HumanOmni, N: int) -> tuple[str, str]:
-    """Kernel by kernel: what a step of N rows spends its time on, into a file beside the findings."""
+    """Kernel by kernel: what a step of N rows spends its time on,
+    into a file beside the findings."""
     T, P, _ = SHAPES[stage.args.size]
     decoder, steps = sampler.Decoder.of(model), 4
-    rows = decoder.rows_for(model, N // GROUP, GROUP, P, T)
+    rows = decoder.state_for(model, N // GROUP, GROUP, P, T)
     activity = torch.profiler.ProfilerActivity
     rows.t.fill_(T - steps - 2)
     with torch.profiler.profile(
@@ -351,8 +364,9 @@ def profile(stage: Stage, model: HumanOmni, N: int) -> tuple[str, str]:
 
 
 def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
-    """One GRPO step.  The gradient is finite, the trainer's probability over the sampler's is within 0.1 of 1 at three
-    quantiles, and the update's peak memory is at most 1.15 times the estimate of tools.memory."""
+    """One GRPO step.  The gradient is finite, the trainer's probability over the sampler's is
+    within 0.1 of 1 at three quantiles, and the update's peak memory is at most 1.15 times the
+    estimate of tools.memory."""
     size, device, B, T = SIZES[stage.args.size], stage.device, 2, SHAPES[stage.args.size][0]
     reference, optimizer = frozen_reference(model), MasterAdamW(model.set_trained(), 1e-6)
     flags = grpo.Args(
@@ -360,12 +374,11 @@ def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
     )
     batch = random_batch(size, B, torch.Generator().manual_seed(0), model.dtype).to(device)
     batch, meter = encode_media(model, batch), grpo.Meter()
-    rollout = grpo.sample_completions(
-        model, reference, mock.Mock(text=str), batch, flags, grpo.Timer()
-    )
+    rollout = grpo.sample_completions(model, mock.Mock(decode=str), batch, flags)
+    rollout.ref_logps = grpo.rollout_logps(reference, batch, rollout, flags)
     # The rewards of noise are all 0.
-    rollout.rewards["accuracy"] = torch.arange(float(B * GROUP), device=device).view(B, GROUP) % 3
-    grpo.compute_advantages(rollout, flags, stage.ranks)
+    rollout.total_rewards = torch.arange(float(B * GROUP), device=device).view(B, GROUP) % 3
+    rollout.advantages = grpo.compute_advantages(rollout, flags, stage.ranks)
     with torch.no_grad():
         logps = torch.cat(
             [
@@ -379,8 +392,8 @@ def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
         )
     if stage.on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    moved = grpo.update(model, optimizer, batch, rollout, flags, stage.ranks, 1e-6, meter)
-    norm = grpo.Meter.join([meter.entries])["grad_norm"]
+    moved = one_update(model, optimizer, batch, rollout, flags, stage.ranks, 1e-6, meter)
+    norm = grpo.Meter.join([meter.totals()])["grad_norm"]
     quantiles = torch.tensor([0.01, 0.5, 0.99], device=device)
     ratio = (logps - rollout.logps)[rollout.mask].exp().quantile(quantiles).tolist()
     found = (
@@ -389,8 +402,10 @@ def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
     right = moved and norm > 0 and all(abs(r - 1) < 0.1 for r in ratio)
     if not stage.on_gpu:
         return f"{found}; memory is not measured", right
-    expected = sum(peak(model, 1, GROUP, rollout.prompt_length, T, model.dtype).values())
-    expected += sum(r.nbytes for r in sampler.Decoder.of(model).rows.values())
+    expected = sum(
+        peak(model, 1, GROUP, model.prompt_length(batch.input_ids), T, model.dtype).values()
+    )
+    expected += sum(r.nbytes for r in sampler.Decoder.of(model).states.values())
     measured = torch.cuda.max_memory_allocated()
     return (
         f"{found}; peak {measured / GIB:.1f} GiB, expected {expected / GIB:.1f}",
@@ -399,7 +414,8 @@ def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
 
 
 def compiler_counters() -> tuple[str, bool]:
-    """Number of compiled graphs and of graph breaks; wrong if a function reached the limit of recompilations."""
+    """Number of compiled graphs and of graph breaks; wrong if a function reached the limit of
+    recompilations."""
     counters = torch._dynamo.utils.counters
     limits = sum(n for reason, n in counters["unimplemented"].items() if "limit" in reason)
     graphs, breaks = (
@@ -560,11 +576,13 @@ def bench_stage(stage: Stage) -> None:
 
 
 def one_rank(rank: int, world: int, backend: str, kind: str, store: str) -> None:
-    """The collectives that training uses, then an optimizer step on gradients rank + 1, whose norm is known."""
+    """The collectives that training uses, then an optimizer step on gradients rank
+    + 1, whose norm is known."""
     dist = torch.distributed
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world)
     device = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
-    # Called directly: `Ranks` skips collectives when there is one process, and NCCL would never run.
+    # Called directly: `Ranks` skips collectives when there is one process,
+    # and NCCL would never run.
     total = torch.full((1000,), rank + 1.0, device=device)
     dist.all_reduce(total)
     assert float(total.sum()) == 1000 * world * (world + 1) / 2

@@ -1,7 +1,8 @@
 """What a checkpoint is made of, without reading its weights: `python -m tools.inspect PATH`.
 
-Reads configurations and the headers of weight files alone, so seconds also for gigabytes.  A checkpoint that is
-a hub id is downloaded first; a tower that is one is only looked for among what was downloaded before.
+Reads configurations and the headers of weight files alone, so seconds also for gigabytes.  A
+checkpoint that is a hub id is downloaded first; a tower that is one is only looked for among what
+was downloaded before.
 
     python -m tools.inspect runs/r1/latest
     python -m tools.inspect StarJiaxing/R1-Omni-0.5B --train decoder projectors gate bert
@@ -18,22 +19,17 @@ from lib.common import UserError, run_main
 from model import DEFAULT_TRAINED, PARTS, Config, HumanOmni
 
 USAGE = (
-    "usage: python -m tools.inspect PATH [--vision_tower FOLDER] [--audio_tower FOLDER] [--bert FOLDER] "
-    f"[--train PART ...]\nparts: {', '.join(PARTS)}"
+    "usage: python -m tools.inspect PATH [--towers FOLDER] [--train PART ...]\n"
+    f"parts: {', '.join(PARTS)}"
 )
 
 
 @dataclasses.dataclass
 class Args:
     model: str  # checkpoint folder or hub id
-    vision_tower: str | None = None  # folder or hub id that replaces the checkpoint's vision tower
-    audio_tower: str | None = None  # the same for the audio tower
-    bert: str | None = (
-        None  # folder or hub id of BERT's tokenizer, and of its weights if none are stored
-    )
-    train: list[str] = dataclasses.field(
-        default_factory=lambda: list(DEFAULT_TRAINED)
-    )  # parts that would be trained
+    towers: str | None = None  # folder with the towers' folders, instead of the hub
+    train: list[str] = dataclasses.field(default_factory=lambda: list(DEFAULT_TRAINED))
+    # parts that would be trained
 
 
 @dataclasses.dataclass
@@ -58,7 +54,8 @@ def size(bytes: int | None) -> str:
 
 
 def stock_index(source: str) -> dict[str, Stored]:
-    """The weights of a stock tower that are on this disk; {} where they would have to be downloaded."""
+    """The weights of a stock tower that are on this disk; {} where they
+    would have to be downloaded."""
     there = Path(source).is_dir() or isinstance(
         try_to_load_from_cache(source, "model.safetensors"), str
     )
@@ -110,25 +107,35 @@ def report(plan: Plan, train: list[str]) -> str:
         f"{plan.path}: {len(plan.index)} tensors in {list_some({f.name for f in files}, 3)}, "
         f"{size(sum(f.stat().st_size for f in files))}",
         "",
-        f"decoder  {c.num_hidden_layers} layers, width {c.hidden_size}, MLP {c.intermediate_size}, {c.num_attention_heads} "
-        f"query and {c.num_key_value_heads} key/value heads of {c.head_dim}, vocabulary {c.vocab_size}",
+        f"decoder  {c.num_hidden_layers} layers, width {c.hidden_size}, MLP {c.intermediate_size}, "
+        f"{c.num_attention_heads} query and {c.num_key_value_heads} key/value heads of "
+        f"{c.head_dim}, vocabulary {c.vocab_size}",
         f"head     {describe_head(plan)}",
-        f"vision   {vision.num_hidden_layers} layers, width {vision.hidden_size}, pictures of {vision.image_size} x "
-        f"{vision.image_size} in patches of {vision.patch_size}",
-        f"audio    {audio.encoder_layers} layers, width {audio.d_model}, {audio.num_mel_bins} mel channels, "
-        f"{audio.max_source_positions} states",
-        f"bert     {bert.num_hidden_layers} layers, width {bert.hidden_size}, vocabulary {bert.vocab_size}",
-        f"prompt   {plan.model.video_tokens} video tokens ({plan.model.num_frames} frames) + {plan.model.audio_tokens} "
-        "audio tokens + text",
+        f"vision   {vision.num_hidden_layers} layers, width {vision.hidden_size}, "
+        f"pictures of {vision.image_size} x {vision.image_size} in patches of {vision.patch_size}",
+        f"audio    {audio.encoder_layers} layers, width {audio.d_model}, {audio.num_mel_bins} mel "
+        f"channels, {audio.max_source_positions} states",
+        (
+            f"bert     {bert.num_hidden_layers} layers, width {bert.hidden_size}, "
+            f"vocabulary {bert.vocab_size}"
+        ),
+        f"prompt   {plan.model.video_tokens} video tokens ({plan.model.num_frames} frames) + "
+        f"{plan.model.audio_tokens} audio tokens + text",
         "",
         f"{'part':<12}{'parameters':>12}{'trained':>12}  {'stored as':<18}{'on disk':>10}  from",
     ]
     lines += [
-        f"{p.name:<12}{p.parameters:>12,}{p.trained:>12,}  {p.dtypes:<18}{size(p.bytes):>10}  {p.origin}"
+        (
+            f"{p.name:<12}{p.parameters:>12,}{p.trained:>12,}  "
+            f"{p.dtypes:<18}{size(p.bytes):>10}  {p.origin}"
+        )
         for p in parts
     ]
     total, trained = sum(p.parameters for p in parts), sum(p.trained for p in parts)
-    nothing = f"{len(unused)} tensors, {size(sum(plan.index[key].bytes for key in unused))} ({list_some(unused, 4)})"
+    nothing = (
+        f"{len(unused)} tensors, {size(sum(plan.index[key].bytes for key in unused))} "
+        f"({list_some(unused, 4)})"
+    )
     lines += [
         f"{'together':<12}{total:>12,}{trained:>12,}",
         "",
@@ -139,7 +146,7 @@ def report(plan: Plan, train: list[str]) -> str:
 
 def inspect(args: Args) -> None:
     config = Config.read(find_file(args.model, "config.json"))
-    plan = make_plan(HumanOmni, config, args.model, args.vision_tower, args.audio_tower, args.bert)
+    plan = make_plan(HumanOmni, config, args.model, None, None, None, args.towers)
     print(report(plan, args.train), flush=True)
     if plan.faults:
         raise UserError(" ".join(plan.faults))

@@ -1,7 +1,10 @@
-"""Numbers of runs side by side: the mean of a metric over some of the steps.  docs/metrics.md says what each one is.
+"""Numbers of runs side by side: the mean of a metric over some of the steps.
+docs/metrics.md says what each one is.
 
-python -m tools.means runs/course/05-bug runs/course/05 --of unique_completions kl       over all steps
-python -m tools.means runs/r1 --of kl rewards/accuracy/mean --steps 1 20               the first 20;  -20 -1: the last 20
+    python -m tools.means runs/course/05-bug runs/course/05 --of unique_completions kl
+                                            over all steps
+    python -m tools.means runs/r1 --of kl rewards/accuracy/mean --steps 1 20
+                                            the first 20;  -20 -1: the last 20
 """
 
 import dataclasses
@@ -15,16 +18,15 @@ from lib.run_folder import read_rows
 @dataclasses.dataclass
 class Args:
     runs: list[str]  # run folders; or without the flag: RUN [RUN2 ...]
-    of: list[str] = dataclasses.field(
-        default_factory=lambda: ["reward", "kl", "grad_norm"]
-    )  # columns of metrics.jsonl
-    steps: list[int] = dataclasses.field(
-        default_factory=lambda: [1, -1]
-    )  # first and last; below 0: counted from the end
+    of: list[str] = dataclasses.field(default_factory=lambda: ["reward", "kl", "grad_norm"])
+    # columns of metrics.jsonl
+    steps: list[int] = dataclasses.field(default_factory=lambda: [1, -1])
+    # first and last; below 0: counted from the end
 
 
 def means(run: Path, of: list[str], steps: list[int]) -> tuple[list[float | None], int]:
-    """-> the mean of each of these numbers over rows that have it (None: no row has), how many steps were looked at."""
+    """-> the mean of each of these numbers over rows that have it (None: no row has),
+    how many steps were looked at."""
     file = run / "metrics.jsonl"
     rows = list(read_rows(file)) if file.exists() else []
     if not rows:
@@ -32,7 +34,8 @@ def means(run: Path, of: list[str], steps: list[int]) -> tuple[list[float | None
     unknown = [name for name in of if not any(name in row for row in rows)]
     if unknown:
         raise UserError(
-            f"--of {' '.join(unknown)}: not in {file}; there are {', '.join(sorted(set().union(*rows)))}."
+            f"--of {' '.join(unknown)}: not in {file}; there are "
+            f"{', '.join(sorted(set().union(*rows)))}."
         )
     if len(steps) != 2:
         raise UserError(

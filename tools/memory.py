@@ -3,12 +3,13 @@
     python -m tools.memory                                     the usual choices
     python -m tools.memory --num_generations 16 --prompt_length 560
 
-Live tensors at the peak, which is the head's backward pass, when every layer still keeps what its own needs.  Beside them
-stand about 2 GiB for CUDA and NCCL, and what sampling keeps: packed copies of weights, 0.4 GiB, and its buffers, which
-are bounded by sampler.CACHE_MEM_FRACTION of the card.
+Live tensors at the peak, which is the head's backward pass, when every layer still keeps what its
+own needs.  Beside them stand about 2 GiB for CUDA and NCCL, and what sampling keeps: packed copies
+of weights, 0.4 GiB, and its buffers, which are bounded by sampler.CACHE_MEM_FRACTION of the card.
 
-Legend   B prompts of a micro-batch   G completions per prompt   P prompt length   S = T - 1 tokens that are read
-         N = B * (P + G*S) positions   D width   V vocabulary   I inner width   H heads   K key/value heads   d head size
+Legend   B prompts of a micro-batch   G completions per prompt   P prompt length
+         S = T - 1 tokens that are read   N = B * (P + G*S) positions   D width   V vocabulary
+         I inner width   H heads   K key/value heads   d head size
 """
 
 import dataclasses
@@ -31,21 +32,24 @@ class Args:
 def kept_by_a_layer(
     c: Config, B: int, G: int, P: int, S: int, itemsize: int, masked: bool, repeated: int = 1
 ) -> int:
-    """Bytes that one layer keeps for its backward pass; `model.shared_prefix_attend` says why keys are there twice.
+    """Bytes that one layer keeps for its backward pass; `model.shared_prefix_attend` says why keys
+    are there twice.
 
-    masked: some prompt is padded, so attention has a mask; its kernel wants keys `repeated` once for each head.
+    masked: some prompt is padded, so attention has a mask; its kernel wants keys `repeated` once
+    for each head.
     """
     N, own, d = B * (P + G * S), B * G * S, c.head_dim
-    # Two residuals, two norms, queries, attention in parts and as a whole; keys, values; gate, up, silu, their product.
+    # Two residuals, two norms, queries, attention in parts and as a whole; keys, values;
+    # gate, up, silu, their product.
     elements = N * (7 * c.hidden_size + 2 * c.num_key_value_heads * d + 4 * c.intermediate_size)
-    elements += own * c.hidden_size * (B > 1)  # queries of completions, no longer in one piece
-    elements += (
-        2 * B * G * (P + S) * c.num_key_value_heads * d * repeated
-    )  # [prompt | own], once a completion
-    elements += masked * B * G * S * (P + S)
-    return elements * itemsize + 4 * N * (
-        c.num_attention_heads + 2
-    )  # fp32: log sum exp a head, norms
+    if B > 1:
+        elements += own * c.hidden_size  # queries of completions, no longer in one piece
+    # [prompt | own], once a completion
+    elements += 2 * B * G * (P + S) * c.num_key_value_heads * d * repeated
+    if masked:
+        elements += B * G * S * (P + S)
+    # fp32: log sum exp a head, norms
+    return elements * itemsize + 4 * N * (c.num_attention_heads + 2)
 
 
 def peak(
@@ -65,7 +69,8 @@ def peak(
     layer = kept_by_a_layer(c, B, G, P, S, size, masked, repeated)
     chunk = min(B * G * T, max(64, 2**27 // c.vocab_size))
     # Logits, also rounded; the gradient of the weight in fp32.
-    head = chunk * c.vocab_size * (4 + size * (size < 4)) + 4 * c.vocab_size * c.hidden_size
+    logit = 4 + size if size < 4 else 4
+    head = chunk * c.vocab_size * logit + 4 * c.vocab_size * c.hidden_size
     inputs = B * (P + G * S) * c.hidden_size * size
     layers = c.num_hidden_layers * (inputs if again else layer)
     return {
@@ -80,10 +85,12 @@ def peak(
 def main(args: Args) -> None:
     model = build_model(SIZES["full"], "meta", torch.float32)
     print(
-        f"GiB at the peak; P {args.prompt_length}, G {args.num_generations}; in brackets with a padded prompt\n"
+        f"GiB at the peak; P {args.prompt_length}, G {args.num_generations}; "
+        "in brackets with a padded prompt\n"
     )
     print(
-        "| dtype | prompts per micro-batch | tokens | all of it | with --checkpoint_layers |\n|---|---|---|---|---|"
+        "| dtype | prompts per micro-batch | tokens | all of it | with --checkpoint_layers |\n"
+        "|---|---|---|---|---|"
     )
     for dtype, B, T in (
         (torch.bfloat16, 1, 512),

@@ -1,14 +1,17 @@
-"""A rehearsal at the true size, without the weights: the released layout and geometry, filled with random numbers.
+"""A rehearsal at the true size, without the weights: the released layout and geometry,
+filled with random numbers.
 
-    python -m tools.rehearsal                                 both dtypes: 14 GB of disk and 18 GB of memory
+    python -m tools.rehearsal                                 both dtypes: 14 GB of disk
+                                                              and 18 GB of memory
     python -m tools.rehearsal --dtype bfloat16 --keep
 
-Written are `humanomni/` (the released config.json; decoder, projectors, gate and BERT in bf16, the tied head left out), and
-as on the hub `siglip/` (the whole model in fp32; we use the vision half), `whisper/` (the whole model in fp16; we use the
-encoder) and `bert/` (configuration and tokenizer).
-Then the real commands run on it: `tools.inspect`, `eval.py --clip` and one step of `grpo.py` with two completions of
-eight tokens, on the CPU.  report.md tells how long each took and how much memory it had at most.  What the model says
-means nothing: the weights are random, and the tokenizer is the tests', which knows few words.  Linux only (/proc).
+Written are `humanomni/` (the released config.json; decoder, projectors, gate and BERT in bf16, the
+tied head left out), and as on the hub `siglip/` (the whole model in fp32; we use the vision half),
+`whisper/` (the whole model in fp16; we use the encoder) and `bert/` (configuration and tokenizer).
+Then the real commands run on it: `tools.inspect`, `eval.py --clip` and one step of `grpo.py` with
+two completions of eight tokens, on the CPU.  report.md tells how long each took and how much memory
+it had at most.  What the model says means nothing: the weights are random, and the tokenizer is the
+tests', which knows few words.  Linux only (/proc).
 """
 
 import dataclasses
@@ -38,10 +41,10 @@ from model import PARTS, Config, HumanOmni
 from tools.sizes import SIZES, machine_name, proc
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = (
-    ROOT / "tests" / "golden"
-)  # has a config.json by the reference code, and the only tokenizers that we own
-# Part -> the prefixes of its keys, and its parameters in millions as published; video and audio tokens of a prompt.
+# has a config.json by the reference code, and the only tokenizers that we own
+GOLDEN = ROOT / "tests" / "golden"
+# Part -> the prefixes of its keys, and its parameters in millions as published;
+# video and audio tokens of a prompt.
 PUBLISHED = {
     "decoder": (PARTS["decoder"], 494.0),
     "video projector": (PARTS["projectors"][0], 34.8),
@@ -72,6 +75,7 @@ def write_configs(out: Path) -> None:
     for name in ("humanomni", "bert", "siglip"):
         shutil.copytree(GOLDEN / name, out / name, ignore=shutil.ignore_patterns("*.safetensors"))
     for file, entries in (
+        # towers: ../siglip, ../whisper
         (
             "humanomni/config.json",
             size.decoder
@@ -82,7 +86,7 @@ def write_configs(out: Path) -> None:
                 "audio_hidden_size": size.audio["d_model"],
                 "torch_dtype": "bfloat16",
             },
-        ),  # towers: ../siglip, ../whisper
+        ),
         ("siglip/preprocessor_config.json", {"size": {"height": side, "width": side}}),
     ):
         write_json(out / file, json.loads((out / file).read_text()) | entries)
@@ -120,7 +124,8 @@ def count(model: HumanOmni) -> dict[str, int]:
 
 
 def check_geometry(model: HumanOmni, out: Path) -> None:
-    """The published numbers, counted and through the modules, or this is a rehearsal of another play."""
+    """The published numbers, counted and through the modules,
+    or this is a rehearsal of another play."""
     for part, n in count(model).items():
         said = PUBLISHED[part][1]
         assert abs(n / 1e6 - said) < (0.5 if said > 500 else 0.05), (
@@ -130,26 +135,23 @@ def check_geometry(model: HumanOmni, out: Path) -> None:
     with torch.device("meta"):
         frames = torch.empty(1, model.num_frames, 3, processor.image_size, processor.image_size)
         mel = torch.empty(1, *processor.log_mel(np.zeros(media.SAMPLE_RATE, np.float32)).shape)
-        video = model.model.mm_projector(
-            model.encode_frames(frames), torch.empty(1, 3)
-        )  # (1, n, D)
+        # (1, n, D)
+        video = model.model.mm_projector(model.encode_video(frames), torch.empty(1, 3))
         audio = model.model.audio_projector(model.encode_audio(mel))  # (1, n, D)
     made, stated = (video.shape[1], audio.shape[1]), (model.video_tokens, model.audio_tokens)
     assert made == stated == TOKENS, f"{made} and {stated} media tokens, not {TOKENS}"
 
 
 def write_weights(out: Path) -> None:
-    """Normal numbers of std 0.02, the scales of norms 1, under the released keys and in the released dtypes."""
+    """Normal numbers of std 0.02, the scales of norms 1, under the released keys and in the
+    released dtypes."""
     with torch.device("meta"):
         siglip = transformers.SiglipModel(transformers.SiglipConfig.from_pretrained(out / "siglip"))
         whisper = transformers.WhisperForConditionalGeneration(
             transformers.WhisperConfig.from_pretrained(out / "whisper")
         )
-    left_out = (
-        *PARTS["vision"],
-        *PARTS["audio"],
-        "proj_out.",
-    )  # towers beside, not inside; a tied head
+    # towers beside, not inside; a tied head
+    left_out = *PARTS["vision"], *PARTS["audio"], "proj_out."
     for name, module, dtype in (
         ("humanomni", meta_model(out), torch.bfloat16),
         ("siglip", siglip, torch.float32),
@@ -172,7 +174,8 @@ def write_weights(out: Path) -> None:
 
 
 def check_room(out: Path, model: HumanOmni) -> None:
-    """Enough disk and memory, or one sentence.  Both as a multiple of the model: found at the true size, a little more."""
+    """Enough disk and memory, or one sentence.  Both as a multiple of the model:
+    found at the true size, a little more."""
     need = {
         what: times * sum(p.numel() for p in model.parameters())
         for what, times in (("disk", 10), ("memory", 13))
@@ -184,15 +187,17 @@ def check_room(out: Path, model: HumanOmni) -> None:
     for what in need:
         if free[what] < need[what]:
             raise UserError(
-                f"{out}: a rehearsal needs {need[what] / 1e9:.0f} GB of {what} and {free[what] / 1e9:.0f} GB "
-                "are free: make room, or take a larger machine."
+                f"{out}: a rehearsal needs {need[what] / 1e9:.0f} GB of {what} and "
+                f"{free[what] / 1e9:.0f} GB are free: make room, or take a larger machine."
             )
 
 
 def measure(log: Path, *words) -> tuple[str, float, float, float]:
-    """Run a program of this project to its end.  -> command, seconds, CPU seconds of all threads, GiB at most
+    """Run a program of this project to its end.  -> command, seconds, CPU seconds of all threads,
+    GiB at most
 
-    Seconds are those of the whole process, start and imports included; other programs disturb CPU seconds less.
+    Seconds are those of the whole process, start and imports included;
+    other programs disturb CPU seconds less.
     """
     words = [str(word) for word in words]
     command, started = "python " + shlex.join(words), time.perf_counter()
@@ -204,12 +209,14 @@ def measure(log: Path, *words) -> tuple[str, float, float, float]:
             stderr=subprocess.STDOUT,
             env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
         )
-        # wait4 gives this child's own peak.  Linux starts it at the peak of the process that it was forked from.
+        # wait4 gives this child's own peak.  Linux starts it at the peak of the process
+        # that it was forked from.
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise UserError(
-            f"{command} failed ({child.returncode}); the last words of {log}: {log.read_text()[-2000:]}"
+            f"{command} failed ({child.returncode}); the last words of {log}: "
+            f"{log.read_text()[-2000:]}"
         )
     return (
         command,
@@ -226,7 +233,8 @@ def build(out: Path) -> HumanOmni:
     model = meta_model(out)
     check_geometry(model, out)
     check_room(out, model)
-    # In a process of its own: what this one had in memory at most would count as its children's (see `measure`).
+    # In a process of its own: what this one had in memory at most would count as its children's
+    # (see `measure`).
     measure(
         out / "write.log", "-c", f"from tools.rehearsal import *; write_weights(Path({str(out)!r}))"
     )
@@ -254,11 +262,12 @@ def run_commands(out: Path, dtypes: list[str]) -> list[str]:
         command, seconds, cpu, peak = measure(out / f"{name}_{dtype}.log", *words)
         rows.append(f"| `{command}` | {dtype} | {seconds:.1f} | {cpu:.1f} | {peak:.2f} | |")
 
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the rehearsal is about this machine's CPUs
     add("inspect", "unread", "-m", "tools.inspect", model / "humanomni")
     for dtype in dtypes:
         run, common = (
             model / f"grpo_{dtype}",
-            ("--max_new_tokens", 8, "--dtype", dtype, "--device", "cpu"),
+            ("--max_new_tokens", 8, "--dtype", dtype),
         )
         add(
             "eval",
@@ -328,9 +337,10 @@ def rehearse(args: Args) -> None:
         [
             f"`{shlex.join(['python', '-m', 'tools.rehearsal', *sys.argv[1:]])}`",
             "",
-            f"Machine: {machine_name(torch.device('cpu'))}, {memory:.0f} GiB, no GPU used; {torch.get_num_threads()} threads, "
-            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}. "
-            f"Date: {datetime.date.today()}.",
+            f"Machine: {machine_name(torch.device('cpu'))}, {memory:.0f} GiB, no GPU used; "
+            f"{torch.get_num_threads()} threads, Python {platform.python_version()}, "
+            f"torch {torch.__version__}, transformers {transformers.__version__}. Date: "
+            f"{datetime.date.today()}.",
             "",
             "| part | parameters (M) | released (M) |",
             "|---|---|---|",

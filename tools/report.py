@@ -1,11 +1,14 @@
-"""One page to look at runs: curves, results, and every completion beside its clip.  Self-contained: no network, no server.
+"""One page to look at runs: curves, results, and every completion beside its clip.
+Self-contained: no network, no server.
 
     python -m tools.report runs/r1 runs/r1_conclusion --out report.html
 
-The page is report.html beside this file, with numbers, texts and small clips filled in.  What would make it too large is
-thinned by rule, and the page says so.  rollouts.jsonl may be larger than the memory: it is read row by row.
+The page is report.html beside this file, with numbers, texts and small clips filled in.  What would
+make it too large is thinned by rule, and the page says so.  rollouts.jsonl may be larger than the
+memory: it is read row by row.
 
-    group     the completions of one clip in one step of a run; or the answers of all evaluated models to one clip
+    group     the completions of one clip in one step of a run; or the answers of all evaluated
+              models to one clip
     source    groups that are looked through together: those of a run, those of a test set
 """
 
@@ -39,10 +42,8 @@ ROLLOUT_BYTES, ANSWER_BYTES = 6_000_000, 2_000_000  # texts of all runs, of all 
 CLIP_BYTES, STRIP_BYTES = 8_500_000, 3_500_000  # clips as base64; thumbnails and waveforms
 SMALL = 1_000_000  # bytes: a larger clip is linked, never embedded
 STRETCHES, POINTS = 50, 2_000  # equal parts of the steps that share the bytes; points of a curve
-LONGEST, MOST = (
-    6_000,
-    200,
-)  # characters of a text; completions of a group, metrics, events, prompts, reward names
+# characters of a text; completions of a group, metrics, events, prompts, reward names
+LONGEST, MOST = 6_000, 200
 THUMB, BARS = 72, 160  # height of a thumbnail in pixels, bars of a waveform
 
 
@@ -50,9 +51,8 @@ THUMB, BARS = 72, 160  # height of a thumbnail in pixels, bars of a waveform
 class Args:
     runs: list[str]  # run folders of grpo.py or sft.py; or without the flag: RUN [RUN2 ...]
     out: str = "report.html"  # the page
-    eval: list[str] = dataclasses.field(
-        default_factory=list
-    )  # result files; default: RUN/*.json, RUN/../eval/NAME.*.json
+    eval: list[str] = dataclasses.field(default_factory=list)
+    # result files; default: RUN/*.json, RUN/../eval/NAME.*.json
 
 
 def number(x) -> float | None:
@@ -70,7 +70,8 @@ def shortened(text: str, longest: int = LONGEST) -> str:
 
 
 def moved(path, run: doctor.Run) -> Path:
-    """A path of a run's config.json, as of now: what lay beside the run when it was made still lies there."""
+    """A path of a run's config.json, as of now: what lay beside the run when it
+    was made still lies there."""
     path = Path(str(path))
     beside = Path(
         os.path.abspath(run.path / os.path.relpath(path, str(run.config.get("out") or ".")))
@@ -80,7 +81,8 @@ def moved(path, run: doctor.Run) -> Path:
 
 
 def curves(run: doctor.Run) -> dict:
-    """-> {"steps": [n], "every": steps a point, "metrics": {name: [n]}, "evals": {name: [[step, value]]}}"""
+    """-> {"steps": [n], "every": steps a point, "metrics": {name: [n]}, "evals": {name: [[step,
+    value]]}}"""
     every = math.ceil(len(run.rows) / POINTS) or 1
     parts = [run.rows[i : i + every] for i in range(0, len(run.rows), every)]
     names = lambda rows: list(dict.fromkeys(itertools.chain.from_iterable(rows)))[:MOST]
@@ -139,7 +141,8 @@ def stages(run: doctor.Run | None) -> list[dict]:
 
 
 def grouped(rows: Iterator[dict], source: dict) -> Iterator[list[dict]]:
-    """Consecutive rows of one clip in one step.  Rows that are no completion are counted in source["bad"]."""
+    """Consecutive rows of one clip in one step.  Rows that are no completion are counted in
+    source["bad"]."""
     kinds, group = (
         {"step": int, "completion": int, "rewards": dict, "clip": str, "answer": str, "text": str},
         [],
@@ -160,7 +163,8 @@ def grouped(rows: Iterator[dict], source: dict) -> Iterator[list[dict]]:
 
 
 def packed(group: list[dict], source: dict, config: dict) -> dict:
-    """A group as the page has it.  The source's names of rewards and its prompts grow as new ones come."""
+    """A group as the page has it.  The source's names of rewards and its
+    prompts grow as new ones come."""
     names, prompts, asked = (
         source["rewards"],
         source["prompts"],
@@ -195,13 +199,12 @@ def packed(group: list[dict], source: dict, config: dict) -> dict:
                 "length": number(row.get("length")),
             }
         )
-        if isinstance(
-            row.get("tokens"), list
-        ):  # [[piece, logp, kl, ratio], ...], where they were logged
+        # [[piece, logp, kl], ...], if they were logged
+        if isinstance(row.get("tokens"), list):
             all_[-1]["tokens"] = [
                 [str(t[0]), *map(number, t[1:])]
                 for t in row["tokens"][:LONGEST]
-                if isinstance(t, list) and len(t) == 4
+                if isinstance(t, list) and len(t) == 3
             ]
     return {
         "step": group[0]["step"],
@@ -216,9 +219,10 @@ def packed(group: list[dict], source: dict, config: dict) -> dict:
 def thinned(groups: Iterable[dict], source: dict, last_step: int, budget: int) -> dict:
     """The source with as many groups as a budget of bytes holds, evenly over the steps.
 
-    In each stretch of the steps half of the clips, drawn by name, stay by name: the same ones can be followed over all
-    steps and runs.  Of the others those groups stay that say most: rewards that differ, reasonings that contradict their
-    answers, texts that are cut off.  Over the budget, the largest of these shares loses its last.
+    In each stretch of the steps half of the clips, drawn by name, stay by name: the same ones can
+    be followed over all steps and runs.  Of the others those groups stay that say most: rewards
+    that differ, reasonings that contradict their answers, texts that are cut off.  Over the budget,
+    the largest of these shares loses its last.
     """
     heaps, sizes, seen = {}, Counter(), 0  # (stretch, by name or not) -> entries; -> bytes
     for seen, group in enumerate(groups, 1):
@@ -256,7 +260,8 @@ def new_source(name: str, run: int | None, specs) -> dict:
 
 
 def results_in(file: Path, must: bool) -> list[tuple[str, dict]]:
-    """[(setting, result)] of a file of eval.py, several of --modalities.  `must`: UserError where it is another file."""
+    """[(setting, result)] of a file of eval.py, several of --modalities.
+    `must`: UserError where it is another file."""
     value = None
     with contextlib.suppress(OSError, ValueError, RecursionError):
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -271,21 +276,27 @@ def results_in(file: Path, must: bool) -> list[tuple[str, dict]]:
     return found
 
 
+def setting_of(view: dict) -> str:
+    """What a model was shown, as in "video mute"; "full" if nothing was left out."""
+    modal = view.get("modal", "video_audio")
+    words = [] if modal == "video_audio" else [str(modal)]
+    words += [word for word in ("mute", "blank") if view.get(word)]
+    return " ".join(words) or "full"
+
+
 def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
-    """[(name, run, setting, result)] -> results, and sources of a group a clip: what each model says of it."""
+    """[(name, run, setting, result)] -> results, and sources of a group a clip:
+    what each model says of it."""
     results, sets = [], {}
     for name, i, setting, result in found:
         view = result["view"] if isinstance(result.get("view"), dict) else {}
-        parts = [str(view.get("modal"))] * (view.get("modal", "video_audio") != "video_audio")
-        setting = (
-            setting
-            or " ".join(parts + [word for word in ("mute", "blank") if view.get(word)])
-            or "full"
-        )
+        setting = setting or setting_of(view)
+        # MODEL.SET.json
         name = (
             name if i is not None else name.removesuffix("." + Path(str(result.get("data"))).stem)
-        )  # MODEL.SET.json
-        by, of = name + f" ({setting})" * (setting != "full"), set_of(result).removesuffix(".json")
+        )
+        by = name if setting == "full" else f"{name} ({setting})"
+        of = set_of(result).removesuffix(".json")
         rates = {
             k: [
                 *map(
@@ -337,7 +348,8 @@ def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
 
 
 class Clips:
-    """The clips that the page shows, each once: what was there to see and hear, and its media while there is room."""
+    """The clips that the page shows, each once: what was there to see and hear,
+    and its media while there is room."""
 
     def __init__(self):
         self.files: dict[tuple, dict] = {}  # (sample file, media root) -> id -> (path, cues)
@@ -348,9 +360,8 @@ class Clips:
         """The number of a clip in `all`."""
         if (data, root) not in self.files:
             self.files[data, root] = {}
-            with contextlib.suppress(
-                UserError
-            ):  # the sample file may be gone: texts are shown all the same
+            # the sample file may be gone: texts are shown all the same
+            with contextlib.suppress(UserError):
                 self.files[data, root] = {
                     s.id: (s.clip, s.row.get("cues")) for s in read_samples(data, root)
                 }
@@ -368,7 +379,8 @@ class Clips:
         return at
 
     def fill(self, folder: Path) -> list[dict]:
-        """All, with their media, by the draw of `thinned`.  `folder`: of the page, where links start."""
+        """All, with their media, by the draw of `thinned`.  `folder`: of the page,
+        where links start."""
         room, strips = CLIP_BYTES, STRIP_BYTES
         for clip in sorted(
             self.all, key=lambda clip: -zlib.crc32(clip["id"].encode("utf-8", "replace"))
@@ -402,20 +414,29 @@ class Clips:
 
 
 def strip_of(frames: np.ndarray) -> str:
-    """The frames that the model gets, uint8 (F, H, W, 3) -> one JPEG of them side by side, as base64; "" of none."""
+    """The frames that the model gets, uint8 (F, H, W, 3) -> one JPEG of them side by side,
+    as base64; "" of none."""
     F, H, W, _ = frames.shape
     if not F:
         return ""
     encoder = av.CodecContext.create("mjpeg", "w")
     encoder.width, encoder.height = F * max(2, round(THUMB * min(W / H, 3)) // 2 * 2), THUMB
     encoder.pix_fmt, encoder.time_base, encoder.options = "yuvj420p", 1, {"qmin": "6", "qmax": "6"}
-    picture = av.VideoFrame.from_ndarray(
-        np.concatenate(frames, axis=1), format="rgb24"
-    )  # (H, F * W, 3)
+    # (H, F * W, 3)
+    picture = av.VideoFrame.from_ndarray(np.concatenate(frames, axis=1), format="rgb24")
     small = picture.reformat(width=encoder.width, height=THUMB, format="yuvj420p")
     return base64.b64encode(
         b"".join(map(bytes, [*encoder.encode(small), *encoder.encode()]))
     ).decode()
+
+
+def setting_text(value) -> str:
+    """A value of config.json as a command line would show it: a list with spaces between."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        return " ".join(map(setting_text, value))
+    return json.dumps(value)
 
 
 def about(run: doctor.Run, name: str) -> dict:
@@ -432,14 +453,7 @@ def about(run: doctor.Run, name: str) -> dict:
         }
         for f in doctor.examine(run)
     ]
-    word = lambda v: (
-        v
-        if isinstance(v, str)
-        else " ".join(map(word, v))
-        if isinstance(v, list)
-        else json.dumps(v)
-    )
-    config = {k: shortened(word(v), 500) for k, v in run.config.items()}
+    config = {k: shortened(setting_text(v), 500) for k, v in run.config.items()}
     return curves(run) | {
         "name": name,
         "path": str(run.path),
@@ -453,14 +467,17 @@ def about(run: doctor.Run, name: str) -> dict:
 
 
 def write_report(runs: list[Path], out: Path, evals: list[Path] | None = None) -> Path:
-    """Write the page about run folders, and return its path.  `evals`: result files, by default those beside the runs.
+    """Write the page about run folders, and return its path.  `evals`: result files,
+    by default those beside the runs.
 
-    Raises UserError for a folder that is no run, a file that is no result, and a place that cannot be written.
+    Raises UserError for a folder that is no run, a file that is no result,
+    and a place that cannot be written.
     """
     folders, out = list(dict.fromkeys(Path(run).resolve() for run in runs)), Path(out)
     if not folders:
         raise UserError(
-            "give at least one run folder: python -m tools.report RUN [RUN2 ...] [--out report.html]"
+            "give at least one run folder: python -m tools.report RUN [RUN2 "
+            "...] [--out report.html]"
         )
     read, clips = [doctor.read_run(folder) for folder in folders], Clips()
     check_writable(out)
@@ -510,7 +527,8 @@ def write_report(runs: list[Path], out: Path, evals: list[Path] | None = None) -
         "longest": LONGEST,
         "emotions": sorted({*ALIASES, *" ".join(ALIASES.values()).split()}),
     }
-    # As ASCII and without "<": no text can end the script, and half a character (a lone surrogate) can be written.
+    # As ASCII and without "<": no text can end the script, and half a character (a lone surrogate)
+    # can be written.
     filled = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     write_text(out, page.replace(">null</script>", f">{filled}</script>", 1))

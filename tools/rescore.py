@@ -1,10 +1,12 @@
-"""How would other rewards have judged a run?  Scores its saved completions anew; no model is needed.
+"""How would other rewards have judged a run?  Scores its saved completions anew;
+no model is needed.
 
     python -m tools.rescore runs/r1 --rewards accuracy format agreement=0.5
     python -m tools.rescore runs/r1 --rewards accuracy mine.py:short=0.1 --last 50
 
-For each reward its mean; how often a group would have been alive, that is, have had something to compare; and how often
-the new total would have preferred another completion of its group than the old one did.
+For each reward its mean; how often a group would have been alive, that is, have had something to
+compare; and how often the new total would have preferred another completion of its group than
+the old one did.
 """
 
 import dataclasses
@@ -21,14 +23,14 @@ from rewards import Completion, load_rewards
 @dataclasses.dataclass
 class Args:
     run: str  # run folder of grpo.py
-    rewards: list[str] = dataclasses.field(
-        default_factory=lambda: ["accuracy", "format"]
-    )  # as for grpo.py
+    rewards: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
+    # as for grpo.py
     last: int = 0  # only the last so many steps; 0: all
 
 
 def rescore(args: Args) -> dict:
-    """-> {"steps", "completions", "means": {reward: mean}, "alive", "alive_before", "other_best"}, rates from 0 to 1."""
+    """-> {"steps", "completions", "means": {reward: mean}, "alive", "alive_before",
+    "other_best"}, rates from 0 to 1."""
     folder = Path(args.run)
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -84,11 +86,12 @@ def main(args: Args) -> None:
     for name, mean in got["means"].items():
         print(f"  {name:<16} mean {mean:.3f}")
     print(
-        f"  groups with something to compare: {100 * got['alive']:.1f} % (with the run's own rewards "
-        f"{100 * got['alive_before']:.1f} %)"
+        f"  groups with something to compare: {100 * got['alive']:.1f} % (with the run's own "
+        f"rewards {100 * got['alive_before']:.1f} %)"
     )
     print(
-        f"  groups whose best would all be others than with the run's own rewards: {100 * got['other_best']:.1f} %"
+        "  groups whose best would all be others than with the run's own rewards: "
+        f"{100 * got['other_best']:.1f} %"
     )
 
 

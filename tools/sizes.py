@@ -1,6 +1,8 @@
-"""What bench and rehearsal stand on: the model at three sizes, and what it costs at least; the machine, and what it can do.
+"""What bench and rehearsal stand on: the model at three sizes, and what it costs at least;
+the machine, and what it can do.
 
-Legend   B prompts   G completions per prompt   P prompt length   T completion length   D width   V vocabulary
+Legend   B prompts   G completions per prompt   P prompt length
+         T completion length   D width   V vocabulary
 """
 
 import contextlib
@@ -16,8 +18,8 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import PromptBatch, Sample
-from lib.common import AUDIO, VIDEO
 from lib.metrics import Timer
+from lib.modalities import AUDIO, VIDEO
 from model import PARTS, Config, HumanOmni, encode_media
 
 RATES_SECONDS = 3.0  # after which no further try measures the machine
@@ -83,7 +85,8 @@ SIZES = {
         copied_rows=128,
         sweep=16,
     ),
-    "mid": Size(  # half of the full width and depth, a quarter of its vocabulary: an eighth of its parameters
+    # half of the full width and depth, a quarter of its vocabulary: an eighth of its parameters
+    "mid": Size(
         layers(448, 12, 7, 2432, num_key_value_heads=1, vocab_size=37984, rope_theta=1e6),
         layers(384, 6, 6, 1536, image_size=224),
         whisper(640, 16, 10, 2560, 128, 1500),
@@ -117,7 +120,8 @@ SIZES = {
 
 
 def build_model(size: Size, device, dtype: torch.dtype) -> HumanOmni:
-    """Random weights, made on the device; the default parts are trained, and no token ends a completion."""
+    """Random weights, made on the device; the default parts are trained,
+    and no token ends a completion."""
     torch.manual_seed(SEED)
     config = Config(
         **size.decoder,
@@ -144,7 +148,8 @@ def build_model(size: Size, device, dtype: torch.dtype) -> HumanOmni:
 
 
 def random_batch(size: Size, B: int, gen: torch.Generator, dtype: torch.dtype) -> PromptBatch:
-    """B prompts of noise, each with a clip.  Drawn on the CPU, so that they are the same on every device."""
+    """B prompts of noise, each with a clip.  Drawn on the CPU,
+    so that they are the same on every device."""
     side, bins, states = (
         size.vision["image_size"],
         size.audio["num_mel_bins"],
@@ -154,23 +159,25 @@ def random_batch(size: Size, B: int, gen: torch.Generator, dtype: torch.dtype) -
     return PromptBatch(
         indices=list(range(B)),
         samples=[Sample("clip", Path(), "?", "happy", "happy", "video_audio")] * B,
-        asked=[""] * B,
+        questions=[""] * B,
         targets=[[]] * B,
         bad=[],
         notes=[],
         input_ids=[[*ids[:-24], VIDEO, *ids[-24:-20], AUDIO, *ids[-20:]] for ids in text],
-        frames=(torch.rand(B, 8, 3, side, side, generator=gen) * 2 - 1).to(dtype),
-        mel=torch.randn(B, bins, 2 * states, generator=gen).to(dtype),
-        vision=[None] * B,
-        audio=[None] * B,
-        keys=[{"video": "", "audio": ""}] * B,  # no features yet, no cache
+        media={
+            "video": (torch.rand(B, 8, 3, side, side, generator=gen) * 2 - 1).to(dtype),
+            "audio": torch.randn(B, bins, 2 * states, generator=gen).to(dtype),
+        },
+        features={"video": [None] * B, "audio": [None] * B},
+        feature_keys=[{"video": "", "audio": ""}] * B,  # no features yet, no cache
         question_ids=torch.randint(size.bert["vocab_size"], (B, 40), generator=gen),
         question_mask=torch.ones(B, 40, dtype=torch.long),
     )
 
 
 def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:
-    """A forward pass: tokens through the layers, (query, key) pairs looked at in each layer and head, logits."""
+    """A forward pass: tokens through the layers, (query, key) pairs looked at in
+    each layer and head, logits."""
     matrices, (V, D) = (
         sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2),
         model.head_weight.shape,
@@ -179,7 +186,8 @@ def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:
 
 
 def decode_floor(model: HumanOmni, P: int, B: int, G: int, T: int, rates: dict) -> float:
-    """Seconds of the T - 1 decode steps: every weight and every key once a step, or the products, whichever is longer."""
+    """Seconds of the T - 1 decode steps: every weight and every key once a step, or the products,
+    whichever is longer."""
     c, weights, seconds = model.config, flops(model, 1, 0, 1) // 2, 0.0
     for t in range(1, T):  # t tokens stand behind the prompt
         keys = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * B * (P + G * t)
@@ -196,8 +204,8 @@ def media_flops(size: Size, batch: PromptBatch) -> tuple[int, int]:
     with FlopCounterMode(display=False) as towers:
         batch = encode_media(model, batch)
     with FlopCounterMode(display=False) as projectors:
-        model.model.audio_projector(batch.audio)
-        model.model.mm_projector(batch.vision, torch.ones(len(batch), 3, device="meta"))
+        model.model.audio_projector(batch.features["audio"])
+        model.model.mm_projector(batch.features["video"], torch.ones(len(batch), 3, device="meta"))
     return towers.get_total_flops(), projectors.get_total_flops()
 
 
@@ -224,7 +232,8 @@ def floors(
             )
             / rate
         )
-    # AdamW reads weight, gradient and both moments, and writes all but the gradient, in fp32; bf16 weights are written too.
+    # AdamW reads weight, gradient and both moments, and writes all but the gradient, in fp32;
+    # bf16 weights are written too.
     update = trained * (7 * 4 + model.dtype.itemsize % 4)
     parts = {
         "encode": towers,
@@ -255,14 +264,16 @@ def proc(file: str, name: str) -> str:
 
 
 def machine_name(device: torch.device) -> str:
-    """The processor's model and the number of cores, or the GPU's model: enough to read a number, nothing of the host."""
+    """The processor's model and the number of cores, or the GPU's model: enough to read a number,
+    nothing of the host."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{proc('cpuinfo', 'model name') or platform.machine()}, {os.cpu_count()} cores"
 
 
 class Laps(Timer):
-    """The trainer's clock, and each part's peak memory in bytes, weights included (on a CPU resident; Linux alone)."""
+    """The trainer's clock, and each part's peak memory in bytes,
+    weights included (on a CPU resident; Linux alone)."""
 
     def __init__(self, device: torch.device):
         super().__init__()
@@ -283,7 +294,8 @@ class Laps(Timer):
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes per second of a copy (read and written), FLOP per second of a matrix product: the best of some tries."""
+    """Bytes per second of a copy (read and written), FLOP per second of a matrix product:
+    the best of some tries."""
     n, megabytes = (8192, 1024) if device.type == "cuda" else (1024, 256)
     a, source = (
         torch.randn(n, n, device=device).to(dtype),

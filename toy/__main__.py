@@ -1,21 +1,25 @@
 """The miniature: the whole pipeline of the paper on two CPU cores, in minutes.
 
-    python -m toy                       clips, a tiny HumanOmni, all stages, the table: runs/toy/table.md
+    python -m toy                       clips, a tiny HumanOmni, all stages, the table:
+                                        runs/toy/table.md
     python -m toy --modalities          also trains on video alone and on audio alone
     python -m toy --seed 1 --out runs/toy1 --data runs/toy/data
 
     clips       real mp4 files of drawn faces and synthesised voices (toy/world.py)
-    humanomni   a HumanOmni of the released layout with 1.6 M parameters; its towers learn to see and hear the cues
-    base        sft.py on descriptions of clips, without a word about emotion      = HumanOmni-0.5B's place
-    emer_sft    sft.py on a few reasoned samples, long-tailed over the emotions    = EMER-SFT
-    label_sft   sft.py on the labels that RL sees, bare words                      = MAFW-DFEW-SFT
-    r1          grpo.py from emer_sft, labels only, the paper's reward             = R1-Omni
-    r1_conclusion  the same, and a point where the reasoning concludes the label, .2 where it concludes the answer
+    humanomni   a HumanOmni of the released layout with 1.6 M parameters;
+                its towers learn to see and hear the cues
+    base        sft.py on descriptions of clips, without a word about emotion   = HumanOmni-0.5B's
+                                                                                  place
+    emer_sft    sft.py on a few reasoned samples, long-tailed over the emotions = EMER-SFT
+    label_sft   sft.py on the labels that RL sees, bare words                   = MAFW-DFEW-SFT
+    r1          grpo.py from emer_sft, labels only, the paper's reward          = R1-Omni
+    r1_conclusion  the same, and a point where the reasoning concludes the label,
+                   .2 where it concludes the answer
 
-Each stage is a call of the project's own scripts, printed as a user would type it.  OUT/made_from.json keeps what each
-was made from: its flags and the SHA-256 of the files.  A stage whose result is there and was made from the same is not
-done again; delete its folder, or give --fresh, to repeat it.  The order of things is the paper's; the numbers are this
-little world's.
+Each stage is a call of the project's own scripts, printed as a user would type it.
+OUT/made_from.json keeps what each was made from: its flags and the SHA-256 of the files.  A stage
+whose result is there and was made from the same is not done again; delete its folder, or give
+--fresh, to repeat it.  The order of things is the paper's; the numbers are this little world's.
 """
 
 import dataclasses
@@ -50,12 +54,8 @@ RL = {
     "lr_floor": 0.1,
     "beta": 0.04,
 }
-REASONED = [
-    "accuracy",
-    "format",
-    "conclusion",
-    "agreement=0.2",
-]  # the reasoning is paid too; why so: docs/ablations.md
+# the reasoning is paid too; why so: docs/ablations.md
+REASONED = ["accuracy", "format", "conclusion", "agreement=0.2"]
 UNKNOWN = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
 
 
@@ -67,9 +67,8 @@ class Args:
     scale: float = 1.0  # size of the sets and length of the stages, for a quick look
     modalities: bool = False  # also train label models on video alone and on audio alone
     fresh: bool = False  # repeat stages whose results are there (never the clips)
-    export: bool = (
-        False  # write the cold start to toy/start, from which exercises and ablations go on
-    )
+    export: bool = False
+    # write the cold start to toy/start, from which exercises and ablations go on
 
 
 # ------------------------------------------------------------------------------------------------
@@ -97,7 +96,8 @@ class Pipeline:
     def stage(
         self, name: str, done: list[Path], inputs: dict[str, Path], flags: dict, work
     ) -> None:
-        """Do `work` unless all of `done` are there, made from files like `inputs` under the same flags; keep the time."""
+        """Do `work` unless all of `done` are there, made from files like `inputs` under the same
+        flags; keep the time."""
         now = {flag: str(value) for flag, value in flags.items()} | {
             flag: digest(file) for flag, file in inputs.items()
         }
@@ -145,20 +145,14 @@ class Pipeline:
         """`python SCRIPT --flag value ...`; True is a switch."""
         words = script.split()  # a script of ours, or "-m" and a program of ours
         for flag, value in flags.items():
-            words += [
-                f"--{flag}",
-                *(
-                    map(str, value)
-                    if isinstance(value, list)
-                    else []
-                    if value is True
-                    else [str(value)]
-                ),
-            ]
+            words.append(f"--{flag}")
+            if isinstance(value, list):
+                words += map(str, value)
+            elif value is not True:
+                words.append(str(value))
         print("   python " + shlex.join(words), flush=True)
-        found = os.pathsep.join(
-            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )  # from any folder
+        # from any folder
+        found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = (
             dict(os.environ)
             | {"PYTHONPATH": found}
@@ -190,8 +184,14 @@ class Pipeline:
             )
 
     def train(
-        self, name: str, script: str, model: Path, data: Path, how: dict = {}, **flags
-    ) -> None:  # noqa: B006
+        self,
+        name: str,
+        script: str,
+        model: Path,
+        data: Path,
+        how: dict = {},  # noqa: B006
+        **flags,
+    ) -> None:
         """One trained stage: OUT/name/latest.  `how`: threads and quiet, see `run`."""
         flags |= {"seed": self.args.seed}
 
@@ -216,7 +216,8 @@ class Pipeline:
         )
 
     def both(self, *stages: tuple[str, str, dict]) -> None:
-        """Two trained stages side by side, a thread each: small products gain little from a second.  One bar is shown."""
+        """Two trained stages side by side, a thread each: small products gain little from a second.
+        One bar is shown."""
         started, before = time.time(), dict(self.seconds)
         with ThreadPoolExecutor(len(stages)) as pool:
             jobs = [
@@ -225,9 +226,8 @@ class Pipeline:
             ]
             [job.result() for job in jobs]
         for name, _, _ in stages:
-            if self.seconds.get(name) != before.get(
-                name
-            ):  # made now: the time of both is that of the longer
+            # made now: the time of both is that of the longer
+            if self.seconds.get(name) != before.get(name):
                 del self.seconds[name]
                 self.seconds[" and ".join(name for name, _, _ in stages)] = round(
                     time.time() - started, 1
@@ -262,7 +262,8 @@ class Pipeline:
         return self.out / "eval" / f"{name}.{test_set}.json"
 
     def report(self, *names: str) -> None:
-        """OUT/report.html: the runs beside one another.  Should it fail, what was measured is still there."""
+        """OUT/report.html: the runs beside one another.  Should it fail,
+        what was measured is still there."""
         page, runs = self.out / "report.html", [self.out / name for name in names]
         files = [self.result(name, s) for name in names for s in self.sets] + [
             run / "metrics.jsonl" for run in runs
@@ -401,14 +402,13 @@ def table(p: Pipeline) -> str:
 
 
 def export(p: Pipeline, to: Path = ROOT / "toy" / "start") -> None:
-    """The cold start in bf16 with what it needs beside it, about 5 MB: what the exercises and ablations start from."""
+    """The cold start in bf16 with what it needs beside it, about 5 MB:
+    what the exercises and ablations start from."""
     model = HumanOmni.from_pretrained(p.out / "emer_sft" / "latest", dtype=torch.bfloat16)
     for key, tower in (("mm_vision_tower", "siglip"), ("mm_audio_tower", "whisper")):
         (to / tower).mkdir(parents=True, exist_ok=True)
-        for file in (
-            "config.json",
-            "preprocessor_config.json",
-        ):  # the weights are in the checkpoint
+        # the weights are in the checkpoint
+        for file in ("config.json", "preprocessor_config.json"):
             shutil.copy(p.out / tower / file, to / tower / file)
         model.local_towers[key] = to / tower
     model.save_pretrained(to / "humanomni")

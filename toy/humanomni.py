@@ -1,4 +1,5 @@
-"""A tiny HumanOmni in the released layout: 1.6 M parameters, the world's own words, towers that see and hear."""
+"""A tiny HumanOmni in the released layout: 1.6 M parameters, the world's own words,
+towers that see and hear."""
 
 import json
 from pathlib import Path
@@ -17,9 +18,11 @@ from model import Config, HumanOmni
 from toy import world
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen2's rule for cutting text into words, so that the merges learned here are the merges applied later.
+# Qwen2's rule for cutting text into words, so that the merges learned here are
+# the merges applied later.
 QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
 
@@ -31,15 +34,18 @@ def texts_of(data: Path) -> list[str]:
         for name in ("toy_emer_train", "toy_base_train", "rl_train")
         for row in json.loads((data / f"{name}.json").read_text())
     ]
-    frame = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<vi_start><vi_end>\n<au_start><au_end>\n"
+    frame = (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<vi_start><vi_end>\n"
+        "<au_start><au_end>\n"
+    )
     return [frame, *{turn["value"] for row in rows for turn in row["conversations"]}]
 
 
 def write_tokenizers(folder: Path, texts: list[str]) -> tuple[int, int]:
     """humanomni/ gets a byte-level BPE with ChatML, bert/ a word list.  -> their sizes.
 
-    Trained on the world's own sentences: every cue word is one token.  With letters instead of words a
-    completion would be five times longer, and so would everything else.
+    Trained on the world's own sentences: every cue word is one token.  With letters instead of
+    words a completion would be five times longer, and so would everything else.
     """
     own, bert = folder / "humanomni", folder / "bert"
     for f in (own, bert):
@@ -171,7 +177,8 @@ def tiny_humanomni(folder: Path, texts: list[str], seed: int) -> HumanOmni:
 
 
 def write_towers(model: HumanOmni, folder: Path, vision, audio, bert) -> None:
-    """siglip/, whisper/, bert/ as the hub's repositories are: configuration, weights, preprocessor."""
+    """siglip/, whisper/, bert/ as the hub's repositories are: configuration, weights,
+    preprocessor."""
     model.model.vision_tower.save_pretrained(folder / "siglip")
     write_json(
         folder / "siglip" / "preprocessor_config.json",
@@ -199,7 +206,8 @@ def write_towers(model: HumanOmni, folder: Path, vision, audio, bert) -> None:
 def read_media(
     name: str, processor: Processor, data: Path
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> the later half of each clip's frames as bytes (N, 4, 3, S, S), mel (N, M, T), true cue values (N, 10)."""
+    """-> the later half of each clip's frames as bytes (N, 4, 3, S, S), mel (N, M, T),
+    true cue values (N, 10)."""
     values = {k: v["values"] for k, v in json.loads((data / "cues.json").read_text()).items()}
     samples = read_samples(data / f"{name}.json")
     batches = [
@@ -209,15 +217,15 @@ def read_media(
     frames, mels = [], []
     dataset = ClipDataset(samples, processor, PromptSpec(prompt="row"))
     for batch in tqdm(loader(dataset, batches), desc=f"reading {name}", mininterval=1):
-        frames.append(
-            (batch.frames[:, 4:] * 127.5).round().to(torch.int8)
-        )  # there the expression is at its apex
-        mels.append(batch.mel)
+        # there the expression is at its apex
+        frames.append((batch.media["video"][:, 4:] * 127.5).round().to(torch.int8))
+        mels.append(batch.media["audio"])
     return torch.cat(frames), torch.cat(mels), torch.tensor([values[s.id] for s in samples])
 
 
 def augment(frames: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """(B, 4, 3, S, S) bytes -> floats about [-1, 1]: moved by up to two pixels, half of them mirrored, other light."""
+    """(B, 4, 3, S, S) bytes -> floats about [-1, 1]: moved by up to two pixels,
+    half of them mirrored, other light."""
     B = len(frames)
     x = frames.float() / 127.5
     x = x.roll(tuple(int(i) for i in rng.integers(-2, 3, 2)), (-2, -1))
@@ -231,13 +239,15 @@ def augment(frames: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 def warm_up(
     model: HumanOmni, processor: Processor, data: Path, seed: int, scale: float
 ) -> torch.Tensor:
-    """Towers and projectors learn to see and hear: regression of the cues' true values.  -> validation error per cue (10,)
+    """Towers and projectors learn to see and hear: regression of the cues' true values.
+    -> validation error per cue (10,)
 
-    Stands for the pre-training that SigLIP, Whisper and HumanOmni's projectors come with.  From the mean of the
-    *projected* tokens, so that every token which the decoder gets has it all; with a head on the towers' patches
-    alone the error is as low, and then the decoder describes faces by chance.  That head helps as a second one:
-    it learns three times faster.  Only painted faces and their speakers: the style out of distribution stays
-    unseen here as in every stage.
+    Stands for the pre-training that SigLIP, Whisper and HumanOmni's projectors come with.  From the
+    mean of the *projected* tokens, so that every token which the decoder gets has it all; with a
+    head on the towers' patches alone the error is as low, and then the decoder describes faces by
+    chance.  That head helps as a second one:
+    it learns three times faster.  Only painted faces and their speakers: the style out of
+    distribution stays unseen here as in every stage.
     """
     frames, mels, truth = read_media("toy_base_train", processor, data)
     held_out = read_media("toy_base_val", processor, data)
@@ -251,7 +261,7 @@ def warm_up(
     )
 
     def guess(pictures, mel):
-        encoded = model.encode_frames(pictures)  # (B, 4, n, C)
+        encoded = model.encode_video(pictures)  # (B, 4, n, C)
         video = model.model.mm_projector(encoded, gate.expand(len(mel), 3))  # (B, tokens, D)
         audio = model.model.audio_projector(model.encode_audio(mel))
         return torch.cat((see(video.mean(1)), hear(audio.mean(1))), -1), see_patches(

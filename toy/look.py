@@ -1,4 +1,5 @@
-"""A first look: the shipped cold start, 56 steps of the real grpo.py under two rewards, evaluation, the report.  Minutes.
+"""A first look: the shipped cold start, 56 steps of the real grpo.py under two rewards, evaluation,
+the report.  Minutes.
 
     python -m toy.look
 
@@ -8,7 +9,8 @@
     r1_conclusion   the same, and the reasoning is paid for what it concludes
     report      one page with curves, tables, and every text beside its clip: OUT/report.html
 
-Each stage is a call of the project's own scripts, printed as a user would type it; what is there is not done again.
+Each stage is a call of the project's own scripts, printed as a user would type it;
+what is there is not done again.
 """
 
 import dataclasses
@@ -51,12 +53,13 @@ def story(look: Look) -> str:
     turn = lambda x, name: f"from {x['start']:.0f} to {x[name]:.0f} %"
     n = sum(json.loads(look.result("r1", s).read_text())["n"] for s in look.sets)
     gain = lambda name: (
-        f"the accuracy {turn(war, name)}, and the share of texts whose reasoning concludes the answer "
-        f"{turn(epc, name)}."
+        f"the accuracy {turn(war, name)}, and the share of texts whose reasoning concludes the "
+        f"answer {turn(epc, name)}."
     )
     return (
         f"With the paper's reward (answer and form), {look.args.steps} steps took {gain('r1')}\n"
-        f"With the reasoning paid for what it concludes, as many steps took {gain('r1_conclusion')}\n"
+        "With the reasoning paid for what it concludes, "
+        f"as many steps took {gain('r1_conclusion')}\n"
         f"Both are greedy answers to {n} test clips that neither run has seen: a difference below "
         f"{100 * (2 / n) ** 0.5:.0f} points may be chance."
     )
@@ -72,7 +75,8 @@ def main(args: Args) -> None:
         look.evaluate(name, look.out / name / "latest")
     look.report("r1", "r1_conclusion")
     print(
-        f"\n{story(look)}\n\nCurves, and every text beside its clip: open {look.out / 'report.html'} in a browser."
+        f"\n{story(look)}\n\nCurves, and every text beside its clip: open "
+        f"{look.out / 'report.html'} in a browser."
     )
 
 

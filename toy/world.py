@@ -1,4 +1,5 @@
-"""The world of the miniature: short clips of a drawn face with a synthesised voice, and their sample files.
+"""The world of the miniature: short clips of a drawn face with a synthesised voice,
+and their sample files.
 
 Twelve emotions, each a pair (face, voice). Faces and voices are shared, no pair is:
 
@@ -16,10 +17,12 @@ says it saw and heard can be scored word by word (`cue_scores`).
     python -m toy.world --out data/toy --scale 0.1   # a tenth of them
     python -m toy.world --check                      # how well an ideal observer can do, no files
 
-Interrupted builds resume; a clip depends only on (seed, set, split, index) and, for its label, the scale.
+Interrupted builds resume; a clip depends only on (seed, set, split, index) and, for its label,
+the scale.
 
 Symbols: T frames, H W image rows and columns, N audio samples, K syllables,
-         u v face coordinates (u right, v down, 1 = half a head), value = a cue as a number in [-1, 1].
+         u v face coordinates (u right, v down, 1 = half a head),
+         value = a cue as a number in [-1, 1].
 """
 
 import argparse
@@ -153,7 +156,8 @@ SETS = {
         {"test": (300, 24)},
         style="outline",
     ),
-    # the cold start is long-tailed on purpose: a balanced one leaves reinforcement learning no head-room
+    # the cold start is long-tailed on purpose: a balanced one leaves
+    # reinforcement learning no head-room
     "toy_emer": Set(
         {
             "happy": 89,
@@ -193,12 +197,14 @@ PLAN, LEVELS, IDENTITY, RENDER, TEXT = range(1, 6)
 
 
 def stream(purpose: int, seed: int, *key: int) -> np.random.Generator:
-    """An independent random stream. Keys are padded to one length: [1] and [1, 0] would seed alike."""
+    """An independent random stream. Keys are padded to one length:
+    [1] and [1, 0] would seed alike."""
     return np.random.default_rng([purpose, seed, *key, *[0] * (3 - len(key))])
 
 
 def quota(n: int, weights: dict[str, float], floor: int) -> dict[str, int]:
-    """n clips shared out by weight (largest remainders), every class at least `floor` if n allows it."""
+    """n clips shared out by weight (largest remainders), every class at
+    least `floor` if n allows it."""
     share = {c: n * w / sum(weights.values()) for c, w in weights.items()}
     counts = {c: int(s) for c, s in share.items()}
     for c in sorted(share, key=lambda c: counts[c] - share[c])[: n - sum(counts.values())]:
@@ -248,7 +254,8 @@ def plan(seed: int, scale: float) -> list[Clip]:
 
 
 def bayes_accuracy(name: str, cues: dict = CUES) -> float:
-    """Accuracy of an ideal observer of `cues` who knows EMOTIONS, FLIP and the class weights; exact.
+    """Accuracy of an ideal observer of `cues` who knows EMOTIONS, FLIP and the class weights;
+    exact.
 
     sum over all cue combinations x of max over emotions e of P(e) P(x | e)
     """
@@ -304,13 +311,13 @@ CONCLUSIONS = (
 def describe(cues: dict, rng: np.random.Generator) -> str:
     """All ten cues in two sentences of about 40 words, e.g.
 
-    "On the face the brows are lowered, the forehead knit, ... and the lips pressed. In the audio ..."
+    "On the face the brows are lowered, the forehead knit, ... and the lips pressed.
+    In the audio ..."
     """
     sentences = []
     for part, names in (("seen", list(SEEN)), ("heard", list(HEARD))):
-        if (
-            rng.random() < 0.5
-        ):  # two orders only: a free order costs a small model much and teaches nothing
+        # two orders only: a free order costs a small model much and teaches nothing
+        if rng.random() < 0.5:
             names.reverse()
         clauses = [f"the {NOUNS[c]} {cues[c]}" for c in names]
         clauses[0] = (
@@ -326,16 +333,21 @@ def describe(cues: dict, rng: np.random.Generator) -> str:
 def cold_start_text(clip: Clip, rng: np.random.Generator) -> str:
     """Reasoning and answer: what is seen and heard, then the word."""
     described = describe(clip.levels, rng)
-    return f"<think>{described} {rng.choice(CONCLUSIONS).format(clip.label)}</think>\n<answer>{clip.label}</answer>"
+    return (
+        f"<think>{described} {rng.choice(CONCLUSIONS).format(clip.label)}</think>\n"
+        f"<answer>{clip.label}</answer>"
+    )
 
 
 LEVEL_WORDS = {word for words in CUES.values() for word in words}
 
 
 def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
-    """(true cue words stated, distinct cue words stated, true cues); recall = a / c, precision = a / b.
+    """(true cue words stated, distinct cue words stated, true cues);
+    recall = a / c, precision = a / b.
 
-    Only the inside of <think>...</think> counts where there is one. Stating two levels of a cue costs precision.
+    Only the inside of <think>...</think> counts where there is one.
+    Stating two levels of a cue costs precision.
     """
     stated = set(re.findall(r"[a-z]+", reasoning_of(text).lower())) & LEVEL_WORDS
     true = {cues[cue] for cue in CUES}  # ignores further keys, as the rows of cues.json have
@@ -383,7 +395,8 @@ def person(seed: int, identity: int, style: str) -> dict:
         "parting": rng.uniform(-0.25, 0.25),
         "glasses": rng.random() < 0.2,
         "brow": rng.uniform(0.045, 0.06),
-        # half an octave lies between two pitch levels, so that these 0.16 octaves do not hide the cue
+        # half an octave lies between two pitch levels, so that these 0.16
+        # octaves do not hide the cue
         "pitch": rng.uniform(-0.08, 0.08) + (0.04 if outline else 0.0),
         "tract": rng.uniform(1.0, 1.2) if outline else rng.uniform(0.88, 1.08),
         "loud": rng.uniform(-1, 1),
@@ -391,13 +404,15 @@ def person(seed: int, identity: int, style: str) -> dict:
 
 
 def ellipse(x, y, a, b):
-    """Distance to an ellipse of half-axes a, b, negative inside; first order, exact near the edge."""
+    """Distance to an ellipse of half-axes a, b, negative inside;
+    first order, exact near the edge."""
     r = np.hypot(x / a, y / b)
     return r * (r - 1) / np.maximum(np.hypot(x / a**2, y / b**2), 1e-3)
 
 
 def paint(image, distance, color, px, opacity=1.0):
-    """Lay a color over image [..., H, W, 3] inside distance < 0 [..., H, W], the edge about a pixel soft."""
+    """Lay a color over image [..., H, W, 3] inside distance < 0 [..., H, W], the
+    edge about a pixel soft."""
     alpha = np.clip(0.5 - distance * px, 0, 1) * opacity
     image += alpha[..., None] * (np.asarray(color, np.float32) - image)
 
@@ -444,7 +459,8 @@ def draw_eyes(image, who: dict, u, v, px: float, brows, furrow, eyes):
     iris = np.hypot(x, y)
     paint(image, np.maximum(iris - 0.105, eye), who["iris"], px, 0.5 if who["outline"] else 1.0)
     paint(image, np.maximum(iris - 0.065, eye), INK, px)
-    # Knit brows are drawn together; knit and lowered they slant to the nose, knit and raised away from it.
+    # Knit brows are drawn together; knit and lowered they slant to the nose,
+    # knit and raised away from it.
     slant = 0.75 * knit * brows
     bend = 1.1 * np.abs(x) - 0.12 if who["outline"] else 1.2 * x**2 - 0.03
     line = -0.47 - 0.24 * brows + slant * x + (0.5 if who["outline"] else 1.0) * bend
@@ -456,7 +472,8 @@ def draw_eyes(image, who: dict, u, v, px: float, brows, furrow, eyes):
 
 
 def draw_mouth(image, who: dict, u, v, px: float, corners, lips, speech):
-    """image [T, h, w, 3], u v [h, w], values [T, 1, 1]. speech in [0, 1] moves an open mouth, never opens a closed."""
+    """image [T, h, w, 3], u v [h, w], values [T, 1, 1]. speech in [0, 1] moves an open mouth,
+    never opens a closed."""
     # Closed covers a span of values: without it a closed mouth would gape or vanish by jitter.
     opened, pressed = np.clip(lips - JITTER, 0, 1) / 0.6, np.clip(-lips - JITTER, 0, 1) / 0.6
     half = 0.34 - 0.07 * opened - 0.06 * pressed
@@ -479,7 +496,8 @@ def draw_mouth(image, who: dict, u, v, px: float, corners, lips, speech):
 
 
 def ease(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Seen values at the apex [5] -> [T, 5]: from rest to the apex by 40 % of the clip, then held."""
+    """Seen values at the apex [5] -> [T, 5]: from rest to the apex by 40 % of the clip,
+    then held."""
     t = np.linspace(0, 1, FRAMES, dtype=np.float32)
     start = rng.uniform(0.0, 0.1)
     s = np.clip((t - start) / (0.4 - start), 0, 1)
@@ -505,9 +523,8 @@ def draw(values: np.ndarray, who: dict, speech: np.ndarray, rng: np.random.Gener
         r = slice(max(0, int(cy + (top - 0.06) * px)), int(cy + (bottom + 0.06) * px))
         c = slice(int(cx - 0.78 * px), int(cx + 0.78 * px))
         draw_part(video[:, r, c], who, u[r, c], v[r, c], px, *extra)
-    video += rng.integers(
-        -1, 2, (FRAMES, SIZE, SIZE, 1), np.int8
-    )  # more noise than this bloats the file
+    # more noise than this bloats the file
+    video += rng.integers(-1, 2, (FRAMES, SIZE, SIZE, 1), np.int8)
     return np.clip(video, 0, 255).astype(np.uint8)
 
 
@@ -515,27 +532,27 @@ def draw(values: np.ndarray, who: dict, speech: np.ndarray, rng: np.random.Gener
 # Voice: a harmonic source and breath noise through vowel formants, cut into syllables
 
 FREQS = np.fft.rfftfreq(SAMPLES, 1 / SAMPLE_RATE).astype(np.float32)
+# a e i o u
 FORMANTS = np.array(
     [[730, 1090, 2440], [530, 1840, 2480], [300, 2300, 3000], [570, 840, 2410], [440, 1020, 2240]],
     np.float32,
-)  # a e i o u
+)
 _n = np.arange(1, 21)[:, None]  # twenty harmonics stay below half the sample rate up to 400 Hz
 PULSE = (np.cos(2 * np.pi * _n * np.arange(2048) / 2048) / _n**1.2).sum(0).astype(np.float32)
 PULSE /= PULSE.std()
-SENTENCE = np.array(
-    [0.2, 1.2, -0.6, 0.9, -1.3, 0.6, -0.2, -0.8]
-)  # accents of the one sentence of the outline people
+# accents of the one sentence of the outline people
+SENTENCE = np.array([0.2, 1.2, -0.6, 0.9, -1.3, 0.6, -0.2, -0.8])
 
 
 def synthesise(
     values: np.ndarray, who: dict, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Heard values [5] -> samples [N] float32 in (-1, 1), speech envelope per frame [T] in [0, 1]."""
+    """Heard values [5] -> samples [N] float32 in (-1, 1), speech envelope
+    per frame [T] in [0, 1]."""
     pitch, melody, rate, loudness, breath = (float(value) for value in values)
     seconds = np.arange(SAMPLES, dtype=np.float32) / SAMPLE_RATE
-    beat = 4.6 * 2 ** (0.8 * rate) * seconds + (
-        0.0 if who["outline"] else rng.uniform(0, 1)
-    )  # counts syllables
+    # counts syllables
+    beat = 4.6 * 2 ** (0.8 * rate) * seconds + (0.0 if who["outline"] else rng.uniform(0, 1))
     syllable = beat.astype(np.int64)
     K = int(syllable[-1]) + 2
     if who["outline"]:
@@ -546,7 +563,8 @@ def synthesise(
         np.sin(np.pi * (beat - syllable)) ** 1.2 * np.resize(rng.uniform(0.8, 1.0, K), K)[syllable]
     )
 
-    # f0: unit-variance contour through the accents, so that melody alone sets the range (in octaves)
+    # f0: unit-variance contour through the accents, so that melody alone
+    # sets the range (in octaves)
     contour = np.interp(beat, np.arange(K) + 0.5, accents)
     contour = np.clip((contour - contour.mean()) / contour.std(), -1.8, 1.8)
     f0 = 165 * 2 ** (0.78 * pitch + who["pitch"] + 0.085 * np.exp(2.0 * melody) * contour)
@@ -562,9 +580,9 @@ def synthesise(
         for f, strength in zip(FORMANTS[vowel] * np.float32(who["tract"]), (1.0, 0.5, 0.25)):
             gain = gain + strength / np.sqrt(1 + ((FREQS - f) / (60 + 0.04 * f)) ** 2)
         sound = np.fft.irfft(spectrum * gain, SAMPLES)
-        voice += sound * (
-            vowels[syllable] == vowel
-        )  # switched where the envelope is zero: no click
+        # switched where the envelope is zero: no click
+        spoken = vowels[syllable] == vowel
+        voice[spoken] += sound[spoken]
     voice *= envelope
     voice *= 0.045 * 10 ** ((12 * loudness + who["loud"]) / 20) / np.sqrt((voice**2).mean())
     voice += 10 ** (rng.uniform(-72, -64) / 20) * rng.standard_normal(SAMPLES, dtype=np.float32)
@@ -598,7 +616,8 @@ def make(out: Path, seed: int, clip: Clip) -> None:
 
 
 def row(seed: int, clip: Clip) -> dict:
-    """One sample: the question and the text to learn (or, for reinforcement learning, the label)."""
+    """One sample: the question and the text to learn (or, for reinforcement learning,
+    the label)."""
     s, p = list(SETS).index(clip.set), list(SETS[clip.set].splits).index(clip.split)
     rng = stream(TEXT, seed, s, p, clip.index)
     question, answer = MEDIA + QUESTION_LABEL + THINK_SUFFIX, clip.label
@@ -615,7 +634,8 @@ def row(seed: int, clip: Clip) -> dict:
 
 
 def claim(out: Path, seed: int, scale: float) -> None:
-    """Mark the folder as this world's, or refuse: clips of two worlds in one folder could not be told apart."""
+    """Mark the folder as this world's, or refuse: clips of two worlds in one folder
+    could not be told apart."""
     world = {
         "version": VERSION,
         "seed": seed,
@@ -643,7 +663,8 @@ def claim(out: Path, seed: int, scale: float) -> None:
 
 
 def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> None:
-    """Write the clips that are missing under `out`, then all sample files. Raises UserError on a foreign folder."""
+    """Write the clips that are missing under `out`, then all sample files.
+    Raises UserError on a foreign folder."""
     out = Path(out)
     claim(out, seed, scale)
     clips = plan(seed, scale)
@@ -682,7 +703,7 @@ def check() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--out", type=Path, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
     parser.add_argument(

@@ -26,7 +26,8 @@ MEDIA = ("input_ids", "frames", "mel", "question_ids", "question_mask")
     reason="torch.compile needs a C++ compiler",
 )
 def test_compiled_layers_are_the_layers(forward):
-    """Stops a compiled path that computes something else, in sampling, in the loss or in its gradient."""
+    """Stops a compiled path that computes something else, in sampling,
+    in the loss or in its gradient."""
     results = []
     for compile_ in (False, True):
         model = load_golden_model()
@@ -71,7 +72,8 @@ SHAPES = [  # B, P, G, T: prompts and completions vary, a prompt alone, a comple
 
 @pytest.fixture
 def built(model, monkeypatch):
-    """Functions in the order in which the compiler was called for them, with a sampler whose halves are compiled."""
+    """Functions in the order in which the compiler was called for them,
+    with a sampler whose halves are compiled."""
     torch._dynamo.reset()  # what it has seen of shapes, too
     built = []
 
@@ -91,8 +93,8 @@ def built(model, monkeypatch):
 
 @pytest.mark.parametrize("kernels", [False, True])
 def test_layers_and_shapes_share_what_is_compiled(model, built, monkeypatch, kernels):
-    """Stops a compiler that is called anew for each layer, step or batch: on a GPU the sampler is compiled by default,
-    and after torch's limit of 8 graphs new shapes run uncompiled."""
+    """Stops a compiler that is called anew for each layer, step or batch: on a GPU the sampler is
+    compiled by default, and after torch's limit of 8 graphs new shapes run uncompiled."""
     kept = sampler.Decoder(model)  # as on a GPU
     if kernels:
         # No view, as the kernel's: of a view the compiler would look at the sizes of its base, too.
@@ -116,7 +118,8 @@ def test_layers_and_shapes_share_what_is_compiled(model, built, monkeypatch, ker
     )
     assert max(counts.pop(f) for f in prefill) <= 6
     if kernels:
-        # The first shape, one for any other number of rows, one for a single row, whose size is a constant.
+        # The first shape, one for any other number of rows, one for a single row,
+        # whose size is a constant.
         assert (
             max(counts.pop(f) for f in (packed.project, packed.join, packed.after_attention)) <= 3
         )
@@ -140,7 +143,8 @@ def test_the_loss_shares_what_is_compiled(model, built):
 
 
 def test_the_limit_of_recompilations_is_told(monkeypatch, capfd):
-    """Stops a run that is half as fast after a while, with a log record that tells neither why nor what to do."""
+    """Stops a run that is half as fast after a while, with a log record that tells
+    neither why nor what to do."""
     monkeypatch.setattr(compiler, "RECOMPILE_LIMIT", 2)
     before = torch._dynamo.config.recompile_limit
     monkeypatch.setattr(
@@ -163,7 +167,8 @@ def test_the_limit_of_recompilations_is_told(monkeypatch, capfd):
     reason="torch.compile needs a C++ compiler",
 )
 def test_kernels_of_a_compiled_layer(model):
-    """Stops a graph break or a copy in the sampler's layers: 7 kernels a layer beside attention, 17 when not compiled."""
+    """Stops a graph break or a copy in the sampler's layers: 7 kernels a layer beside attention,
+    17 when not compiled."""
     packed, (layer, following, *_) = sampler.PackedLayer, sampler.Decoder(model).layers
     x = torch.randn(1, 6, model.config.hidden_size)
     counts = {}
@@ -189,10 +194,12 @@ def test_kernels_of_a_compiled_layer(model):
     reason="torch.compile needs a C++ compiler",
 )
 def test_the_compiled_step_copies_no_cache(monkeypatch):
-    """Stops the copy that Inductor made of the whole cache, in every layer of every step: half a millisecond of 2.4 at 64
-    rows on an H100.  Eager code has no such copy, so counted operations do not see it.
+    """Stops the copy that Inductor made of the whole cache, in every layer of every step: half
+    a millisecond of 2.4 at 64 rows on an H100.  Eager code has no such copy, so counted
+    operations do not see it.
 
-    The shapes of HumanOmni-0.5B; T is a prime beside 512, so that what holds or loops over the cache can be divided by it.
+    The shapes of HumanOmni-0.5B; T is a prime beside 512, so that what holds or loops over the
+    cache can be divided by it.
     """
     monkeypatch.setattr(sampler, "ONEDNN", False)
     B, G, T, D, H, K, d = 8, 8, 509, 896, 14, 2, 64

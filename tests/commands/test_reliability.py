@@ -1,6 +1,8 @@
-"""What real runs meet: signals, kills at any moment, full disks, damaged checkpoints, NaN, ranks that die.
+"""What real runs meet: signals, kills at any moment, full disks, damaged checkpoints, NaN,
+ranks that die.
 
-The measure is always the same: the run that was interrupted ends bit for bit as the one that was not.
+The measure is always the same: the run that was interrupted ends bit for bit
+as the one that was not.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ from test_runs import LABELS, MEDIA, MOVING, ROOT, call, metrics, under_torchrun
 import grpo
 from lib import common
 from lib.common import OUT_OF_MEMORY
-from lib.run_folder import damage
+from lib.run_folder import find_damage
 
 STEPS = 6
 
@@ -40,10 +42,9 @@ def labels(tmp_path_factory) -> Path:
 
 def flags(script: str, out: Path, labels: Path, *more) -> list[str]:
     """Six steps of two prompts over four clips: three epochs; a schedule that falls."""
-    own = {
-        "grpo.py": ("--max_new_tokens", 5, "--num_generations", 3, "--prompts_per_step", 2),
-        "sft.py": ("--batch_size", 2, "--micro_batch", 1),
-    }[script]
+    own = ("--max_new_tokens", 5, "--num_generations", 3, "--prompts_per_step", 2)
+    if script == "sft.py":
+        own = ("--batch_size", 2, "--micro_batch", 1)
     return [
         str(word)
         for word in (
@@ -116,13 +117,12 @@ def whole(labels, tmp_path_factory) -> dict:
         ends[script] = end_of(folder / script)
     start = load_file(GOLDEN / "humanomni" / "model.safetensors")
     for end in ends.values():
-        assert (
-            max(float((end["weights"][k] - start[k]).abs().max()) for k in start) > 1e-4
-        )  # there is something to lose
+        # there is something to lose
+        assert max(float((end["weights"][k] - start[k]).abs().max()) for k in start) > 1e-4
     return ends
 
 
-# ---- stopping and going on -------------------------------------------------------------------------
+# ---- stopping and going on -----------------------------------------------------------------------
 
 
 def at_step(step: int, action: str) -> str:
@@ -130,10 +130,10 @@ def at_step(step: int, action: str) -> str:
     return f"""
 import os, pathlib, signal, training
 book = training.Run.finish_step
-def count(self, *args):
-    if self.state["step"] + 1 == {step}:
+def count(self, *args, **more):
+    if self.state.step + 1 == {step}:
         {action}
-    return book(self, *args)
+    return book(self, *args, **more)
 training.Run.finish_step = count
 """
 
@@ -147,15 +147,14 @@ def signal_at(step: int, *kinds: str) -> str:
     "script, kind", [("grpo.py", "SIGTERM"), ("grpo.py", "SIGINT"), ("sft.py", "SIGTERM")]
 )
 def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole, labels, tmp_path):
-    """Stops: work lost to a scheduler's SIGTERM or to Ctrl-C; replayed data; Adam, schedule or reference reset on resume."""
+    """Stops: work lost to a scheduler's SIGTERM or to Ctrl-C; replayed data;
+    Adam, schedule or reference reset on resume."""
     out = tmp_path / "run"
-    done = run(
-        script, out, labels, "--save_every", 0, "--workers", 1, hook=signal_at(3, kind)
-    )  # `whole` has no worker
+    # `whole` has no worker
+    done = run(script, out, labels, "--save_every", 0, "--workers", 1, hook=signal_at(3, kind))
     rows = [r["step"] for r in metrics(out)]
-    assert (
-        len(rows) in (3, 4) and (out / "latest").resolve().name == f"step_{len(rows)}"
-    )  # the flag is seen next step
+    # the flag is seen next step
+    assert len(rows) in (3, 4) and (out / "latest").resolve().name == f"step_{len(rows)}"
     command = shlex.split(done.stdout.strip().splitlines()[-1])
     assert command[0] == "python" and command[1].endswith(script) and command[-1] == "--resume"
     assert "resuming after step" in call(script, *command[2:], hook=MOVING).stdout
@@ -163,7 +162,8 @@ def test_a_signal_ends_the_step_saves_and_tells_how_to_go_on(script, kind, whole
 
 
 def test_a_second_ctrl_c_ends_at_once(labels, tmp_path):
-    """Stops: a second Ctrl-C that does nothing; and torchrun's SIGTERM, which follows its own, tearing the save."""
+    """Stops: a second Ctrl-C that does nothing; and torchrun's SIGTERM, which follows its own,
+    tearing the save."""
     done = run(
         "grpo.py", tmp_path / "twice", labels, hook=signal_at(3, "SIGTERM", "SIGINT"), check=False
     )
@@ -186,7 +186,8 @@ def test_a_second_ctrl_c_ends_at_once(labels, tmp_path):
 
 
 def test_killed_at_twenty_random_moments(whole, labels, tmp_path):
-    """Stops: half a checkpoint taken for a whole one, rows twice or missing, a run that cannot be resumed."""
+    """Stops: half a checkpoint taken for a whole one, rows twice or missing,
+    a run that cannot be resumed."""
     server, out, random_ = forkserver.shared(), tmp_path / "run", random.Random(0)
     more, kills, lived = ["--keep", 2], 0, 0.6
     while kills < 20:
@@ -200,9 +201,8 @@ def test_killed_at_twenty_random_moments(whole, labels, tmp_path):
         assert done.returncode in (0, -signal.SIGKILL), done.stderr[-2000:]
         kills += done.returncode != 0
         lived = min(1.8, lived * 1.25)  # about a whole run
-        if (
-            done.returncode == 0
-        ):  # it came to its end: that must be right too, and then from the start
+        # it came to its end: that must be right too, and then from the start
+        if done.returncode == 0:
             assert_same(end_of(out), whole["grpo.py"])
             shutil.rmtree(out)
             more = ["--keep", 2]
@@ -238,7 +238,8 @@ for name in ("write_json", "sync", "digest"):
 
 
 def test_killed_at_every_kind_of_operation_of_a_save(whole, labels, tmp_path):
-    """Stops: a moment between two file operations in which neither the old checkpoint nor the new one is there."""
+    """Stops: a moment between two file operations in which neither the old checkpoint
+    nor the new one is there."""
     out, n, kills = tmp_path / "run", 3, 0
     more: list[str] = []
     while kills < 25:
@@ -251,7 +252,9 @@ def test_killed_at_every_kind_of_operation_of_a_save(whole, labels, tmp_path):
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         kills, n = kills + 1, n + 7  # another operation, and in time some progress
         latest = out / "latest"
-        assert not latest.is_symlink() or damage(latest.resolve()) is None or not latest.exists()
+        assert (
+            not latest.is_symlink() or find_damage(latest.resolve()) is None or not latest.exists()
+        )
         more = ["--resume"] if (out / "config.json").exists() else []
     assert kills >= 5
     run("grpo.py", out, labels, "--keep", 1, "--resume")
@@ -261,7 +264,8 @@ def test_killed_at_every_kind_of_operation_of_a_save(whole, labels, tmp_path):
 
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "no manifest", "file lost"])
 def test_a_damaged_newest_checkpoint_is_passed_over(harm, whole, labels, tmp_path):
-    """Stops: a run that trusts a torn file, or that gives up although the checkpoint before is sound."""
+    """Stops: a run that trusts a torn file, or that gives up although the
+    checkpoint before is sound."""
     out = tmp_path / "run"
     run("grpo.py", out, labels, "--max_steps", 4, "--allow_changes")
     newest = out / "checkpoints" / "step_4"
@@ -275,11 +279,11 @@ def test_a_damaged_newest_checkpoint_is_passed_over(harm, whole, labels, tmp_pat
         (newest / "manifest.json").unlink()
     else:
         (newest / "tokenizer_config.json").unlink()
-    assert damage(newest) and damage(out / "checkpoints" / "step_3") is None
+    assert find_damage(newest) and find_damage(out / "checkpoints" / "step_3") is None
     done = run("grpo.py", out, labels, "--max_steps", 4, "--resume")
     assert "step_4 is damaged" in done.stdout and "resuming after step 3" in done.stdout
     rows = [r["step"] for r in metrics(out)]
-    assert rows == [1, 2, 3, 4] and damage(newest) is None
+    assert rows == [1, 2, 3, 4] and find_damage(newest) is None
     for checkpoint in (out / "checkpoints").iterdir():
         os.truncate(checkpoint / "trainer.pt", 1000)
     done = run("grpo.py", out, labels, "--max_steps", 4, "--resume", check=False)
@@ -291,15 +295,15 @@ def test_a_damaged_newest_checkpoint_is_passed_over(harm, whole, labels, tmp_pat
 
 
 def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
-    """Stops: a resumed run under other flags or other data, with nothing in the folder that tells."""
+    """Stops: a resumed run under other flags or other data,
+    with nothing in the folder that tells."""
     data = write_rows(tmp_path / "data.json", list(LABELS.items()))
     out = tmp_path / "run"
     run("grpo.py", out, data, "--max_steps", 2)
     done = run("grpo.py", out, data, "--max_steps", 2, "--resume", "--lr", 1e-2, check=False)
     assert done.returncode == 1 and "--lr was 0.001 and is 0.01" in done.stderr
-    assert (
-        json.loads((out / "config.json").read_text())["lr"] == 1e-3
-    )  # nor was it noted as the run's
+    # nor was it noted as the run's
+    assert json.loads((out / "config.json").read_text())["lr"] == 1e-3
     write_rows(data, list((LABELS | {"wide.mp4": "sad"}).items()))
     done = run("grpo.py", out, data, "--max_steps", 3, "--resume", check=False)
     assert (
@@ -311,15 +315,15 @@ def test_a_run_is_not_continued_as_another_run(labels, tmp_path):
     assert "schedule is stretched" in done.stdout and (out / "latest").resolve().name == "step_3"
 
 
-# ---- several ranks ---------------------------------------------------------------------------------
+# ---- several ranks -------------------------------------------------------------------------------
 
 
 def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path):
-    """Stops: clips skipped or repeated because the number of GPUs changed between two parts of a run."""
+    """Stops: clips skipped or repeated because the number of GPUs changed
+    between two parts of a run."""
     out = tmp_path / "run"
-    done = run(
-        "grpo.py", out, labels, "--save_every", 0, ranks=2, hook=signal_at(3, "SIGTERM")
-    )  # torchrun ends well, too
+    # torchrun ends well, too
+    done = run("grpo.py", out, labels, "--save_every", 0, ranks=2, hook=signal_at(3, "SIGTERM"))
     assert "torchrun --nproc_per_node=2" in done.stdout
     done = run("grpo.py", out, labels, "--save_every", 0, "--resume")
     assert "2 rank(s) before, 1 now" in done.stdout
@@ -331,25 +335,19 @@ def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path
         for e in (end, whole["grpo.py"])
     ]
     assert [(key(r), r["text"]) for r in rows[0]] == [(key(r), r["text"]) for r in rows[1]]
-    for name in (
-        "reward",
-        "loss",
-        "kl",
-        "entropy",
-        "grad_norm",
-    ):  # of a step on two ranks, and on one
+    # of a step on two ranks, and on one
+    for name in ("reward", "loss", "kl", "entropy", "grad_norm"):
         assert end["metrics"][0][name] == pytest.approx(
             whole["grpo.py"]["metrics"][0][name], rel=1e-6, abs=1e-7
         ), name
     for k, v in whole["grpo.py"]["weights"].items():
-        torch.testing.assert_close(
-            end["weights"][k], v, atol=1e-4, rtol=0
-        )  # sums in another order, six steps of 1e-3
+        # sums in another order, six steps of 1e-3
+        torch.testing.assert_close(end["weights"][k], v, atol=5e-4, rtol=0)
 
 
 def die_once(out: Path, step: int) -> str:
-    """A hook: rank 1 is killed in the first attempt.  A file tells the attempts apart: torchrun counts an agent's own
-    failures only."""
+    """A hook: rank 1 is killed in the first attempt.  A file tells the attempts apart:
+    torchrun counts an agent's own failures only."""
     died = f"pathlib.Path({str(out.with_suffix('.died'))!r})"
     return at_step(
         step,
@@ -372,7 +370,8 @@ def test_a_dead_rank_ends_the_run_by_name(labels, tmp_path):
 
 
 def test_a_restarted_rank_finds_the_living(monkeypatch):
-    """Stops: ranks that torchrun restarts taking a dead rank's address from the store that it keeps for all attempts."""
+    """Stops: ranks that torchrun restarts taking a dead rank's address from the store that it keeps
+    for all attempts."""
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stores = [dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False) for _ in range(3)]
     mine = threading.local()
@@ -382,9 +381,8 @@ def test_a_restarted_rank_finds_the_living(monkeypatch):
         mine.rank = rank
         found[rank] = common.fresh_store()
 
-    for attempt, order in enumerate(
-        [(0, 1, 2), (2, 1, 0), (1, 0, 2)]
-    ):  # rank 0 may come first or last
+    # rank 0 may come first or last
+    for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
         found: dict = {}
         threads = [
             threading.Thread(target=start, args=(rank, found), daemon=True) for rank in order
@@ -408,8 +406,9 @@ def test_a_restarted_rank_finds_the_living(monkeypatch):
 
 
 def test_two_machines_are_one(labels, tmp_path):
-    """Stops: a multi-node launch that splits the data, the seed or the writing by local rank; a restart by torchrun that
-    hangs, or that starts the run anew instead of going on from its last checkpoint."""
+    """Stops: a multi-node launch that splits the data, the seed or the writing by local rank; a
+    restart by torchrun that hangs, or that starts the run anew instead of going on from its
+    last checkpoint."""
     port, out = 20_000 + os.getpid() % 20_000, tmp_path / "nodes"
     line = next(
         line
@@ -448,11 +447,12 @@ def test_two_machines_are_one(labels, tmp_path):
     assert all(torch.equal(a["weights"][k], b["weights"][k]) for k in a["weights"])
 
 
-# ---- faults ----------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def poison(when: str, what: str = "nan") -> str:
-    """A hook: an entry of the gradient is `what` in those of the optimiser's steps, `seen` = 1, 2 .., that `when` names."""
+    """A hook: an entry of the gradient is `what` in those of the optimiser's steps,
+    `seen` = 1, 2 .., that `when` names."""
     return f"""
 import os, training
 step, seen = training.MasterAdamW.step, 0
@@ -467,7 +467,8 @@ training.MasterAdamW.step = poisoned
 
 
 def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
-    """Stops: one NaN that ends a run of days, or lives on in Adam's moments; and a run that skips for ever."""
+    """Stops: one NaN that ends a run of days, or lives on in Adam's moments;
+    and a run that skips for ever."""
     for what in ("nan", "inf"):
         out = tmp_path / what
         run("grpo.py", out, labels, hook=poison("seen in (2, 4)", what))
@@ -480,10 +481,8 @@ def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
         "grpo.py",
         tmp_path / "stuck",
         labels,
-        "--max_bad_steps",
-        3,
         check=False,
-        hook=poison("seen > 1"),
+        hook=poison("seen > 1") + "import training\ntraining.MAX_BAD_STEPS = 3\n",
     )
     assert (
         done.returncode == 1
@@ -496,7 +495,8 @@ def test_a_loss_that_is_not_finite_skips_the_step(whole, labels, tmp_path):
 def test_a_bad_gradient_on_one_rank_is_skipped_by_all_and_two_ranks_are_one_for_sft(
     labels, tmp_path
 ):
-    """Stops: ranks that part because one skipped and one did not; an SFT loss that is averaged per rank."""
+    """Stops: ranks that part because one skipped and one did not;
+    an SFT loss that is averaged per rank."""
     hook = poison("seen == 2 and os.environ.get('RANK', '1') == '1'")
     run("sft.py", tmp_path / "two", labels, "--save_every", 0, ranks=2, hook=hook)
     run("sft.py", tmp_path / "one", labels, "--save_every", 0, hook=hook)
@@ -544,45 +544,33 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(whole, labels, tmp_path):
             done.returncode == 1 and "cannot write" in done.stderr and "--resume" in done.stderr
         ), done.stderr[-1500:]
         assert (
-            "Traceback" not in done.stderr and damage((disk / "run" / "latest").resolve()) is None
+            "Traceback" not in done.stderr
+            and find_damage((disk / "run" / "latest").resolve()) is None
         )
         assert (disk / "run" / "latest").resolve().name == "step_2"
         shutil.rmtree(disk / "run" / "checkpoints" / "step_1")  # room
-        run("grpo.py", disk / "run", labels, "--resume", "--keep", 1, "--on_save_error", "continue")
+        run("grpo.py", disk / "run", labels, "--resume", "--keep", 1)
         assert_same(end_of(disk / "run"), whole["grpo.py"])
-    with small_disk(tmp_path / "disk2", int(2.5 * one) + 1) as disk:
-        done = run("grpo.py", disk / "run", labels, "--on_save_error", "continue")
-        assert "training goes on" in done.stdout
-        rows = [r["step"] for r in metrics(disk / "run")]
-        assert (
-            rows == list(range(1, STEPS + 1))
-            and (disk / "run" / "latest").resolve().name == "step_2"
-        )
-        assert sorted(p.name for p in (disk / "run" / "checkpoints").iterdir()) == [
-            "step_1",
-            "step_2",
-        ]
 
 
-def test_log_rows_that_did_not_fit_are_written_later(tmp_path):
-    """Stops: rows lost, or half a row left, when a log cannot be written for a while."""
-    from lib.common import start_ranks
-    from lib.run_folder import RunFolder
+def test_a_log_that_cannot_be_written_ends_the_run_without_half_a_row(tmp_path, monkeypatch):
+    """Stops: half a row that is left in a log, and a run that goes on without its rows."""
+    from lib import run_folder
+    from lib.common import UserError, start_ranks
 
-    folder = object.__new__(RunFolder)
-    folder.path, folder.ranks, folder.unwritten, folder.on_save_error = (
-        tmp_path / "gone",
-        start_ranks("cpu"),
-        {},
-        "continue",
-    )
+    folder = object.__new__(run_folder.RunFolder)
+    folder.path, folder.ranks = tmp_path, start_ranks("cpu")
     folder.append("metrics.jsonl", [{"step": 1}])
-    folder.append("metrics.jsonl", [{"step": 2}])
-    folder.path.mkdir()
-    folder.append("metrics.jsonl", [{"step": 3}])
-    assert (
-        folder.path / "metrics.jsonl"
-    ).read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n' and not folder.unwritten
+
+    def full(file):
+        file.flush()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "sync", full)
+        with pytest.raises(UserError, match=r"No space left.*--resume"):
+            folder.append("metrics.jsonl", [{"step": 2}])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_out_of_gpu_memory_names_flags_that_exist():
@@ -595,7 +583,7 @@ def test_out_of_gpu_memory_names_flags_that_exist():
     )
 
 
-# ---- precision -------------------------------------------------------------------------------------
+# ---- precision -----------------------------------------------------------------------------------
 
 
 def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
@@ -611,6 +599,11 @@ def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
     assert "2 of 2 steps changed nothing" in done.stdout  # or it looks trained
     rows = metrics(tmp_path / "off")
     assert [r["skipped_steps"] for r in rows] == [1, 2] and rows[0]["sampler_logp_diff/mean"] > 0.5
-    run("grpo.py", tmp_path / "told", labels, "--max_steps", 2, "--max_logp_diff", 2, hook=hook)
+    patient = tmp_path / "patient.py"
+    patient.write_text(
+        "import grpo\nfrom lib.common import run_main\n"
+        "grpo.MAX_LOGP_DIFF = 2\nrun_main(grpo.main, grpo.Args)\n"
+    )
+    run(patient, tmp_path / "told", labels, "--max_steps", 2, hook=hook)
     rows = metrics(tmp_path / "told")
     assert [r["skipped_steps"] for r in rows] == [0, 0]

@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -14,10 +16,11 @@ import sft
 from lib.common import UserError, check_writable, parse_args, read_comments
 from toy import __main__ as toy
 
+ROOT = Path(__file__).parents[2]
 LESSON = [grpo.Args, sft.Args, eval_script.Args]
 TOOLS = [
     value
-    for file in sorted((Path(__file__).parents[2] / "tools").glob("[a-z]*.py"))
+    for file in sorted((ROOT / "tools").glob("[a-z]*.py"))
     for value in vars(importlib.import_module(f"tools.{file.stem}")).values()
     if isinstance(value, type)
     and value.__name__.endswith("Args")
@@ -100,7 +103,8 @@ class Derived(Base):
 
 
 def test_help_by_hand(capsys, monkeypatch):
-    """Stops a redefined flag that leaves its group or loses its help, and defaults that are none or not shown."""
+    """Stops a redefined flag that leaves its group or loses its help,
+    and defaults that are none or not shown."""
     assert help_of(Derived, capsys, monkeypatch) == {
         "options": {},
         "first": {
@@ -120,7 +124,8 @@ def test_help_by_hand(capsys, monkeypatch):
 
 
 def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path):
-    """Stops hours of work that end at the first file, and a check that itself leaves files or folders."""
+    """Stops hours of work that end at the first file, and a check that itself
+    leaves files or folders."""
     (tmp_path / "file").write_text("kept")
     check_writable(tmp_path / "new" / "folder", "--out")
     check_writable(tmp_path / "new" / "file.json")
@@ -144,3 +149,34 @@ def test_what_cannot_be_written_is_told_and_nothing_is_left(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"] and (
         tmp_path / "file"
     ).read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "word, suggestion",
+    [
+        ("--modle=x", "--model"),
+        ("--num_generation", "--num_generations"),
+        ("--zzzzzz", None),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_a_similar_one(word, suggestion, capsys):
+    """Stops: a misspelt flag that is reported as another one that is missing, without a hint."""
+    with pytest.raises(SystemExit) as end:
+        parse_args(grpo.Args, [word, "3"])
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and f"unrecognized arguments: {word.split('=')[0]}" in message
+    if suggestion:
+        assert f"did you mean {suggestion}?" in message
+    else:
+        assert "did you mean" not in message
+
+
+def test_help_imports_no_library_that_takes_longer_than_torch():
+    """Stops a --help that takes three times as long as importing torch does."""
+    code = (
+        "import sys, eval, grpo, sft\n"
+        "slow = {'transformers', 'torch._dynamo', 'huggingface_hub', 'av', 'pandas'}\n"
+        "print(*slow & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "", done.stdout + done.stderr[-500:]

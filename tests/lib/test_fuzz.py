@@ -1,10 +1,12 @@
-"""Hostile input: texts, sample files, lists and clips that nobody thought of, and some that somebody did.
+"""Hostile input: texts, sample files, lists and clips that nobody thought of,
+and some that somebody did.
 
-The random ones are the same in every run: hypothesis is told to derive its examples from the test, media are damaged
-with fixed seeds.  Clips are read in a process of their own, with limits on memory and time, because a decoder that goes
-wrong takes its process along:
+The random ones are the same in every run: hypothesis is told to derive its examples from the test,
+media are damaged with fixed seeds.  Clips are read in a process of their own, with limits on memory
+and time, because a decoder that goes wrong takes its process along:
 
-    python tests/lib/test_fuzz.py FOLDER SECONDS      # reads every clip of the folder, one JSON row each (needs Linux)
+    python tests/lib/test_fuzz.py FOLDER SECONDS      # reads every clip of the folder,
+                                                      # one JSON row each (needs Linux)
 """
 
 import ast
@@ -49,9 +51,8 @@ from tools import convert
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
 
-hypothesis.configuration.set_hypothesis_home_dir(
-    tempfile.gettempdir()
-)  # nothing of it lands in the repository
+# nothing of it lands in the repository
+hypothesis.configuration.set_hypothesis_home_dir(tempfile.gettempdir())
 fuzz = settings(derandomize=True, database=None, deadline=None, max_examples=200)
 
 
@@ -145,7 +146,8 @@ def slow_normalise(text: str) -> str | None:
 @fuzz
 @given(texts, words)
 def test_rewards_equal_their_slow_twins(text, label):
-    """Stops a reward that raises on sampled text, or that counts, cuts or orders the tags in another way than it says."""
+    """Stops a reward that raises on sampled text, or that counts,
+    cuts or orders the tags in another way than it says."""
     assert rewards.parse_answer(text) == slow_answer(text)
     assert rewards.format_reward(text) == slow_format(text)
     assert reasoning.normalise(text) == slow_normalise(text)
@@ -171,7 +173,8 @@ def test_rewards_equal_their_slow_twins(text, label):
     st.lists(st.booleans(), min_size=14, max_size=14),
 )
 def test_the_right_form_is_rewarded(thought, label, space, upper):
-    """Stops a policy that does what it is asked to going without its reward, for odd letters, spaces or capitals."""
+    """Stops a policy that does what it is asked to going without its reward, for odd letters,
+    spaces or capitals."""
     if any(tag in thought for tag in TAGS):
         return
     said = "".join(c.upper() if up else c for c, up in zip(label, upper))
@@ -204,7 +207,8 @@ def test_the_right_form_is_rewarded(thought, label, space, upper):
     st.sampled_from(["", *TAGS]),
 )
 def test_repetition_is_linear(unit, before, after):
-    """Stops a step that all ranks wait in, because one completion repeats itself and a pattern backtracks on it."""
+    """Stops a step that all ranks wait in, because one completion repeats itself and a pattern
+    backtracks on it."""
     text = before + unit * (100_000 // len(unit)) + after
     with limit(120):
         for reward in (
@@ -255,7 +259,8 @@ odd_rows = st.fixed_dictionaries(
 
 @st.composite
 def good_rows(draw) -> tuple[dict, tuple]:
-    """A row, and (id, question, answer, target, modal, dataset) as read_samples must give it back."""
+    """A row, and (id, question, answer, target, modal, dataset) as
+    read_samples must give it back."""
     modal = draw(st.sampled_from(["video_audio", "video", "audio"]))
     media = "".join(f"<{name}>\n" for name in modal.split("_"))
     clip, question, answer, thought = draw(names), draw(plain), draw(plain), draw(plain)
@@ -278,7 +283,8 @@ forms = st.sampled_from(["jsonl", "json", "indented"])
 @fuzz
 @given(st.lists(good_rows(), min_size=1, max_size=4), forms, st.booleans())
 def test_samples_survive_the_way_through_a_file(folder, rows, form, ascii_only):
-    """Stops a row that another language, a line separator or a quotation mark changes on the way."""
+    """Stops a row that another language, a line separator or a quotation
+    mark changes on the way."""
     file = folder / "good.json"
     file.write_text(as_file([r for r, _ in rows], form, ascii_only), encoding="utf-8")
     read = [(s.id, s.question, s.answer, s.target, s.modal, s.dataset) for s in read_samples(file)]
@@ -329,10 +335,10 @@ def test_a_fault_is_told_with_its_line(folder, rows, at, form, choices):
     assert f"{file} line {number}" in str(error.value), (number, str(error.value))
 
 
-def samples_or_told(file: Path, **options) -> bool:
+def samples_or_told(file: Path) -> bool:
     """True if the file could be read; False if it was refused in one sentence that names it."""
     try:
-        samples = read_samples(file, **options)
+        samples = read_samples(file)
     except UserError as error:
         assert str(file) in str(error)
         return False
@@ -352,11 +358,11 @@ def samples_or_told(file: Path, **options) -> bool:
     )
 )
 def test_any_sample_file_is_read_or_refused(folder, content):
-    """Stops a traceback, or something that is no sample, from a sample file that a student wrote or a download damaged."""
+    """Stops a traceback, or something that is no sample, from a sample file that a student wrote or
+    a download damaged."""
     file = folder / "any.json"
     file.write_bytes(content)
-    for strict in (False, True):
-        samples_or_told(file, strict_paths=strict)
+    samples_or_told(file)
 
 
 @fuzz
@@ -402,15 +408,16 @@ def test_any_damaged_sample_file_is_read_or_refused(folder, rows, form, choices)
     ],
 )
 def test_sample_files_that_python_itself_stumbles_over(tmp_path, content):
-    """Stops RecursionError, ValueError, TypeError and UnicodeEncodeError in place of the sentence that names the line.
+    """Stops RecursionError, ValueError, TypeError and UnicodeEncodeError in place of the sentence
+    that names the line.
 
-    Half a character (a lone surrogate) can be written in json, but not in the logs of a run: it would end there, later.
+    Half a character (a lone surrogate) can be written in json, but not in the logs of a run:
+    it would end there, later.
     """
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "a.jsonl").write_text(content)
-    for strict in (False, True):
-        read = samples_or_told(tmp_path / "a.jsonl", strict_paths=strict)
-        assert not (read and "\\ud" in content)
+    read = samples_or_told(tmp_path / "a.jsonl")
+    assert not (read and "\\ud" in content)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -461,7 +468,8 @@ listings = (
 @fuzz
 @given(listings, listings)
 def test_any_list_is_read_or_refused(folder, content, other):
-    """Stops a traceback from a list that was saved by a spreadsheet, cut off, or is of another data set."""
+    """Stops a traceback from a list that was saved by a spreadsheet, cut off,
+    or is of another data set."""
     file, labels = folder / "list.csv", folder / "labels.csv"
     file.write_bytes(content)
     labels.write_bytes(other)
@@ -514,7 +522,8 @@ def test_lists_are_read_as_written(folder, rows, newline, bom):
     )
 )
 def test_reasoning_survives_commas_quotes_and_lines(folder, rows):
-    """Stops reasoning that is cut at a comma, a quotation mark or a line end, or lands with another clip's label."""
+    """Stops reasoning that is cut at a comma, a quotation mark or a line end,
+    or lands with another clip's label."""
 
     def quoted(text: str) -> str:
         return '"' + text.replace('"', '""') + '"'
@@ -557,11 +566,8 @@ def test_a_name_of_too_many_digits(tmp_path):
 )
 def test_measures_equal_scikit_learn(pairs):
     """Stops an accuracy, a mean recall or a confusion matrix of our own definition."""
-    from sklearn.metrics import (
-        accuracy_score,
-        confusion_matrix,
-        recall_score,
-    )  # here: the clip reader does without it
+    # here: the clip reader does without it
+    from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
     truth, predicted = [t for t, _ in pairs], [p for _, p in pairs]
     classes, said = sorted(set(truth)), [p or "nothing" for p in predicted]
@@ -587,11 +593,8 @@ def test_measures_equal_scikit_learn(pairs):
 # Clips: damaged and hostile ones, all read by one other process
 # ------------------------------------------------------------------------------------------------
 
-MUTATIONS, SECONDS, ROOM = (
-    500,
-    30,
-    1024 * MIB,
-)  # how many; limits of one clip on time, of all on memory
+# how many; limits of one clip on time, of all on memory
+MUTATIONS, SECONDS, ROOM = 500, 30, 1024 * MIB
 BOXES = (
     b"mvhd",
     b"tkhd",
@@ -660,7 +663,8 @@ def mutate(content: bytes, kind: str, rng: random.Random) -> bytes:
 
 
 def gif(greys: list[int], side: int = 1, screen: int = 1) -> bytes:
-    """Frames of side x side, of which the first pixel alone is stored: of one grey each where that is all."""
+    """Frames of side x side, of which the first pixel alone is stored:
+    of one grey each where that is all."""
     parts = [b"GIF89a", struct.pack("<HHBBB", screen, screen, 0, 0, 0)]
     for grey in greys:
         parts.append(b"\x21\xf9\x04" + struct.pack("<BHB", 4, 4, 0) + b"\0")
@@ -755,15 +759,15 @@ def write_bombs(folder: Path) -> None:
 
 
 def read_all(folder: str, seconds: int) -> None:
-    """Reads every clip of the folder by its relative name, and prints a row before and after each."""
+    """Reads every clip of the folder by its relative name, and prints a
+    row before and after each."""
     os.chdir(folder)
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (virtual + ROOM,) * 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number, name in enumerate(sorted({*os.listdir(), *BOMBS})):
-        media.SEEK_ABOVE = (
-            2 if number % 3 == 0 and name not in BOMBS else 2000
-        )  # short clips are also sought in
+        # short clips are also sought in
+        media.SEEK_ABOVE = 2 if number % 3 == 0 and name not in BOMBS else 2000
         print(json.dumps({"name": name}), flush=True)
         signal.alarm(seconds)  # kills: a decoder that hangs would not let Python act
         start, told = time.monotonic(), None
@@ -817,20 +821,21 @@ def readings(tmp_path_factory) -> dict[str, dict]:
 
 
 def test_damaged_clips_are_read_or_refused(readings):
-    """Stops a damaged download ending a run of days: by an error, a crash of the decoder, a hang or all the memory."""
+    """Stops a damaged download ending a run of days: by an error, a crash of the decoder,
+    a hang or all the memory."""
     rows = [r for name, r in readings.items() if name[:3].isdigit() and " of " in name]
     assert len(rows) == MUTATIONS
     assert [r for r in rows if r["kind"] not in ("Clip", "ClipError")] == []
     assert all(r["name"] in r["told"] for r in rows if r["kind"] == "ClipError")
-    assert (
-        min(Counter(r["kind"] for r in rows).values()) > 50
-    )  # else the damage is too little, or too much
+    # else the damage is too little, or too much
+    assert min(Counter(r["kind"] for r in rows).values()) > 50
     assert max(r["peak"] for r in readings.values()) * MIB <= ROOM
 
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(name, readings):
-    """Stops a small file that takes all memory or time, opens other files, or waits for ever; and an honest one refused."""
+    """Stops a small file that takes all memory or time, opens other files, or waits for ever;
+    and an honest one refused."""
     found = readings[name]
     assert found["peak"] <= 512  # MiB; without limits 16000.png takes 730 and index.mp4 1020
     if BOMBS[name] is None:
@@ -910,7 +915,8 @@ def dangers(source: str) -> list[str]:
 
 
 def test_sources_run_nothing_that_they_read():
-    """Stops a line that would run what a file holds: torch.load without weights_only=True, pickle, eval, remote code."""
+    """Stops a line that would run what a file holds: torch.load without weights_only=True, pickle,
+    eval, remote code."""
     sources = {
         str(p): p.read_text()
         for floor in (".", "lib", "tools", "toy")
@@ -931,60 +937,11 @@ def test_sources_run_nothing_that_they_read():
         assert dangers(bad), bad
 
 
-@pytest.mark.parametrize(
-    "clip, allowed",
-    [
-        ("a.mp4", True),
-        ("sub/b.mp4", True),
-        ("sub/../a.mp4", True),
-        ("inner.mp4", True),
-        ("{root}/a.mp4", True),
-        ("gone.mp4", True),
-        ("..a.mp4", True),
-        ("/etc/passwd", False),
-        ("{root}-other/a.mp4", False),
-        ("../a.mp4", False),
-        ("sub/../../a.mp4", False),
-        ("../media-other/a.mp4", False),
-        ("out.mp4", False),
-        ("out/a.mp4", False),
-        ("chain.mp4", False),
-    ],
-)
-def test_strict_paths(tmp_path, clip, allowed):
-    """Stops a sample file of a stranger naming files outside of the media folder: by "/", by "..", by a link."""
-    root = tmp_path / "media"
-    for folder in (root / "sub", tmp_path / "media-other"):
-        folder.mkdir(parents=True)
-    for file in (
-        root / "a.mp4",
-        root / "sub" / "b.mp4",
-        tmp_path / "media-other" / "a.mp4",
-        tmp_path / "a.mp4",
-    ):
-        file.write_text("clip")
-    links = {
-        "inner.mp4": "sub/b.mp4",
-        "out.mp4": "../a.mp4",
-        "out": "../media-other",
-        "chain.mp4": "out.mp4",
-    }
-    for link, target in links.items():
-        (root / link).symlink_to(target)
-    file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps(row()) + "\n" + json.dumps(row(clip.format(root=root))) + "\n")
-    assert len(read_samples(file, str(root))) == 2
-    if allowed:
-        assert len(read_samples(file, str(root), strict_paths=True)) == 2
-    else:
-        with pytest.raises(UserError, match=r"a\.jsonl line 2: .* is outside --media_root"):
-            read_samples(file, str(root), strict_paths=True)
-
-
 @fuzz
 @given(st.text(st.characters() | st.characters(categories=["Cc", "Cf", "Zl", "Zp", "Cs"])))
 def test_printable(text):
-    """Stops a file's name or a sampled text that moves the cursor, rings, turns the line round or cannot be encoded."""
+    """Stops a file's name or a sampled text that moves the cursor, rings,
+    turns the line round or cannot be encoded."""
     shown = printable(text)
     assert shown.isprintable() and (shown == text) == text.isprintable()
     shown.encode()
@@ -1010,13 +967,13 @@ def test_printable_by_example():
     )
 )
 def test_a_row_of_a_log_is_a_line(folder, said):
-    """Stops a sampled line end that cuts a row of a log in two: every later row of the run would be lost to its readers."""
+    """Stops a sampled line end that cuts a row of a log in two:
+    every later row of the run would be lost to its readers."""
     run = RunFolder(
         SimpleNamespace(out=folder, keep=0, on_save_error="stop"), Ranks(1, 1, torch.device("cpu"))
     )
-    run.ranks = Ranks(
-        0, 1, torch.device("cpu")
-    )  # rank 0 only now: it would have prepared the folder
+    # rank 0 only now: it would have prepared the folder
+    run.ranks = Ranks(0, 1, torch.device("cpu"))
     (folder / "rollouts.jsonl").unlink(missing_ok=True)
     rows = [{"step": i, text: i, "text": text} for i, text in enumerate(said)]
     run.append("rollouts.jsonl", rows)
@@ -1031,7 +988,7 @@ def test_what_was_skipped_is_told_on_one_line(tmp_path, capsys):
         Ranks(1, 1, torch.device("cpu")),
     )
     run.ranks = Ranks(0, 1, torch.device("cpu"))
-    run.tell_skipped(3, [{"id": "a\x1b[2J\nstep 4: all is well", "reason": "b\r\x07"}])
+    run.log_skipped(3, [{"id": "a\x1b[2J\nstep 4: all is well", "reason": "b\r\x07"}])
     assert capsys.readouterr().out == "\nskipped a\\x1b[2J\\nstep 4: all is well: b\\r\\x07\n"
 
 

@@ -1,4 +1,5 @@
-"""read_clip on files as they are in the wild: the frames of the rule, everything that is wrong, one typed error."""
+"""read_clip on files as they are in the wild: the frames of the rule, everything that is wrong,
+one typed error."""
 
 import multiprocessing
 import random
@@ -83,6 +84,7 @@ def greys(clip) -> list[int]:
     return [round(float(f.mean()) / 10) * 10 for f in clip.frames]
 
 
+# 9: exact halves
 @pytest.mark.parametrize(
     "d, expected",
     [
@@ -91,7 +93,7 @@ def greys(clip) -> list[int]:
         (1, [0] * 8),
         (9, [1, 2, 3, 4, 5, 6, 7, 8]),
     ],
-)  # 9: exact halves
+)
 def test_frame_rule(d, expected):
     """Stops frames by time or by another rounding: the reference takes these."""
     assert frame_indices(d, 8).tolist() == expected
@@ -140,7 +142,8 @@ def test_truncated_before_the_index(tmp_path):
 
 
 def test_truncated_faststart(tmp_path):
-    """Stops a half-copied file being taken for a shorter one: it opens without an error, so it must say so."""
+    """Stops a half-copied file being taken for a shorter one: it opens without an error,
+    so it must say so."""
     rng, path = np.random.default_rng(0), tmp_path / "a.mp4"
     with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
         stream = out.add_stream("mpeg4", rate=10)
@@ -177,7 +180,8 @@ def test_truncated_faststart(tmp_path):
     ],
 )
 def test_truncated_without_a_count_of_frames(tmp_path, name, options):
-    """Stops a half-copied file being taken for a shorter one where only its length in seconds was promised."""
+    """Stops a half-copied file being taken for a shorter one where only its length
+    in seconds was promised."""
     content = write_video(tmp_path / name, 60, **options).read_bytes()
     cut = tmp_path / f"cut {name}"
     cut.write_bytes(content[: len(content) // 2])
@@ -228,7 +232,8 @@ SLOW = [0, 1, 2, 30, 31, 32, 80, 81, 82, 130]  # a slide show, with seconds betw
     ],
 )
 def test_healthy_files_raise_no_alarm(tmp_path, name, options):
-    """Stops a whole file being listed as degraded: longer sound, frames at uneven times or from a late start, fragments."""
+    """Stops a whole file being listed as degraded: longer sound,
+    frames at uneven times or from a late start, fragments."""
     d = len(options.get("times", range(60)))
     clip = read_clip(write_video(tmp_path / name, d, **options))
     assert [note for note in clip.notes if "silence" not in note] == []
@@ -237,11 +242,11 @@ def test_healthy_files_raise_no_alarm(tmp_path, name, options):
 
 @pytest.mark.parametrize("start, d", [(0, 98), (3, 95), (15, 83), (15, 40), (30, 20)])
 def test_trimmed(tmp_path, monkeypatch, start, d):
-    """Stops a healthy file being called degraded for what its edit list leaves out, and a long one losing the fast path."""
+    """Stops a healthy file being called degraded for what its edit list leaves out,
+    and a long one losing the fast path."""
     content = bytearray(write_video(tmp_path / "a.mp4", 98, codec="libx264").read_bytes())
-    at = (
-        content.index(b"elst") + 12
-    )  # length in ms, and the start: two frames are the encoder's delay
+    # length in ms, and the start: two frames are the encoder's delay
+    at = content.index(b"elst") + 12
     assert struct.unpack(">II", content[at : at + 8]) == (9800, 2048)
     content[at : at + 8] = struct.pack(">II", 100 * d, 2048 + 1024 * start)
     (tmp_path / "b.mp4").write_bytes(content)
@@ -256,7 +261,8 @@ def test_trimmed(tmp_path, monkeypatch, start, d):
 
 
 def several_streams(path, good: bool = True, cover: bool = False):
-    """Two video streams: packets of noise, and frames of which no. i is of grey 10 * i (or noise, too).  Maybe a cover."""
+    """Two video streams: packets of noise, and frames of which no. i is of grey 10 * i (or noise,
+    too).  Maybe a cover."""
     with av.open(str(path), "w") as out:
         streams = [
             out.add_stream(codec, rate=10) for codec in ("mpeg4", "mpeg4", "png")[: 2 + cover]
@@ -295,7 +301,8 @@ def several_streams(path, good: bool = True, cover: bool = False):
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
 def test_the_first_stream_that_gives_a_frame(tmp_path, monkeypatch, name):
-    """Stops a clip being refused because the first of its video streams holds nothing, and many streams as a bomb."""
+    """Stops a clip being refused because the first of its video streams holds nothing,
+    and many streams as a bomb."""
     path = several_streams(tmp_path / name)
     told = "video stream 2 of 2 is taken: none before gives a frame"
     plain = read_clip(path)
@@ -340,7 +347,8 @@ def test_a_cover_is_no_video(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_titles_in_any_encoding(tmp_path, name):
-    """Stops a clip being refused for a title, of the file or of a stream, that is no UTF-8: versions of av differ."""
+    """Stops a clip being refused for a title, of the file or of a stream,
+    that is no UTF-8: versions of av differ."""
     content = write_video(
         tmp_path / name, titles={"title": "A TITLE", "handler_name": "A TITLE"}
     ).read_bytes()
@@ -350,7 +358,8 @@ def test_titles_in_any_encoding(tmp_path, name):
 
 
 def test_corrupt_bytes(tmp_path, monkeypatch):
-    """Stops damage in the middle raising anything but ClipError, on the plain and on the seeking path."""
+    """Stops damage in the middle raising anything but ClipError,
+    on the plain and on the seeking path."""
     content = (GOLDEN / "media" / "wide.mp4").read_bytes()
     rng, seen = random.Random(0), {"sound": 0, "degraded": 0, "refused": 0}
     for trial in range(60):
@@ -379,9 +388,8 @@ def test_damaged_packets_are_left_out_and_told(tmp_path):
     with av.open(str(path)) as container:
         packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
     for pos, size in packets[10:14]:
-        start = content.index(
-            b"\xff\xd8", pos
-        )  # a jpeg starts there, maybe after the chunk's header
+        # a jpeg starts there, maybe after the chunk's header
+        start = content.index(b"\xff\xd8", pos)
         assert start - pos <= 8
         content[start : start + size] = bytes(size)
     (tmp_path / "bad.avi").write_bytes(content)
@@ -395,7 +403,8 @@ def test_damaged_packets_are_left_out_and_told(tmp_path):
     "error", [av.error.InvalidDataError(1, "broken"), IndexError("list index out of range")]
 )
 def test_a_reader_that_breaks_at_once(tmp_path, monkeypatch, error):
-    """Stops an unbound name where the very first packet cannot be read; the IndexError is av's own on a damaged flv."""
+    """Stops an unbound name where the very first packet cannot be read;
+    the IndexError is av's own on a damaged flv."""
     path = write_video(tmp_path / "a.mp4")
     real = av.open
 
@@ -434,7 +443,8 @@ def test_a_reader_that_breaks_at_once(tmp_path, monkeypatch, error):
     ],
 )
 def test_sound_by_its_streams(tmp_path, name, codec, rate):
-    """Stops a sound file being told by its name: a sound-only mp4 as eight black frames, or refused for lack of video."""
+    """Stops a sound file being told by its name: a sound-only mp4 as eight black frames,
+    or refused for lack of video."""
     with av.open(str(tmp_path / name), "w") as out:
         fill(out, add_sound(out, codec, rate), 1)
     clip = read_clip(tmp_path / name)
@@ -496,7 +506,8 @@ def test_rotation(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "au", "aiff"])
 def test_sound_files(tmp_path, suffix):
-    """Stops a sound file being refused for having no picture, and a wrong rate, length or level of its sound."""
+    """Stops a sound file being refused for having no picture, and a wrong rate,
+    length or level of its sound."""
     time = np.arange(44_100) / 44_100
     wave = 0.5 * np.sin(2 * np.pi * 440 * time)
     soundfile.write(tmp_path / f"a.{suffix}", wave, 44_100)
@@ -510,7 +521,8 @@ def test_sound_files(tmp_path, suffix):
 
 
 def test_sound_that_changes_its_form(tmp_path):
-    """Stops later packets of other channels or another rate being heard as they are, or ending the process (58 channels)."""
+    """Stops later packets of other channels or another rate being heard as they are,
+    or ending the process (58 channels)."""
     content = b""
     for rate in (16_000, 44_100):  # one that needs no resampling, then one that would
         with av.open(str(tmp_path / "a.aac"), "w") as out:
@@ -570,7 +582,8 @@ def test_folder_of_frames_in_natural_order(tmp_path):
 
 
 def test_seeking_equals_decoding_everything(tmp_path, monkeypatch):
-    """Stops a long clip giving other frames than a short one: B-frames, sparse key frames, both containers."""
+    """Stops a long clip giving other frames than a short one: B-frames, sparse key frames,
+    both containers."""
     for name, options in (("a.mp4", {}), ("a.mkv", {}), ("b.mp4", {"gop": 300})):
         path = write_video(tmp_path / name, 70, **options)
         plain = read_clip(path)
@@ -587,7 +600,8 @@ def test_seeking_equals_decoding_everything(tmp_path, monkeypatch):
 
 
 def test_a_forked_worker_reads(tmp_path):
-    """Stops a loader's worker waiting for ever because its parent has converted a frame before: av 19 does so in threads."""
+    """Stops a loader's worker waiting for ever because its parent has converted a frame before:
+    av 19 does so in threads."""
     path = write_video(tmp_path / "a.mp4")
     av.VideoFrame(1280, 720, "yuv420p").to_ndarray(format="rgb24")
     worker = multiprocessing.get_context("fork").Process(

@@ -1,4 +1,5 @@
-"""The measures, the intervals, the tests between models, folds, actors and tables: by hand and by brute force."""
+"""The measures, the intervals, the tests between models, folds, actors and tables:
+by hand and by brute force."""
 
 import itertools
 import json
@@ -64,8 +65,8 @@ def invented(
 
 
 def test_rates_of_nothing():
-    """Stops: a division by no clip, a class without clips in the mean as recall 0, zip() leaving out the longer tail.
-    (The measures themselves: test_fuzz.py, against scikit-learn.)"""
+    """Stops: a division by no clip, a class without clips in the mean as recall 0, zip() leaving
+    out the longer tail.  (The measures themselves: test_fuzz.py, against scikit-learn.)"""
     assert war_uar([], []) == (0.0, 0.0) and protocol.rates_of_counts(
         np.zeros(2), np.zeros(2)
     ).tolist() == [0.0, 0.0]
@@ -91,7 +92,8 @@ def test_the_printed_confusion():
 
 
 def test_summary_scores_strictly_and_by_meaning():
-    """Stops: the alias table in the strict score, case or space that count, unreadable answers among the unknown words."""
+    """Stops: the alias table in the strict score, case or space that count,
+    unreadable answers among the unknown words."""
     triples = (
         ("1", " Happy", "HAPPY\n"),
         ("2", "angry", "furious"),
@@ -120,13 +122,13 @@ def test_the_ten_most_frequent_unmatched_answers():
 
 
 def test_bootstrap_is_a_plain_loop_over_the_same_draws():
-    """Stops: counts put into the wrong class or model, absent classes as zeros, percentiles of the wrong axis."""
+    """Stops: counts put into the wrong class or model, absent classes as zeros,
+    percentiles of the wrong axis."""
     truth, a = invented(14, 1)
     b = invented(14, 2)[1]
     got = resample(truth, [a, b], seed=5, resamples=200)
-    kinds = list(
-        itertools.product(sorted(set(truth)), (False, True), (False, True))
-    )  # class, b right, a right
+    # class, b right, a right
+    kinds = list(itertools.product(sorted(set(truth)), (False, True), (False, True)))
     shares = [
         sum((t, t == y, t == x) == kind for t, x, y in zip(truth, a, b)) / 14 for kind in kinds
     ]
@@ -143,7 +145,8 @@ def test_bootstrap_is_a_plain_loop_over_the_same_draws():
 
 
 def test_bootstrap_by_counts_is_the_bootstrap_over_clips():
-    """Stops: draws that are not n clips with replacement.  5 standard deviations of the comparison's own noise."""
+    """Stops: draws that are not n clips with replacement.  5 standard deviations of the
+    comparison's own noise."""
     truth, words = invented(60, 3)
     rng, slow = random.Random(0), []
     for _ in range(4000):
@@ -161,7 +164,8 @@ def test_bootstrap_by_counts_is_the_bootstrap_over_clips():
 
 
 def test_mcnemar_is_the_count_of_all_coin_tosses():
-    """Stops: a one-sided p, the chi-square approximation, a p above 1 at the centre, an overflow at a test set's size."""
+    """Stops: a one-sided p, the chi-square approximation, a p above 1 at the centre,
+    an overflow at a test set's size."""
     for d in range(11):
         tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=d)]
         for b in range(d + 1):
@@ -177,7 +181,8 @@ def test_mcnemar_is_the_count_of_all_coin_tosses():
 
 
 def test_differences_by_hand():
-    """Stops: A and B swapped, a difference with the wrong sign, intervals of models resampled apart."""
+    """Stops: A and B swapped, a difference with the wrong sign,
+    intervals of models resampled apart."""
     truth = ["a"] * 6 + ["b"] * 2
     a = ["a", "a", "a", "a", None, None, "b", "a"]  # right: 4 of 6, 1 of 2
     b = ["a", "a", None, None, "a", None, "b", "b"]  # right: 3 of 6, 2 of 2
@@ -199,7 +204,8 @@ def test_differences_by_hand():
 
 
 def test_compare_prints_the_test(tmp_path):
-    """Stops: clips matched by their place in the file instead of by id, and a table that shows other counts."""
+    """Stops: clips matched by their place in the file instead of by id,
+    and a table that shows other counts."""
     a = result([(str(i), "happy", "happy" if i < 8 else "sad") for i in range(12)])
     b = result(
         [
@@ -217,7 +223,8 @@ def test_compare_prints_the_test(tmp_path):
 
 
 def test_compare_needs_the_same_clips(tmp_path):
-    """Stops: models compared on the clips that both happen to have, or on none; a traceback for a file of another kind."""
+    """Stops: models compared on the clips that both happen to have, or on none;
+    a traceback for a file of another kind."""
     a = write(
         tmp_path / "a.json", result([("1", "sad", "sad"), ("2", "sad", "sad"), ("3", "sad", "sad")])
     )
@@ -249,7 +256,8 @@ def test_compare_needs_the_same_clips(tmp_path):
 
 
 def test_modality_table_takes_differences_over_the_same_clips():
-    """Stops: a setting that lost clips compared with the full one on others, and differences with the wrong sign."""
+    """Stops: a setting that lost clips compared with the full one on others,
+    and differences with the wrong sign."""
     full = result(
         [("1", "sad", "sad"), ("2", "sad", "sad"), ("3", "fear", "fear"), ("4", "fear", "grief")]
     )
@@ -264,9 +272,8 @@ def test_modality_table_takes_differences_over_the_same_clips():
         ("5", "joy", None),
     ]
     audio = result(heard)
-    audio["predictions"] = [
-        p for p in audio["predictions"] if p["id"] in "235"
-    ]  # 1 and 4 have no sound, 5 no picture
+    # 1 and 4 have no sound, 5 no picture
+    audio["predictions"] = [p for p in audio["predictions"] if p["id"] in "235"]
     audio |= summarise(audio["predictions"])
     rows = [
         [c.strip() for c in line.split("|")[1:-1]]
@@ -296,7 +303,8 @@ def fold(k: int, right: int, n: int, dataset: str = "dfew") -> dict:
 
 
 def test_folds_prints_every_fold(tmp_path):
-    """Stops: the rate over all clips as the mean of folds, the population's deviation, values under another's heading."""
+    """Stops: the rate over all clips as the mean of folds, the population's deviation,
+    values under another's heading."""
     files = [
         write(tmp_path / f"{k}.json", fold(k, right, n)) for k, right, n in ((1, 2, 8), (2, 3, 4))
     ]
@@ -334,7 +342,8 @@ EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surp
 
 
 def ravdess(actors=range(1, 25), answer=lambda emotion, actor: emotion) -> list[dict]:
-    """The 60 clips of each actor: 4 neutral, 8 of each other emotion.  answer: what a model says."""
+    """The 60 clips of each actor: 4 neutral, 8 of each other emotion.
+    answer: what a model says."""
     return [
         row(f"Actor_{a:02}/01-01-{e:02}-01-01-{i:02}-{a:02}.mp4", emotion, answer(emotion, a))
         for a in actors
@@ -344,7 +353,8 @@ def ravdess(actors=range(1, 25), answer=lambda emotion, actor: emotion) -> list[
 
 
 def test_actor_is_the_last_number_of_the_name():
-    """Stops: the folder's number or the repetition taken for the actor, and other names passing for RAVDESS's."""
+    """Stops: the folder's number or the repetition taken for the actor,
+    and other names passing for RAVDESS's."""
     assert (
         protocol.actor_of("Actor_03/01-01-06-01-02-01-12.mp4") == 12
         and protocol.actor_of("01-01-06-01-02-02-24") == 24
@@ -354,7 +364,8 @@ def test_actor_is_the_last_number_of_the_name():
 
 
 def test_the_vocabularys_ceiling_on_ravdess():
-    """Stops: clips lost or counted twice in any reading.  Without the word calm, 52 of 60 and 7 of 8 can be right."""
+    """Stops: clips lost or counted twice in any reading.  Without the word calm,
+    52 of 60 and 7 of 8 can be right."""
     got = readings(ravdess(answer=lambda emotion, _: "neutral" if emotion == "calm" else emotion))
     assert list(got) == ["calm kept", "calm counted as neutral", "calm dropped"]
     assert [r["n"] for r in got.values()] == [1440, 1440, 1248]
@@ -368,19 +379,22 @@ def test_the_vocabularys_ceiling_on_ravdess():
 
 
 def test_readings_of_calm_by_hand():
-    """Stops: an answer "calm" staying wrong where calm is neutral, or becoming right where calm is dropped."""
+    """Stops: an answer "calm" staying wrong where calm is neutral,
+    or becoming right where calm is dropped."""
     said = "calm calm", "calm neutral", "neutral calm", "neutral neutral", "sad calm", "sad grief"
     got = readings([row(str(i), *labels.split()) for i, labels in enumerate(said)])
     assert [r["draws"] for r in got.values()] == [None] * 3  # not RAVDESS's names: no actors
+    # neutral 1 of 2, sad 0 (1) of 2
     assert [[round(r[rate], 2) for rate in RATES] for r in got.values()] == [
         [33.33, 33.33, 50.0, 50.0],  # calm 1 of 2, neutral 1 of 2, sad 0 (1) of 2
         [66.67, 50.0, 83.33, 75.0],  # neutral 4 of 4, sad 0 (1) of 2
         [25.0, 25.0, 50.0, 50.0],
-    ]  # neutral 1 of 2, sad 0 (1) of 2
+    ]
 
 
 def test_actor_draws_are_all_choices_one_by_one():
-    """Stops: actors' rates averaged instead of their counts, sampled draws, and a class that a choice lacks."""
+    """Stops: actors' rates averaged instead of their counts, sampled draws,
+    and a class that a choice lacks."""
     rng = random.Random(7)
     rows = [
         (a, rng.choice("ab"), rng.choice("abx"))
@@ -406,13 +420,13 @@ def test_actor_draws_are_all_choices_one_by_one():
     assert got["war"]["std"] > 0
     few = [r for r in rows if r[0] < 20]
     assert protocol.actor_draws(*map(list, zip(*few))) is None  # four actors
-    assert (
-        protocol.actor_draws(*map(list, zip(*rows, (None, "a", "a")))) is None
-    )  # somebody else's clip
+    # somebody else's clip
+    assert protocol.actor_draws(*map(list, zip(*rows, (None, "a", "a")))) is None
 
 
 def test_draws_need_no_calm():
-    """Stops: a RAVDESS file without calm that says nothing about its actors, and actors found in other sets."""
+    """Stops: a RAVDESS file without calm that says nothing about its actors,
+    and actors found in other sets."""
     rows = [
         r
         for r in ravdess(range(1, 7), lambda e, actor: e if actor % 2 else "sad")
@@ -435,7 +449,8 @@ def fits(war: float, n: int) -> bool:
 
 
 def test_what_the_papers_numbers_can_be():
-    """Stops: a wrong digit in the constant, and a claim about the paper's splits that arithmetic does not bear out."""
+    """Stops: a wrong digit in the constant, and a claim about the paper's splits that arithmetic
+    does not bear out."""
     wars = {s: [row[s][0] for row in PAPER.values()] for s in PAPER_SETS}
     sizes = {
         "dfew": (2341, 2340, 2339, 2336),
@@ -483,7 +498,8 @@ def test_data_set_of_the_samples():
 
 
 def test_table_in_the_papers_form(tmp_path):
-    """Stops: folds shown as one, columns of another set, paper's numbers beside toys or beside unknown names."""
+    """Stops: folds shown as one, columns of another set, paper's numbers beside toys or beside
+    unknown names."""
     write(
         tmp_path / "R1-Omni" / "b.json",
         fold(2, 3, 4) | {"skipped": [{"id": "x", "reason": "gone"}]},
@@ -496,17 +512,20 @@ def test_table_in_the_papers_form(tmp_path):
     assert lines[:4] == [
         "| WAR/UAR | DFEW | MAFW | RAVDESS |",
         "|---|---|---|---|",
-        "| R1-Omni | 62.50/62.50 (paper 65.83/56.27) | - (paper 57.68/40.04) | 100.00/100.00 (paper 43.00/44.69) |",
+        (
+            "| R1-Omni | 62.50/62.50 (paper 65.83/56.27) | - (paper 57.68/40.04) | 100.00/100.00 "
+            "(paper 43.00/44.69) |"
+        ),
         "| mine | 0.00/0.00 | - | - |",
     ]
-    assert (
-        lines[5]
-        == "- R1-Omni, dfew: mean of dfew/fold1/test (10 clips), dfew/fold2/test (4 clips, 1 left out)"
+    assert lines[5] == (
+        "- R1-Omni, dfew: mean of dfew/fold1/test (10 clips), dfew/fold2/test (4 clips, 1 left out)"
     )
 
 
 def test_table_of_the_miniature(tmp_path):
-    """Stops: models in one folder refused or averaged, columns that nobody has, a paper's number for drawn faces."""
+    """Stops: models in one folder refused or averaged, columns that nobody has,
+    a paper's number for drawn faces."""
     eval_folder = tmp_path / "eval"
     for name in ("emer_sft", "r1"):
         for k, test_set in enumerate(("toy_dfew_test", "dfew")):
@@ -526,9 +545,8 @@ def test_table_of_the_miniature(tmp_path):
         == whole
         == table([str(eval_folder)] * 2)
     )
-    other = write(
-        tmp_path / "mine" / "r1.other.json", result(rows, data="data/dfew.json")
-    )  # no file of that set
+    # no file of that set
+    other = write(tmp_path / "mine" / "r1.other.json", result(rows, data="data/dfew.json"))
     assert table([str(eval_folder / "r1.dfew.json"), other]).splitlines()[2:4] == [
         "| r1 | 100.00/100.00 |",
         "| mine | 100.00/100.00 |",
@@ -536,7 +554,8 @@ def test_table_of_the_miniature(tmp_path):
 
 
 def test_table_refuses_what_it_cannot_tell_apart(tmp_path):
-    """Stops: views of one test set averaged as if they were folds, one row over another, an empty row, 0.00 of no clip."""
+    """Stops: views of one test set averaged as if they were folds, one row over another,
+    an empty row, 0.00 of no clip."""
     write(tmp_path / "r1" / "full.json", fold(1, 5, 10))
     mute = write(tmp_path / "r1" / "mute.json", fold(1, 2, 10))
     write(tmp_path / "b" / "r1" / "x.json", fold(1, 5, 10))

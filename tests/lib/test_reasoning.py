@@ -8,14 +8,14 @@ from lib.reasoning import claims, cue_rates, faithfulness, quote_error
 
 
 def test_rates_are_counts_by_hand():
-    """Stops EPC measured against the label, EEA against the answer, FCR that forgets one of the two, "none" that agrees."""
+    """Stops EPC measured against the label, EEA against the answer,
+    FCR that forgets one of the two, "none" that agrees."""
     truth = ["happy", "sad", "angry", "fear", "sad"]
     said = ["happy", "sad", "sad", None, "sadness"]
     concluded = ["happy", "angry", "sad", None, "sad"]
     got = faithfulness(truth, said, concluded)
-    assert (got["epc"], got["eea"], got["fcr"]) == pytest.approx(
-        (60.0, 40.0, 20.0)
-    )  # 1 3 5; 1 5; 1
+    # 1 3 5; 1 5; 1
+    assert (got["epc"], got["eea"], got["fcr"]) == pytest.approx((60.0, 40.0, 20.0))
     assert got["unconcluded_rate"] == 20.0 and got["right_without_reason"] == 50.0  # of 1 and 2, 2
     for name in ("epc", "eea", "fcr"):
         low, high = got[f"{name}_ci"]
@@ -36,7 +36,8 @@ def test_intervals_are_binomial():
 
 
 def test_cues_are_counted_by_sense():
-    """Stops recall over the stated, a word outside of <think>, two levels of a cue passing as one, senses mixed up."""
+    """Stops recall over the stated, a word outside of <think>, two levels of a cue passing as one,
+    senses mixed up."""
     cues = [
         {"seen": {"eyes": "wide", "lips": "open"}, "heard": {"pitch": "high"}},
         {"seen": {"eyes": "narrowed", "lips": "open"}, "heard": {"pitch": "low"}},
@@ -72,12 +73,14 @@ def test_cues_are_counted_by_sense():
     ],
 )
 def test_claims_about_what_was_there(text, seen, heard):
-    """Stops a denial counted as a claim, a claim behind a denial lost, quoted words taken for the writer's own."""
+    """Stops a denial counted as a claim, a claim behind a denial lost,
+    quoted words taken for the writer's own."""
     assert claims(text) == {"seen": seen, "heard": heard}
 
 
 def test_quotes_against_what_was_said():
-    """Stops an error rate over the wrong length, quotes of any kind overlooked, case and punctuation counted."""
+    """Stops an error rate over the wrong length, quotes of any kind overlooked,
+    case and punctuation counted."""
     assert quote_error('The subtitle says "It was interesting."', "But it was interesting") == 0.25
     assert (
         quote_error(

@@ -61,7 +61,8 @@ def folder(path, kind: str, monkeypatch, rank: int = 0) -> RunFolder:
 
 @pytest.mark.parametrize("kind", ["tensorboard", "wandb", "trackio"])
 def test_a_tracker_gets_the_numbers_of_every_row(kind, tmp_path, monkeypatch):
-    """Stops a step that is off by one, None or text sent as a number, and two runs of one name that become one."""
+    """Stops a step that is off by one, None or text sent as a number,
+    and two runs of one name that become one."""
     got = fake(monkeypatch, kind)
     run = folder(tmp_path, kind, monkeypatch)
     for row in ROWS:

@@ -1,7 +1,8 @@
-"""The Triton kernels of a decode step: equal to their twins in Triton's interpreter, accepted by the compiler for real
-GPUs without spilled registers.
+"""The Triton kernels of a decode step: equal to their twins in Triton's interpreter, accepted by
+the compiler for real GPUs without spilled registers.
 
-Neither needs a GPU.  Each runs in a process of its own, because Triton decides at its import which of the two it is.
+Neither needs a GPU.  Each runs in a process of its own, because Triton decides at its import which
+of the two it is.
 """
 
 import importlib.util
@@ -29,8 +30,8 @@ SHAPES = [  # B, G, K, R, d, P, T, S, newest token
 
 @pytest.mark.parametrize("what", ["attention", "sampling", "paths", "compile", "launches"])
 def test_the_kernels(what):
-    """Stops kernels that mix up prompts, groups, heads or spans, look at empty places, choose another token than their
-    twins, or do not compile for a GPU."""
+    """Stops kernels that mix up prompts, groups, heads or spans, look at empty places, choose
+    another token than their twins, or do not compile for a GPU."""
     if not importlib.util.find_spec("triton"):
         pytest.skip("triton is not installed: the kernels of decoding are not tested here")
     interpreted = str(int(what in ("attention", "sampling", "paths")))
@@ -42,7 +43,8 @@ def test_the_kernels(what):
 
 
 def test_scores_are_fp32():
-    """Stops scores rounded to bf16: at 300 a whole unit is lost, and sampler and trainer differ by .5 a token."""
+    """Stops scores rounded to bf16: at 300 a whole unit is lost,
+    and sampler and trainer differ by .5 a token."""
     q, k = (torch.full((1, 1, 64), x).bfloat16() for x in (1.0, 4.6875))
     k[0, 0, 0] = 5.6875
     assert float(decode_attention.scores(q, k)) == 301.0
@@ -69,7 +71,8 @@ def interpret() -> None:
 
 
 def make(shape, dtype):
-    """qkv (1, N, H + 2K, d), rope (2, B, 1, 1, d), prefix, suffix, bias, t: of a step that writes slot t."""
+    """qkv (1, N, H + 2K, d), rope (2, B, 1, 1, d), prefix, suffix, bias,
+    t: of a step that writes slot t."""
     B, G, K, R, d, P, T, _, t = shape
     torch.manual_seed(0)
     angle = torch.rand(B, 1, 1, d // 2).repeat(1, 1, 1, 2) * 6
@@ -123,7 +126,8 @@ def attention() -> None:
 
 
 def sampling() -> None:
-    """Tokens, log-probabilities and bookkeeping of the kernels are those of `sampler.append_token`."""
+    """Tokens, log-probabilities and bookkeeping of the kernels are those of
+    `sampler.append_token`."""
     import types
 
     import sampler
@@ -188,7 +192,8 @@ def sampling() -> None:
 
 
 def paths() -> None:
-    """Each way to run a step samples what `generate_naive` samples.  (A graph needs a GPU: tests/test_sampler.py.)"""
+    """Each way to run a step samples what `generate_naive` samples.
+    (A graph needs a GPU: tests/test_sampler.py.)"""
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import load_golden_model
 
@@ -271,7 +276,8 @@ def compile() -> None:
             name: "constexpr" if name in sizes else kinds.get(name, "i32")
             for name in kernel.arg_names
         }
-        # What Triton sees at a launch: torch's memory starts at multiples of 16, and so do rows of qkv.
+        # What Triton sees at a launch: torch's memory starts at multiples of 16,
+        # and so do rows of qkv.
         even = [
             i
             for i, name in enumerate(kernel.arg_names)

@@ -1,4 +1,5 @@
-"""The runner of ablations: what is done once, what is recorded, what the table says.  No run is made."""
+"""The runner of ablations: what is done once, what is recorded, what the table says.
+No run is made."""
 
 import json
 import math
@@ -38,7 +39,8 @@ def place(tmp_path, monkeypatch):
 
 
 def test_what_is_done_is_skipped_and_what_crashed_is_kept(place, capsys, tmp_path):
-    """Stops: hours repeated because of one crash, a crash that ends the others, a csv without commit, machine and flags."""
+    """Stops: hours repeated because of one crash, a crash that ends the others,
+    a csv without commit, machine and flags."""
     args, jobs = place
     ablate.main(args)
     assert sorted(jobs) == [("beta0", 0), ("beta0", 1), ("paper", 0), ("paper", 1)]
@@ -66,7 +68,8 @@ def test_what_is_done_is_skipped_and_what_crashed_is_kept(place, capsys, tmp_pat
 
 
 def test_the_tables_have_means_spreads_and_paired_differences():
-    """Stops: a difference of means over other seeds, a spread of the population, a crash that counts, another set's cell."""
+    """Stops: a difference of means over other seeds, a spread of the population,
+    a crash that counts, another set's cell."""
     values = {"paper": {0: 80.0, 1: 84.0, 2: 90.0}, "agreement": {0: 81.0, 1: 87.0}}
     lines = [
         {"name": n, "seed": str(s), "status": "ok", "war/toy_dfew": str(v), "war/toy_mafw": "50.25"}
@@ -84,17 +87,15 @@ def test_the_tables_have_means_spreads_and_paired_differences():
     mean, sd = (80 + 84 + 90) / 3, math.sqrt(sum((v - 254 / 3) ** 2 for v in (80, 84, 90)) / 2)
     assert rows[2][:4] == ["paper", "3", f"{mean:.1f} ± {sd:.1f} / 50.2 ± 0.0 / -", "- / - / -"]
     assert rows[3][:3] == ["agreement", "2", "84.0 ± 4.2 / 50.2 ± 0.0 / -"]
-    assert rows[-1][:3] == [
-        "agreement",
-        "2",
-        "+2.0 ± 1.0 / +0.0 ± 0.0 / -",
-    ]  # (1, 3): sd sqrt 2, standard error 1
+    # (1, 3): sd sqrt 2, standard error 1
+    assert rows[-1][:3] == ["agreement", "2", "+2.0 ± 1.0 / +0.0 ± 0.0 / -"]
     assert [row[0] for row in rows[8:]] == ["less the first row", "---", "agreement"]
     assert "agreement seed 2: crashed: x" in text
 
 
 def test_the_page_shows_what_the_csv_holds():
-    """Stops a table of docs/ablations.md that was not made again when runs came, or was mended by hand."""
+    """Stops a table of docs/ablations.md that was not made again when runs came,
+    or was mended by hand."""
     lines = ablate.read_lines(ablate.ROOT / "results" / "ablations.csv")
     page = (ablate.ROOT / "docs" / "ablations.md").read_text()
     assert ablate.fill(page, lines) == page
@@ -105,18 +106,15 @@ def test_the_page_shows_what_the_csv_holds():
 
 
 def test_runs_stop_where_a_word_is_lost():
-    """Stops the page's stairs (none, one, two or three of seven words lost) outliving runs that stand between them."""
+    """Stops the page's stairs (none, one, two or three of seven words lost) outliving runs that
+    stand between them."""
     rows = [
         row
         for row in ablate.read_lines(ablate.ROOT / "results" / "ablations.csv")
         if row["status"] == "ok" and row["name"] not in ("bare words", "no cold start")
     ]
-    stairs = {
-        (92, 96): (91, 97),
-        (82, 85): (78, 82),
-        (66, 69): (65, 68),
-        (58, 62): (53, 57),
-    }  # WAR: UAR
+    # WAR: UAR
+    stairs = {(92, 96): (91, 97), (82, 85): (78, 82), (66, 69): (65, 68), (58, 62): (53, 57)}
     found = dict.fromkeys(stairs, 0)
     for row in rows:
         war, uar = round(float(row["war/toy_dfew"])), round(float(row["uar/toy_dfew"]))
@@ -131,7 +129,8 @@ def test_runs_stop_where_a_word_is_lost():
 
 
 def test_a_page_is_filled_below_its_marks(tmp_path):
-    """Stops text that is lost beside a table, a row that was not asked for, an old row that stays."""
+    """Stops text that is lost beside a table, a row that was not asked for,
+    an old row that stays."""
     lines = [
         dict.fromkeys(ablate.HEAD, "")
         | {"name": name, "seed": "0", "status": "ok", "war/mute": "50"}
@@ -151,7 +150,8 @@ def test_a_page_is_filled_below_its_marks(tmp_path):
 
 
 def test_numbers_are_those_of_the_result_files(tmp_path):
-    """Stops: a column that shows another set's rate, or the muted clips' score under the blanked ones' name."""
+    """Stops: a column that shows another set's rate, or the muted clips' score
+    under the blanked ones' name."""
     for k, name in enumerate((*ablate.SETS, "mute", "blank")):
         result = {rate: 10 * k + i for i, rate in enumerate(ablate.RATES)}
         (tmp_path / f"{name}.json").write_text(
@@ -207,6 +207,6 @@ def test_every_row_is_a_command_that_parses():
         args = parse_args(module.Args, words)
         if module is grpo:
             grpo.check_objective(args)
-            grpo.rewards_of(args)
+            grpo.load_rewards(tuple(args.rewards), args.prompt)
             assert grpo.idle_flags(args) == [], row.name
     assert len({row.name for row in ablate.ROWS}) == len(ablate.ROWS)

@@ -1,4 +1,5 @@
-"""The benchmark measures the same job in every arm, and its floors are what it says they are.  No wall time in here."""
+"""The benchmark measures the same job in every arm, and its floors are what it says they are.
+No wall time in here."""
 
 import dataclasses
 import json
@@ -38,12 +39,14 @@ TINY = Size(  # also the rehearsal's: its tokenizers are those of tests/golden
 
 @pytest.fixture
 def tiny() -> bench.Bench:
-    """Arms A to D over a model of 0.3 M parameters: two prompts, three completions of at most nine tokens."""
+    """Arms A to D over a model of 0.3 M parameters: two prompts,
+    three completions of at most nine tokens."""
     return bench.set_up(TINY, "ABCD", Ranks(0, 1, CPU), torch.float32)
 
 
 def test_arm_a_is_ours(tiny):
-    """Stops a faithful loop that is fast or slow because it computes something else, and a KL of zero in every arm."""
+    """Stops a faithful loop that is fast or slow because it computes something else,
+    and a KL of zero in every arm."""
     logps, ref_logps, *_ = bench.step(tiny, "A", Laps(CPU), torch.randint(V, (B, G, T)))
     assert float((logps - ref_logps)[tiny.mask].abs().max()) > 1e-2
     tiny.optimizer.zero_grads()
@@ -54,7 +57,8 @@ def test_arm_a_is_ours(tiny):
 
 
 def test_the_whole_step_has_one_gradient(tiny, monkeypatch):
-    """Stops a step whose loss is another one: other denominator, mask, KL, or a micro-batch that is lost."""
+    """Stops a step whose loss is another one: other denominator, mask, KL,
+    or a micro-batch that is lost."""
     seen, completions = [], torch.randint(V, (B, G, T), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(
         bench,
@@ -105,7 +109,8 @@ def test_gates_see_a_wrong_arm(tiny):
 
 
 def test_weights_are_the_same_tensors():
-    """Stops arms that drift apart: an update in one must be an update in all.  And a compiled arm that is not compiled."""
+    """Stops arms that drift apart: an update in one must be an update in all.
+    And a compiled arm that is not compiled."""
     b = bench.set_up(TINY, "E", Ranks(0, 1, CPU), torch.bfloat16)
     for ours, theirs, compiled in zip(b.models["D"], b.models["A"], b.models["E"]):
         decoder = {n: p for n, p in ours.named_parameters() if n.startswith(PARTS["decoder"])}
@@ -158,7 +163,8 @@ def test_lengths_are_forced_and_equal(tiny, monkeypatch):
 
 
 def test_every_sampler_makes_all_tokens_and_tells_its_halves(tiny):
-    """Stops a default end token, prompts and completions in the wrong order, and a decode time with the prefill in it."""
+    """Stops a default end token, prompts and completions in the wrong order,
+    and a decode time with the prefill in it."""
     greedy, embeds = {}, bench.faithful_embeds(tiny.models["D"][0], tiny.batch, Laps(CPU)).detach()
     for arm in "ABCD":
         laps, names = Laps(CPU), []
@@ -196,7 +202,8 @@ OURS = ["encode", "prefill", "decode", "reward", "reference", "train", "optimise
     ],
 )
 def test_clips_through_the_towers(tiny, arm, passes, laps):
-    """Stops a faithful loop that is made slower than it is, an encode-once that encodes twice, time in another's section."""
+    """Stops a faithful loop that is made slower than it is, an encode-once that encodes twice,
+    time in another's section."""
     seen, clock = {"audio": 0, "video": 0}, Laps(CPU)
     for model in tiny.models["D"]:  # two trees of modules, though the towers' weights are one
         tower = model.model.vision_tower
@@ -217,10 +224,8 @@ def test_toy_is_the_miniature(tmp_path):
     """Stops the toy size from drifting off the miniature's model."""
     theirs = tiny_humanomni(tmp_path, ["a few words to learn merges from"], 0)
     ours = build_model(SIZES["toy"], "meta", torch.float32)
-    words = (
-        "embed_tokens",
-        "bert_model.embeddings",
-    )  # vocabularies: the world's sentences decide them
+    # vocabularies: the world's sentences decide them
+    words = "embed_tokens", "bert_model.embeddings"
     shapes = [
         {n: p.shape for n, p in m.named_parameters() if not any(w in n for w in words)}
         for m in (theirs, ours)
@@ -233,7 +238,8 @@ def test_toy_is_the_miniature(tmp_path):
 
 
 def test_sizes_are_what_they_are_called():
-    """Stops a middle that is not in the middle, another prompt than 950, another clip than 2.5 TFLOP in the towers."""
+    """Stops a middle that is not in the middle, another prompt than 950,
+    another clip than 2.5 TFLOP in the towers."""
     full, mid = (build_model(SIZES[s], "meta", torch.bfloat16) for s in ("full", "mid"))
     count = lambda model, part: sum(
         p.numel() for n, p in model.named_parameters() if n.startswith(PARTS[part])
@@ -244,9 +250,8 @@ def test_sizes_are_what_they_are_called():
     for size in ("mid", "full"):
         b = bench.set_up(dataclasses.replace(SIZES[size], B=1), "", meta, torch.float32)
         assert b.models["D"][0].prompt_length(b.batch.input_ids) == 950
-    assert sizes.flops(full, 950, 950 * 951 // 2, 0) == pytest.approx(
-        0.72e12, rel=0.01
-    )  # a prefill
+    # a prefill
+    assert sizes.flops(full, 950, 950 * 951 // 2, 0) == pytest.approx(0.72e12, rel=0.01)
     # Whisper 2.27 TFLOP a clip, 8 frames of SigLIP without its last layer 0.26, projectors 0.05.
     towers, projectors = sizes.media_flops(SIZES["full"], b.batch)
     assert towers == pytest.approx(2.53e12, rel=0.01) and projectors == pytest.approx(
@@ -255,7 +260,8 @@ def test_sizes_are_what_they_are_called():
 
 
 def test_floor_formulas(tiny):
-    """Stops a floor that forgets a matrix or counts attention in another unit, and one that is none: examples by hand."""
+    """Stops a floor that forgets a matrix or counts attention in another unit,
+    and one that is none: examples by hand."""
     model, P = tiny.models["D"][0], 20
     with FlopCounterMode(display=False) as counted, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model.logits(model.hidden(torch.randn(1, P, 64), torch.ones(1, P, dtype=torch.bool)))
@@ -272,7 +278,8 @@ def test_floor_formulas(tiny):
 def test_floors_of_the_sections(tiny):
     """Stops a training floor without its backward pass, an optimiser floor without its moments."""
     model, rates = tiny.models["D"][0], {"bytes_per_second": 2.0, "flops_per_second": 3.0}
-    # A prompt of 5 and completions of 3 and 1: tokens 5 + 2 + 0; pairs 15, then 6 + 7; four tokens are predicted.
+    # A prompt of 5 and completions of 3 and 1: tokens 5 + 2 + 0; pairs 15,
+    # then 6 + 7; four tokens are predicted.
     towers, projectors = sizes.media_flops(TINY, tiny.batch)
     parts = sizes.floors(TINY, model, tiny.batch, [[3, 1], [3, 1]], 5, 1000, rates)
     forward = projectors + 2 * sizes.flops(model, 7, 28, 4)
@@ -287,13 +294,13 @@ def test_floors_of_the_sections(tiny):
     }
     assert parts == pytest.approx(expected | {"step": sum(expected.values())}, rel=1e-12)
     half = build_model(TINY, "meta", torch.bfloat16)
-    assert (
-        sizes.floors(TINY, half, tiny.batch, [[3, 1]], 5, 1000, rates)["optimiser"] == 15_000
-    )  # and weights written back
+    # and weights written back
+    assert sizes.floors(TINY, half, tiny.batch, [[3, 1]], 5, 1000, rates)["optimiser"] == 15_000
 
 
 def test_arms_take_turns(monkeypatch):
-    """Stops one arm from having all the quiet minutes, a warm-up round that is counted, a step that loses a part."""
+    """Stops one arm from having all the quiet minutes, a warm-up round that is counted,
+    a step that loses a part."""
     order, ticks = [], iter(range(1, 1000))
 
     def run(arm, laps):
@@ -337,24 +344,15 @@ def test_targets_are_judged():
         name: {arm: {"median_ms": ms} for arm, ms in arms.items()} for name, arms in times.items()
     }
     judged = bench.judge("mid", "cpu", sections, [])
-    assert [t["met"] for t in judged] == [
-        True,
-        False,
-        True,
-    ]  # 4.4x; 1.4x of the *better* generate; 2.2x
+    # 4.4x; 1.4x of the *better* generate; 2.2x
+    assert [t["met"] for t in judged] == [True, False, True]
     swept = [
         {"rows": rows, "arm": arm, "median_ms": ms}
         for rows, arm, ms in ((64, "A", 25.0), (64, "D", 2.0), (64, "E", 1.3), (512, "E", 3.8))
     ]
     judged = {t["target"]: t for t in bench.judge("full", "cuda", sections, swept)}
-    assert [t["met"] for t in judged.values()] == [
-        True,
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]  # 1.3; 135k; 19x; 3.3x; 9 ms; 4.4x
+    # 1.3; 135k; 19x; 3.3x; 9 ms; 4.4x
+    assert [t["met"] for t in judged.values()] == [True, False, True, True, True, False]
     assert judged["decode at 64 rows, times Hugging Face generate's (A), at least"][
         "value"
     ] == pytest.approx(25 / 1.3)
@@ -365,7 +363,8 @@ def test_targets_are_judged():
 
 
 def test_report_and_json(tmp_path, monkeypatch, capsys):
-    """Stops a table without its circumstances, gates or numbers, and one size that wipes out another."""
+    """Stops a table without its circumstances, gates or numbers,
+    and one size that wipes out another."""
     monkeypatch.setitem(bench.SIZES, "mid", TINY)
     out = tmp_path / "deep" / "bench.json"
     bench.main(bench.Args(size="mid", device="cpu", repeats=2, out=str(out)))
@@ -421,7 +420,8 @@ def test_report_and_json(tmp_path, monkeypatch, capsys):
         for arm in "ACD"
     )
     assert screen.count("greedy equal") >= 20 and "PASS  correctness gates" in screen
-    # Another size into the same file, and gates that do not hold: written all the same, and exit status 1.
+    # Another size into the same file, and gates that do not hold: written all the same,
+    # and exit status 1.
     monkeypatch.setattr(bench, "gates_hold", lambda gates, dtype: False)
     monkeypatch.setitem(bench.SIZES, "toy", dataclasses.replace(TINY, rows=()))
     with pytest.raises(SystemExit) as stop:
@@ -451,7 +451,8 @@ def test_bad_flags_are_named(flags):
 
 
 def test_the_machine_is_not_measured_for_minutes(monkeypatch):
-    """Stops three minutes of bf16 products on a processor that has none; the rates come from the tries that were made."""
+    """Stops three minutes of bf16 products on a processor that has none;
+    the rates come from the tries that were made."""
     clock = iter(range(0, 10_000, 100))
     monkeypatch.setattr(sizes.time, "perf_counter", lambda: float(next(clock)))
     tries = []

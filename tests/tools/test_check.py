@@ -11,7 +11,7 @@ from pathlib import Path
 import fake_datasets as fake
 import pytest
 
-from data import ClipError
+from lib.clip import ClipError
 from lib.common import UserError
 from tools import check
 
@@ -42,7 +42,8 @@ def found(report: dict, kind: str) -> dict[str, str]:
 
 
 def test_every_fault_is_found(tmp_path, capsys):
-    """Stops a fault going unseen until the run that trips over it, and a sound clip being called faulty."""
+    """Stops a fault going unseen until the run that trips over it,
+    and a sound clip being called faulty."""
     for name, sort in {
         "good": {},
         "mute": {"seconds": 0},
@@ -111,7 +112,8 @@ def test_check_asks_only_for_what_the_row_has(tmp_path):
 
 
 def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
-    """Stops a clip on which a decoder crashes taking the whole check or its neighbours with it, an exception as well."""
+    """Stops a clip on which a decoder crashes taking the whole check or its neighbours with it,
+    an exception as well."""
     names = [f"{i}.mp4" for i in range(12)]
     fake.link_clips(tmp_path, names)
     real = check.read_clip
@@ -143,7 +145,8 @@ def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
 
 
 def test_the_real_command(tmp_path):
-    """Stops the real command failing where the functions work: two copies of a module, processes, exit status."""
+    """Stops the real command failing where the functions work: two copies of a module, processes,
+    exit status."""
     fake.link_clips(tmp_path, ["a.mp4", "b.mp4"])
     report = tmp_path / "new" / "report.json"
     command = [

@@ -1,4 +1,5 @@
-"""Data sets become sample files, on invented copies of the official size; what is joined and split."""
+"""Data sets become sample files, on invented copies of the official size;
+what is joined and split."""
 
 import json
 import random
@@ -36,9 +37,8 @@ OURS = {
 def sets(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("sets")
     fake.build_all(root)
-    mute = (
-        root / "MAFW/data/clips" / fake.mafw_folds()[0]["train"][0][0]
-    )  # one of 21 without a sound track
+    # one of 21 without a sound track
+    mute = root / "MAFW/data/clips" / fake.mafw_folds()[0]["train"][0][0]
     mute.unlink()
     fake.write_clip(mute, seconds=0)
     return root
@@ -67,7 +67,8 @@ def refused(*said: str, command: str, **flags) -> str:
 
 @pytest.fixture
 def little(tmp_path, monkeypatch):
-    """little(list, clips, official numbers) -> the flags that convert this data set of a few clips."""
+    """little(list, clips, official numbers) -> the flags that convert this
+    data set of a few clips."""
 
     def make(
         lines: str | bytes,
@@ -78,9 +79,8 @@ def little(tmp_path, monkeypatch):
         **flags,
     ) -> dict:
         monkeypatch.setitem(convert.FOLD_1, (name, "train"), official)
-        monkeypatch.setitem(
-            convert.TESTS, name, (0, 0, sum(official.values()))
-        )  # what fold 2 trains on
+        # what fold 2 trains on
+        monkeypatch.setitem(convert.TESTS, name, (0, 0, sum(official.values())))
         file = fake.dfew_list(tmp_path, fold, "train")
         if name == "mafw":
             file = fake.mafw_list(
@@ -108,8 +108,9 @@ def little(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dfew", "mafw"])
 def test_all_official_folds(name, sets, tmp_path):
-    """Stops a wrong label, a wrong path, a clip in the wrong part or a silent one left out, on any fold; a slip of the
-    keyboard in the official numbers, which fake_datasets.py has typed a second time."""
+    """Stops a wrong label, a wrong path, a clip in the wrong part or a silent one left out,
+    on any fold; a slip of the keyboard in the official numbers, which fake_datasets.py has
+    typed a second time."""
     root = sets / name.upper()
     tests: list[str] = []
     for number, fold in enumerate(fake.dfew_folds() if name == "dfew" else fake.mafw_folds(), 1):
@@ -141,7 +142,8 @@ def test_all_official_folds(name, sets, tmp_path):
 
 
 def test_a_row(sets, tmp_path, capsys):
-    """Stops a row that R1-Omni's code or our reader would take for something else, and a table without the numbers."""
+    """Stops a row that R1-Omni's code or our reader would take for something else,
+    and a table without the numbers."""
     out = tmp_path / "a.json"
     samples = run("dfew", root=sets / "DFEW", fold=1, part="test", out=out)
     clip = fake.dfew_folds()[0]["test"][0][0]
@@ -167,7 +169,8 @@ def test_a_row(sets, tmp_path, capsys):
 
 
 def test_flat_layout(little, capsys):
-    """Stops a DFEW without part folders being refused, and padded files of another clip being taken for it."""
+    """Stops a DFEW without part folders being refused, and padded files of another
+    clip being taken for it."""
     clips = (f"videos/{name}" for name in ("1.mp4", "10001.mp4", "00001.mp4", "10001.avi", "5.mp4"))
     samples = run(**little("1,1\n10001,2\n", clips, {"happy": 1, "sad": 1}))
     assert [(s.id, s.answer) for s in samples] == [
@@ -181,7 +184,8 @@ def test_flat_layout(little, capsys):
 
 
 def test_missing_clips(little, tmp_path, capsys):
-    """Stops an incomplete folder giving a smaller data set unseen; avis of cropped faces, without sound, filling the gap."""
+    """Stops an incomplete folder giving a smaller data set unseen;
+    avis of cropped faces, without sound, filling the gap."""
     clips = (
         f"Clip/{name}"
         for name in ("original/part_1/1.mp4", "clip_224x224_avi/10001.avi", "faces/10001.mp4")
@@ -213,7 +217,8 @@ def test_missing_clips(little, tmp_path, capsys):
     ],
 )
 def test_lists_of_another_size(fold, lines, told, little, tmp_path):
-    """Stops a list that lost or gained lines, or whose labels were touched: its numbers compare with nobody's."""
+    """Stops a list that lost or gained lines, or whose labels were touched:
+    its numbers compare with nobody's."""
     flags = little(lines, (f"videos/{i}.mp4" for i in range(1, 5)), {"happy": 2, "fear": 1}, fold)
     refused(f"set_{fold}.csv: {told}", **flags)
     if "lacks" in told:
@@ -260,14 +265,18 @@ def test_lists_of_another_size(fold, lines, told, little, tmp_path):
     ],
 )
 def test_bad_lines(name, lines, said, little):
-    """Stops a damaged list, a copy that counts from 0, or ids of classes (their orders differ) being read as something, or
-    refused without the line to blame."""
+    """Stops a damaged list, a copy that counts from 0, or ids of classes (their orders differ)
+    being read as something, or refused without the line to blame."""
     refused("set_1", said, **little(lines, ["videos/1.mp4"], {"happy": 1}, name=name))
 
 
 def test_untidy_lists_are_read(little, capsys):
-    """Stops a list that went through a spreadsheet (mark, CRLF, quotes, spaces, empty lines) being misread."""
-    lines = b'\xef\xbb\xbfvideo_name,label\r\n"1","1"\r\n 22 , "7" \r\n\r\n"00003" ,7,\r\n22,7\r\n,\r\n\r\n'
+    """Stops a list that went through a spreadsheet (mark, CRLF, quotes, spaces,
+    empty lines) being misread."""
+    lines = (
+        b'\xef\xbb\xbfvideo_name,label\r\n"1","1"\r\n 22 , "7" \r\n\r\n"00003" ,7,\r\n22,7\r\n'
+        b",\r\n\r\n"
+    )
     samples = run(**little(lines, (f"videos/{n}.mp4" for n in (1, 22, 3)), {"happy": 1, "fear": 2}))
     assert [(s.clip.stem, s.answer) for s in samples] == [
         ("1", "happy"),
@@ -325,7 +334,8 @@ def test_wrong_flags(sets, tmp_path):
 
 
 def test_mafw_with_captions(sets, tmp_path, little, capsys):
-    """Stops the captioned lists (GB18030, tabs, no neutral clips) being misread, or held to the others' numbers."""
+    """Stops the captioned lists (GB18030, tabs, no neutral clips) being misread,
+    or held to the others' numbers."""
     for number, fold in enumerate(fake.mafw_folds()[:2], 1):
         samples = run(
             "mafw",
@@ -391,7 +401,8 @@ def test_ravdess(sets, tmp_path, capsys):
     ],
 )
 def test_calm_and_actors(calm, expected, sets, tmp_path):
-    """Stops calm, which no training set has, landing in another class than the one that was asked for."""
+    """Stops calm, which no training set has, landing in another class than
+    the one that was asked for."""
     samples = run(
         "ravdess", root=sets / "RAVDESS", calm=calm, actors=[1, 24, 7], out=tmp_path / "a.json"
     )
@@ -467,7 +478,8 @@ def test_emer(sets, tmp_path, capsys):
 
 
 def test_which_label_and_who_is_left_out(tmp_path, capsys):
-    """Stops the open words winning over the discrete label, and a clip vanishing without being counted."""
+    """Stops the open words winning over the discrete label,
+    and a clip vanishing without being counted."""
     fake.link_clips(tmp_path, [f"video/{name}.mp4" for name in "abcdefgh"])
     fake.write_csv(
         tmp_path / "final-EMER-reason.csv",
@@ -543,7 +555,8 @@ def test_which_label_and_who_is_left_out(tmp_path, capsys):
     ],
 )
 def test_bad_reasons(rows, said, tmp_path):
-    """Stops a text being cut at a comma, and two texts of one clip; lines are counted as an editor does."""
+    """Stops a text being cut at a comma, and two texts of one clip;
+    lines are counted as an editor does."""
     fake.write_csv(tmp_path / "final-EMER-reason.csv", rows)
     fake.write_csv(
         tmp_path / "final-openset-english.csv", [("name", "openset"), ("a", "['happy']")]
@@ -604,7 +617,8 @@ def rows_file(path: Path, *rows: tuple) -> Path:
 
 
 def test_r1omni(sets, tmp_path):
-    """Stops another machine's path being taken for another set's clip, and its words staying as they were."""
+    """Stops another machine's path being taken for another set's clip,
+    and its words staying as they were."""
     samples = run("r1omni", data=sets / "r1omni.json", root=sets, out=tmp_path / "a.json")
     rows = json.loads((sets / "r1omni.json").read_text())
     assert len(samples) == len(rows) == 3000
@@ -676,7 +690,8 @@ def test_paths_of_another_machine(tmp_path, capsys):
 
 
 def test_how_a_path_is_matched():
-    """Stops folders far from the file outweighing those next to it, and a tie where they could decide."""
+    """Stops folders far from the file outweighing those next to it,
+    and a tie where they could decide."""
 
     def best(path: str, *files: str) -> list[str]:
         return [str(file) for file in convert.best_matches(path, [Path(file) for file in files])]
@@ -693,7 +708,8 @@ def test_how_a_path_is_matched():
 
 
 def test_two_data_sets_are_joined(sets, tmp_path, capsys):
-    """Stops sets that cannot be trained on together: rows lost, paths that start from two folders, a clip twice, a test."""
+    """Stops sets that cannot be trained on together: rows lost, paths that start from two folders,
+    a clip twice, a test."""
     files = {name: tmp_path / f"{name}.json" for name in ("mafw", "dfew")}
     rows = [
         row
@@ -749,7 +765,8 @@ def uncut(*files: Path, said: str, **flags) -> None:
 
 
 def test_split_of_a_data_set(sets, tmp_path, capsys):
-    """Stops a clip on both sides or on none, another class balance, and a choice that changes from run to run."""
+    """Stops a clip on both sides or on none, another class balance,
+    and a choice that changes from run to run."""
     whole = run("ravdess", root=sets / "RAVDESS", out=tmp_path / "whole.json")
     capsys.readouterr()
     train, val = cut(tmp_path / "whole.json", n=100)
@@ -776,7 +793,8 @@ def test_split_of_a_data_set(sets, tmp_path, capsys):
 
 
 def test_split_of_two_data_sets(tmp_path):
-    """Stops validation clips that come from one of the two sets only: each class is drawn from both in proportion."""
+    """Stops validation clips that come from one of the two sets only:
+    each class is drawn from both in proportion."""
     files, start = [], 0
     sets = {
         "dfew": {"happy": 200, "sad": 90, "fear": 60},
@@ -827,7 +845,8 @@ def test_quotas():
 
 
 def test_small_and_repeated(tmp_path):
-    """Stops a clip with two texts standing on both sides, and a class of one clip leaving training."""
+    """Stops a clip with two texts standing on both sides, and a class of
+    one clip leaving training."""
     file = rows_file(
         tmp_path / "rows.json",
         *((f"{i}.mp4", "happy") for i in range(6)),

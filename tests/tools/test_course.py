@@ -1,4 +1,5 @@
-"""The course: each exercise's check fails before it is solved and for each typical mistake, and holds for the solution."""
+"""The course: each exercise's check fails before it is solved and for each typical mistake,
+and holds for the solution."""
 
 import dataclasses
 import os
@@ -33,9 +34,8 @@ def sources(tmp_path_factory) -> Path:
             )
         else:
             shutil.copy(entry, place)
-    (place / "toy" / "start").symlink_to(
-        ROOT / "toy" / "start"
-    )  # weights, that no exercise changes
+    # weights, that no exercise changes
+    (place / "toy" / "start").symlink_to(ROOT / "toy" / "start")
     return place
 
 
@@ -55,18 +55,21 @@ def apply(place: Path, *patches: Path) -> None:
         assert done.returncode == 0, f"{patch.name}: {done.stderr}"
 
 
-# In a fork that has imported torch, and this project's modules from here: forget these, take the copy's.
+# In a fork that has imported torch, and this project's modules from here: forget these,
+# take the copy's.
 THERE = """import sys
 for name, module in list(sys.modules.items()):
     file = str(getattr(module, "__file__", ""))
-    if file.startswith({here!r} + "/") and "site-packages" not in file:      # the environment may lie in the project
+    if file.startswith({here!r} + "/") and "site-packages" not in file:  \
+    # the environment may lie in the project
         del sys.modules[name]
 sys.path[:] = [{place!r}, *(p for p in sys.path if p != {here!r})]
 """
 
 
 def start(place: Path, *words) -> forkserver.Job:
-    """`python -m tools.check_exercise ...` in the copy at `place`, in a fork: nothing is imported twice but the project."""
+    """`python -m tools.check_exercise ...` in the copy at `place`, in a fork:
+    nothing is imported twice but the project."""
     return forkserver.shared().start(
         "tools.check_exercise",
         *words,
@@ -85,8 +88,8 @@ def begin_of(n: int) -> list[Path]:
 
 @pytest.mark.parametrize("n", EXERCISES)
 def test_a_check_passes_only_when_solved(n, sources, tmp_path):
-    """Stops a check that a typical mistake passes, or the solution does not; one that nothing fails; a patch that no longer
-    fits the scripts."""
+    """Stops a check that a typical mistake passes, or the solution does not; one that nothing
+    fails; a patch that no longer fits the scripts."""
     begin, solution = begin_of(n), COURSE / "solutions" / f"{n:02}.patch"
     mutants = sorted((COURSE / "mutants").glob(f"{n:02}_*.patch"))
     assert len(mutants) >= 3
@@ -115,12 +118,13 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
     assert sentences == failed, f"no mistake fails: {sentences - failed}"
 
 
-# ---- the tool ----------------------------------------------------------------------------------------
+# ---- the tool ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("git", ["repository", "part of one", "none"])
 def test_there_and_back(git, sources, tmp_path):
-    """Stops work that is lost on the way back, a patch that git skips in silence, changes that are overwritten."""
+    """Stops work that is lost on the way back, a patch that git skips in silence,
+    changes that are overwritten."""
     place = copy_of(sources, tmp_path / "ours")
     if git != "none":
         whole = place if git == "repository" else tmp_path
@@ -145,9 +149,8 @@ def test_there_and_back(git, sources, tmp_path):
     assert (place / "sampler.py").read_text() == before["sampler.py"]
     apply(place, place / "runs" / "course" / "05-before-back.patch")
     assert (place / "sampler.py").read_text() == mine
-    assert (
-        "05-before-back-2.patch" in tool(place, 5, "--back").stdout
-    )  # the first one is still there
+    # the first one is still there
+    assert "05-before-back-2.patch" in tool(place, 5, "--back").stdout
     assert "Nothing to put back" in tool(place, 5, "--back").stdout
 
     own = place / "runs" / "course" / "ex03.py"  # an exercise that adds a file
@@ -192,20 +195,21 @@ FAULTY = {
 
 @pytest.mark.parametrize("fault", FAULTY)
 def test_what_goes_wrong_in_a_check_is_told(fault, sources, tmp_path):
-    """Stops an endless loop that hangs the terminal, a crash that looks solved, a student's exit(0) that is a pass."""
+    """Stops an endless loop that hangs the terminal, a crash that looks solved,
+    a student's exit(0) that is a pass."""
     place = copy_of(sources, tmp_path / "ours")
     body, told = FAULTY[fault]
     (place / "tools" / "exercises" / "ex90.py").write_text(
-        f'def check_first():\n    """First."""\n\n\ndef check_second():\n    """Second."""\n    {body}\n'
+        'def check_first():\n    """First."""\n\n\ndef check_second():\n    """Second."""\n'
+        f"    {body}\n"
     )
     (place / "mine.py").write_text("def f():\n    return 1 / 0\n")
     file = place / "tools" / "check_exercise.py"
     file.write_text(
         file.read_text().replace("LIMIT = 120 ", "LIMIT = 1 " if fault == "loop" else "LIMIT = 60 ")
     )
-    (place / "tools" / "exercises" / "__init__.py").write_text(
-        ""
-    )  # imports nothing: the limit is for the loop alone
+    # imports nothing: the limit is for the loop alone
+    (place / "tools" / "exercises" / "__init__.py").write_text("")
     done = tool(place, 90)
     assert "ok       First." in done.stdout and told in done.stdout, done.stdout + done.stderr
     assert done.returncode == (0 if fault == "silent" else 1)
@@ -241,7 +245,7 @@ def test_wrong_flags_are_told(words, told, sources, tmp_path):
     assert done.returncode == 1 and told in done.stdout + done.stderr, done.stdout + done.stderr
 
 
-# ---- the pages ---------------------------------------------------------------------------------------
+# ---- the pages -----------------------------------------------------------------------------------
 
 PAGES = sorted(COURSE.glob("[0-9]*.md"))
 
@@ -284,7 +288,8 @@ def test_pages_name_what_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_pages_have_one_form(page):
-    """Stops a page without a prediction, a number or a check; and one that is longer than a sitting."""
+    """Stops a page without a prediction, a number or a check; and one that
+    is longer than a sitting."""
     lines = page.read_text().splitlines()
     titles = [line[3:] for line in lines if line.startswith("## ")]
     for title in (

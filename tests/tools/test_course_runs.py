@@ -15,7 +15,8 @@ REWARDS = [2.0, 1.0, 0.0, 1.0]
 def folder(
     place: Path, name: str, flags: dict, rows: list[dict], advantages: list[float] = ()
 ) -> Path:
-    """A run folder with these flags, and these numbers of each step; with `advantages` also a group of answers a step."""
+    """A run folder with these flags, and these numbers of each step;
+    with `advantages` also a group of answers a step."""
     out = place / name
     out.mkdir()
     args = dataclasses.asdict(grpo.Args(model="m", data="d", out=str(out), **flags))
@@ -210,7 +211,8 @@ def test_such_folders_pass(n, tmp_path):
     ],
 )
 def test_others_are_told_why_not(n, runs, told, tmp_path):
-    """Stops a grade for runs that show nothing: of another seed, too short, in the wrong order, of the bug still."""
+    """Stops a grade for runs that show nothing: of another seed, too short, in the wrong order,
+    of the bug still."""
     exercise = importlib.import_module(f"tools.exercises.ex{n:02}")
     with pytest.raises(AssertionError, match=told):
         exercise.runs([folder(tmp_path, str(i), *run) for i, run in enumerate(runs)])

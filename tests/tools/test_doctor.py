@@ -1,6 +1,8 @@
-"""The diagnosis: each rule on a run that has its fault alone, on the boundary, and on a run that has none.
+"""The diagnosis: each rule on a run that has its fault alone, on the boundary,
+and on a run that has none.
 
-The synthetic run is the miniature's in its numbers: 8 clips a step, 8 completions each, accuracy from 0.59 to 0.83.
+The synthetic run is the miniature's in its numbers: 8 clips a step, 8 completions each,
+accuracy from 0.59 to 0.83.
 """
 
 import json
@@ -112,7 +114,8 @@ def write_run(
     rollouts: bool = False,
     **config,
 ) -> Path:
-    """A healthy run, each row passed to `edit(row, done)` and `edit_rollout(row, rng)` before it is written."""
+    """A healthy run, each row passed to `edit(row, done)` and `edit_rollout(row,
+    rng)` before it is written."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     rng = random.Random(seed)
@@ -167,7 +170,8 @@ def names(folder: Path) -> list[str]:
 
 
 def put(**metrics):
-    """An edit that sets metrics; a function gets how much of the run is done.  `__` in a name is a slash."""
+    """An edit that sets metrics; a function gets how much of the run is done.
+    `__` in a name is a slash."""
 
     def edit(row: dict, done: float) -> None:
         row |= {
@@ -181,14 +185,16 @@ def put(**metrics):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("steps", [1, 2, 5, 10, 19, 20, 40, 240])
 def test_a_healthy_run_is_found_healthy(tmp_path, steps, seed):
-    """Stops false alarms at any length of a run: after the second of them nobody reads a diagnosis.  Of sft.py: a rule
-    of RL that reads a missing metric as a bad one, or the towers' time as waiting for data."""
+    """Stops false alarms at any length of a run: after the second of them nobody reads a
+    diagnosis.  Of sft.py: a rule of RL that reads a missing metric as a bad one, or the towers'
+    time as waiting for data."""
     assert names(write_run(tmp_path, steps, seed=seed, rollouts=seed == 0)) == []
     assert names(write_sft(tmp_path / "sft", steps)) == []
 
 
 def test_stretches():
-    """Stops stretches that overlap, are shorter than the noise, or so long that they blur what happens now."""
+    """Stops stretches that overlap, are shorter than the noise,
+    or so long that they blur what happens now."""
     for n, stretch in (
         (1, 1),
         (5, 3),
@@ -235,7 +241,6 @@ DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right",
         ),
         ({"agg": "token"}, put(loss=-0.2)),
         ({"gate": "cispo"}, put(loss=-0.2)),
-        ({"is_cap": 2.0}, put(loss=-0.2)),
         (
             {"rewards": ["overlong=0.5", "my.py:f=-1"]},
             lambda row, done: [row.pop(x) for x in (doctor.ACCURACY, doctor.FORMAT)],
@@ -243,15 +248,14 @@ DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right",
     ],
 )
 def test_other_healthy_settings(config, edit, tmp_path):
-    """Stops thresholds that know one setting only: bare words, several updates, bf16, no KL, a loss that need not be 0,
-    rewards that are neither accuracy nor format."""
+    """Stops thresholds that know one setting only: bare words, several updates, bf16, no KL, a loss
+    that need not be 0, rewards that are neither accuracy nor format."""
 
     def rollout(row: dict, rng) -> None:
         if "prompt" in config:
             row["text"] = re.sub(".*<answer>|</answer>", "", row["text"], flags=re.DOTALL)
-        if (
-            "rewards" in config
-        ):  # what the policy says is its own affair, and weights are not in the log
+        # what the policy says is its own affair, and weights are not in the log
+        if "rewards" in config:
             row |= {
                 "rewards": {"overlong": rng.random(), "f": rng.random()},
                 "advantage": rng.random(),
@@ -262,14 +266,16 @@ def test_other_healthy_settings(config, edit, tmp_path):
 
 
 def test_every_finding_has_a_test_and_a_row_in_the_docs():
-    """Stops a finding without a remedy, a test or a line in docs/metrics.md, or docs of one that is gone."""
+    """Stops a finding without a remedy, a test or a line in docs/metrics.md,
+    or docs of one that is gone."""
     source = Path(__file__).read_text()
     assert [name for name in REMEDIES if f'"{name}"' not in source] == []
     table = (ROOT / "docs/metrics.md").read_text().split("tools.doctor")[-1]
     assert re.findall(r"^\| \*\*(.+?)\*\* \|", table, re.MULTILINE) == list(REMEDIES)
 
 
-# metric, its value in the first 30 steps (None: as later), in the last ten a good and a bad one, the finding, what else
+# metric, its value in the first 30 steps (None: as later), in the last ten a good and a bad one,
+# the finding, what else
 CASES = [
     ("ratio/max", None, 1.0, 1.0000001, "ratio off", {}),
     ("ratio/max", None, 1.0, 0.9999999, "ratio off", {}),
@@ -294,27 +300,15 @@ CASES = [
     ("grad_norm", None, 1e-9, 0.0, "no gradient", {}),
     ("rewards/format/mean", 0.9, 0.5, 0.49, "format lost", {}),
     ("rewards/format/mean", None, 0.5, 0.49, "format never learned", {}),
-    (
-        "rewards/format/mean",
-        0.25,
-        0.36,
-        0.34,
-        "format never learned",
-        {},
-    ),  # rising by 0.1 is being learned
+    # rising by 0.1 is being learned
+    ("rewards/format/mean", 0.25, 0.36, 0.34, "format never learned", {}),
     ("completions/clipped_ratio", None, 0.1, 0.11, "completions cut off", {}),
     (DEAD, None, 0.9, 0.91, "groups all wrong", {WRONG: 0.5}),
     (DEAD, None, 0.9, 0.91, "groups all right", {RIGHT: 0.5}),
     (DEAD, None, 0.9, 0.91, "groups without differences", {RIGHT: 0.4, WRONG: 0.4}),
     ("kl", None, 1e-9, 0.0, "policy does not move", {}),
-    (
-        "entropy",
-        None,
-        math.log(2) / 60,
-        math.log(2) / 70,
-        "completions are copies",
-        {},
-    ),  # at a length of 65 +- 2
+    # at a length of 65 +- 2
+    ("entropy", None, math.log(2) / 60, math.log(2) / 70, "completions are copies", {}),
     (
         "unique_completions",
         None,
@@ -336,8 +330,8 @@ CASES = [
 def test_a_fault_alone_is_found_alone_and_from_its_threshold_on(
     metric, before, well, ill, name, also, tmp_path
 ):
-    """Stops a rule that is blind or fires on another's fault, a threshold that is off by its own size, a sign that is
-    turned, >= for >, or stretches that are mixed up."""
+    """Stops a rule that is blind or fires on another's fault, a threshold that is off by its own
+    size, a sign that is turned, >= for >, or stretches that are mixed up."""
     for value, expected in ((well, []), (ill, [name])):
 
         def edit(row: dict, done: float, value=value) -> None:
@@ -366,8 +360,9 @@ def test_a_fault_alone_is_found_alone_and_from_its_threshold_on(
 )
 @pytest.mark.parametrize("baseline, scale", [("mean", "group"), ("loo", "batch"), ("mean", "none")])
 def test_faults_of_the_objective_are_told_at_the_first_step(fault, told, baseline, scale, tmp_path):
-    """Stops a sign that is turned, or a mean that is not subtracted, from passing as a bad cold start: rows as our own
-    advantages and loss make them, and the loss alone where the rollouts are gone."""
+    """Stops a sign that is turned, or a mean that is not subtracted, from passing as a bad
+    cold start: rows as our own advantages and loss make them, and the loss alone where the
+    rollouts are gone."""
     torch.manual_seed(0)
     r = torch.randint(0, 3, (8, 8)).float()
     A = fault(grpo.advantages(r, baseline, scale), r)
@@ -386,8 +381,9 @@ def test_faults_of_the_objective_are_told_at_the_first_step(fault, told, baselin
 
 
 def test_causes_stand_before_symptoms_or_instead(tmp_path):
-    """Stops advice against what only follows: more tokens for a policy that its learning rate destroyed, a better cold
-    start for one that unlearns, a limit for texts that never had the format."""
+    """Stops advice against what only follows: more tokens for a policy that its learning
+    rate destroyed, a better cold start for one that unlearns, a limit for texts that never
+    had the format."""
     wrong = {
         DEAD: 1.0,
         WRONG: 1.0,
@@ -436,9 +432,8 @@ def test_causes_stand_before_symptoms_or_instead(tmp_path):
         "completions cut off",
         "groups all wrong",
     ]
-    assert (
-        names(write_run(tmp_path, 4, nothing_at_all, begin)) == []
-    )  # one wave of bad luck is no verdict
+    # one wave of bad luck is no verdict
+    assert names(write_run(tmp_path, 4, nothing_at_all, begin)) == []
     for prompts, expected in ((1, []), (2, ["groups all wrong"])):  # nor are ten groups
         folder = write_run(tmp_path, 40, nothing_at_all, begin, prompts_per_step=prompts)
         assert names(folder) == ["completions cut off", *expected]
@@ -446,7 +441,8 @@ def test_causes_stand_before_symptoms_or_instead(tmp_path):
 
 
 def test_steps_that_changed_nothing_say_why(tmp_path):
-    """Stops one advice for three causes: no clip, a refused step, a gradient that is not finite; or for a bad clip none."""
+    """Stops one advice for three causes: no clip, a refused step, a gradient that is not finite;
+    or for a bad clip none."""
     for name, fields in {
         "no usable clip": {"num_tokens": None, "grad_norm": 0.0},
         "steps refused": {},
@@ -495,22 +491,23 @@ def test_steps_that_changed_nothing_say_why(tmp_path):
             None,
         ),
         (
+            # 50 of 640
             lambda row, rng: {
                 "text": say("sad") if row["clip"] < "5" and row["completion"] == 0 else "<think>"
-            },  # 50 of 640
+            },
             "one word for everything",
         ),
+        # 40
         (
             lambda row, rng: {
                 "text": say("sad") if row["clip"] < "4" and row["completion"] == 0 else "<think>"
             },
             None,
-        ),  # 40
+        ),
         (
             lambda row, rng: {
-                "text": say(
-                    "happy" if rng.random() < 0.5 else rng.choice(WORDS)
-                ),  # half of answers and clips
+                # half of answers and clips
+                "text": say("happy" if rng.random() < 0.5 else rng.choice(WORDS)),
                 "answer": "happy" if row["clip"] < "4" else row["answer"],
             },
             "accuracy at chance",
@@ -525,9 +522,10 @@ def test_steps_that_changed_nothing_say_why(tmp_path):
     ],
 )
 def test_answers(edit, expected, tmp_path):
-    """Stops one word for everything from passing as half-learned; a frequent label, or a few answers among many that were
-    cut off, from being taken for it; accuracy above 1 / 7 from being taken for learning where one label is frequent; and
-    rare words from being lost without a word."""
+    """Stops one word for everything from passing as half-learned; a frequent label, or a few
+    answers among many that were cut off, from being taken for it; accuracy above 1 / 7 from
+    being taken for learning where one label is frequent; and rare words from being lost
+    without a word."""
     found = diagnose(
         write_run(tmp_path, 40, edit_rollout=lambda row, rng: row.update(edit(row, rng)))
     )
@@ -569,7 +567,8 @@ def test_kappa_is_measured_against_shuffled_answers():
 
 
 def test_a_reward_that_rises_while_the_evaluation_falls(tmp_path):
-    """Stops over-optimisation from being praised; and noise of an evaluation from being called that."""
+    """Stops over-optimisation from being praised; and noise of an
+    evaluation from being called that."""
 
     def at(**wars):
         return lambda row, done: row.update(
@@ -578,17 +577,16 @@ def test_a_reward_that_rises_while_the_evaluation_falls(tmp_path):
 
     assert names(write_run(tmp_path, 40, at(s40=50.0))) == ["eval falls"]
     assert names(write_run(tmp_path, 40, at(s40=57.5))) == []
-    (finding,) = diagnose(
-        write_run(tmp_path, 40, at(s20=80.0, s30=75.0, s40=70.0))
-    )  # the best is in the middle
+    # the best is in the middle
+    (finding,) = diagnose(write_run(tmp_path, 40, at(s20=80.0, s30=75.0, s40=70.0)))
     assert "from 80.0 (step 20) to 70.0 (step 40)" in finding.sentence
     still = put(eval__toy__war=lambda done: 62 - 12 * done, reward=1.5)
     assert names(write_run(tmp_path, 40, still)) == []
 
 
 def test_standing_still_is_told_from_noise(tmp_path):
-    """Stops a trend that is only noise from being called progress, slow progress from being called none, and a fall from
-    being lost in the spread that it makes itself."""
+    """Stops a trend that is only noise from being called progress, slow progress from being called
+    none, and a fall from being lost in the spread that it makes itself."""
 
     def around(name: str, a: float, b: float):
         rng = random.Random(1)
@@ -601,14 +599,11 @@ def test_standing_still_is_told_from_noise(tmp_path):
         ]
     assert names(write_run(tmp_path, 200, around(accuracy, 0.5, 0.65))) == []
     assert names(write_run(tmp_path, 99, around(accuracy, 0.5, 0.5))) == []
-    assert (
-        names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97))) == []
-    )  # nothing to gain
+    # nothing to gain
+    assert names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97))) == []
     assert names(write_run(tmp_path, 120, around(accuracy, 0.8, 0.4))) == ["reward falls"]
-    for fall, expected in (
-        (0.18, []),
-        (0.2, ["reward falls"]),
-    ):  # 3 x sqrt(2 x (2 x 0.1)^2 / 2 / 10) = 0.19
+    # 3 x sqrt(2 x (2 x 0.1)^2 / 2 / 10) = 0.19
+    for fall, expected in ((0.18, []), (0.2, ["reward falls"])):
         zigzag = lambda row, done, fall=fall: row.update(
             reward=1 + 0.1 * (-1) ** row["step"] - fall * (row["step"] > 10)
         )
@@ -634,7 +629,8 @@ def test_gradient_spikes(tmp_path):
 
 
 def test_half_a_spacing_is_what_rounding_says(tmp_path):
-    """Stops an exponent that is off by one, against rounding itself; and a length that forgets --epochs or inner passes."""
+    """Stops an exponent that is off by one, against rounding itself;
+    and a length that forgets --epochs or inner passes."""
     for half, dtype in ((doctor.HALF_FP32, torch.float32), (doctor.HALF_BF16, torch.bfloat16)):
         weight = torch.tensor(doctor.WEIGHT).to(dtype).double()
         assert [bool((weight + x * half).to(dtype).double() != weight) for x in (0.99, 1.01)] == [
@@ -642,10 +638,8 @@ def test_half_a_spacing_is_what_rounding_says(tmp_path):
             True,
         ]
     for lr, expected in ((0.9 * 2**-14 / 80, ["learning rate too small"]), (1.1 * 2**-14 / 80, [])):
-        for length in (
-            {"max_steps": 40},
-            {"max_steps": 0, "epochs": 0.4},
-        ):  # 1 epoch is 100 steps here
+        # 1 epoch is 100 steps here
+        for length in ({"max_steps": 40}, {"max_steps": 0, "epochs": 0.4}):
             config = length | {"lr": lr, "dtype": "bfloat16", "update_epochs": 2}
             assert names(write_run(tmp_path, 3, put(lr=lr), **config)) == expected
     for lr, expected in ((5e-10, ["learning rate too small"]), (1e-9, [])):
@@ -658,7 +652,8 @@ def test_half_a_spacing_is_what_rounding_says(tmp_path):
 
 
 def test_a_torn_last_line_nulls_and_missing_metrics(tmp_path):
-    """Stops a crash while the run goes on: the last line may be half written, within a character even."""
+    """Stops a crash while the run goes on: the last line may be half written,
+    within a character even."""
 
     def gaps(row: dict, done: float) -> None:
         if row["step"] % 4 == 0:
@@ -683,8 +678,8 @@ def test_a_torn_last_line_nulls_and_missing_metrics(tmp_path):
 
 
 def test_garbage_is_no_crash(tmp_path):
-    """Stops tracebacks, and control characters that would steer the terminal: whatever value stands where a number or a
-    text was expected, there is a report."""
+    """Stops tracebacks, and control characters that would steer the terminal: whatever value stands
+    where a number or a text was expected, there is a report."""
     rng = random.Random(0)
     junk = [
         None,
@@ -732,7 +727,8 @@ def test_garbage_is_no_crash(tmp_path):
 
 
 def test_rollouts_are_streamed(tmp_path, monkeypatch):
-    """Stops reading gigabytes into memory, as lines or as a count of every text that a policy ever wrote."""
+    """Stops reading gigabytes into memory, as lines or as a count of every text
+    that a policy ever wrote."""
     monkeypatch.setattr(doctor, "MOST_WORDS", 50)
     folder = write_run(tmp_path, 2)
     with open(folder / "rollouts.jsonl", "w") as file:
@@ -761,7 +757,8 @@ def call(*words):
 
 
 def test_no_run_folder_is_a_sentence(tmp_path):
-    """Stops a traceback, or a diagnosis of a folder that is none: a checkpoint's folder says whose it is."""
+    """Stops a traceback, or a diagnosis of a folder that is none:
+    a checkpoint's folder says whose it is."""
     run = write_run(tmp_path / "run", 3)
     (run / "checkpoints/step_3").mkdir(parents=True)
     (run / "checkpoints/step_3/config.json").write_text(
@@ -797,7 +794,8 @@ def test_no_run_folder_is_a_sentence(tmp_path):
 
 
 def test_the_command(tmp_path):
-    """Stops wrong exit statuses, findings out of order, and a traceback where `head` has seen enough."""
+    """Stops wrong exit statuses, findings out of order, and a traceback
+    where `head` has seen enough."""
     faults = put(time__load=2.0, ratio__max=1.5, completions__clipped_ratio=0.5)
     sick = write_run(tmp_path / "sick", 40, faults)
     done = call(sick)

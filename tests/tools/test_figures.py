@@ -1,4 +1,5 @@
-"""tools/figures.py: what is drawn is where the numbers say, what is shown is what the rules choose, text stays text."""
+"""tools/figures.py: what is drawn is where the numbers say, what is shown is what the rules choose,
+text stays text."""
 
 import dataclasses
 import html.parser
@@ -59,7 +60,8 @@ def result(predictions: list[dict], data: Path, war: float = 50.0, **more) -> di
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    """A finished miniature of three clips, its texts hostile, its sample file at another place than the results say."""
+    """A finished miniature of three clips, its texts hostile,
+    its sample file at another place than the results say."""
     root = tmp_path_factory.mktemp("toy")
     (root / "data" / "clips").mkdir(parents=True)
     (root / "eval").mkdir()
@@ -137,7 +139,8 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 33)])
 def test_png_is_what_another_decoder_reads(shape, tmp_path):
-    """Stops a filter that goes over the edge of a row, a wrong checksum, colours in the order of another library."""
+    """Stops a filter that goes over the edge of a row, a wrong checksum,
+    colours in the order of another library."""
     rng = np.random.default_rng(1)
     whole, palette = (
         rng.integers(0, 256, (*shape, 3), np.uint8),
@@ -187,7 +190,8 @@ def test_wrapped_lines_fit_and_lose_nothing(words):
 
 
 def test_marks():
-    """Stops the label's synonym in red, a denied emotion of two words as one, a cue inside another word."""
+    """Stops the label's synonym in red, a denied emotion of two words as one,
+    a cue inside another word."""
     text = "<think>Joy, not anger; slowly, slow.</think>"
     marks = draw.mark(text, "happy", frozenset({"slow"}))
     assert "".join(piece for piece, _ in marks) == text
@@ -207,7 +211,8 @@ def test_marks():
 
 
 def test_agreement_is_that_of_the_measures():
-    """Stops a figure that calls disagreement what EPC counts as agreement, or the other way round."""
+    """Stops a figure that calls disagreement what EPC counts as agreement,
+    or the other way round."""
     words = ["happy", "Happy ", "joyful", "anger", "angry", "happy and sad", "", None]
     for said, concluded in itertools.product(words, ["happy", "angry", None]):
         epc = faithfulness(["sad"], [said.strip().lower() if said else said], [concluded])["epc"]
@@ -248,7 +253,8 @@ def test_the_clip_that_tells_most_is_the_one_of_a_search():
 
 
 def test_faults_of_one_prediction():
-    """Stops a true cue or a seen one called invented sound, silence that is not noticed, a quote that is not compared."""
+    """Stops a true cue or a seen one called invented sound, silence that is not noticed,
+    a quote that is not compared."""
     cues = {"seen": {"brows": "raised"}, "heard": {"pitch": "low", "rate": "slow"}}
     known = {"low", "high", "slow", "quick"}
 
@@ -278,7 +284,8 @@ def test_faults_of_one_prediction():
 
 
 def test_failures_are_sorted_and_know_silent_clips(toy, tmp_path):
-    """Stops the mildest first, ties out of order, and eval.py's notes of silent clips that nobody reads."""
+    """Stops the mildest first, ties out of order, and eval.py's notes of silent
+    clips that nobody reads."""
     rows = [
         {
             "video": f"clips/{i}.mp4",
@@ -298,9 +305,8 @@ def test_failures_are_sorted_and_know_silent_clips(toy, tmp_path):
     assert [f.p["index"] for f in found["disagree"]] == [1, 3, 0]
     assert [f.p["index"] for f in found["sound"]] == [2] and found["quote"] == []
     page = figures.figure_3(args("3", results=[str(tmp_path / "mine.json")], top=2))
-    assert (
-        page.count("<section") == 3 and "no such file" in page
-    )  # the clips are gone, and it says so
+    # the clips are gone, and it says so
+    assert page.count("<section") == 3 and "no such file" in page
     assert "another emotion than the answer: 3 of 4" in page
 
 
@@ -344,7 +350,8 @@ def test_curves_are_where_the_metrics_say(toy):
 
 
 def test_the_picture_shows_the_chosen_clip(toy):
-    """Stops texts of another clip than the face's, hostile text that becomes markup, an answer without its verdict."""
+    """Stops texts of another clip than the face's, hostile text that becomes markup,
+    an answer without its verdict."""
     svg = figures.picture(args("picture", toy))
     words = ["".join(t.itertext()) for t in tree(svg).iter(f"{SVG}text")]
     assert chosen.mended(chosen.read_results(args("picture", toy)))[1] == "clips/1.mp4"
@@ -386,7 +393,8 @@ def test_figure_1_has_a_column_for_each_model(toy):
 
 
 def test_bars_are_as_long_as_the_rates(toy):
-    """Stops bars of another data set or rate, intervals off their bars, the paper's numbers from memory."""
+    """Stops bars of another data set or rate, intervals off their bars,
+    the paper's numbers from memory."""
     root = tree(figures.figure_2(args("2", toy)))
     rects = [
         (float(r.get("x")), float(r.get("y")), float(r.get("width")))
@@ -418,7 +426,8 @@ def test_bars_are_as_long_as_the_rates(toy):
 
 
 def test_ablations_have_a_point_for_each_seed(tmp_path):
-    """Stops a seed that is left out, a mean of what crashed, a row without runs that takes up a line."""
+    """Stops a seed that is left out, a mean of what crashed,
+    a row without runs that takes up a line."""
     head = {
         "war/toy_dfew": 90.0,
         "epc/toy_dfew": 60.0,
@@ -522,7 +531,8 @@ def test_a_csv_with_a_word_for_a_number(tmp_path):
 
 
 def test_without_chromium_the_svg_is_there(toy, tmp_path, monkeypatch):
-    """Stops a machine without a browser from getting nothing, or from believing that it got the PNG."""
+    """Stops a machine without a browser from getting nothing,
+    or from believing that it got the PNG."""
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"p\.svg is written, but no PNG of it: install Chromium"):
         figures.main(args("picture", toy, out=str(tmp_path / "p.svg")))

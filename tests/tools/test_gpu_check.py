@@ -1,4 +1,5 @@
-"""The acceptance on a GPU, as far as a CPU can run it: the supervisor with stages that go wrong, and every check."""
+"""The acceptance on a GPU, as far as a CPU can run it: the supervisor with stages that go wrong,
+and every check."""
 
 import contextlib
 import json
@@ -32,7 +33,8 @@ def stage(s):
     s.check("first", lambda: ("something", "measured"))
     {body}
 gpu_stages.STAGES["smoke"] = stage
-gpu_stages.main(gpu_stages.Args(stage="smoke", findings=sys.argv[1], device="cpu", until=float(sys.argv[2])))
+gpu_stages.main(gpu_stages.Args(stage="smoke", findings=sys.argv[1], device="cpu",\
+ until=float(sys.argv[2])))
 """
 
 
@@ -41,13 +43,16 @@ BODIES = {
     "dies": "os.kill(os.getpid(), signal.SIGSEGV)",
     "raises": "1 / 0",
     "ends": "s.check('second', lambda: ('more', True))",
-    "has a check that raises": "s.check('bad', lambda: 1 / 0); s.check('second', lambda: ('more', True))",
+    "has a check that raises": (
+        "s.check('bad', lambda: 1 / 0); s.check('second', lambda: ('more', True))"
+    ),
 }
 
 
 @pytest.fixture
 def supervise(tmp_path, monkeypatch):
-    """-> the findings of a run whose stages do what BODIES say, its exit status, its table, its log"""
+    """-> the findings of a run whose stages do what BODIES say, its exit status, its table,
+    its log"""
 
     def supervise(*kinds, seconds=100.0, limit=90.0):
         bodies = dict(zip(gpu_check.LIMITS, kinds))
@@ -83,7 +88,8 @@ def supervise(tmp_path, monkeypatch):
 
 
 def test_what_goes_wrong_in_a_stage_does_not_touch_the_others(supervise):
-    """Stops an illegal address, a crash or an exception that takes the findings of all other stages along."""
+    """Stops an illegal address, a crash or an exception that takes the findings
+    of all other stages along."""
     rows, status, *_ = supervise("dies", "raises", "has a check that raises", "ends")
     first = ("first", "measured", "something")
     assert [rows[i] for i in (0, 2, 4, 7)] == [first] * 4 and status == 1
@@ -114,7 +120,8 @@ def test_a_stage_that_hangs_is_killed_and_its_stack_kept(supervise):
 
 
 def test_what_does_not_fit_is_left_out_and_said(supervise):
-    """Stops a run over its time, whose findings are lost with the machine; and a silent gap in the table."""
+    """Stops a run over its time, whose findings are lost with the machine;
+    and a silent gap in the table."""
     rows, status, table, _ = supervise("ends", "ends", seconds=gpu_check.LEAST - 1)
     assert [row[:2] for row in rows] == [
         ("the stage itself", "left out")
@@ -136,7 +143,8 @@ def processes_that_name(path: Path) -> list[int]:
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs /proc")
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_half_way_the_findings_so_far_are_there(tmp_path, kind):
-    """Stops findings that are only written at the end.  A polite signal also ends the running stage."""
+    """Stops findings that are only written at the end.  A polite signal
+    also ends the running stage."""
     command = [
         sys.executable,
         "-m",
@@ -264,7 +272,8 @@ def test_what_is_wrong_is_found(findings, monkeypatch):
 
 
 def test_one_process_really_calls_the_collectives(monkeypatch, tmp_path):
-    """Stops a check of NCCL that never calls it: with one rank our own `Ranks` leaves the collectives out."""
+    """Stops a check of NCCL that never calls it: with one rank our own `Ranks` leaves the
+    collectives out."""
     called = []
     for name in ("all_reduce", "all_gather_object", "barrier"):
         real = getattr(torch.distributed, name)
@@ -279,7 +288,10 @@ def test_one_process_really_calls_the_collectives(monkeypatch, tmp_path):
 
 def test_nothing_but_reading_clips_needs_av():
     """Stops checks and benchmarks that cannot run on a GPU machine because it has no FFmpeg."""
-    code = "import sys; sys.modules['av'] = None\nimport grpo, sft, eval, tools.bench, tools.gpu_check, tools.gpu_stages"
+    code = (
+        "import sys; sys.modules['av'] = None\nimport grpo, sft, eval, tools.bench, "
+        "tools.gpu_check, tools.gpu_stages"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
     )

@@ -1,4 +1,5 @@
-"""The memory table against figures traced on the whole step, and against what a layer really keeps."""
+"""The memory table against figures traced on the whole step,
+and against what a layer really keeps."""
 
 import dataclasses
 
@@ -44,7 +45,8 @@ class Live(TorchDispatchMode):
     ],
 )
 def test_the_table_is_what_was_traced(dtype, B, T, traced):
-    """Stops a part of the step that the table forgets.  Traced at full size with a mask, G 8, P 976."""
+    """Stops a part of the step that the table forgets.  Traced at full size with a mask,
+    G 8, P 976."""
     model = build_model(SIZES["full"], "meta", torch.float32)
     assert sum(peak(model, B, 8, 976, T, dtype, masked=True).values()) / GIB == pytest.approx(
         traced, rel=0.03
@@ -53,7 +55,8 @@ def test_the_table_is_what_was_traced(dtype, B, T, traced):
 
 @pytest.mark.parametrize("B, G, P, S", [(2, 3, 37, 11), (1, 4, 20, 30)])
 def test_what_a_layer_keeps(model, B, G, P, S):
-    """Stops a tensor more per layer that nobody counted, and checkpointing that keeps more than what enters a layer."""
+    """Stops a tensor more per layer that nobody counted, and checkpointing that keeps more than
+    what enters a layer."""
     towers = (
         model.model.vision_tower.config,
         model.model.audio_tower.config,
@@ -67,18 +70,16 @@ def test_what_a_layer_keeps(model, B, G, P, S):
     for layers in (2, 4):
         config = dataclasses.replace(model.config, num_key_value_heads=2, num_hidden_layers=layers)
         run = HumanOmni(config, *towers)
-        weights = sum(
-            p.nbytes for p in run.model.layers.parameters() if p.dim() == 2
-        )  # a view of each is kept
+        # a view of each is kept
+        weights = sum(p.nbytes for p in run.model.layers.parameters() if p.dim() == 2)
         x = torch.randn(B, P + G * S, config.hidden_size, requires_grad=True)
         for run.checkpoint_layers in (False, True):
             with Live() as live:
                 out = run.run_layers(x, positions, shared_prefix_attend(mask, G, S, False))
             kept[layers, run.checkpoint_layers] = live.bytes - weights
             del out
-    norms = (
-        2 * B * (P + G * S) * config.hidden_size * 4
-    )  # on a CPU each keeps one tensor more than a GPU's
+    # on a CPU each keeps one tensor more than a GPU's
+    norms = 2 * B * (P + G * S) * config.hidden_size * 4
     expected = kept_by_a_layer(config, B, G, P, S, 4, masked=True)
     assert (kept[4, False] - kept[2, False]) / 2 - norms == pytest.approx(expected, rel=0.02)
     assert (kept[4, True] - kept[2, True]) / 2 == pytest.approx(

@@ -1,4 +1,5 @@
-"""The rehearsal at the true size: its geometry without memory, and the whole of it on a tiny geometry."""
+"""The rehearsal at the true size: its geometry without memory,
+and the whole of it on a tiny geometry."""
 
 import json
 import math
@@ -39,9 +40,8 @@ def tiny(released):
     """Another size is published from now on, for the whole module."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(rehearsal.SIZES, "full", TINY)
-        patch.setattr(
-            rehearsal, "TOKENS", (8, 16)
-        )  # 8 frames of 2 x 2 patches, halved; 50 states, three a token
+        # 8 frames of 2 x 2 patches, halved; 50 states, three a token
+        patch.setattr(rehearsal, "TOKENS", (8, 16))
         millions = {
             "decoder": 0.0882,
             "video projector": 0.177,
@@ -59,7 +59,8 @@ def tiny(released):
 
 
 def test_the_released_geometry(released):
-    """Stops a part that is smaller or larger than the published one, and a prompt of another length."""
+    """Stops a part that is smaller or larger than the published one,
+    and a prompt of another length."""
     out, model = released
     assert all(p.is_meta for p in model.parameters())
     parts = count(model)
@@ -75,9 +76,8 @@ def test_the_released_geometry(released):
             == said
             == PUBLISHED[part][1]
         ), part
-    assert sum(parts.values()) == sum(
-        p.numel() for p in model.parameters()
-    )  # no parameter in none, none in two
+    # no parameter in none, none in two
+    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
     assert sum(key.startswith("model.mm_projector.") for key in model.state_dict()) == 126
     assert (model.video_tokens, model.audio_tokens) == (392, 500) == rehearsal.TOKENS
     check_geometry(model, out)  # 392 and 500 as the modules make them, too
@@ -99,7 +99,8 @@ def test_released_configuration(released):
     """Stops a config.json that the reference code would not read as the released one."""
     config = json.loads((released[0] / "humanomni" / "config.json").read_text())
     golden = json.loads((GOLDEN / "humanomni" / "config.json").read_text())
-    # The golden one was written by the reference code itself; it has another geometry, and nothing else is changed.
+    # The golden one was written by the reference code itself; it has another geometry,
+    # and nothing else is changed.
     stated = {
         "hidden_size": 896,
         "num_hidden_layers": 24,
@@ -149,9 +150,8 @@ def test_the_report_tells_what_ran(rehearsed):
     ]
     assert [row[1] for row in runs] == ["unread", "bfloat16", "bfloat16"]
     for row in runs:
-        assert (
-            float(row[2]) > 1 and float(row[3]) > 1 and 0.2 < float(row[4]) < 4
-        )  # torch alone takes 0.3 GiB
+        # torch alone takes 0.3 GiB
+        assert float(row[2]) > 1 and float(row[3]) > 1 and 0.2 < float(row[4]) < 4
     row = json.loads((rehearsed / "model" / "grpo_bfloat16" / "metrics.jsonl").read_text())
     assert row["step"] == 1 and row["completions/max_length"] <= 8 and math.isfinite(row["loss"])
     assert f"sampler and loss differ by {row['sampler_logp_diff/max']:.1e}" in runs[2][5]
@@ -162,7 +162,8 @@ def test_the_report_tells_what_ran(rehearsed):
 
 
 def test_released_layout(rehearsed):
-    """Stops a rehearsal of files that look unlike the released ones: towers inside, fp32, a stored head."""
+    """Stops a rehearsal of files that look unlike the released ones: towers inside, fp32,
+    a stored head."""
     ours = {
         "embed_tokens",
         "layers",
@@ -191,7 +192,8 @@ def test_released_layout(rehearsed):
 
 
 def test_what_is_tidied_up(tiny, tmp_path, monkeypatch):
-    """Stops gigabytes left behind, also after a failure, and logs or report, or anybody's files, that go with them."""
+    """Stops gigabytes left behind, also after a failure, and logs or report, or anybody's files,
+    that go with them."""
 
     def run_commands(out, dtypes):
         assert dtypes == ["bfloat16", "float32"]
@@ -217,7 +219,8 @@ def test_what_is_tidied_up(tiny, tmp_path, monkeypatch):
     "lacks, said", [("disk", "14 GB of disk and 13 GB"), ("memory", "18 GB of memory and 9 GB")]
 )
 def test_too_little_room(released, monkeypatch, lacks, said):
-    """Stops a full disk or a killed process after minutes of writing: one sentence at the start, with README's numbers."""
+    """Stops a full disk or a killed process after minutes of writing: one sentence at the start,
+    with README's numbers."""
     out, model = released
     disk, memory = (
         SimpleNamespace(free=13e9 if lacks == "disk" else 14e9),
@@ -234,7 +237,8 @@ def test_too_little_room(released, monkeypatch, lacks, said):
 def test_peak_memory_is_the_childs(tmp_path):
     """Stops a peak that is this process's, or that is read before the child has ended."""
     script = tmp_path / "child.py"
-    # More than this process ever had: Linux starts a child's peak at that of the process which it was forked from.
+    # More than this process ever had: Linux starts a child's peak at that of the process which it
+    # was forked from.
     large = int(max(1.5e9, 1.2 * 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     script.write_text(f"x = bytearray({large}); del x\nprint('large')")
     _, seconds, _, peak = measure(tmp_path / "child.log", script)

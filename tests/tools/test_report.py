@@ -1,4 +1,5 @@
-"""The page about runs: what is filled in against the files it was read from, and the page itself in a headless Chromium."""
+"""The page about runs: what is filled in against the files it was read from,
+and the page itself in a headless Chromium."""
 
 import base64
 import contextlib
@@ -24,10 +25,14 @@ from tools.report import write_report
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --hide-scrollbars --autoplay-policy=no-user-gesture-required"
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync --hide-scrollbars "
+    "--autoplay-policy=no-user-gesture-required"
 ).split()
-EVIL = '</script><script>window.pwned = 1</script><img src=x onerror="window.pwned = 1"> \u202eevil \u0000 \ud800'
+EVIL = (
+    '</script><script>window.pwned = 1</script><img src=x onerror="window.pwned = 1"> '
+    "\u202eevil \u0000 \ud800"
+)
 STEPS = range(1, 13)
 
 
@@ -47,7 +52,10 @@ def completion(step, clip, label, k, text, right, A, **more):
 
 
 def text_of(think: str, answer: str) -> str:
-    return f"<think>The brows are raised, the pitch is low. It is {think}.</think>\n<answer>{answer}</answer>"
+    return (
+        f"<think>The brows are raised, the pitch is low. It is {think}.</think>\n"
+        f"<answer>{answer}</answer>"
+    )
 
 
 def make_run(folder: Path, rows: list[dict], metrics: list[dict], **config) -> Path:
@@ -98,7 +106,8 @@ def is_torn(row: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """runs/data with a sample file and real clips, runs/sft and runs/r1, which began from it, and results of r1 and r10."""
+    """runs/data with a sample file and real clips, runs/sft and runs/r1, which began from it,
+    and results of r1 and r10."""
     runs = tmp_path_factory.mktemp("look") / "runs"
     (runs / "data").mkdir(parents=True)
     frames = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), dtype=np.uint8)
@@ -169,7 +178,8 @@ def filled(page: Path) -> dict:
 
 
 def test_what_was_logged_is_what_stands_in_the_page(runs, tmp_path):
-    """Stops columns that are shifted, a NaN or a half line that ends the writer, a chain of stages that breaks off."""
+    """Stops columns that are shifted, a NaN or a half line that ends the writer,
+    a chain of stages that breaks off."""
     content = filled(write_report([runs / "r1"], tmp_path / "p.html"))
     run, source = content["runs"][0], content["sources"][0]
     assert run["steps"] == [*STEPS] and run["every"] == 1
@@ -229,7 +239,8 @@ def test_long_curves_are_means_of_neighbours(tmp_path, monkeypatch):
 
 
 def test_clips_are_embedded_linked_or_gone(runs, tmp_path, monkeypatch):
-    """Stops a large clip in the page, a link that leads nowhere, a run that was moved and loses its clips."""
+    """Stops a large clip in the page, a link that leads nowhere,
+    a run that was moved and loses its clips."""
     moved = tmp_path / "elsewhere/runs"
     shutil.copytree(runs, moved)
     monkeypatch.chdir(runs.parent)  # where runs/data is another run's
@@ -243,9 +254,8 @@ def test_clips_are_embedded_linked_or_gone(runs, tmp_path, monkeypatch):
     assert not clips["gone.mp4"].keys() & {"file", "href", "strip"}
     assert base64.b64decode(clips["c1.mp4"]["strip"]).startswith(b"\xff\xd8")
     wave = clips["c1.mp4"]["wave"]
-    assert (
-        len(wave) == report.BARS and max(wave) == 100 and max(wave[:10]) < 15
-    )  # the tone grows from silence
+    # the tone grows from silence
+    assert len(wave) == report.BARS and max(wave) == 100 and max(wave[:10]) < 15
     assert clips["c1.mp4"]["seen"] == ["open", "raised"] and clips["c1.mp4"]["heard"] == [
         "high",
         "slow",
@@ -253,7 +263,8 @@ def test_clips_are_embedded_linked_or_gone(runs, tmp_path, monkeypatch):
 
 
 def test_results_beside_the_run_and_given_ones(runs, tmp_path):
-    """Stops the results of r10 beside r1, a setting that is lost, answers that are not side by side."""
+    """Stops the results of r10 beside r1, a setting that is lost,
+    answers that are not side by side."""
     content = filled(write_report([runs / "r1"], tmp_path / "p.html"))
     assert sorted((r["by"], r["run"], *r["rates"]["war"]) for r in content["results"]) == [
         ("r1", 0, 50, 10, 90),
@@ -269,7 +280,8 @@ def test_results_beside_the_run_and_given_ones(runs, tmp_path):
 
 
 def test_fifty_thousand_rollouts_are_thinned_by_rule(tmp_path):
-    """Stops a page that nobody can open, steps that are missing in it, clips that cannot be followed over the steps."""
+    """Stops a page that nobody can open, steps that are missing in it,
+    clips that cannot be followed over the steps."""
     live = lambda step: step % 3 > 0
     name = lambda step, b: f"clip{(step * 10 + b) % 1000}.mp4"
     rows = [
@@ -288,9 +300,8 @@ def test_fifty_thousand_rollouts_are_thinned_by_rule(tmp_path):
     assert len(rows) == 50_000 and source["seen"] == 6250 and 1500 < len(source["groups"]) < 3500
     assert report.ROLLOUT_BYTES * 0.8 < page.stat().st_size < report.ROLLOUT_BYTES * 1.1
     kept = {(g["step"], clips[g["clip"]]["id"]) for g in source["groups"]}
-    for part in range(
-        50
-    ):  # of the clips that stay by name the highest draws, of the others the live ones
+    # of the clips that stay by name the highest draws, of the others the live ones
+    for part in range(50):
         steps = [s for s in range(1, 626) if (s - 1) * 50 // 625 == part]
         here = [
             ((s, name(s, b)) in kept, live(s), zlib.crc32(name(s, b).encode()))
@@ -315,7 +326,7 @@ def hostile(folder: Path) -> Path:
             nan if k else 1,
             inf,
             prompt=EVIL,
-            tokens=[["<b>", -1, nan, 1.0], 3] if k else "no",
+            tokens=[["<b>", -1, nan], 3] if k else "no",
         )
         for s in (1, 2)
         for k in (0, 1, 2)
@@ -336,7 +347,8 @@ def hostile(folder: Path) -> Path:
 
 
 def test_hostile_texts_cannot_leave_the_data(tmp_path):
-    """Stops a text that ends the script, NaN in JSON, a lone surrogate that cannot be written, a text of any length."""
+    """Stops a text that ends the script, NaN in JSON, a lone surrogate that cannot be written,
+    a text of any length."""
     page = write_report([hostile(tmp_path / "a/r"), hostile(tmp_path / "b/r")], tmp_path / "p.html")
     assert page.read_text().count("<") == Path(report.__file__).with_suffix(
         ".html"
@@ -351,11 +363,12 @@ def test_hostile_texts_cannot_leave_the_data(tmp_path):
     first, second, _ = source["groups"][0]["all"]
     assert first["text"] == EVIL and first["advantage"] is None and second["rewards"][0] is None
     assert len(second["text"]) < report.LONGEST + 60 and "characters are left out" in second["text"]
-    assert second["tokens"] == [["<b>", -1, None, 1]] and "tokens" not in first
+    assert second["tokens"] == [["<b>", -1, None]] and "tokens" not in first
 
 
 def test_errors_are_a_sentence(runs, tmp_path):
-    """Stops a traceback for a wrong folder or file, and a command that does not say where its page is."""
+    """Stops a traceback for a wrong folder or file, and a command that does
+    not say where its page is."""
     with pytest.raises(UserError, match="it holds no config"):
         write_report([runs / "data"], tmp_path / "p.html")
     with pytest.raises(UserError, match="no result file"):
@@ -462,7 +475,8 @@ class Browser:
         for name, value in values.items():
             self.js(
                 "(([id, value]) => { const e = document.getElementById(id); e.value = value; "
-                "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind)); })(arguments)",
+                "for (const kind of ['input', 'change']) e.dispatchEvent(new Event(kind)); "
+                "})(arguments)",
                 name,
                 value,
             )
@@ -473,7 +487,8 @@ class Browser:
 def chromium(tmp_path_factory):
     if not (CHROMIUM and DRIVER):
         pytest.skip(
-            "the page is not tested: no chromium and chromedriver here (Debian: chromium, chromium-driver)"
+            "the page is not tested: no chromium and chromedriver here (Debian: chromium, "
+            "chromium-driver)"
         )
     browser = Browser(tmp_path_factory.mktemp("chromium"))
     yield browser
@@ -497,7 +512,8 @@ def page(runs, tmp_path_factory) -> Path:
 
 
 def test_curves_go_through_the_logged_points(browser, page):
-    """Stops a curve that is upside down, beside its axis, or not drawn; a value under the pointer that is another step's."""
+    """Stops a curve that is upside down, beside its axis, or not drawn;
+    a value under the pointer that is another step's."""
     browser.open(page)
     drawn = browser.js(
         "[...document.querySelectorAll('[data-metric]')].map(f => [f.dataset.metric, "
@@ -555,7 +571,8 @@ def test_filters_leave_what_a_brute_force_count_leaves(browser, page):
 
 
 def test_a_clip_plays_beside_its_marked_texts(browser, page):
-    """Stops a video that does not play, marks on the wrong words, the settings of an evaluation apart."""
+    """Stops a video that does not play, marks on the wrong words,
+    the settings of an evaluation apart."""
     browser.open(page)
     browser.choose(search="c1.mp4")
     assert (browser.texts("#completions .seen"), browser.texts("#completions .absent")) == (
@@ -596,20 +613,27 @@ def test_keys_step_through_it(browser, page):
 
 CONTRASTS = """(() => {
     const linear = v => v <= 10 ? v / 3295 : ((v / 255 + 0.055) / 1.055) ** 2.4;
-    const light = c => { const [r, g, b] = c.map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-    const rgb = c => { const x = document.createElement("canvas").getContext("2d"); x.fillStyle = c; x.fillRect(0, 0, 1, 1);
+    const light = c => { const [r, g, b] = c.map(linear);\
+ return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+    const rgb = c => { const x = document.createElement("canvas").getContext("2d");\
+ x.fillStyle = c; x.fillRect(0, 0, 1, 1);
                        return [...x.getImageData(0, 0, 1, 1).data]; };
-    const over = (top, below) => top.slice(0, 3).map((v, i) => v * top[3] / 255 + below[i] * (1 - top[3] / 255));
-    const ground = e => e ? over(rgb(getComputedStyle(e).backgroundColor), ground(e.parentElement)) : [255, 255, 255];
-    return [...document.querySelectorAll("body *:not(script, option, svg *)")].filter(e => e.checkVisibility() &&
+    const over = (top, below) => top.slice(0, 3).map((v, i) => v * top[3] / 255 +\
+ below[i] * (1 - top[3] / 255));
+    const ground = e => e ? over(rgb(getComputedStyle(e).backgroundColor),\
+ ground(e.parentElement)) : [255, 255, 255];
+    return [...document.querySelectorAll("body *:not(script, option, svg *)")]\
+.filter(e => e.checkVisibility() &&
       [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
-        const [a, b] = [light(ground(e)), light(rgb(getComputedStyle(e).color))].sort((x, y) => y - x);
+        const [a, b] = [light(ground(e)), light(rgb(getComputedStyle(e).color))]\
+.sort((x, y) => y - x);
         return [(a + 0.05) / (b + 0.05), e.tagName, e.className]; }); })()"""
 
 
 @pytest.mark.parametrize("dark", (False, True))
 def test_it_fits_a_phone_and_can_be_read(browser, page, dark):
-    """Stops a page that scrolls sideways, and text that is too pale for its ground (WCAG AA: 4.5)."""
+    """Stops a page that scrolls sideways, and text that is too pale for its ground (WCAG AA:
+    4.5)."""
     for width in (1400, 390):
         browser.open(page, width, dark)
         assert browser.js("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
@@ -618,7 +642,8 @@ def test_it_fits_a_phone_and_can_be_read(browser, page, dark):
 
 
 def test_hostile_texts_stay_text(browser, tmp_path):
-    """Stops a text, a name or a setting that is read as HTML, and a hidden character that turns what is read."""
+    """Stops a text, a name or a setting that is read as HTML,
+    and a hidden character that turns what is read."""
     runs = [hostile(tmp_path / "<img src=x onerror=alert(1)>"), hostile(tmp_path / "b")]
     browser.open(write_report(runs, tmp_path / "p.html"))
     assert browser.js(

@@ -19,7 +19,8 @@ TORN, WHOLE = (
 
 @pytest.fixture
 def run(tmp_path):
-    """Two steps of one clip, two completions each: a torn text beside a whole one, then two alike."""
+    """Two steps of one clip, two completions each: a torn text beside a whole one,
+    then two alike."""
     texts = [(1, TORN), (1, WHOLE), (2, WHOLE), (2, WHOLE)]
     rows = [
         {
@@ -54,13 +55,13 @@ def run(tmp_path):
 
 
 def test_other_rewards_by_hand(run):
-    """Stops: groups mixed over steps, weights lost, a row or a limit that does not reach the reward."""
+    """Stops: groups mixed over steps, weights lost, a row or a limit that
+    does not reach the reward."""
     got = rescore(Args(str(run), ["accuracy", "agreement=0.5", f"{run}/mine.py:weight"]))
     assert (got["steps"], got["completions"]) == (2, 4)
     assert got["means"] == {"accuracy": 1.0, "agreement": 0.75, "weight": 13.0}
-    assert (
-        got["alive"] == 0.5 and got["alive_before"] == 0.5
-    )  # step 1: by agreement; before: by length
+    # step 1: by agreement; before: by length
+    assert got["alive"] == 0.5 and got["alive_before"] == 0.5
     assert got["other_best"] == 0.5  # there the torn text was best, now the whole one
     assert rescore(Args(str(run), ["accuracy", "agreement"], last=1))["alive"] == 0.0
     assert rescore(Args(str(run), ["accuracy"]))["other_best"] == 0.0
@@ -76,7 +77,8 @@ def test_what_is_no_run_is_told(run, tmp_path):
 
 
 def test_the_command(run):
-    """Stops: a command that is shown with the run first and does not take it; a traceback for `| head`."""
+    """Stops: a command that is shown with the run first and does not take it;
+    a traceback for `| head`."""
     command = f"{sys.executable} -m tools.rescore {run} --rewards accuracy agreement=0.5"
     done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "agreement        mean 0.750" in done.stdout, done.stderr

@@ -8,13 +8,11 @@ from toy import look
 
 
 def test_the_story_is_that_of_the_result_files(tmp_path):
-    """Stops a rate of another run, a mean over one set alone, and a gain that is told where there was a loss."""
+    """Stops a rate of another run, a mean over one set alone,
+    and a gain that is told where there was a loss."""
     (tmp_path / "eval").mkdir()
-    rates = {
-        "start": (70, 74, 80, 90),
-        "r1": (86, 82, 61, 59),
-        "r1_conclusion": (69, 71, 97, 95),
-    }  # war x 2, epc x 2
+    # war x 2, epc x 2
+    rates = {"start": (70, 74, 80, 90), "r1": (86, 82, 61, 59), "r1_conclusion": (69, 71, 97, 95)}
     for name, (a, b, c, d) in rates.items():
         for test_set, war, epc in (("toy_dfew_test", a, c), ("toy_mafw_test", b, d)):
             file = tmp_path / "eval" / f"{name}.{test_set}.json"
@@ -33,7 +31,8 @@ def test_the_story_is_that_of_the_result_files(tmp_path):
 
 
 def test_it_runs_from_the_shipped_start(tmp_path):
-    """Stops a first look that another part of the project has broken; runs that differ in more than their rewards."""
+    """Stops a first look that another part of the project has broken;
+    runs that differ in more than their rewards."""
     said = forked(lambda: look.main(look.Args(out=str(tmp_path / "out"), scale=SCALE, steps=2)))
     configs = [
         json.loads((tmp_path / "out" / name / "config.json").read_text())

@@ -1,4 +1,5 @@
-"""The miniature from end to end, a two-hundredth of its size: every stage, the table, and nothing done twice."""
+"""The miniature from end to end, a two-hundredth of its size: every stage, the table,
+and nothing done twice."""
 
 import contextlib
 import io
@@ -45,7 +46,8 @@ def build(out: Path) -> str:
 
 
 def forked(main) -> str:
-    """What `main` prints, the scripts that it starts being forks, which spares their imports many times."""
+    """What `main` prints, the scripts that it starts being forks,
+    which spares their imports many times."""
     one_at_a_time, said = threading.Lock(), io.StringIO()
 
     def start(words, env, **how):
@@ -91,7 +93,8 @@ def test_table_has_the_papers_rows_from_the_result_files(run):
 
 
 def test_stages_start_from_the_papers_checkpoints_and_data(run):
-    """Stops: RL from the wrong model, labels leaking into the base, or the out-of-distribution style in training."""
+    """Stops: RL from the wrong model, labels leaking into the base,
+    or the out-of-distribution style in training."""
     out, _ = run
     names = ("base", "emer_sft", "label_sft", "r1", "r1_conclusion")
     used = {name: json.loads((out / name / "config.json").read_text()) for name in names}
@@ -130,7 +133,8 @@ def test_released_layout(run):
 
 
 def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
-    """Stops: hours lost by repeating a command; a table that mixes an old result with a new model."""
+    """Stops: hours lost by repeating a command; a table that mixes an old
+    result with a new model."""
     out, first = run
     assert " is there" not in first
     before = {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
@@ -153,11 +157,11 @@ def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
 
 
 def test_a_copied_folder_is_left_alone(run, tmp_path):
-    """Stops: a finished miniature trained anew, and overwritten, because a copy has other times than the original."""
+    """Stops: a finished miniature trained anew, and overwritten,
+    because a copy has other times than the original."""
     copy = shutil.copytree(run[0], tmp_path / "copy", symlinks=True, copy_function=shutil.copy)
-    for age, file in enumerate(
-        sorted(copy.rglob("*.*"))
-    ):  # what is made from a file may be older than it
+    # what is made from a file may be older than it
+    for age, file in enumerate(sorted(copy.rglob("*.*"))):
         if file.is_file():
             os.utime(file, (10**9 - age, 10**9 - age))
     before = {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
@@ -166,7 +170,8 @@ def test_a_copied_folder_is_left_alone(run, tmp_path):
 
 
 def test_why_a_stage_is_made_anew(tmp_path, capsys):
-    """Stops: a result that is overwritten without a word, kept after its flags or files changed, or half made and kept."""
+    """Stops: a result that is overwritten without a word, kept after its flags or files changed,
+    or half made and kept."""
     source, first, second = (tmp_path / name for name in ("source", "first", "second"))
     source.write_text("a")
 
@@ -194,10 +199,8 @@ def test_why_a_stage_is_made_anew(tmp_path, capsys):
     assert go() == anew("data, lr changed") and second.read_text() == "b 1 1"
     assert go(fresh=True) == anew("of --fresh", "of --fresh")
     first.unlink()
-    assert go() == [
-        f"== one: made anew, because {first} is missing",
-        there[1],
-    ]  # `two` is still true of it
+    # `two` is still true of it
+    assert go() == [f"== one: made anew, because {first} is missing", there[1]]
     with pytest.raises(KeyboardInterrupt):
         go(lr=3, fails=True)
     capsys.readouterr()
@@ -211,9 +214,8 @@ def test_why_a_stage_is_made_anew(tmp_path, capsys):
 
 def test_make_says_how_to_go_on(tmp_path):
     """Stops: a first command after `make toy` that ends with "No module named 'torch'"."""
-    environment = {
-        k: v for k, v in os.environ.items() if not k.startswith("MAKE")
-    }  # as from a shell
+    # as from a shell
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     make = lambda: subprocess.run(
         ["make", "toy", f"VENV={tmp_path}", "PYTHON=true", "RUN=true"],
         cwd=ROOT,
@@ -246,7 +248,8 @@ def test_a_stage_is_a_command_and_its_failure_is_told(run, tmp_path):
 
 
 def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
-    """Stops: a shipped start that needs the run folder that it is from, or is another model than the cold start."""
+    """Stops: a shipped start that needs the run folder that it is from,
+    or is another model than the cold start."""
     out, said = run
     toy.export(toy.Pipeline(toy.Args(out=str(out))), tmp_path / "start")
     away = (tmp_path / "start").rename(tmp_path / "moved")
@@ -259,6 +262,5 @@ def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
         if x.is_floating_point()
     )
     assert Processor.from_pretrained(away / "humanomni").tokenizer.eos_token == "<|im_end|>"
-    assert (
-        "emer_sft and label_sft" in said and "r1 and r1_conclusion" in said
-    )  # side by side: one time for both
+    # side by side: one time for both
+    assert "emer_sft and label_sft" in said and "r1 and r1_conclusion" in said

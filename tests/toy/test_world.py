@@ -73,7 +73,8 @@ def test_counts_and_floor():
 
 
 def test_faces_and_voices():
-    """Stops two emotions with one look and sound (unlearnable), or a modality that suffices alone."""
+    """Stops two emotions with one look and sound (unlearnable),
+    or a modality that suffices alone."""
     assert len(set(world.PAIRS.values())) == len(world.PAIRS) == 12
     for name in ("toy_dfew", "toy_mafw"):
         both, seen, heard = (
@@ -108,7 +109,8 @@ def test_values_never_cross_levels():
 
 
 def test_texts_state_every_true_cue_and_no_caption_names_an_emotion(folder):
-    """Stops a caption that gives the label away, and a reference text that would not score full marks."""
+    """Stops a caption that gives the label away, and a reference text that
+    would not score full marks."""
     cues = json.loads((folder / "cues.json").read_text())
     words = [w for levels in world.CUES.values() for w in levels]
     assert len(words) == len(set(words))
@@ -128,14 +130,11 @@ def test_cue_scores_by_hand():
     """Stops a score that counts words twice, parts of words, or words of the answer."""
     cues = {**world.EMOTIONS["angry"], "values": [0.0] * 10}
     text = (
-        "wide <think>The brows are Lowered, lowered and raised, the eyes are narrowed, the lips opening. "
-        "The voice is loud and slow.</think><answer>knit</answer>"
+        "wide <think>The brows are Lowered, lowered and raised, the eyes are narrowed, "
+        "the lips opening. The voice is loud and slow.</think><answer>knit</answer>"
     )
-    assert world.cue_scores(text, cues) == (
-        3,
-        5,
-        10,
-    )  # lowered narrowed loud; raised slow are wrong
+    # lowered narrowed loud; raised slow are wrong
+    assert world.cue_scores(text, cues) == (3, 5, 10)
     assert world.cue_scores("", cues) == (0, 0, 10)
     both = world.describe(cues, np.random.default_rng(0)) + " smooth, level"
     assert world.cue_scores(both, cues) == (10, 12, 10)
@@ -157,7 +156,8 @@ def test_rows(folder):
 
 @pytest.mark.parametrize("name", ["toy_dfew", "toy_ravdess"])
 def test_clip_on_disk(folder, name):
-    """Stops clips of the wrong length or size, and sound that comes 64 ms late (encoder priming without pts)."""
+    """Stops clips of the wrong length or size, and sound that comes 64 ms late
+    (encoder priming without pts)."""
     clip = next(c for c in world.plan(3, SMALL) if c.set == name and c.split == "test")
     frames, samples = world.render(3, clip)
     with av.open(str(folder / clip.path)) as file:

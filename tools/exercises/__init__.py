@@ -23,7 +23,8 @@ def metrics(folder: Path, name: str) -> list[float]:
 
 
 def unlike(a: Path, b: Path, args: type) -> set[str]:
-    """The flags, of a script's `Args`, that two runs do not share; where they write to does not count."""
+    """The flags, of a script's `Args`, that two runs do not share;
+    where they write to does not count."""
     one, two = config(a), config(b)
     return {f.name for f in dataclasses.fields(args) if one.get(f.name) != two.get(f.name)} - {
         "out",

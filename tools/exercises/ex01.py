@@ -53,9 +53,8 @@ def check_no_baseline():
 
 def check_others():
     """mean and loo are as they were, and their groups of equal rewards exactly 0."""
-    r = torch.tensor(
-        [[2.0, 1, 0, 1, 1, 1, 1], [0.7] * 7]
-    )  # the fp32 mean of seven times 0.7 is not 0.7
+    # the fp32 mean of seven times 0.7 is not 0.7
+    r = torch.tensor([[2.0, 1, 0, 1, 1, 1, 1], [0.7] * 7])
     for baseline, factor in (("mean", 1), ("loo", 7 / 6)):
         A = grpo.advantages(r, baseline, "none")
         assert torch.allclose(A[0], (r[0] - 1) * factor) and not A[1].any(), (
@@ -64,20 +63,20 @@ def check_others():
 
 
 def check_mean():
-    """The estimate's mean is the true gradient with none and with loo, and (G - 1) / G of it with the group's mean."""
+    """The estimate's mean is the true gradient with none and with loo,
+    and (G - 1) / G of it with the group's mean."""
     for baseline, factor in (("none", 1), ("loo", 1), ("mean", (GROUP - 1) / GROUP)):
         off = float((spread(baseline)[0] - factor * TRUE).norm() / TRUE.norm())
         assert off < 1e-5, (
-            f"baseline {baseline}: the mean is {100 * off:.0f} % off. How probable is a group, and what is "
-            "the gradient of the log of a softmax?"
+            f"baseline {baseline}: the mean is {100 * off:.0f} % off. How probable is a group, "
+            "and what is the gradient of the log of a softmax?"
         )
 
 
 def check_variance():
     """Its variance is that of the definition, and a baseline makes it smaller."""
-    plain = (
-        float((P * R**2 * SLOPES.square().sum(1)).sum() - TRUE.square().sum()) / GROUP
-    )  # of G independent terms
+    # of G independent terms
+    plain = float((P * R**2 * SLOPES.square().sum(1)).sum() - TRUE.square().sum()) / GROUP
     for baseline, expected in (("none", plain), ("mean", exact("mean")), ("loo", exact("loo"))):
         got = spread(baseline)[1]
         assert abs(got - expected) < 1e-5 * expected, (
@@ -86,7 +85,8 @@ def check_variance():
 
 
 def check_constant():
-    """Ten points for everybody change nothing with a baseline, and without one the variance alone."""
+    """Ten points for everybody change nothing with a baseline,
+    and without one the variance alone."""
     for baseline in ("mean", "loo"):
         (a, v), (b, w) = spread(baseline), spread(baseline, R + 10)
         assert torch.allclose(a, b, atol=1e-5) and abs(v - w) < 1e-4, (
@@ -99,7 +99,8 @@ def check_constant():
 
 
 def runs(folders: list[Path]) -> None:
-    """Without a baseline the mean square of the gradient's norm is more than twice that with one."""
+    """Without a baseline the mean square of the gradient's norm is more
+    than twice that with one."""
     assert len(folders) == 2, "give two run folders: --baseline none, then --baseline mean or loo."
     differ = unlike(*folders, grpo.Args)
     assert differ == {"baseline"}, (
@@ -115,7 +116,8 @@ def runs(folders: list[Path]) -> None:
     squares = [sum(x * x for x in values) / len(values) for values in norms]
     print(
         "         root of the mean square of grad_norm: "
-        f"{squares[0] ** 0.5:.3f} without a baseline, {squares[1] ** 0.5:.3f} with {config(folders[1])['baseline']}"
+        f"{squares[0] ** 0.5:.3f} without a baseline, "
+        f"{squares[1] ** 0.5:.3f} with {config(folders[1])['baseline']}"
     )
     assert squares[0] > 2 * squares[1], (
         f"the mean squares of grad_norm are {squares[0]:.3f} and {squares[1]:.3f}."

@@ -12,7 +12,8 @@ LENGTHS = torch.tensor([[6, 1, 4], [2, 6, 3]])
 
 @functools.cache
 def world():
-    """-> the cold start, two prompts of 5 and 3 positions (padded on the left), three completions each."""
+    """-> the cold start, two prompts of 5 and 3 positions (padded on the left),
+    three completions each."""
     gen = torch.Generator().manual_seed(0)
     model = start_model()
     embeds = torch.randn(2, 5, model.config.hidden_size, generator=gen) * 0.5
@@ -26,7 +27,8 @@ def world():
 
 
 def one_by_one(embeds: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, G, T) log-probabilities and entropies: every completion alone behind its prompt, no padding, no sharing."""
+    """(B, G, T) log-probabilities and entropies: every completion alone behind its prompt,
+    no padding, no sharing."""
     model, _, mask, completions = world()
     logps, entropies = torch.zeros(completions.shape), torch.zeros(completions.shape)
     for b in range(2):
@@ -35,9 +37,8 @@ def one_by_one(embeds: torch.Tensor, temperature: float) -> tuple[torch.Tensor, 
             ids = completions[b, g, : LENGTHS[b, g]]
             x = torch.cat((prompt, model.model.embed_tokens(ids)))[None]
             logits = model.logits(model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[0]
-            every = torch.log_softmax(
-                logits[len(prompt) - 1 : -1] / temperature, -1
-            )  # of the position before each token
+            # of the position before each token
+            every = torch.log_softmax(logits[len(prompt) - 1 : -1] / temperature, -1)
             logps[b, g, : len(ids)] = every[range(len(ids)), ids]
             entropies[b, g, : len(ids)] = -(every.exp() * every).sum(-1)
     return logps, entropies
@@ -69,9 +70,7 @@ def check_mask():
     completions = world()[3]
     logps = torch.full(completions.shape, -1.0).masked_fill(~inside(), 0.0)
     logps[0, 0, 2] = 0.0  # a token that the policy was certain of
-    rollout = grpo.Rollout(
-        5, completions, LENGTHS, LENGTHS > 0, logps, None, [], {}, torch.zeros(2, 3)
-    )
+    rollout = grpo.Rollout(completions, LENGTHS, LENGTHS > 0, logps, texts=[])
     mask = rollout.mask
     assert mask.shape == completions.shape and mask.dtype == torch.bool, (
         "the mask is a bool of shape (B, G, T)."
@@ -90,7 +89,8 @@ def check_first():
     with torch.no_grad():
         off = (ours() - one_by_one(world()[1], 1.0)[0])[..., 0].abs().max()
     assert off < 1e-4, (
-        f"the first token's is off by {float(off):.2f}: which state has read the prompt and no more?"
+        f"the first token's is off by {float(off):.2f}: "
+        "which state has read the prompt and no more?"
     )
 
 
@@ -99,12 +99,14 @@ def check_shift():
     with torch.no_grad():
         off = ((ours() - one_by_one(world()[1], 1.0)[0]).abs() * inside()).max()
     assert off < 1e-4, (
-        f"a log-probability is off by {float(off):.2f}. A state predicts the token that comes after it."
+        f"a log-probability is off by {float(off):.2f}. "
+        "A state predicts the token that comes after it."
     )
 
 
 def check_temperature():
-    """At --temperature 0.7 it is the log-probability under softmax(logits / 0.7), and the entropy is of that too."""
+    """At --temperature 0.7 it is the log-probability under softmax(logits / 0.7),
+    and the entropy is of that too."""
     with torch.no_grad():
         (logps, entropies), (exact, chaos) = (
             ours(0.7, with_entropy=True),
@@ -112,7 +114,8 @@ def check_temperature():
         )
     off = float(((logps - exact).abs() * inside()).max())
     assert off < 1e-4, (
-        f"off by {off:.2f} at temperature 0.7: what does it divide, and before or after the softmax?"
+        f"off by {off:.2f} at temperature 0.7: what does it divide, "
+        "and before or after the softmax?"
     )
     off = float(((entropies - chaos).abs() * inside()).max())
     assert off < 1e-3, f"the entropy is off by {off:.2f} at temperature 0.7."

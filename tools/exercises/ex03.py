@@ -51,11 +51,11 @@ def check_leave_one_out():
 
 def check_dead():
     """A group of equal rewards gets exactly 0, also one in which all are wrong."""
-    A = grpo.advantages(
-        torch.tensor([[0.0] * 7, [0.7] * 7]), "mean", "mean"
-    )  # their fp32 mean is not 0.7
+    # their fp32 mean is not 0.7
+    A = grpo.advantages(torch.tensor([[0.0] * 7, [0.7] * 7]), "mean", "mean")
     assert not A.any(), (
-        f"equal rewards got {A.tolist()}: division by a mean of 0, or rounding, has become an advantage."
+        f"equal rewards got {A.tolist()}: division by a mean of 0, or rounding, "
+        "has become an advantage."
     )
 
 
@@ -68,7 +68,8 @@ def check_penalties():
         and torch.equal(A.argmax(1), r.argmax(1))
         and torch.equal(A.argmin(1), r.argmin(1))
     ), (
-        f"rewards {r[0].tolist()} became {[round(x, 2) for x in A[0].tolist()]}: what is divided by must not be negative."
+        f"rewards {r[0].tolist()} became {[round(x, 2) for x in A[0].tolist()]}: "
+        "what is divided by must not be negative."
     )
     expected = (r - r.mean(1, keepdim=True)) / (r.abs().mean(1, keepdim=True) + EPS)
     assert torch.allclose(A, expected, rtol=1e-3), (
@@ -101,7 +102,8 @@ def check_dead_share():
         ]
         got, expected = share(right, G, g), sum(ways) / len(ways)
         assert abs(got - expected) < 1e-9, (
-            f"of groups of {G} with {right} right {100 * expected:.1f} % are dead with {g}, not {100 * got:.1f} %."
+            f"of groups of {G} with {right} right {100 * expected:.1f} % are dead with {g}, "
+            f"not {100 * got:.1f} %."
         )
 
 
@@ -126,5 +128,6 @@ def runs(folders: list[Path]) -> None:
             mean = sum(r for r, _ in group) / len(group)
             for r, A in group:
                 assert abs(A - (r - mean) / (mean + EPS)) < 1e-4, (
-                    f"{folder.name}, step {step}, {clip}: reward {r} in a group of mean {mean} got {A}."
+                    f"{folder.name}, step {step}, {clip}: reward {r} in a group of "
+                    f"mean {mean} got {A}."
                 )

@@ -1,7 +1,7 @@
 """Exercise 5: every sibling draws its own random numbers."""
 
+import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -21,8 +21,8 @@ def check_siblings():
     rows = u.flatten(0, 1).tolist()
     alike = len(rows) - len(set(map(tuple, rows)))
     assert not alike, (
-        f"of {len(rows)} completions {alike} have the numbers of another one. What names a completion, and "
-        "do two ever have the same name?"
+        f"of {len(rows)} completions {alike} have the numbers of another one. "
+        "What names a completion, and do two ever have the same name?"
     )
     distinct = len(u.unique())
     assert distinct == u.numel(), (
@@ -43,15 +43,26 @@ def check_again():
 
 
 def check_batch():
-    """What a completion draws depends on no other prompt, and not on how many or how long ones are asked for."""
+    """What a completion draws depends on no other prompt, and not on how many or how
+    long ones are asked for."""
     whole, alone, turned = numbers(), numbers(prompts=[5]), numbers(prompts=[6, 5, 4])
     assert torch.equal(whole[1], alone[0]) and torch.equal(whole, turned.flip(0)), (
-        "prompt 5 drew other numbers alone, or in another order, than between 4 and 6: with another number of ranks the "
-        "same run would sample other answers."
+        "prompt 5 drew other numbers alone, or in another order, than between 4 and 6: "
+        "with another number of ranks the same run would sample other answers."
     )
     assert torch.equal(numbers(G=4), whole[:, :4]) and torch.equal(numbers(T=9), whole[..., :9]), (
         "with other --num_generations or --max_new_tokens the same completion drew other numbers."
     )
+
+
+@dataclasses.dataclass
+class Prompts:
+    """As much of a PromptBatch as `sample_completions` needs before it calls `generate`."""
+
+    indices: list[int]
+
+    def __len__(self) -> int:
+        return len(self.indices)
 
 
 class Captured(Exception):
@@ -59,7 +70,8 @@ class Captured(Exception):
 
 
 def drawn(indices: list[int], seed: int) -> torch.Tensor:
-    """The numbers that `grpo.sample_completions` would sample with, for the prompts at these positions of the run."""
+    """The numbers that `grpo.sample_completions` would sample with,
+    for the prompts at these positions of the run."""
     seen = {}
 
     def generate(
@@ -85,7 +97,7 @@ def drawn(indices: list[int], seed: int) -> torch.Tensor:
     )
     try:
         args = grpo.Args(model="", data="", out="", seed=seed, num_generations=4, max_new_tokens=6)
-        grpo.sample_completions(None, None, None, SimpleNamespace(indices=indices), args, None)
+        grpo.sample_completions(None, None, Prompts(indices), args)
     except Captured:
         pass
     finally:
@@ -94,7 +106,8 @@ def drawn(indices: list[int], seed: int) -> torch.Tensor:
 
 
 def check_steps():
-    """A later step of the run draws other numbers than the first, and another --seed others again."""
+    """A later step of the run draws other numbers than the first,
+    and another --seed others again."""
     first, later, other = drawn([0, 1], 0), drawn([2, 3], 0), drawn([0, 1], 1)
     assert not torch.isin(first, later).any(), (
         "steps 1 and 2 share numbers. A prompt's id is its place in the run, which "
@@ -112,11 +125,11 @@ def check_counts():
     u = numbers(prompts=range(B), G=G, T=1).flatten()
     token, _ = sampler.sample_token(p.log().expand(B * G, -1), u, 1.0, False)
     counts = torch.bincount(token, minlength=5)
-    chi = float(
-        ((counts - B * G * p) ** 2 / (B * G * p)).sum()
-    )  # 4 degrees of freedom: above 25 once in 20,000
+    # 4 degrees of freedom: above 25 once in 20,000
+    chi = float(((counts - B * G * p) ** 2 / (B * G * p)).sum())
     assert chi < 25, (
-        f"of {B * G} answers the tokens got {counts.tolist()}; about {(B * G * p).int().tolist()} are expected."
+        f"of {B * G} answers the tokens got {counts.tolist()}; "
+        f"about {(B * G * p).int().tolist()} are expected."
     )
     groups = token.view(B, G)
     same = (groups[:, :, None] == groups[:, None]).float()
@@ -129,7 +142,8 @@ def check_counts():
 
 
 def runs(folders: list[Path]) -> None:
-    """The first run shows copies in every group, the second does not; nothing but the code differs."""
+    """The first run shows copies in every group, the second does not;
+    nothing but the code differs."""
     assert len(folders) == 2, "give two run folders: the one with the bug, then the mended one."
     differ = unlike(*folders, grpo.Args)
     assert not differ, f"the two runs differ in {', '.join(differ)}: only the code is to differ."

@@ -4,14 +4,16 @@ import dataclasses
 import functools
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 import grpo
 import sampler
-from lib.metrics import Meter, Timer
+from lib.metrics import Meter
 from model import embed
 from tools.exercises import config, ex04, metrics, unlike
+from tools.one_update import one_update
 
 TEMPERATURES = (1.0, 0.7, 1.3)
 GROUP = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)  # advantages
@@ -19,7 +21,8 @@ GROUP = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)  # advantages
 
 @functools.cache
 def world(temperature: float):
-    """-> four questions and the cold start, the flags, what `grpo.sample_completions` makes of them; the reference is the policy."""
+    """-> four questions and the cold start, the flags, the rollout that `grpo.sample_completions`
+    and `grpo.rollout_logps` make of them; the reference is the policy."""
     w = ex04.World()
     w.batch.samples = [SimpleNamespace(answer="happy", id="a", row={})] * 4
     args = grpo.Args(
@@ -31,17 +34,17 @@ def world(temperature: float):
         max_new_tokens=12,
         micro_batch=4,
         temperature=temperature,
-        max_logp_diff=1e9,
     )
-    rollout = grpo.sample_completions(
-        w.model, w.model, SimpleNamespace(decode=lambda ids: ""), w.batch, args, Timer()
-    )
+    processor = SimpleNamespace(decode=lambda ids: "")
+    rollout = grpo.sample_completions(w.model, processor, w.batch, args)
+    rollout.ref_logps = grpo.rollout_logps(w.model, w.batch, rollout, args)
     rollout.advantages = GROUP
     return w, args, rollout
 
 
 def exact(temperature: float) -> torch.Tensor:
-    """(B, G, T) log softmax(logits / temperature) of what was sampled: every completion alone behind its prompt."""
+    """(B, G, T) log softmax(logits / temperature) of what was sampled:
+    every completion alone behind its prompt."""
     w, _, rollout = world(temperature)
     embeds, mask = embed(w.model, w.batch)
     logps = []
@@ -88,25 +91,18 @@ def check_reference():
         with torch.no_grad():
             error = off(world(t)[2].ref_logps, exact(t), world(t)[2].mask)
         assert error < 1e-3, (
-            f"temperature {t}: the reference's log-probs are {error:.2f} off. The KL would pull the "
-            "policy away from where it started."
+            f"temperature {t}: the reference's log-probs are {error:.2f} off. The KL would pull "
+            "the policy away from where it started."
         )
 
 
 def updated(temperature: float, **flags) -> tuple[torch.Tensor, Meter]:
-    """One `grpo.update` that moves nothing.  -> the last gradient, what was measured"""
+    """One update of `grpo.train` that moves nothing.  -> the last gradient, what was measured"""
     w, args, rollout = world(temperature)
     optimizer, meter = ex04.Recorder(w.trained, 0.0), Meter()
-    grpo.update(
-        w.model,
-        optimizer,
-        w.batch,
-        rollout,
-        dataclasses.replace(args, **flags),
-        ex04.RANK,
-        0.0,
-        meter,
-    )
+    args = dataclasses.replace(args, **flags)
+    with mock.patch.object(grpo, "MAX_LOGP_DIFF", 1e9):  # no step is refused
+        one_update(w.model, optimizer, w.batch, rollout, args, ex04.RANK, meter=meter)
     return optimizer.seen, meter
 
 
@@ -117,8 +113,8 @@ def check_trainer():
         gradient, meter = updated(t, beta=0.0)
         gap = meter.totals()["sampler_logp_diff/max"][1]
         assert gap < 1e-3, (
-            f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. Of which policy is this "
-            "the loss?"
+            f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. "
+            "Of which policy is this the loss?"
         )
         mean = exact(t).sum(-1) / rollout.lengths  # --agg seq
         grads = torch.autograd.grad(-(GROUP * mean).mean(), w.trained)
@@ -130,7 +126,8 @@ def check_trainer():
 
 
 def check_old():
-    """With several mini-batches the ratio too is between two scores of the same policy: 1 where nothing has moved."""
+    """With several mini-batches the ratio too is between two scores of the same policy:
+    1 where nothing has moved."""
     for t in TEMPERATURES:
         ratio = updated(t, beta=0.0, num_minibatches=2)[1].totals()["ratio/max"][1]
         assert abs(ratio - 1) < 1e-3, (
@@ -140,7 +137,8 @@ def check_old():
 
 
 def runs(folders: list[Path]) -> None:
-    """Sampler and trainer are apart in the first run and agree in the second; nothing but the code differs."""
+    """Sampler and trainer are apart in the first run and agree in the second;
+    nothing but the code differs."""
     assert len(folders) == 2, "give two run folders: the one with the bug, then the mended one."
     differ = unlike(*folders, grpo.Args)
     assert not differ, f"the two runs differ in {', '.join(differ)}: only the code is to differ."

@@ -51,19 +51,21 @@ def check_kl_gradient():
     for p, ref, log_ratio, true in cases():
         got = written("ex07.py").kl_gradient(p.log() + 0.3, ref)
         assert near(got, p * (log_ratio - true)), (
-            f"p {p.tolist()}: {[round(float(g), 4) for g in got]} does not pass a test by small differences. Add 1 to all "
-            "logits: nothing changes, so what is its sum?"
+            f"p {p.tolist()}: {[round(float(g), 4) for g in got]} does not pass a test by small "
+            "differences. Add 1 to all logits: nothing changes, so what is its sum?"
         )
 
 
 def check_means():
-    """`means`: k1 and k3 have the reverse KL for their mean, k2 has not; so no estimator of kl_terms is reversed."""
+    """`means`: k1 and k3 have the reverse KL for their mean, k2 has not;
+    so no estimator of kl_terms is reversed."""
     for p, ref, log_ratio, true in cases():
         got = written("ex07.py").means(p, ref)
         assert set(got) == {"k1", "k2", "k3"}, "give the means of k1, k2 and k3."
         right = {"k1": true, "k2": float((p * log_ratio**2).sum() / 2), "k3": true}
         assert all(near(float(got[k]), right[k]) for k in right), (
-            f"p {p.tolist()}, KL {true:.4f}: the means are {', '.join(f'{k} {float(v):.4f}' for k, v in got.items())}. "
+            f"p {p.tolist()}, KL {true:.4f}: the means are "
+            f"{', '.join(f'{k} {float(v):.4f}' for k, v in got.items())}. "
             "Two of them must be the KL."
         )
 
@@ -81,7 +83,8 @@ def check_terms():
 
 
 def check_loss_gradients():
-    """`loss_gradients`: k1 does nothing, k2 and k3_ratio have the reverse KL's gradient, k3 the forward KL's."""
+    """`loss_gradients`: k1 does nothing, k2 and k3_ratio have the reverse KL's gradient,
+    k3 the forward KL's."""
     for p, ref, log_ratio, true in cases():
         got = written("ex07.py").loss_gradients(p.log() - 0.2, ref)
         reverse = p * (log_ratio - true)
@@ -89,8 +92,8 @@ def check_loss_gradients():
         assert set(got) == set(right), f"give the gradients of {', '.join(right)}."
         wrong = [k for k in right if not near(got[k], right[k])]
         assert not wrong, (
-            f"p {p.tolist()}: {', '.join(wrong)} is off. p(o) is how often o is sampled: autograd does not "
-            "see it. And is kl_loss done?"
+            f"p {p.tolist()}: {', '.join(wrong)} is off. p(o) is how often o is sampled: "
+            "autograd does not see it. And is kl_loss done?"
         )
 
 
@@ -111,12 +114,14 @@ def check_slopes():
         for kl, right in (("k3_ratio", -rho * X), ("k2", -X), ("k3", 1 - X.exp())):
             got = slope(kl, X, r)[1]
             assert near(got, right, 1e-3), (
-                f"--kl {kl} at rho = {rho}, x = {X.tolist()}: the gradient is {rounded(got)}, not {rounded(right)}."
+                f"--kl {kl} at rho = {rho}, x = {X.tolist()}: the gradient is {rounded(got)}, "
+                f"not {rounded(right)}."
             )
 
 
 def check_far():
-    """--kl k3_ratio still has its gradient where the policy has nearly lost a word, x = 18, in fp32."""
+    """--kl k3_ratio still has its gradient where the policy has nearly lost a word, x = 18,
+    in fp32."""
     got = float(slope("k3_ratio", torch.tensor([18.0]), torch.ones(1))[1])
     assert abs(got + 18) < 0.1, (
         f"it is {got:.1f}, not -18: two numbers of size e^18 were to cancel. Value and gradient "

@@ -45,9 +45,9 @@ def check_all_and_none():
     """A reasoning that states every cue gets 1, one that states none 0."""
     expect(
         1,
-        "<think>The brows are lowered, the forehead knit, the eyes narrowed, the mouth corners up, the lips pressed. "
-        "The pitch is low, the melody flat, the rate slow, the volume soft and the tone clear. He is sad."
-        + END,
+        "<think>The brows are lowered, the forehead knit, the eyes narrowed, the mouth corners up, "
+        "the lips pressed. The pitch is low, the melody flat, the rate slow, "
+        "the volume soft and the tone clear. He is sad." + END,
         "all ten of the row's words are there, of both senses.",
     )
     expect(
@@ -125,7 +125,8 @@ def check_inside():
 
 
 def runs(folders: list[Path]) -> None:
-    """With and without the KL the accuracy rises; without it the cues go, which nobody paid for in either."""
+    """With and without the KL the accuracy rises; without it the cues go,
+    which nobody paid for in either."""
     assert len(folders) == 2, "give two run folders: --beta 0.04, then --beta 0."
     differ = unlike(*folders, grpo.Args)
     assert differ == {"beta"}, (
@@ -137,7 +138,8 @@ def runs(folders: list[Path]) -> None:
     )
     paid = [word for word in flags["rewards"] if not word.endswith(":cues=0")]
     assert paid == ["accuracy", "format"] and len(flags["rewards"]) == 3, (
-        "--rewards accuracy format mine.py:cues=0: what is paid for is the paper's; the cues are only logged."
+        "--rewards accuracy format mine.py:cues=0: what is paid for is the paper's; "
+        "the cues are only logged."
     )
     late = []
     for folder in folders:
@@ -151,7 +153,8 @@ def runs(folders: list[Path]) -> None:
         late.append((fmean(accuracy[-20:]), fmean(stated[-20:])))
         rise = late[-1][0] - fmean(accuracy[:20])
         assert rise > 0.05, (
-            f"{folder.name}: in the last 20 steps the accuracy is {rise:.3f} above that of the first 20."
+            f"{folder.name}: in the last 20 steps the accuracy is {rise:.3f} above "
+            "that of the first 20."
         )
     (right, stated), (also, fewer) = late
     assert stated - fewer > MARGIN, (

@@ -11,7 +11,7 @@ from lib.run_folder import read_rows
 from rewards import Completion, agreement_reward, conclusion_reward
 from tools.exercises import ROOT, config, metrics, unlike
 
-OURS = {"rewards", "lib.reasoning", "lib.reasoning"}
+OURS = {"rewards", "lib.reasoning"}
 MARGIN = 0.08  # of the share of right reasonings, mean of the pairs
 
 
@@ -23,7 +23,8 @@ def concludes(text: str, label: str) -> float:
 
 
 def expect(label: str, reasoning: str, hint: str, answer: str = "angry") -> None:
-    """A reasoning concludes this label and none of these others; what is answered does not matter."""
+    """A reasoning concludes this label and none of these others;
+    what is answered does not matter."""
     text = f"<think>{reasoning}</think>\n<answer>{answer}</answer>"
     for other in ("happy", "sad", "fear", "angry", "surprise"):
         got, expected = concludes(text, other), float(other == label)
@@ -37,7 +38,8 @@ def check_own():
         ours = getattr(node, "module", "") in OURS
         taken = {name for name in taken if not name.isupper()} if ours else taken & OURS
         assert not taken, (
-            f"take lists of words alone from {', '.join(sorted(OURS))}, not {', '.join(sorted(taken))}."
+            f"take lists of words alone from {', '.join(sorted(OURS))}, "
+            f"not {', '.join(sorted(taken))}."
         )
 
 
@@ -83,7 +85,8 @@ def check_place():
         "sad</think> sad <think>She is sad.",
     ):
         assert concludes(text, "sad") == 0, (
-            f"label sad, {text!r}: a block is one <think> and one </think>, and what is around it is no reasoning."
+            f"label sad, {text!r}: a block is one <think> and one </think>, "
+            "and what is around it is no reasoning."
         )
     expect("sad", "\nThe lips are pressed.\nHe is sad.\n", "A reasoning may have several lines.")
 
@@ -112,7 +115,10 @@ def check_words():
 
 def check_denied():
     """What a clause denies is not concluded; the denial ends with its clause."""
-    hint = "not, no, never, without and rather than deny what comes after them, up to the end of the clause."
+    hint = (
+        "not, no, never, without and rather than deny what comes after them, "
+        "up to the end of the clause."
+    )
     for reasoning in (
         "She is sad, not happy.",
         "She is sad. She is not really very happy.",
@@ -159,7 +165,8 @@ def own(folder: Path) -> list[str]:
 
 
 def late(folder: Path) -> dict[str, float]:
-    """Of the last 20 steps: how often the answer is right, the reasoning is right, and the two agree."""
+    """Of the last 20 steps: how often the answer is right, the reasoning is right,
+    and the two agree."""
     rows = list(read_rows(folder / "rollouts.jsonl"))
     rows = [row for row in rows if row["step"] > rows[-1]["step"] - 20]
     return {
@@ -172,14 +179,15 @@ def late(folder: Path) -> dict[str, float]:
 
 
 def runs(folders: list[Path]) -> None:
-    """With the reward the reasoning concludes the label more often, in each of four pairs, and the accuracy holds."""
+    """With the reward the reasoning concludes the label more often, in each of four pairs,
+    and the accuracy holds."""
     plain, mended = (
         {config(f)["seed"]: f for f in folders if bool(own(f)) == with_it}
         for with_it in (False, True)
     )
     assert len(folders) == 8 and len(plain) == 4 and plain.keys() == mended.keys(), (
-        f"give eight run folders, four seeds with the reward and the same without; these are {sorted(mended)} with it and "
-        f"{sorted(plain)} without."
+        "give eight run folders, four seeds with the reward and the same without; "
+        f"these are {sorted(mended)} with it and {sorted(plain)} without."
     )
     gains = {"accuracy": [], "concludes": [], "agreement": []}
     for seed in sorted(plain):
@@ -193,7 +201,8 @@ def runs(folders: list[Path]) -> None:
             assert steps >= 60, f"{folder.name}: give it 60 steps or more; it has {steps}."
         differ = unlike(a, b, grpo.Args) - {"rewards"}
         assert not differ, (
-            f"seed {seed}: the two runs are to differ in --rewards alone, not in {', '.join(differ)}."
+            f"seed {seed}: the two runs are to differ in --rewards alone, "
+            f"not in {', '.join(differ)}."
         )
         alike = fmean(
             [
@@ -203,14 +212,16 @@ def runs(folders: list[Path]) -> None:
             ]
         )
         assert alike > 0.97, (
-            f"{b.name}: of {100 * (1 - alike):.1f} % of the texts your reward thinks otherwise than ours."
+            f"{b.name}: of {100 * (1 - alike):.1f} % of the texts your reward thinks "
+            "otherwise than ours."
         )
         with_it, without = late(b), late(a)
         for name, gained in gains.items():
             gained.append(with_it[name] - without[name])
     for name, gained in gains.items():
         print(
-            f"         {name}, last 20 steps, with it less without: {', '.join(f'{d:+.3f}' for d in gained)}; "
+            f"         {name}, last 20 steps, with it less without: "
+            f"{', '.join(f'{d:+.3f}' for d in gained)}; "
             "mean {:+.3f}, standard error {:.3f}".format(*paired(gained))
         )
     assert min(gains["concludes"]) > 0 and fmean(gains["concludes"]) > MARGIN, (
