@@ -51,6 +51,7 @@ from lib.common import (
     Ranks,
     UserError,
     check_writable,
+    chunks,
     dtype_of,
     list_of,
     run_main,
@@ -177,10 +178,7 @@ def evaluate(
     """
     dataset = ClipDataset(samples, processor, spec, model.num_frames, cache)
     own = list(range(ranks.rank, len(samples), ranks.world))
-    batches = [
-        [(i, i) for i in own[start : start + batch_size]]
-        for start in range(0, len(own), batch_size)
-    ]
+    batches = [[(i, i) for i in part] for part in chunks(own, batch_size)]
 
     predictions, skipped, notes = [], [], []
     show = progress and ranks.is_main

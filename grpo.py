@@ -41,12 +41,12 @@ import torch
 from data import PromptBatch, Sample, read_samples
 from eval import evaluate
 from lib.checks import check_objective, idle_flags, refuse_sampling_filters
-from lib.common import Ranks, UserError, as_slice, list_of, run_main, start_ranks
+from lib.common import Ranks, UserError, as_slice, chunks, list_of, run_main, start_ranks
 from lib.metrics import Meter, Timer, best_and_worst, measure_rollout, rollout_rows, step_row
 from model import embed, encode_media
 from rewards import Completion, Reward, agreement_reward, load_rewards, validate_rewards
 from sampler import generate
-from training import MAX_GRAD_NORM, Run, TrainArgs, chunks, learning_rate, set_up
+from training import MAX_GRAD_NORM, Run, TrainArgs, is_multiple, learning_rate, set_up
 
 # What an ablation rarely changes.  The flags of `Args` hold the rest.
 WARMUP = 0.0  # share of the steps in which the learning rate rises
@@ -750,7 +750,7 @@ def log_step(
         agreement=row.get("agreement"),
         kl=row.get("kl"),
     )
-    if run.ranks.is_main and SHOW_EVERY and step % SHOW_EVERY == 0:
+    if run.ranks.is_main and is_multiple(step, SHOW_EVERY):
         run.progress.write(best_and_worst(completions, step))
     return row
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 
 from data import PromptBatch, read_samples
-from lib.common import Ranks, UserError, run_main, start_ranks
+from lib.common import Ranks, UserError, chunks, run_main, start_ranks
 from lib.metrics import Timer
 from model import HumanOmni, embed, encode_media
 from training import (
@@ -30,7 +30,6 @@ from training import (
     MasterAdamW,
     Run,
     TrainArgs,
-    chunks,
     learning_rate,
     set_up,
 )

@@ -207,11 +207,6 @@ class MasterAdamW:
                 master.copy_(p if value is None else value)
 
 
-def chunks(rows: list[int], size: int) -> list[list[int]]:
-    """[0, 1, 2, 3, 4], 2 -> [[0, 1], [2, 3], [4]]"""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
 def learning_rate(
     step: int, max_steps: int, peak: float, schedule: str, warmup: float, floor: float
 ) -> float:

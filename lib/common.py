@@ -369,6 +369,11 @@ def as_slice(index: list[int]) -> slice | list[int]:
     return slice(index[0], index[-1] + 1) if consecutive else index
 
 
+def chunks(rows: list[int], size: int) -> list[list[int]]:
+    """[0, 1, 2, 3, 4], 2 -> [[0, 1], [2, 3], [4]]"""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 # ------------------------------------------------------------------------------------------------
 # Files are written beside their place and renamed: a reader sees the old one or the new one
 # ------------------------------------------------------------------------------------------------

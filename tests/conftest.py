@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from data import Processor, PromptBatch
+from lib.modalities import AUDIO
 from model import HumanOmni
 
 torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
@@ -78,6 +79,26 @@ def batch(forward) -> PromptBatch:
         question_ids=forward["question_ids"],
         question_mask=forward["question_mask"],
         feature_keys=[{"video": "", "audio": ""}] * 2,
+        bad=[],
+        notes=[],
+    )
+
+
+def three_prompts(forward: dict, indices: list[int], samples: list) -> PromptBatch:
+    """Three golden prompts of two lengths, one without sound, as a loader gives them."""
+    silent = [i for i in forward["input_ids"][0].tolist() if i != AUDIO]
+    rows = [0, 1, 0]
+    return PromptBatch(
+        indices=indices,
+        samples=samples,
+        questions=[""] * 3,
+        input_ids=[*forward["input_ids"].tolist(), silent],
+        targets=[[5, 6, 7, 2], [8, 2], [9] * 6],
+        media={"video": forward["frames"][rows], "audio": forward["mel"]},
+        features={"video": [None] * 3, "audio": [None] * 2},
+        question_ids=forward["question_ids"][rows],
+        question_mask=forward["question_mask"][rows],
+        feature_keys=[{"video": "", "audio": ""}] * 2 + [{"video": ""}],
         bad=[],
         notes=[],
     )

@@ -16,7 +16,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN
+from conftest import GOLDEN, three_prompts
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -28,7 +28,6 @@ import sft
 from data import PromptBatch, Sample
 from lib import common
 from lib.common import Ranks
-from lib.modalities import AUDIO
 from model import HumanOmni, encode_media, frozen_reference
 from tools.one_update import one_update
 from training import MasterAdamW
@@ -270,27 +269,9 @@ def on(device, dtype=torch.float32) -> HumanOmni:
 
 
 def golden_batch(forward) -> PromptBatch:
-    """Three golden prompts of two lengths, one without sound."""
-    ids = [
-        *forward["input_ids"].tolist(),
-        [i for i in forward["input_ids"][0].tolist() if i != AUDIO],
-    ]
-    take = [0, 1, 0]
+    """Three golden prompts at other positions than 0, 1, 2, of one sample."""
     sample = Sample("clip", GOLDEN / "none", "?", "happy", "happy", "video_audio")
-    return PromptBatch(
-        indices=[4, 1, 7],
-        samples=[sample] * 3,
-        questions=[""] * 3,
-        input_ids=ids,
-        targets=[[5, 6, 7, 2], [8, 2], [9] * 6],
-        media={"video": forward["frames"][take], "audio": forward["mel"]},
-        features={"video": [None] * 3, "audio": [None] * 2},
-        question_ids=forward["question_ids"][take],
-        question_mask=forward["question_mask"][take],
-        feature_keys=[{"video": "", "audio": ""}] * 2 + [{"video": ""}],
-        bad=[],
-        notes=[],
-    )
+    return three_prompts(forward, indices=[4, 1, 7], samples=[sample] * 3)
 
 
 class Bench:

@@ -4,16 +4,16 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import load_golden_model
+from conftest import load_golden_model, three_prompts
 
 import grpo
 import sft
-from data import PromptBatch, Sample
-from lib.common import start_ranks
+from data import Sample
+from lib.common import chunks, start_ranks
 from lib.modalities import AUDIO, VIDEO
 from model import embed, encode_media
 from tools.one_update import one_update
-from training import MasterAdamW, chunks
+from training import MasterAdamW
 
 LENGTHS = torch.tensor([[7, 3, 5, 1], [2, 2, 1, 2], [9, 9, 4, 6]])
 
@@ -65,25 +65,7 @@ def world(forward):
     """Three golden prompts (one without sound), invented completions of ragged length,
     a reference."""
     model = load_golden_model()
-    ids = [
-        *forward["input_ids"].tolist(),
-        [i for i in forward["input_ids"][0].tolist() if i != AUDIO],
-    ]
-    take = [0, 1, 0]
-    batch = PromptBatch(
-        indices=[0, 1, 2],
-        samples=[None] * 3,
-        questions=[""] * 3,
-        input_ids=ids,
-        targets=[[5, 6, 7, 2], [8, 2], [9] * 6],
-        media={"video": forward["frames"][take], "audio": forward["mel"]},
-        features={"video": [None] * 3, "audio": [None] * 2},
-        question_ids=forward["question_ids"][take],
-        question_mask=forward["question_mask"][take],
-        feature_keys=[{"video": "", "audio": ""}] * 2 + [{"video": ""}],
-        bad=[],
-        notes=[],
-    )
+    batch = three_prompts(forward, indices=[0, 1, 2], samples=[None] * 3)
     batch = encode_media(model, batch)
     trained = model.set_trained()
     torch.manual_seed(0)
