@@ -183,14 +183,18 @@ def grpo_loss(
     log_rho = (logps - old_logps).masked_fill(~mask, 0.0)  # (B, G, T)
     rho = token_rho = log_rho.exp()
 
-    if (ratio, gate) == ("token", "clip"):
+    if ratio == "sequence":
+        rho = sequence_rho(log_rho, mask)
+
+    if gate == "clip":
         clipped_rho = rho.clamp(1 - clip_low, 1 + clip_high)
         loss = -torch.min(rho * A, clipped_rho * A)  # (B, G, T)
     else:
-        rho, loss = loss_variant(logps, log_rho, A, mask, ratio, gate, clip_low, clip_high)
+        loss = unclipped_loss(rho, A, logps, mask, gate, clip_high)
 
-    if ref_logps is not None and beta and kl != "reward":
-        loss = loss + beta * kl_loss(kl_terms(logps, ref_logps, mask), token_rho, kl)
+    terms = None if ref_logps is None else kl_terms(logps, ref_logps, mask)
+    if terms and beta and kl != "reward":
+        loss = loss + beta * kl_loss(terms, token_rho, kl)
 
     weighted = loss.masked_fill(~mask, 0.0) * token_weights(mask, agg)
     if denominator is None:
@@ -199,8 +203,8 @@ def grpo_loss(
 
     with torch.no_grad():
         metrics = clip_metrics(rho, A, mask, gate, clip_low, clip_high)
-        if ref_logps is not None:
-            metrics["kl"] = masked_mean(kl_terms(logps, ref_logps, mask)["k3"], mask)
+        if terms:
+            metrics["kl"] = masked_mean(terms["k3"], mask)
     return total, metrics
 
 
@@ -288,31 +292,28 @@ def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch
 # ---- variants of the objective: not reached with the default flags -------------------------------
 
 
-def loss_variant(
-    logps: torch.Tensor,
-    log_rho: torch.Tensor,
-    A: torch.Tensor,
-    mask: torch.Tensor,
-    ratio: str,
-    gate: str,
-    clip_low: float,
-    clip_high: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequence ratios and other gates.  -> rho, loss; (B, G, T) each"""
-    rho = log_rho.exp()
-    if ratio == "sequence":
-        # Geometric mean over the completion (GSPO).  Its gradient reaches every token.
-        lengths = mask.sum(-1, keepdim=True).clamp(min=1)  # (B, G, 1)
-        rho = (log_rho.sum(-1, keepdim=True) / lengths).exp().expand_as(log_rho)
+def sequence_rho(log_rho: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Geometric mean of the ratios of a completion (GSPO).  (B, G, T), one value per completion
 
-    if gate == "clip":
-        loss = -torch.min(rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A)
-    elif gate == "cispo":
+    Its gradient reaches every token.
+    """
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)  # (B, G, 1)
+    return (log_rho.sum(-1, keepdim=True) / lengths).exp().expand_as(log_rho)
+
+
+def unclipped_loss(
+    rho: torch.Tensor,
+    A: torch.Tensor,
+    logps: torch.Tensor,
+    mask: torch.Tensor,
+    gate: str,
+    clip_high: float,
+) -> torch.Tensor:
+    """The loss with another gate than the clip.  (B, G, T)"""
+    if gate == "cispo":
         # The ratio only weights the log-probs, so no token ever loses its gradient.
-        loss = -(rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0))
-    else:
-        loss = -(rho * A)
-    return rho, loss
+        return -(rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0))
+    return -(rho * A)
 
 
 # ------------------------------------------------------------------------------------------------
