@@ -39,6 +39,7 @@ from data import (
     PromptBatch,
     PromptSpec,
     Sample,
+    chunks,
     collate,
     loader,
     read_choices,
@@ -46,18 +47,9 @@ from data import (
     read_samples,
 )
 from lib import protocol, reasoning
-from lib.checks import mode_of
-from lib.common import (
-    Ranks,
-    UserError,
-    check_writable,
-    chunks,
-    dtype_of,
-    list_of,
-    run_main,
-    start_ranks,
-    write_json,
-)
+from lib.args import UserError, list_of, run_main
+from lib.dist import Ranks, dtype_of, start_ranks
+from lib.files import check_writable, write_json
 from lib.modalities import Modal
 from model import HumanOmni, embed, encode_media
 from sampler import generate
@@ -243,6 +235,75 @@ def wrong_prompt_hint(result: dict) -> str:
         f"{100 * share:.0f} % of the answers are {form}, which was not asked for: "
         f"give --prompt {other}."
     )
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags that do not work together
+# ------------------------------------------------------------------------------------------------
+
+MODES = ("data", "clip", "compare", "folds", "table")
+NOT_FOR_A_CLIP = {"media_root", "modalities", "batch_size", "feature_cache", "limit", "workers"}
+LEAST = {"seed": 0, "limit": 0, "workers": 0, "batch_size": 1, "max_new_tokens": 1}
+
+
+def mode_of(args: Args) -> str:
+    """The one of MODES that the flags select.
+
+    Raises UserError for flags that have no meaning together.
+    """
+    changed = {
+        field.name
+        for field in dataclasses.fields(args)
+        if getattr(args, field.name) not in (field.default, [])
+    }
+    mode = the_only_mode(changed)
+    check_mode(args, mode, changed)
+    check_modality_flags(args, changed)
+    for flag, least in LEAST.items():
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag} must be {least} or more.")
+    return mode
+
+
+def the_only_mode(changed: set[str]) -> str:
+    modes = [mode for mode in MODES if mode in changed]
+    if len(modes) != 1:
+        given = "there is none"
+        if modes:
+            given = " and ".join(f"--{mode}" for mode in modes) + " are too many"
+        raise UserError(f"give exactly one of {', '.join(f'--{mode}' for mode in MODES)}; {given}.")
+    return modes[0]
+
+
+def check_mode(args: Args, mode: str, changed: set[str]) -> None:
+    """Refuse flags that the mode does not use, and a wrong number of files."""
+    unused = set()
+    if mode == "clip":
+        unused = changed & NOT_FOR_A_CLIP
+    elif mode != "data":
+        unused = changed - {mode, "seed"}
+    if unused:
+        flags = ", ".join(f"--{flag}" for flag in sorted(unused))
+        raise UserError(f"{flags}: has no meaning with --{mode}; leave it out.")
+    if mode in ("data", "clip") and not args.model:
+        raise UserError(f"--{mode} needs --model, a checkpoint folder or hub id.")
+    if mode == "compare" and len(args.compare) != 2:
+        raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
+    if mode == "folds" and len(set(args.folds)) < 2:
+        raise UserError("--folds takes two result files or more, not one.")
+
+
+def check_modality_flags(args: Args, changed: set[str]) -> None:
+    if args.modalities and changed & {"modal", "mute", "blank"}:
+        raise UserError(
+            "--modalities runs every setting of --modal, --mute and --blank by itself; "
+            "leave those out."
+        )
+    for flag, other in (("mute", "video"), ("blank", "audio")):
+        if getattr(args, flag) and args.modal == other:
+            raise UserError(
+                f"--{flag} with --modal {other}: there is nothing to replace; drop one of the two."
+            )
 
 
 # ------------------------------------------------------------------------------------------------

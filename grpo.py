@@ -38,10 +38,10 @@ from typing import Literal
 
 import torch
 
-from data import PromptBatch, Sample, read_samples
+from data import PromptBatch, Sample, chunks, read_samples
 from eval import evaluate
-from lib.checks import check_objective, idle_flags, refuse_sampling_filters
-from lib.common import Ranks, UserError, as_slice, chunks, list_of, run_main, start_ranks
+from lib.args import UserError, list_of, run_main
+from lib.dist import Ranks, as_slice, start_ranks
 from lib.metrics import Meter, Timer, best_and_worst, measure_rollout, rollout_rows, step_row
 from model import embed, encode_media
 from rewards import Completion, Reward, agreement_reward, load_rewards, validate_rewards
@@ -792,6 +792,109 @@ def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
             "no two may be alike."
         )
     return {stem: read_samples(file, args.media_root) for stem, file in zip(stems, args.eval_data)}
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags that do not work together
+# ------------------------------------------------------------------------------------------------
+
+
+def check_objective(args: Args) -> None:
+    """Refuse flags that cannot work or mean nothing.  Raises UserError."""
+    if args.num_generations < 2:
+        raise UserError(
+            f"--num_generations {args.num_generations}: a group of one has nothing to compare "
+            "with; use 2 or more."
+        )
+    if args.temperature <= 0:
+        raise UserError(
+            f"--temperature {args.temperature}: must be above 0; "
+            "the policy is trained on what it samples."
+        )
+    if args.gate == "cispo" and args.clip_high < 1:
+        raise UserError(
+            f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio "
+            "there; use 5 or so."
+        )
+    if args.beta < 0:
+        raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
+    if args.kl == "reward" and args.scale != "none":
+        raise UserError(
+            f"--kl reward --scale {args.scale}: the KL makes all rewards differ a little, and "
+            "where nothing else does, divided by that little it is the whole advantage; use "
+            "--scale none."
+        )
+    if args.kl == "reward" and args.beta == 0:
+        raise UserError(
+            "--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta."
+        )
+    counts = (
+        args.prompts_per_step,
+        args.max_new_tokens,
+        args.update_epochs,
+        args.micro_batch,
+        args.num_minibatches,
+    )
+    if min(counts) < 1:
+        raise UserError(
+            "--prompts_per_step, --max_new_tokens, --update_epochs, --num_minibatches, "
+            "--micro_batch: at least 1."
+        )
+    if args.num_minibatches > args.prompts_per_step:
+        raise UserError(
+            f"--num_minibatches {args.num_minibatches}: each is to have a prompt of its own; "
+            f"--prompts_per_step is {args.prompts_per_step}."
+        )
+
+
+def idle_flags(args: Args) -> list[str]:
+    """Sentences about flags that were given and change nothing together with the others.
+
+    Without them an ablation would compare equal runs.
+    """
+    given = {
+        field.name
+        for field in dataclasses.fields(args)
+        if field.default is not dataclasses.MISSING and getattr(args, field.name) != field.default
+    }
+    one_update = args.update_epochs * args.num_minibatches == 1
+    reasons = [  # (whether it holds, flags that are idle then, why)
+        (
+            one_update,
+            "ratio gate clip_low clip_high",
+            "with one optimizer step per rollout the ratio is 1, where every ratio and gate has "
+            "REINFORCE's gradient (give --update_epochs or --num_minibatches)",
+        ),
+        (args.gate != "clip", "clip_low", f"--gate {args.gate} has no lower bound"),
+        (args.gate == "none", "clip_high", "--gate none has no ceiling"),
+        (args.beta == 0, "kl", "--beta 0 has no KL"),
+        (args.max_steps > 0, "epochs", "--max_steps decides"),
+        (args.schedule == "constant", "lr_floor", "--schedule constant never falls"),
+        (not args.eval_data, "eval_every", "there is no --eval_data"),
+    ]
+    sentences = []
+    for holds, flags, why in reasons:
+        for flag in flags.split():
+            if holds and flag in given:
+                sentences.append(f"--{flag} {getattr(args, flag)} changes nothing: {why}")
+    return sentences
+
+
+def refuse_sampling_filters(argv: list[str]) -> None:
+    """End the program if a flag asks for a filter that other libraries have."""
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
+            sys.exit(
+                f"error: {flag}: training samples the full distribution, because the loss scores "
+                "the full softmax; a filtered sample would be scored by a distribution that it did "
+                "not come from."
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# The program
+# ------------------------------------------------------------------------------------------------
 
 
 def main(args: Args) -> None:

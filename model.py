@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lib.args import UserError
 from lib.checkpoint import (
     digest_of,
     find_file,
@@ -41,8 +42,8 @@ from lib.checkpoint import (
     read_json,
     save_checkpoint,
 )
-from lib.common import UserError, as_slice
 from lib.compiler import compiled
+from lib.dist import as_slice
 from lib.modalities import MODALITIES, PAD, PLACEHOLDERS
 from lib.projector import VideoProjector, two_layers
 from ops.logprob_head import HeadLogps, fp32_product

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.common import UserError, out_of_memory
+from lib.args import UserError, out_of_memory
 from lib.compiler import compiled
 from model import HumanOmni, apply_rotary, rope_cos_sin, sdpa
 from ops.decode_attention import attend, can_build_kernels, load_kernels

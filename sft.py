@@ -21,8 +21,9 @@ from typing import Literal
 
 import torch
 
-from data import PromptBatch, read_samples
-from lib.common import Ranks, UserError, chunks, run_main, start_ranks
+from data import PromptBatch, chunks, read_samples
+from lib.args import UserError, run_main
+from lib.dist import Ranks, start_ranks
 from lib.metrics import Timer
 from model import HumanOmni, embed, encode_media
 from training import (

@@ -29,7 +29,8 @@ from data import (
     read_question,
     training_batches,
 )
-from lib.common import Ranks, UserError, dtype_of, list_of
+from lib.args import UserError, list_of
+from lib.dist import Ranks, dtype_of
 from lib.modalities import Modal
 from lib.run_folder import STATE, RunFolder, check_outputs
 from model import DEFAULT_TRAINED, HumanOmni, frozen_reference

@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lib.common import UserError
+from lib.args import UserError
 from lib.modalities import TABLE
 
 # ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from lib.common import printable
+from lib.args import printable
 
 
 class Timer:

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.common import UserError, printable
+from lib.args import UserError, printable
 from lib.reasoning import VOCABULARY, normalise
 
 OTHER = "other"  # column of the confusion matrix for answers that are no label of the data set

@@ -32,7 +32,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from lib.common import Ranks, UserError, check_writable, printable, sync, write_json
+from lib.args import UserError, printable
+from lib.dist import Ranks
+from lib.files import check_writable, sync, write_json
 from lib.trackers import Mirror, check_tracker
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")

@@ -25,11 +25,12 @@ import eval as evaluation
 import grpo
 import sampler
 import sft
+from course.one_update import one_update
 from data import PromptBatch, Sample
-from lib import common
-from lib.common import Ranks
+from lib import args as lib_args
+from lib import dist as lib_dist
+from lib.dist import Ranks
 from model import HumanOmni, encode_media, frozen_reference
-from tools.one_update import one_update
 from training import MasterAdamW
 
 CUDA = torch.device("cuda", 0)
@@ -492,7 +493,7 @@ def settings(monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.setenv(name, "set, so that what is set by the code is put back")
         monkeypatch.delenv(name)
-    monkeypatch.setattr(common.torch, "empty", lambda *a, **k: None)  # the first allocation
+    monkeypatch.setattr(lib_dist.torch, "empty", lambda *a, **k: None)  # the first allocation
     yield
     torch.backends.cuda.enable_cudnn_sdp(before[0])
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before[1]
@@ -503,10 +504,10 @@ def test_a_process_on_a_gpu_starts_with_the_right_kernels(settings, monkeypatch)
     """Stops NaN gradients of cuDNN's masked attention, bf16 partial sums, fp32 convolutions in TF32
     (a gradient's norm off by 3e-3), memory in fixed segments, and a run killed by one slow save."""
     asked = {}
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *a, **k: asked.update(k))
-    monkeypatch.setattr(common, "fresh_store", lambda: None)
+    monkeypatch.setattr(lib_dist.dist, "init_process_group", lambda *a, **k: asked.update(k))
+    monkeypatch.setattr(lib_dist, "fresh_store", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert common.start_ranks("cuda").device == torch.device("cuda", 0)
+    assert lib_dist.start_ranks("cuda").device == torch.device("cuda", 0)
     assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction is False
     assert (
@@ -524,23 +525,23 @@ def test_segments_stay_fixed_where_the_driver_refuses_others(settings, monkeypat
         raise RuntimeError("CUDA driver error: unknown error")
 
     told = []
-    monkeypatch.setattr(common.torch, "empty", refuse)
+    monkeypatch.setattr(lib_dist.torch, "empty", refuse)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
-    common.start_ranks("cuda")
+    lib_dist.start_ranks("cuda")
     assert told == ["expandable_segments:False"] and os.environ["PYTORCH_ALLOC_CONF"] == told[0]
 
 
 def test_the_allocator_of_the_user_stays(settings, monkeypatch):
     """Stops a user's setting of the allocator being replaced by ours."""
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-    common.start_ranks("cuda")
+    lib_dist.start_ranks("cuda")
     assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 def test_a_gpu_works_in_bf16():
     """Stops a GPU that computes in fp32, at an eighth of its speed, because nobody gave a flag."""
     named = [
-        [common.dtype_of(name, torch.device(d)) for d in ("cuda", "cpu")]
+        [lib_dist.dtype_of(name, torch.device(d)) for d in ("cuda", "cpu")]
         for name in ("auto", "float32", "bfloat16")
     ]
     assert named == [[torch.bfloat16, torch.float32], [torch.float32] * 2, [torch.bfloat16] * 2]
@@ -559,12 +560,12 @@ def test_out_of_memory_in_a_capture_is_told_in_one_sentence(monkeypatch, capsys)
     def wrong(args):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(common, "parse_args", lambda *a, **k: None)
+    monkeypatch.setattr(lib_args, "parse_args", lambda *a, **k: None)
     with pytest.raises(SystemExit) as ended:
-        common.run_main(capture, None)
-    assert ended.value.code == 1 and common.OUT_OF_MEMORY in capsys.readouterr().err
+        lib_args.run_main(capture, None)
+    assert ended.value.code == 1 and lib_args.OUT_OF_MEMORY in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="something else"):
-        common.run_main(wrong, None)
+        lib_args.run_main(wrong, None)
 
 
 @pytest.fixture
@@ -604,7 +605,7 @@ def test_the_variable_chooses_how_a_step_is_run(paths):
         ("kernels", False, "cuda", "eager"),
         ("graph", True, "cpu", "eager"),
     ):
-        with pytest.raises(common.UserError, match=words) as told:
+        with pytest.raises(lib_args.UserError, match=words) as told:
             paths(device, can_build, asked)
         assert f"{sampler.PATH_VARIABLE}={asked}" in str(told.value)
 

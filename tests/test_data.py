@@ -26,7 +26,7 @@ from data import (
     read_samples,
     training_batches,
 )
-from lib.common import UserError
+from lib.args import UserError
 from lib.media import read_clip
 from lib.modalities import AUDIO, VIDEO
 from model import embed, encode_media

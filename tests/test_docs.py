@@ -14,7 +14,7 @@ import torch
 import grpo
 import rewards
 import sft
-from lib.common import start_ranks
+from lib.dist import start_ranks
 from model import embed, encode_media
 from training import MasterAdamW
 

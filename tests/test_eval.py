@@ -15,7 +15,7 @@ import eval as eval_script
 import grpo
 from data import CHOICES, THINK, PromptSpec
 from lib import protocol
-from lib.common import UserError, parse_args
+from lib.args import UserError, parse_args
 
 MODEL, MEDIA = GOLDEN / "humanomni", GOLDEN / "media"
 LABELS = {"wide.mp4": "happy", "tall_30fps.mp4": "sad", "short_5frames.mp4": "calm"}

@@ -11,7 +11,7 @@ import torch
 
 import grpo
 from data import Sample
-from lib.common import UserError
+from lib.args import UserError
 from training import learning_rate
 
 OPTIONS = {

@@ -19,14 +19,15 @@ FLOORS = {
     "lib": {"lib"},
     "ops": BELOW,
     "lesson": BELOW | {"lesson"},
-    "tools": BELOW | {"lesson", "tools"},
+    "tools": BELOW | {"lesson", "tools", "course"},
+    "course": BELOW | {"lesson", "course"},
     "toy": BELOW | {"lesson", "toy"},
 }
 # What git knows: a user's own file, as mine.py with a reward in it, is not of the house.
 TRACKED = subprocess.run(
     ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True
 ).stdout.split()
-PATTERNS = ("*.py", "lib/**/*.py", "ops/**/*.py", "tools/**/*.py", "toy/**/*.py")
+PATTERNS = ("*.py", "lib/**/*.py", "ops/**/*.py", "tools/**/*.py", "toy/**/*.py", "course/**/*.py")
 FILES = [
     f
     for pattern in PATTERNS
@@ -42,7 +43,7 @@ def floor_of(module: str) -> str | None:
         "lesson"
         if first in LESSON
         else first
-        if first in ("lib", "ops", "tools", "toy", "tests")
+        if first in ("lib", "ops", "tools", "toy", "course", "tests")
         else None
     )
 

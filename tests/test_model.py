@@ -7,7 +7,7 @@ import transformers
 from conftest import GOLDEN
 
 from grpo import grpo_loss
-from lib.common import UserError
+from lib.args import UserError
 from lib.modalities import AUDIO, PAD, VIDEO
 from model import (
     Config,

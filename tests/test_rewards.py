@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from lib.common import UserError
+from lib.args import UserError
 from lib.reasoning import ALIASES, DFEW_WORDS, VOCABULARY, concluded, normalise
 from rewards import (
     BUILT_IN,

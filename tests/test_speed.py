@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import grpo
 import sampler
+from course.one_update import one_update
 from data import Sample
-from lib.common import start_ranks
+from lib.dist import start_ranks
 from model import HumanOmni, RMSNorm, encode_media, frozen_reference
 from ops.logprob_head import HeadLogps
-from tools.one_update import one_update
 from training import MasterAdamW
 
 G, T = 3, 5

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import grpo
-from lib.common import UserError, start_ranks
+from lib.args import UserError
+from lib.dist import start_ranks
 from lib.run_folder import RunFolder, read_rows
 from training import MasterAdamW, training_prompt_spec
 

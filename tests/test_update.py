@@ -8,11 +8,11 @@ from conftest import load_golden_model, three_prompts
 
 import grpo
 import sft
-from data import Sample
-from lib.common import chunks, start_ranks
+from course.one_update import one_update
+from data import Sample, chunks
+from lib.dist import start_ranks
 from lib.modalities import AUDIO, VIDEO
 from model import embed, encode_media
-from tools.one_update import one_update
 from training import MasterAdamW
 
 LENGTHS = torch.tensor([[7, 3, 5, 1], [2, 2, 1, 2], [9, 9, 4, 6]])

@@ -29,7 +29,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lib.common import UserError, run_main, write_json, write_text
+from lib.args import UserError, run_main
+from lib.files import write_json, write_text
 from lib.run_folder import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -67,7 +67,9 @@ from tqdm import tqdm
 import rewards
 from data import PromptBatch
 from grpo import advantages, grpo_loss
-from lib.common import Ranks, UserError, dtype_of, run_main, start_ranks, write_json
+from lib.args import UserError, run_main
+from lib.dist import Ranks, dtype_of, start_ranks
+from lib.files import write_json
 from model import PARTS, HumanOmni, embed, encode_media, frozen_reference
 from sampler import generate
 from tools.sizes import (

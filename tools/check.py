@@ -18,7 +18,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import Sample, read_samples
-from lib.common import UserError, check_writable, write_json
+from lib.args import UserError
+from lib.files import check_writable, write_json
 from lib.media import DAMAGE, IMAGES, ClipError, open_media, read_clip, video_streams
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from data import Sample, read_samples
 from lib import media, protocol, reasoning
-from lib.common import UserError
+from lib.args import UserError
 
 # name of a run -> its title and its colour; others get their name, and grey
 GREY = "#6b7280"

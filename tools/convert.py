@@ -35,8 +35,9 @@ from typing import Literal
 import numpy as np
 
 from data import QUESTION, THINK, Sample, read_samples
+from lib.args import UserError, run_main
 from lib.checkpoint import list_some
-from lib.common import UserError, check_writable, run_main, write_json, write_text
+from lib.files import check_writable, write_json, write_text
 from lib.media import SOUNDS
 from lib.reasoning import DFEW_WORDS, VOCABULARY, normalise
 from rewards import format_reward

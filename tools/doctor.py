@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import rewards
-from lib.common import UserError, printable
+from lib.args import UserError, printable
 from lib.run_folder import read_rows
 
 NOW = 5  # steps before anything is said of how things are: the latest three are looked at

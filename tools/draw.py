@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lib import media
-from lib.common import UserError, printable
+from lib.args import UserError, printable
 from lib.reasoning import normalise
 
 GROUND, INK, SOFT, LINE, RIGHT, WRONG = (

@@ -25,7 +25,8 @@ from typing import Literal
 
 from data import Sample
 from lib import protocol
-from lib.common import UserError, check_writable, run_main, write_bytes, write_text
+from lib.args import UserError, run_main
+from lib.files import check_writable, write_bytes, write_text
 from lib.reasoning import reasoning_of
 from lib.run_folder import read_rows
 from tools import chosen, draw

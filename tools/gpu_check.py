@@ -29,7 +29,8 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from lib.common import UserError, run_main, sync, write_text
+from lib.args import UserError, run_main
+from lib.files import sync, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {"smoke": 90, "full": 200, "golden": 130, "ranks": 60, "bench": 320}  # stage -> seconds

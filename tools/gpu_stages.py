@@ -29,14 +29,16 @@ from torch.nn.attention.bias import causal_lower_right
 
 import grpo
 import sampler
-from lib.common import Ranks, dtype_of, run_main, start_ranks, write_text
+from course.one_update import one_update
+from lib.args import run_main
+from lib.dist import Ranks, dtype_of, start_ranks
+from lib.files import write_text
 from model import HumanOmni, embed, encode_media, frozen_reference, sdpa
 from ops import decode_attention
 from ops.logprob_head import add_product_, fp32_product
 from tools import bench
 from tools.gpu_check import LIMITS, add_finding
 from tools.memory import GIB, peak
-from tools.one_update import one_update
 from tools.sizes import SIZES, build_model, decode_floor, machine_rates, random_batch
 from training import MasterAdamW
 

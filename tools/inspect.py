@@ -14,8 +14,8 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from lib.args import UserError, run_main
 from lib.checkpoint import TOWERS, Plan, Stored, find_file, list_some, make_plan, weight_index
-from lib.common import UserError, run_main
 from model import DEFAULT_TRAINED, PARTS, Config, HumanOmni
 
 USAGE = (

@@ -11,7 +11,7 @@ import dataclasses
 import statistics
 from pathlib import Path
 
-from lib.common import UserError, run_main
+from lib.args import UserError, run_main
 from lib.run_folder import read_rows
 
 

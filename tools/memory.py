@@ -16,7 +16,7 @@ import dataclasses
 
 import torch
 
-from lib.common import run_main
+from lib.args import run_main
 from model import Config
 from tools.sizes import SIZES, build_model
 

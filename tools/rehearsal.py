@@ -35,8 +35,9 @@ from safetensors.torch import save_file
 
 from data import QUESTION, THINK, Processor
 from lib import media
+from lib.args import UserError, run_main
 from lib.checkpoint import stored_name, tower_config
-from lib.common import UserError, run_main, write_json, write_text
+from lib.files import write_json, write_text
 from model import PARTS, Config, HumanOmni
 from tools.sizes import SIZES, machine_name, proc
 

@@ -31,7 +31,8 @@ import numpy as np
 
 import rewards
 from data import read_samples
-from lib.common import UserError, check_writable, run_main, write_text
+from lib.args import UserError, run_main
+from lib.files import check_writable, write_text
 from lib.media import ClipError, read_clip
 from lib.protocol import is_result, read_result, set_of
 from lib.reasoning import ALIASES, agrees

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from data import read_samples
-from lib.common import UserError, run_main
+from lib.args import UserError, run_main
 from lib.run_folder import read_rows
 from rewards import Completion, load_rewards
 

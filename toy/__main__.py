@@ -36,7 +36,8 @@ from pathlib import Path
 
 import torch
 
-from lib.common import UserError, run_main, write_json, write_text
+from lib.args import UserError, run_main
+from lib.files import write_json, write_text
 from lib.run_folder import digest
 from model import HumanOmni
 from toy import world

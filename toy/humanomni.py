@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data import CHATML, QUESTION, THINK, ClipDataset, Processor, PromptSpec, loader, read_samples
 from lib.checkpoint import BERT_FILES, TOKENIZER_FILES
-from lib.common import write_json
+from lib.files import write_json
 from model import Config, HumanOmni
 from toy import world
 

@@ -17,7 +17,7 @@ import dataclasses
 import json
 import os
 
-from lib.common import run_main
+from lib.args import run_main
 from toy.__main__ import REASONED, RL, ROOT, Pipeline
 
 START = ROOT / "toy" / "start" / "humanomni"

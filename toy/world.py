@@ -38,7 +38,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.common import UserError, write_json
+from lib.args import UserError
+from lib.files import write_json
 from lib.media import SAMPLE_RATE, write_clip
 from lib.reasoning import reasoning_of
 

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from test_runs import LABELS, MEDIA, MOVING, ROOT, call, metrics, under_torchrun, write_rows
 
 import grpo
-from lib import common
-from lib.common import OUT_OF_MEMORY
+from lib.args import OUT_OF_MEMORY
+from lib.dist import fresh_store
 from lib.run_folder import find_damage
 
 STEPS = 6
@@ -379,7 +379,7 @@ def test_a_restarted_rank_finds_the_living(monkeypatch):
 
     def start(rank: int, found: dict) -> None:
         mine.rank = rank
-        found[rank] = common.fresh_store()
+        found[rank] = fresh_store()
 
     # rank 0 may come first or last
     for attempt, order in enumerate([(0, 1, 2), (2, 1, 0), (1, 0, 2)]):
@@ -556,7 +556,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(whole, labels, tmp_path):
 def test_a_log_that_cannot_be_written_ends_the_run_without_half_a_row(tmp_path, monkeypatch):
     """Stops: half a row that is left in a log, and a run that goes on without its rows."""
     from lib import run_folder
-    from lib.common import UserError, start_ranks
+    from lib.args import UserError
+    from lib.dist import start_ranks
 
     folder = object.__new__(run_folder.RunFolder)
     folder.path, folder.ranks = tmp_path, start_ranks("cpu")
@@ -601,7 +602,7 @@ def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
     assert [r["skipped_steps"] for r in rows] == [1, 2] and rows[0]["sampler_logp_diff/mean"] > 0.5
     patient = tmp_path / "patient.py"
     patient.write_text(
-        "import grpo\nfrom lib.common import run_main\n"
+        "import grpo\nfrom lib.args import run_main\n"
         "grpo.MAX_LOGP_DIFF = 2\nrun_main(grpo.main, grpo.Args)\n"
     )
     run(patient, tmp_path / "told", labels, "--max_steps", 2, hook=hook)

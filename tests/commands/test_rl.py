@@ -132,7 +132,7 @@ def test_looking_on_changes_nothing_but_what_is_told(labels, tmp_path):
 
     def script(name: str, **constants) -> Path:
         lines = [f"grpo.{constant} = {value}" for constant, value in constants.items()]
-        lines = ["import grpo", "from lib.common import run_main", *lines]
+        lines = ["import grpo", "from lib.args import run_main", *lines]
         file = tmp_path / f"{name}.py"
         file.write_text("\n".join([*lines, "run_main(grpo.main, grpo.Args)\n"]))
         return file

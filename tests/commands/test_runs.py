@@ -365,7 +365,7 @@ def test_user_errors_are_one_sentence(flags, words, labels, tmp_path):
 def test_compiling_reaches_its_code(labels, tmp_path):
     """Stops COMPILE_LAYERS being set and forgotten."""
     hook = (
-        "import model, training\nfrom lib.common import UserError\n"
+        "import model, training\nfrom lib.args import UserError\n"
         "def compile_layers(self): raise UserError('compiling')\n"
         "model.HumanOmni.compile_layers = compile_layers\ntraining.COMPILE_LAYERS = True\n"
     )

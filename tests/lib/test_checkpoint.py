@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from data import Processor
 from lib import checkpoint
+from lib.args import UserError
 from lib.checkpoint import read_tensors, stored_name, weight_index
-from lib.common import UserError
 from model import PARTS, HumanOmni
 from tools import inspect as inspect_checkpoint
 from tools.rehearsal import meta_model

@@ -13,7 +13,8 @@ import pytest
 import eval as eval_script
 import grpo
 import sft
-from lib.common import UserError, check_writable, parse_args, read_comments
+from lib.args import UserError, parse_args, read_comments
+from lib.files import check_writable
 from toy import __main__ as toy
 
 ROOT = Path(__file__).parents[2]

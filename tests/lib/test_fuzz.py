@@ -41,7 +41,8 @@ from test_data import row
 import rewards
 from data import read_samples
 from lib import media, protocol, reasoning
-from lib.common import Ranks, UserError, printable
+from lib.args import UserError, printable
+from lib.dist import Ranks
 from lib.media import frame_indices
 from lib.reasoning import _NEGATIONS
 from lib.run_folder import RunFolder, read_rows

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lib import protocol
-from lib.common import UserError
+from lib.args import UserError
 from lib.protocol import (
     PAPER,
     PAPER_SETS,

@@ -7,7 +7,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from lib.common import Ranks, UserError
+from lib.args import UserError
+from lib.dist import Ranks
 from lib.run_folder import RunFolder
 from lib.trackers import check_tracker
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lib.common import UserError
+from lib.args import UserError
 from tools import ablate
 
 
@@ -190,7 +190,7 @@ def test_every_row_is_a_command_that_parses():
     """Stops: a row of hours whose flags grpo.py does not know."""
     import grpo
     import sft
-    from lib.common import parse_args
+    from lib.args import parse_args
 
     for row in ablate.ROWS:
         module = {"grpo.py": grpo, "sft.py": sft}[row.script]

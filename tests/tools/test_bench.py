@@ -10,7 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.common import Ranks
+from lib.dist import Ranks
 from model import PARTS, HumanOmni
 from tools import bench, sizes
 from tools.sizes import SIZES, Laps, Size, build_model, layers, whisper

@@ -11,8 +11,8 @@ from pathlib import Path
 import fake_datasets as fake
 import pytest
 
+from lib.args import UserError
 from lib.clip import ClipError
-from lib.common import UserError
 from tools import check
 
 

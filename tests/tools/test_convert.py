@@ -13,7 +13,7 @@ import pytest
 
 import rewards
 from data import QUESTION, THINK, read_samples
-from lib.common import UserError
+from lib.args import UserError
 from lib.media import read_clip
 from tools import convert
 

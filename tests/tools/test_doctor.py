@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import grpo
-from lib.common import UserError
+from lib.args import UserError
 from tools import doctor
 from tools.doctor import REMEDIES
 

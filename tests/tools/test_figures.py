@@ -17,7 +17,7 @@ import pytest
 
 from data import Sample
 from lib import media, protocol
-from lib.common import UserError
+from lib.args import UserError
 from lib.reasoning import faithfulness
 from tools import ablate, chosen, draw, figures
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import sampler
-from lib.common import Ranks, UserError
+from lib.args import UserError
+from lib.dist import Ranks
 from tools import gpu_check, gpu_stages
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lib.common import UserError
+from lib.args import UserError
 from tools.means import Args, main, means
 
 

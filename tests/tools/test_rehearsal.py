@@ -13,7 +13,7 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 from test_bench import TINY
 
-from lib.common import UserError
+from lib.args import UserError
 from tools import rehearsal
 from tools.rehearsal import (
     PUBLISHED,

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib.common import UserError
+from lib.args import UserError
 from lib.media import write_clip
 from tools import report
 from tools.report import write_report

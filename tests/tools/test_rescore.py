@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.common import UserError
+from lib.args import UserError
 from tools.rescore import Args, rescore
 
 ROOT = Path(__file__).parents[2]

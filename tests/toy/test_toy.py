@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data import Processor
-from lib.common import UserError
+from lib.args import UserError
 from model import HumanOmni
 from toy import __main__ as toy
 from toy.__main__ import SETS

@@ -8,7 +8,7 @@ import av
 import numpy as np
 import pytest
 
-from lib.common import UserError
+from lib.args import UserError
 from toy import world
 
 SMALL = 0.001  # MIN_CLIPS of every split

@@ -1,0 +1,1 @@
+"""The course: pages, checks, the states before and after each exercise."""

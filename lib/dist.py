@@ -1,0 +1,150 @@
+"""Processes and devices: the same script runs under python (one rank) and under torchrun."""
+
+import dataclasses
+import datetime
+import os
+import time
+import uuid
+
+import torch
+import torch.distributed as dist
+
+from lib.args import UserError
+
+# How long a rank waits for the others.  NCCL's own 10 minutes would end a run whose rank 0 is still
+# saving to a slow disk.
+PATIENCE = datetime.timedelta(minutes=30)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 prints and writes; the others only compute."""
+        return self.rank == 0
+
+    def print0(self, *words) -> None:
+        if self.is_main:
+            print(*words, flush=True)
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, rows: list) -> list:
+        """Every rank's list of plain Python values, joined in rank order, on every rank."""
+        if self.world == 1:
+            return rows
+        parts: list = [None] * self.world
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
+def start_ranks(device: str = "auto") -> Ranks:
+    """Join torchrun's process group if there is one.  gloo on CPU, nccl on CUDA."""
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    cuda = torch.cuda.is_available() if device == "auto" else device.startswith("cuda")
+    if cuda and not torch.cuda.is_available():
+        raise UserError(
+            f"--device {device}: this machine has no usable CUDA device; use --device cpu."
+        )
+    where = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        set_up_cuda(where)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            store=fresh_store(),
+            rank=rank,
+            world_size=world,
+            device_id=where if cuda else None,
+            timeout=PATIENCE,
+        )
+    return Ranks(rank, world, where)
+
+
+def set_up_cuda(device: torch.device) -> None:
+    """This process's GPU, and the settings under which it computes what a CPU computes."""
+    torch.cuda.set_device(device)
+    use_expandable_segments(device)
+    # From torch 2.11 on, cuDNN is the first choice on Hopper.  With a mask its gradients can be NaN
+    # (pytorch issue 196678), and it plans for half a second at every new shape; each micro-batch
+    # has a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Partial sums stay in fp32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    # Convolutions in fp32, too: by default their factors are rounded to 10 bits, which moves a
+    # gradient's norm by 3e-3.  Matrix products are exact by torch's default.
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def use_expandable_segments(device: torch.device) -> None:
+    """Let the allocator's segments grow.
+
+    Micro-batches differ in length, and fixed segments leave holes between them.  A user's own
+    setting wins.  If the driver refuses such memory (WSL2: pytorch issue 192330), segments stay
+    fixed.
+    """
+    if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        return
+    # It is read at the first allocation, which follows.
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError:
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:False"
+        torch._C._accelerator_setAllocatorSettings(os.environ["PYTORCH_ALLOC_CONF"])
+
+
+def fresh_store() -> dist.Store:
+    """The store in which ranks find each other's addresses, without those of an earlier attempt.
+
+    torchrun --max_restarts (torch 2.13) keeps one store for all attempts.  So a restarted rank
+    could read the address of a dead one, and be refused or wait for ever.  Here rank 0 draws a name
+    under which this attempt's keys are stored.  The other ranks must not mistake a dead rank 0's
+    name for it: each deletes the name that it finds and waits for the next one, and rank 0 repeats
+    its name until all have it.
+    """
+    store, rank, world = next(dist.rendezvous("env://"))
+    if rank == 0:
+        name = uuid.uuid4().hex
+        while not store.check([f"{name}/{r}" for r in range(1, world)]):
+            for r in range(1, world):
+                store.set(f"name/{r}", name)
+            time.sleep(0.05)
+    else:
+        store.delete_key(f"name/{rank}")
+        name = store.get(f"name/{rank}").decode()
+        store.set(f"{name}/{rank}", "has it")
+    return dist.PrefixStore(name, store)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the working weights.
+
+    auto: bfloat16 on a GPU (eight times as fast there), float32 on a CPU (faster there).
+    """
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def as_slice(index: list[int]) -> slice | list[int]:
+    """[3, 4, 5] -> slice(3, 6), if the numbers are consecutive.
+
+    A list has to be sent to a GPU, for which the host waits; a slice does not.
+    """
+    consecutive = bool(index) and index == list(range(index[0], index[-1] + 1))
+    return slice(index[0], index[-1] + 1) if consecutive else index
