@@ -1,8 +1,7 @@
-# Two commands and nothing else:  make toy  (the miniature, clone to table)   make test
+# make look, make toy and make test need nothing else: the packages are installed into .venv first.
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
-# The scripts need what is installed there: said when it is made, and again where the first command of one's own comes.
 HOW = @echo "To run the scripts yourself, first type:  source $(VENV)/bin/activate"
 
 $(VENV)/installed: requirements.txt
@@ -11,29 +10,37 @@ $(VENV)/installed: requirements.txt
 	touch $@
 	$(HOW)
 
+# Every stage of the paper on toy data: clips, cold start, RL, evaluation, report.
 toy: $(VENV)/installed
 	$(RUN) -m toy
 	$(HOW)
 
-# A first look in minutes: the shipped start model, two short runs of GRPO, one page to look at.
+# Two short runs from a cold start that is part of the repository, and a report.
 look: $(VENV)/installed
 	$(RUN) -m toy.look
 	$(HOW)
 
-# The same as toy, and two more trainings: on video alone and on audio alone.
+# The same as toy, and two more trainings: on video only and on audio only.
 toy-modalities: $(VENV)/installed
 	$(RUN) -m toy --modalities
 	$(HOW)
 
-# The lesson's own tests alone, in under a minute.
+# Correctness. Two processes, because many tests start programs of two ranks themselves.
+test: $(VENV)/installed
+	$(RUN) -m pytest -q -n 2 --dist loadfile tests
+
+# The tests of the eight scripts alone.
 lesson: $(VENV)/installed
 	$(RUN) -m pytest -q tests/test_*.py
 
-# Two processes, a file of tests to each in turn: many tests start programs of two ranks themselves.
-test: $(VENV)/installed
-	$(RUN) -m pytest -q -n 2 --dist loadfile tests
+# How the code reads: ruff, and the rules that ruff does not have.
+style: $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check "ruff>=0.17,<0.18"
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest -q tests/house.py
 
 clean:
 	rm -rf runs $(VENV) .pytest_cache
 
-.PHONY: toy look toy-modalities lesson test clean
+.PHONY: toy look toy-modalities test lesson style clean
