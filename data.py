@@ -70,8 +70,30 @@ class PromptSpec:
     choices: tuple[str, ...] = ()  # listed in the question; by default the model answers freely
     shuffle_choices: bool = False  # in training, because a fixed order would be learned
     mute: float = 0.0  # share of the prompts whose sound is replaced by silence
-    blank: float = 0.0  # share of the prompts whose frames are replaced by grey; never both
+    blank: float = 0.0  # share of the prompts whose frames are replaced by grey
     seed: int = 0  # of these choices and orders
+
+    @classmethod
+    def of_flags(cls, args, shuffle_choices: bool = False) -> "PromptSpec":
+        """The PromptSpec that the flags of a script describe.  Raises UserError."""
+        if not (0 <= args.mute <= 1 and 0 <= args.blank <= 1):
+            raise UserError("--mute and --blank are shares of the prompts, from 0 to 1.")
+        for flag, share, other in (("mute", args.mute, "video"), ("blank", args.blank, "audio")):
+            if share and args.modal == other:
+                raise UserError(
+                    f"--{flag} with --modal {other}: there is nothing to replace; leave one of "
+                    "them out."
+                )
+        return cls(
+            modal=args.modal,
+            prompt=args.prompt,
+            question=read_question(args.question),
+            choices=read_choices(args.choices),
+            shuffle_choices=shuffle_choices,
+            mute=float(args.mute),
+            blank=float(args.blank),
+            seed=args.seed,
+        )
 
     def rng(self, position: int) -> np.random.Generator:
         """Random numbers of the prompt at one position of the run.
@@ -81,19 +103,21 @@ class PromptSpec:
         # The offset keeps them apart from the sampler's.
         return np.random.Generator(np.random.Philox(key=[self.seed, position + 2**62]))
 
-    def drop_modality(self, position: int) -> str | None:
-        """What is replaced by silence ("audio") or grey ("video") in this prompt, if anything.
+    def dropped_streams(self, position: int) -> set[str]:
+        """The streams that silence ("audio") and grey ("video") replace in this prompt.
 
-        Its tokens stay, so the prompt keeps its form.
+        Their tokens stay, so the prompt keeps its form.  A prompt loses both only if the shares add
+        up to more than 1.
         """
         if self.mute == self.blank == 0:
-            return None
+            return set()
         u = self.rng(position).random()
+        dropped = set()
         if u < self.mute:
-            return "audio"
-        if u < self.mute + self.blank:
-            return "video"
-        return None
+            dropped.add("audio")
+        if (u - self.mute) % 1 < self.blank:  # the share that follows, on a circle of length 1
+            dropped.add("video")
+        return dropped
 
     def format_question(self, question: str, target: str, position: int = 0) -> str:
         """A row's question in the requested form.
@@ -144,7 +168,7 @@ def read_choices(words: list[str]) -> tuple[str, ...]:
             )
         return CHOICES[words[0]]
     if len(set(words)) < len(words):
-        raise UserError(f"--choices {' '.join(words)}: a word is there twice.")
+        raise UserError(f"--choices {' '.join(words)}: a word occurs twice; leave one out.")
     return tuple(words)
 
 
@@ -214,7 +238,8 @@ class Processor:
         if tokenizer.eos_token_id not in ends:
             raise UserError(
                 f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its "
-                f"generation_config.json with {ends}, so no answer would ever stop: add it there."
+                f"generation_config.json with {ends}, so no completion would ever end; add "
+                f"{tokenizer.eos_token_id} to eos_token_id in generation_config.json."
             )
         return cls(
             tokenizer=tokenizer,
@@ -274,7 +299,7 @@ class Processor:
         if has_markup(question):
             raise UserError(
                 f"the question {question[:60]!r} contains chat markup "
-                "(<|, <video> or <audio>): leave it out."
+                "(<|, <video> or <audio>); remove it."
             )
         media = "".join(MODALITIES[name].prompt for name in parts(modal))
         text = self.tokenizer.apply_chat_template(
@@ -409,11 +434,13 @@ def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
             with contextlib.suppress(ValueError, RecursionError):
                 json.loads(text)
                 raise UserError(
-                    f"{file} is JSON, but no list of samples: give a list, or a row a line."
+                    f"{file} is JSON, but not a list of samples; write a list, or one row per line."
                 ) from None
             raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
         except (RecursionError, ValueError) as error:  # too deep; a number of thousands of digits
-            raise UserError(f"{file} line {line} holds more than can be read: {error}.") from None
+            raise UserError(
+                f"{file} line {line} is too deeply nested or has too long a number: {error}."
+            ) from None
 
 
 def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
@@ -429,14 +456,16 @@ def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
         except json.JSONDecodeError as error:
             raise UserError(f"{file} line {error.lineno} is not valid JSON: {error.msg}.") from None
         except (RecursionError, ValueError) as error:
-            raise UserError(f"{file} line {line} holds more than can be read: {error}.") from None
+            raise UserError(
+                f"{file} line {line} is too deeply nested or has too long a number: {error}."
+            ) from None
         yield line, row
         at = space.match(text, end).end()
     if text[at:].strip() != "]":
         last_line = text.count("\n") + 1
         raise UserError(
             f"{file} line {last_line}: the list does not end with one ']'; "
-            "the file is cut off or has more after it."
+            "the file is incomplete, or has text after the list."
         )
 
 
@@ -711,8 +740,8 @@ class ClipDataset(torch.utils.data.Dataset):
         Raises ClipError.
         """
         processor, spec = self.processor, self.spec
-        dropped = spec.drop_modality(position)
-        is_dropped = {name: MODALITIES[name].stream == dropped for name in names}
+        dropped = spec.dropped_streams(position)
+        is_dropped = {name: MODALITIES[name].stream in dropped for name in names}
         keys = {name: self.feature_key(name, sample.clip, is_dropped[name]) for name in names}
         features = {name: self.cache.get(keys[name]) if self.cache else None for name in names}
 

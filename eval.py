@@ -42,8 +42,6 @@ from data import (
     chunks,
     collate,
     loader,
-    read_choices,
-    read_question,
     read_samples,
 )
 from lib import protocol, reasoning
@@ -60,47 +58,36 @@ class Args:
     # -- what to do (give one)
     data: str | None = None  # sample file (json or jsonl) to score the model on
     clip: str | None = None  # a video, a sound file or a folder of frames: print the model's answer
-    compare: list[str] = list_of()  # two result files: McNemar's test and the difference
-    folds: list[str] = list_of()  # result files of one data set's folds: their mean
-    table: list[str] = list_of()  # folders of result files, one per row: the paper's table
+    compare: list[str] = list_of()  # two result files: their difference and McNemar's test
+    folds: list[str] = list_of()  # result files of the folds of one data set: their mean
+    table: list[str] = list_of()  # folders of result files: the paper's table, one row per folder
     # -- model
     model: str | None = None  # checkpoint folder or hub id; for --data and --clip
-    towers: str | None = None  # folder with the towers' folders, instead of the hub
+    towers: str | None = None  # folder with the video, audio and text encoders; default: the hub
     # (siglip-base-patch16-224, whisper-large-v3, bert-base-uncased)
     # -- data and result
-    media_root: str | None = None  # folder that the file's paths start from; default: beside it
-    limit: int = 0  # only the first samples, this many; 0: all
+    media_root: str | None = None  # folder of the clips; default: the folder of --data
+    limit: int = 0  # number of samples to use, the first ones; 0: all
     out: str | None = None  # result file, FILE.json, of --data or --clip
     seed: int = 0  # of the bootstrap; greedy decoding uses no random numbers
     # -- what the model is given and asked
-    prompt: Literal["think", "label"] = "think"  # ask for reasoning and answer, or the bare label
-    question: str | None = None  # text file with a question that replaces the rows' own
-    choices: list[str] = list_of()  # words to choose from, or dfew, mafw, ravdess
-    modal: Modal = "video_audio"  # which parts of a clip
+    prompt: Literal["think", "label"] = (
+        "think"  # requested form: reasoning and answer, or only the label
+    )
+    question: str | None = None  # text file; its question replaces those of the sample file
+    choices: list[str] = list_of()  # words to list in the prompt; or dfew, mafw, ravdess
+    modal: Modal = "video_audio"  # parts of a clip that the model gets
     mute: bool = False  # replace the sound by silence; the prompt keeps its form
     blank: bool = False  # replace the frames by grey
-    modalities: bool = False  # five evaluations: full, video, audio, mute, blank; and their table
+    modalities: bool = False  # five evaluations (full, video, audio, mute, blank) and a table
     max_new_tokens: int = 512  # longest answer
     # -- speed and memory
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights
     # auto: bfloat16 on a GPU, float32 on a CPU
     batch_size: int = 16  # clips at a time, per rank
-    feature_cache: str | None = None  # folder that keeps the towers' outputs for other runs
+    feature_cache: str | None = None  # folder to keep the towers' outputs in
     workers: int = 2  # processes that read media, per rank
-
-
-def prompt_spec(args: Args) -> PromptSpec:
-    """What the flags say about clips and questions."""
-    return PromptSpec(
-        modal=args.modal,
-        prompt=args.prompt,
-        question=read_question(args.question),
-        choices=read_choices(args.choices),
-        mute=float(args.mute),
-        blank=float(args.blank),
-        seed=args.seed,
-    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -186,9 +173,9 @@ def evaluate(
     skipped, notes = ranks.gather(skipped), ranks.gather(notes)
     if not predictions:
         raise UserError(
-            f"{name}: none of its {len(samples)} clips can be scored, the first, "
-            f"{skipped[0]['id']}, because: {skipped[0]['reason']}. Give with --media_root the "
-            "folder that the file's paths start from."
+            f"{name}: none of its {len(samples)} clips can be read. The first is "
+            f"{skipped[0]['id']}: {skipped[0]['reason']}. Set --media_root to the folder of the "
+            "clips."
         )
 
     rows = [samples[prediction["index"]].row for prediction in predictions]
@@ -290,20 +277,15 @@ def check_mode(args: Args, mode: str, changed: set[str]) -> None:
     if mode == "compare" and len(args.compare) != 2:
         raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
     if mode == "folds" and len(set(args.folds)) < 2:
-        raise UserError("--folds takes two result files or more, not one.")
+        raise UserError("--folds takes two or more different result files.")
 
 
 def check_modality_flags(args: Args, changed: set[str]) -> None:
     if args.modalities and changed & {"modal", "mute", "blank"}:
         raise UserError(
-            "--modalities runs every setting of --modal, --mute and --blank by itself; "
-            "leave those out."
+            "--modalities evaluates every setting of --modal, --mute and --blank; leave these "
+            "flags out."
         )
-    for flag, other in (("mute", "video"), ("blank", "audio")):
-        if getattr(args, flag) and args.modal == other:
-            raise UserError(
-                f"--{flag} with --modal {other}: there is nothing to replace; drop one of the two."
-            )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -314,7 +296,7 @@ def check_modality_flags(args: Args, changed: set[str]) -> None:
 def answer_clip(model: HumanOmni, processor: Processor, args: Args) -> str:
     """--clip: the model's whole completion for one file."""
     sample = Sample(args.clip, Path(args.clip), QUESTION, "?", "?", "video_audio")
-    dataset = ClipDataset([sample], processor, prompt_spec(args), model.num_frames)
+    dataset = ClipDataset([sample], processor, PromptSpec.of_flags(args), model.num_frames)
     item = dataset[0, 0]
     if isinstance(item, BadClip):
         raise UserError(item.reason)
@@ -329,7 +311,7 @@ def note_unknown_labels(samples: list[Sample], spec: PromptSpec, args: Args, not
         unknown = {s.answer for s in samples if words and s.answer.lower() not in words}
         if unknown:
             note(
-                f"{args.data}: labels outside {name}, right only if said to the letter: "
+                f"{args.data}: these labels are not in {name}, so only an exact match is correct: "
                 f"{', '.join(sorted(unknown))}"
             )
 
@@ -401,7 +383,7 @@ def main(args: Args) -> None:
         print(protocol.table(args.table))
         return
 
-    spec = prompt_spec(args)
+    spec = PromptSpec.of_flags(args)
     if args.out:
         check_writable(args.out)
     ranks = start_ranks(args.device)

@@ -59,32 +59,34 @@ LOG_TOKENS = False  # rollouts.jsonl also holds the log-prob and the KL of every
 class Args(TrainArgs):
     epochs: float = 2.0
     # -- sampling
-    prompt: Literal["think", "label"] = "think"  # ask for reasoning and answer, or the bare label
+    prompt: Literal["think", "label"] = (
+        "think"  # requested form: reasoning and answer, or only the label
+    )
     prompts_per_step: int = 16  # clips per step, over all ranks
     num_generations: int = 8  # G, completions per clip
     max_new_tokens: int = 512  # longest completion
     temperature: float = 1.0  # divides the logits, in sampling and in the loss
     # -- objective (by default the paper's; DAPO: --agg token --clip_high 0.28 --beta 0)
-    rewards: list[str] = list_of("accuracy", "format")  # rewards that are summed
+    rewards: list[str] = list_of("accuracy", "format")  # rewards; the total is their weighted sum
     # accuracy, format, agreement, conclusion, overlong, or your own FILE.py:FUNCTION;
-    # each may have a =WEIGHT
+    # each can end in =WEIGHT
     baseline: Literal["mean", "loo"] = "mean"  # what is subtracted from a reward
     # mean: the mean of its group (GRPO); loo: the mean of the others in its group (RLOO)
-    scale: Literal["group", "batch", "none"] = "group"  # what that difference is divided by
-    # group, batch: standard deviation of the rewards of its group (GRPO), of the whole step;
-    # none: nothing (Dr.GRPO)
+    scale: Literal["group", "batch", "none"] = "group"  # what the difference is divided by
+    # group: standard deviation of the rewards of its group (GRPO); batch: of the whole step;
+    # none: nothing (Dr. GRPO)
     ratio: Literal["token", "sequence"] = "token"  # rho = pi / pi_old
     # token: of each token (GRPO); sequence: geometric mean over the completion
     # (GSPO, whose clips are 3e-4 and 4e-4)
-    gate: Literal["clip", "cispo", "none"] = "clip"  # keeps rho in a trust region
+    gate: Literal["clip", "cispo", "none"] = "clip"  # limits rho to a trust region
     # clip: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (GRPO); none: no limit
     # cispo: min(rho, clip_high) only weights the log-probs, so every token keeps its gradient
     clip_low: float = 0.2  # lower clip: 1 - clip_low
     clip_high: float = 0.2  # upper clip: 1 + clip_high; for cispo the ceiling itself, about 5
     agg: Literal["seq", "token", "const"] = "seq"  # how the losses of the tokens are averaged
     # seq: over each completion, then over completions (GRPO); token: over all tokens of the
-    # update (DAPO); const: sum / (completions x max_new_tokens) (Dr.GRPO)
-    beta: float = 0.04  # weight of the KL to the starting model; 0: no reference model at all
+    # update (DAPO); const: sum / (completions x max_new_tokens) (Dr. GRPO)
+    beta: float = 0.04  # weight of the KL to the starting model; 0: no reference model
     kl: Literal["k3_ratio", "k3", "k2", "reward"] = "k3_ratio"  # KL, with x = ref - policy log-prob
     # k3_ratio: rho (e^x - x - 1), with the gradient of the reverse KL (the paper's eq. 3);
     # k2: x^2 / 2, the same gradient; k3: e^x - x - 1 as in the reference code, with the gradient
@@ -597,8 +599,8 @@ def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) ->
     if difference <= MAX_LOGP_DIFF * n:
         return False
     ranks.print0(
-        f"\nstep refused: sampler and trainer differ by {difference / n:.3f} per token, more than "
-        f"the {MAX_LOGP_DIFF} of MAX_LOGP_DIFF in grpo.py"
+        f"\nstep skipped: the log-probs of sampler and trainer differ by {difference / n:.3f} per "
+        f"token; the limit is MAX_LOGP_DIFF = {MAX_LOGP_DIFF} in grpo.py"
     )
     return True
 
@@ -788,8 +790,8 @@ def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
     stems = [Path(file).stem for file in args.eval_data]
     if len(set(stems)) < len(stems):
         raise UserError(
-            f"--eval_data {' '.join(args.eval_data)}: the files' names name the metrics; "
-            "no two may be alike."
+            f"--eval_data {' '.join(args.eval_data)}: the metrics are named after the files, so "
+            "their names must differ."
         )
     return {stem: read_samples(file, args.media_root) for stem, file in zip(stems, args.eval_data)}
 
@@ -803,30 +805,31 @@ def check_objective(args: Args) -> None:
     """Refuse flags that cannot work or mean nothing.  Raises UserError."""
     if args.num_generations < 2:
         raise UserError(
-            f"--num_generations {args.num_generations}: a group of one has nothing to compare "
-            "with; use 2 or more."
+            f"--num_generations {args.num_generations}: a group needs two completions to compare; "
+            "use 2 or more."
         )
     if args.temperature <= 0:
         raise UserError(
-            f"--temperature {args.temperature}: must be above 0; "
-            "the policy is trained on what it samples."
+            f"--temperature {args.temperature}: must be above 0, because "
+            "training needs sampled completions."
         )
     if args.gate == "cispo" and args.clip_high < 1:
         raise UserError(
-            f"--gate cispo --clip_high {args.clip_high}: clip_high is the ceiling of the ratio "
-            "there; use 5 or so."
+            f"--gate cispo --clip_high {args.clip_high}: with cispo, clip_high is the upper limit "
+            "of the ratio itself; use about 5."
         )
     if args.beta < 0:
         raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
     if args.kl == "reward" and args.scale != "none":
         raise UserError(
-            f"--kl reward --scale {args.scale}: the KL makes all rewards differ a little, and "
-            "where nothing else does, divided by that little it is the whole advantage; use "
-            "--scale none."
+            f"--kl reward --scale {args.scale}: the KL makes the rewards of every group differ "
+            "a little. Where nothing else differs, dividing by this small standard deviation makes "
+            "the KL the whole advantage; use --scale none."
         )
     if args.kl == "reward" and args.beta == 0:
         raise UserError(
-            "--kl reward --beta 0: there is no KL to subtract; leave --kl out or give a --beta."
+            "--kl reward --beta 0: there is no KL to subtract; set --beta above 0, or leave out "
+            "--kl."
         )
     counts = (
         args.prompts_per_step,
@@ -838,11 +841,11 @@ def check_objective(args: Args) -> None:
     if min(counts) < 1:
         raise UserError(
             "--prompts_per_step, --max_new_tokens, --update_epochs, --num_minibatches, "
-            "--micro_batch: at least 1."
+            "--micro_batch must be 1 or more."
         )
     if args.num_minibatches > args.prompts_per_step:
         raise UserError(
-            f"--num_minibatches {args.num_minibatches}: each is to have a prompt of its own; "
+            f"--num_minibatches {args.num_minibatches}: each minibatch needs a prompt, and "
             f"--prompts_per_step is {args.prompts_per_step}."
         )
 
@@ -862,21 +865,21 @@ def idle_flags(args: Args) -> list[str]:
         (
             one_update,
             "ratio gate clip_low clip_high",
-            "with one optimizer step per rollout the ratio is 1, where every ratio and gate has "
-            "REINFORCE's gradient (give --update_epochs or --num_minibatches)",
+            "with one optimizer step per rollout the ratio is exactly 1, and every --ratio and "
+            "--gate has the same gradient (--update_epochs or --num_minibatches add steps)",
         ),
-        (args.gate != "clip", "clip_low", f"--gate {args.gate} has no lower bound"),
-        (args.gate == "none", "clip_high", "--gate none has no ceiling"),
+        (args.gate != "clip", "clip_low", f"--gate {args.gate} has no lower limit"),
+        (args.gate == "none", "clip_high", "--gate none has no upper limit"),
         (args.beta == 0, "kl", "--beta 0 has no KL"),
-        (args.max_steps > 0, "epochs", "--max_steps decides"),
-        (args.schedule == "constant", "lr_floor", "--schedule constant never falls"),
+        (args.max_steps > 0, "epochs", "--max_steps sets the number of steps"),
+        (args.schedule == "constant", "lr_floor", "--schedule constant does not fall"),
         (not args.eval_data, "eval_every", "there is no --eval_data"),
     ]
     sentences = []
     for holds, flags, why in reasons:
         for flag in flags.split():
             if holds and flag in given:
-                sentences.append(f"--{flag} {getattr(args, flag)} changes nothing: {why}")
+                sentences.append(f"--{flag} {getattr(args, flag)} has no effect: {why}")
     return sentences
 
 
@@ -887,8 +890,8 @@ def refuse_sampling_filters(argv: list[str]) -> None:
         if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
             sys.exit(
                 f"error: {flag}: training samples the full distribution, because the loss scores "
-                "the full softmax; a filtered sample would be scored by a distribution that it did "
-                "not come from."
+                "the full softmax. A filtered sample would be scored under another distribution "
+                "than its own. Leave the flag out."
             )
 
 

@@ -373,7 +373,7 @@ class HumanOmni(nn.Module):
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise UserError(
-                f"--train {' '.join(sorted(unknown))}: not a part of the model; parts are "
+                f"--train {' '.join(sorted(unknown))}: not a part of the model; the parts are "
                 f"{', '.join(PARTS)}."
             )
         prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
@@ -521,7 +521,9 @@ class HumanOmni(nn.Module):
         """
         has_compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if self.device.type == "cpu" and not has_compiler:
-            raise UserError("on a CPU torch.compile needs a C++ compiler; install g++.")
+            raise UserError(
+                "COMPILE_LAYERS: on a CPU torch.compile needs a C++ compiler; install g++."
+            )
         self.is_compiled = True
 
     def run_layers(self, x: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:

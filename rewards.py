@@ -188,7 +188,8 @@ class Reward:
             ) from error
         if not math.isfinite(value):
             raise UserError(
-                f"--rewards {self.name}: gave {value} for {clip}; a reward must be a finite number."
+                f"--rewards {self.name}: returned {value} for {clip}; "
+                "a reward must be a finite number."
             )
         return value
 
@@ -206,7 +207,10 @@ def load_reward(spec: str) -> Reward:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise UserError(f"--rewards {spec}: {weight_text!r} is no weight; write {name}=0.5.")
+        raise UserError(
+            f"--rewards {spec}: the weight {weight_text!r} is not a number; write for example "
+            f"{name}=0.5."
+        )
 
     if name in BUILT_IN:
         return Reward(name, weight, BUILT_IN[name])
@@ -234,11 +238,13 @@ def load_rewards(specs: tuple[str, ...], prompt: str = "think") -> tuple[Reward,
     functions = tuple(load_reward(spec) for spec in specs)
     names = [reward.name for reward in functions]
     if not functions or len(set(names)) < len(names):
-        raise UserError(f"--rewards {' '.join(specs)}: give at least one reward, and none twice.")
+        raise UserError(
+            f"--rewards {' '.join(specs)}: give at least one reward, and each only once."
+        )
     if prompt == "label" and NEED_REASONING & set(names):
         raise UserError(
-            "--rewards agreement and conclusion look at reasoning: they have no meaning with "
-            "--prompt label."
+            "--rewards agreement and conclusion need reasoning, which --prompt label does not "
+            "request; leave one of them out."
         )
     return functions
 

@@ -440,10 +440,12 @@ def decode_path(model: HumanOmni) -> DecodePath:
         raise UserError(f"{PATH_VARIABLE}={name}: must be one of {', '.join(DECODE_PATHS)}.")
     if name == "graph" and not on_gpu:
         raise UserError(
-            f"{PATH_VARIABLE}=graph: a CPU has no graphs; unset it, or set it to eager."
+            f"{PATH_VARIABLE}=graph: a CPU has no CUDA graphs; unset it, or set it to eager."
         )
     if name != "eager" and not can_build_kernels():
-        raise UserError(f"{PATH_VARIABLE}={name}: no kernels can be built here; set it to eager.")
+        raise UserError(
+            f"{PATH_VARIABLE}={name}: the kernels cannot be built on this machine; set it to eager."
+        )
     return DecodePath(name != "eager", name in ("compiled", "graph"), name == "graph")
 
 
@@ -455,7 +457,7 @@ def hint_at_variable(model: HumanOmni):
     except Exception as error:
         if model.device.type == "cuda" and not out_of_memory(error):
             error.add_note(
-                f"A decode step failed. The environment variable {PATH_VARIABLE} chooses how it is "
+                f"A decode step failed. The environment variable {PATH_VARIABLE} selects how it is "
                 "run: set it to compiled; if that fails, to kernels; then to eager."
             )
         raise

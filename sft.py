@@ -45,9 +45,9 @@ class Args(TrainArgs):
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     epochs: float = 5.0
     # -- fine-tuning
-    prompt: Literal["auto", "think", "label", "row"] = "auto"  # what the question asks for
-    # auto: what the row's target is, reasoning or bare label, else as the row has it;
-    # think: reasoning and answer; label: the bare label; row: what the row itself asks
+    prompt: Literal["auto", "think", "label", "row"] = "auto"  # requested form of answer
+    # auto: the form of the row's target (if it has neither form, the row's own question);
+    # think: reasoning and answer; label: only the label; row: the row's own question
     batch_size: int = 16  # samples per step, over all ranks
     micro_batch: int = 8  # samples per forward and backward
 

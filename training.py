@@ -25,8 +25,6 @@ from data import (
     Sample,
     check_labels,
     loader,
-    read_choices,
-    read_question,
     training_batches,
 )
 from lib.args import UserError, list_of
@@ -45,41 +43,45 @@ COMPILE_LAYERS = False  # run the decoder's layers through torch.compile in trai
 class TrainArgs:
     # -- model
     model: str  # checkpoint folder or hub id to start from
-    towers: str | None = None  # folder of the video, audio and text encoders, instead of the hub
+    towers: str | None = None  # folder with the video, audio and text encoders; default: the hub
     # (siglip-base-patch16-224, whisper-large-v3, bert-base-uncased)
-    train: list[str] = list_of(*DEFAULT_TRAINED)  # trained parts
+    train: list[str] = list_of(*DEFAULT_TRAINED)  # parts of the model to train
     # decoder, projectors, gate, bert, vision, audio
     # -- data
     data: str  # sample file (json or jsonl)
-    media_root: str | None = None  # folder that the file's paths start from; default: beside it
+    media_root: str | None = None  # folder of the clips; default: the folder of --data
     allow_labels: bool = False  # accept labels outside the vocabulary
-    feature_cache: str | None = None  # folder for the towers' outputs, for later epochs and runs
+    feature_cache: str | None = (
+        None  # folder to keep the towers' outputs in, for later epochs and runs
+    )
     workers: int = 2  # processes that read media, per rank
     # -- what the model is given
-    modal: Modal = "video_audio"  # which parts of a clip
+    modal: Modal = "video_audio"  # parts of a clip that the model gets
     mute: float = 0.0  # share of the prompts whose sound is replaced by silence; 0: none
     blank: float = 0.0  # share of the prompts whose frames are replaced by grey; 0: none
-    question: str | None = None  # text file with a question that replaces the rows' own
-    choices: list[str] = list_of()  # words to choose from, or dfew, mafw, ravdess
+    question: str | None = None  # text file; its question replaces those of the sample file
+    choices: list[str] = list_of()  # words to list in the prompt; or dfew, mafw, ravdess
     # -- optimizer
-    max_steps: int = 0  # steps; 0: as many as --epochs needs
+    max_steps: int = 0  # number of steps; 0: as many as --epochs needs
     epochs: float = 1.0  # passes over the data, if --max_steps is 0
     lr: float = 1e-6  # peak learning rate
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # shape after warm-up
-    lr_floor: float = 0.0  # lowest rate, as a share of the peak; 0: it falls to nothing
+    schedule: Literal["linear", "cosine", "constant"] = (
+        "linear"  # of the learning rate, after the warm-up
+    )
+    lr_floor: float = 0.0  # lowest learning rate, as a share of the peak; 0: falls to 0
     # -- precision and memory
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights in use
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the working weights
     # auto: bfloat16 on a GPU, float32 on a CPU; the optimizer's weights are always float32
     checkpoint_layers: bool = False  # recompute layers in the backward pass: a third less memory
     # -- run folder and saving
-    out: str  # run folder, empty or new
-    seed: int = 0  # decides the data order and every sampled token
+    out: str  # run folder; new or empty
+    seed: int = 0  # of the data order and of every sampled token
     save_every: int = 0  # steps between checkpoints; 0: only at the end
     keep: int = 0  # number of checkpoints to keep, the newest; 0: all
     resume: bool = False  # continue the run in --out
-    allow_changes: bool = False  # resume although flags or the sample file have changed
+    allow_changes: bool = False  # resume even if flags or the sample file have changed
     overwrite: bool = False  # replace the run in --out
-    log: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also send the metrics there
+    log: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also send metrics there
 
 
 # ------------------------------------------------------------------------------------------------
@@ -311,8 +313,8 @@ class Run:
         usable = sum(report["usable"] for report in reports)
         if usable == 0 and state.step == 0:
             raise UserError(
-                f"--media_root {self.args.media_root}: none of the first step's {len(bad)} clips "
-                f"can be read; the first: {bad[0]['reason']}."
+                f"none of the {len(bad)} clips of the first step can be read. The first: "
+                f"{bad[0]['reason']}. Check --media_root."
             )
 
         state.step += 1
@@ -369,23 +371,23 @@ class Run:
         state, out, print0 = self.state, self.folder.path, self.ranks.print0
         if self.stop_reason:
             raise UserError(
-                f"{MAX_BAD_STEPS} steps in a row changed nothing: stopped after step "
-                f"{state.step}. The last had {self.stop_reason}."
+                f"training stopped after step {state.step}, because {MAX_BAD_STEPS} steps in a row "
+                f"made no update. The last had {self.stop_reason}."
             )
         if state.skipped_samples:
-            print0(f"{state.skipped_samples} times a clip was skipped; see {out}/skipped.jsonl")
+            print0(f"{state.skipped_samples} clips were skipped; {out}/skipped.jsonl lists them.")
         if state.skipped_steps:
             print0(
-                f"{state.skipped_steps} of {state.step} steps changed nothing; the doctor says why."
+                f"{state.skipped_steps} of {state.step} steps made no update; tools.doctor says why"
             )
         if self.reached_max_steps:
             print0(
-                f"\ndone: {self.max_steps} steps. The model is {out}/latest, its numbers are in "
+                f"\ndone: {self.max_steps} steps. The model is in {out}/latest, its metrics in "
                 f"{out}/metrics.jsonl."
             )
             print0(
-                f"Is all well with it?  python -m tools.doctor {out}    "
-                f"Look at it:  python -m tools.report {out}"
+                f"Check the run:   python -m tools.doctor {out}\n"
+                f"Make a report:   python -m tools.report {out}"
             )
         else:
             print0(
@@ -433,34 +435,11 @@ class StopSignal:
 # ------------------------------------------------------------------------------------------------
 
 
-def training_prompt_spec(args) -> PromptSpec:
-    """The PromptSpec that the flags describe.  Raises UserError."""
-    if args.mute < 0 or args.blank < 0 or args.mute + args.blank > 1:
-        raise UserError(
-            "--mute and --blank are shares of the prompts: 0 or more each, 1 or less together."
-        )
-    for flag, share, other in (("mute", args.mute, "video"), ("blank", args.blank, "audio")):
-        if share and args.modal == other:
-            raise UserError(
-                f"--{flag} with --modal {other}: there is nothing to replace; drop one of the two."
-            )
-    return PromptSpec(
-        modal=args.modal,
-        prompt=args.prompt,
-        question=read_question(args.question),
-        choices=read_choices(args.choices),
-        shuffle_choices=True,
-        mute=args.mute,
-        blank=args.blank,
-        seed=args.seed,
-    )
-
-
 def count_steps(args: TrainArgs, num_samples: int, per_step: int) -> int:
     """--max_steps, or the steps that --epochs takes."""
     steps = args.max_steps or math.ceil(args.epochs * num_samples / per_step)
     if steps < 1:
-        raise UserError("there is no step to make: give --max_steps or --epochs above 0.")
+        raise UserError("there are no training steps: give --max_steps or --epochs above 0.")
     return steps
 
 
@@ -478,7 +457,7 @@ def load_model(args: TrainArgs, ranks: Ranks) -> tuple[HumanOmni, list[torch.nn.
     model.checkpoint_layers = args.checkpoint_layers
     trained = model.set_trained(args.train)
     if not trained:
-        raise UserError("--train names no part of the model: there would be nothing to learn.")
+        raise UserError("--train names no part of the model: give at least one part.")
     return model, trained
 
 
@@ -488,8 +467,8 @@ def open_cache(args: TrainArgs, model: HumanOmni) -> FeatureCache | None:
         return None
     if {"vision", "audio"} & set(args.train):
         raise UserError(
-            "--feature_cache with a trained tower: its features change with every step; "
-            "leave one of them out."
+            "--feature_cache cannot be used with a trained tower, whose features change in every "
+            "step; leave out one of the two."
         )
     return FeatureCache(args.feature_cache, model.tower_fingerprints())
 
@@ -538,7 +517,7 @@ def set_up(
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more.")
     check_outputs(args, ranks)
-    spec = training_prompt_spec(args)
+    spec = PromptSpec.of_flags(args, shuffle_choices=True)
     check_labels(samples, args.data, args.allow_labels)
     max_steps = count_steps(args, len(samples), per_step)
 
@@ -571,8 +550,8 @@ def set_up(
     )
     if per_step > len(samples):
         ranks.print0(
-            f"warning: a step takes {per_step} samples and {args.data} has {len(samples)}: "
-            "some come up twice in it"
+            f"warning: a step takes {per_step} samples, but {args.data} has only {len(samples)}, "
+            "so some occur twice in a step"
         )
     return Run(
         args=args,

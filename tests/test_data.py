@@ -221,9 +221,9 @@ GOOD = json.dumps(row())
         (
             "a.json",
             '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n}',
-            "is JSON, but no list of samples",
+            "is JSON, but not a list of samples",
         ),
-        ("a.json", json.dumps(row(), indent=1), "is JSON, but no list of samples"),
+        ("a.json", json.dumps(row(), indent=1), "is JSON, but not a list of samples"),
         ("a.json", '{\n "a.mp4": {"brows": "level"},\n "b.mp4": {}\n', "line 1 is not valid JSON"),
         ("a.json", "[]", "no samples"),
         ("a.json", "", "no samples"),
@@ -625,21 +625,21 @@ def test_muted_features_are_not_those_of_the_sound(rows, processor):
 
 
 def test_shares_of_muted_and_blanked_prompts(rows, processor):
-    """Stops a prompt losing both senses, another share than requested,
+    """Stops a prompt that loses one sense where both are requested, another share than requested,
     or a draw that changes with the batch or on resuming."""
     spec = PromptSpec(mute=0.3, blank=0.2, seed=5)
-    dropped = [spec.drop_modality(position) for position in range(20_000)]
-    assert set(dropped) == {None, "video", "audio"}
+    dropped = [spec.dropped_streams(position) for position in range(20_000)]
     # within 5 sd: sqrt(.3 * .7 / 20000) = .0032
-    for name, share in (("audio", 0.3), ("video", 0.2)):
-        assert abs(dropped.count(name) / 20_000 - share) < 0.017
-    assert [spec.drop_modality(p) for p in range(500, 520)] == dropped[500:520]
+    for streams, share in (({"audio"}, 0.3), ({"video"}, 0.2), (set(), 0.5)):
+        assert abs(dropped.count(streams) / 20_000 - share) < 0.018
+    assert [spec.dropped_streams(p) for p in range(500, 520)] == dropped[500:520]
     other = PromptSpec(mute=0.3, blank=0.2, seed=6)
-    assert dropped[:200] != [other.drop_modality(p) for p in range(200)]
-    half = PromptSpec(mute=0.5, blank=0.5)
-    assert {half.drop_modality(p) for p in range(50)} == {"video", "audio"}
-    assert {PromptSpec(mute=1.0).drop_modality(p) for p in range(50)} == {"audio"}
-    assert {PromptSpec().drop_modality(p) for p in range(50)} == {None}
+    assert dropped[:200] != [other.dropped_streams(p) for p in range(200)]
+    always = lambda **shares: [PromptSpec(**shares).dropped_streams(p) for p in range(50)]
+    assert all(len(streams) == 1 for streams in always(mute=0.5, blank=0.5))
+    assert always(mute=1.0) == [{"audio"}] * 50 and always() == [set()] * 50
+    # `eval.py --mute --blank`: what the model answers to the prompt alone
+    assert always(mute=1.0, blank=1.0) == [{"audio", "video"}] * 50
 
     plain = ClipDataset(rows, processor)[0, 0]
     dataset = ClipDataset(rows, processor, spec)
@@ -648,7 +648,7 @@ def test_shares_of_muted_and_blanked_prompts(rows, processor):
         assert item.input_ids == plain.input_ids  # the prompt keeps its form
         for name in ("video", "audio"):
             same = torch.equal(item.media[name], plain.media[name])
-            assert same == (name != dropped[position])
+            assert same == (name not in dropped[position])
 
 
 def test_what_is_asked():

@@ -216,7 +216,7 @@ def test_labels_outside_the_choices_are_named(score, tmp_path, capsys):
     assert "outside --choices" not in capsys.readouterr().err
     score(write_rows(tmp_path / "rows.json"), "--choices", "happy", "sad")
     assert (
-        "labels outside --choices, right only if said to the letter: calm"
+        "these labels are not in --choices, so only an exact match is correct: calm"
         in capsys.readouterr().err
     )
 
@@ -362,9 +362,8 @@ def test_no_scored_clip_is_no_result(score, model, processor, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         score(rows, "--media_root", tmp_path / "typo")
     assert str(error.value) == (
-        f"{rows}: none of its 2 clips can be scored, the first, gone.mp4, because: "
-        f"{tmp_path}/typo/gone.mp4: no such file. Give with --media_root the folder that the "
-        "file's paths start from."
+        f"{rows}: none of its 2 clips can be read. The first is gone.mp4: "
+        f"{tmp_path}/typo/gone.mp4: no such file. Set --media_root to the folder of the clips."
     )
     assert not (tmp_path / "new").exists() and not capsys.readouterr().out
     run = SimpleNamespace(
@@ -456,15 +455,15 @@ def test_the_other_prompt_is_named(texts, flag, told, score, tmp_path, monkeypat
         ("--clip c", "--clip needs --model"),
         ("--compare a", "takes two result files, not 1"),
         ("--compare a b c", "takes two result files, not 3"),
-        ("--folds a", "two result files or more"),
+        ("--folds a", "two or more different result files"),
         ("--compare a b --model m", "--model: has no meaning with --compare"),
         ("--table a --out t.json --mute", "--mute, --out: has no meaning with --table"),
         ("--model m --clip c --limit 3", "--limit: has no meaning with --clip"),
         ("--model m --clip c --modalities", "--modalities: has no meaning with --clip"),
         ("--model m --data d --mute --modal video", "--mute with --modal video"),
         ("--model m --data d --blank --modal audio", "--blank with --modal audio"),
-        ("--model m --data d --modalities --mute", "--modalities runs every setting"),
-        ("--model m --data d --modalities --modal audio", "--modalities runs every setting"),
+        ("--model m --data d --modalities --mute", "--modalities evaluates every setting"),
+        ("--model m --data d --modalities --modal audio", "--modalities evaluates every setting"),
         ("--model m --data d --choices happy", "--choices happy: give at least two"),
         ("--model m --data d --question none.txt", "--question none.txt"),
         ("--model m --data d --seed -1", "--seed must be 0 or more"),

@@ -414,8 +414,8 @@ def test_every_option_changes_a_crafted_batch():
     [
         ({"num_generations": 1}, "num_generations"),
         ({"temperature": 0.0}, "temperature"),
-        ({"gate": "cispo"}, "ceiling"),
-        ({"update_epochs": 0}, "at least 1"),
+        ({"gate": "cispo"}, "upper limit"),
+        ({"update_epochs": 0}, "must be 1 or more"),
         ({"num_minibatches": 17}, "num_minibatches 17"),
         ({"kl": "reward", "scale": "none", "beta": 0.0}, "no KL to subtract"),
         ({"kl": "reward", "scale": "group"}, "use --scale none"),

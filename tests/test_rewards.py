@@ -322,14 +322,14 @@ def test_rewards_of_a_user(tmp_path):
     "specs, said",
     [
         ((), "at least one"),
-        (("accuracy", "accuracy=2"), "none twice"),
+        (("accuracy", "accuracy=2"), "each only once"),
         (("acuracy",), "or one of accuracy, format"),
-        (("format=much",), "no weight"),
-        (("format=nan",), "no weight"),
+        (("format=much",), "is not a number"),
+        (("format=nan",), "is not a number"),
         (("FILE:none",), "has no function 'none'"),
         (("gone.py:f",), "cannot be run: FileNotFoundError"),
         (("FILE:fails",), "failed on a.*KeyError"),
-        (("FILE:nan",), "gave nan for a.mp4"),
+        (("FILE:nan",), "returned nan for a.mp4"),
         (("FILE:text",), "failed on a.*ValueError"),
         (("FILE:nothing",), "TypeError"),
     ],
@@ -349,7 +349,7 @@ def test_rewards_that_cannot_work_are_told(tmp_path, specs, said):
 
 def test_reasoning_is_not_paid_where_none_is_asked_for():
     """Stops: a label-only run whose reward of the reasoning is 0 for ever."""
-    with pytest.raises(UserError, match="no meaning with --prompt label"):
+    with pytest.raises(UserError, match="need reasoning"):
         load_rewards(("accuracy", "agreement"), "label")
     assert [
         r(completion("Happy", prompt="label"), "clip")

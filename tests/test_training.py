@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import grpo
+from data import PromptSpec
 from lib.args import UserError
 from lib.dist import start_ranks
 from lib.run_folder import RunFolder, read_rows
-from training import MasterAdamW, training_prompt_spec
+from training import MasterAdamW
 
 LR = 1e-6
 
@@ -208,12 +209,12 @@ def test_logs_survive_odd_characters_and_a_cut_last_line(tmp_path):
 def test_what_the_flags_say_of_clips_reaches_the_view():
     """Stops --mute or --blank in training that change nothing:
     a control that compares a run with itself."""
-    view = lambda **flags: training_prompt_spec(grpo.Args(model="", data="", out="", **flags))
+    view = lambda **flags: PromptSpec.of_flags(grpo.Args(model="", data="", out="", **flags))
     assert (view().mute, view().blank) == (0.0, 0.0)
     assert (view(mute=0.25).mute, view(blank=1.0).blank) == (0.25, 1.0)
     with pytest.raises(UserError, match="nothing to replace"):
         view(modal="audio", blank=0.5)
-    for shares in ({"mute": 0.6, "blank": 0.5}, {"mute": -0.1}):
+    for shares in ({"blank": 1.1}, {"mute": -0.1}):
         with pytest.raises(UserError, match="shares of the prompts"):
             view(**shares)
 

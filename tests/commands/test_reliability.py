@@ -597,7 +597,7 @@ def test_a_sampler_that_disagrees_is_refused(labels, tmp_path):
         "sampler.generate = other\n"
     )
     done = run("grpo.py", tmp_path / "off", labels, "--max_steps", 2, hook=hook)
-    assert "2 of 2 steps changed nothing" in done.stdout  # or it looks trained
+    assert "2 of 2 steps made no update" in done.stdout  # or it looks trained
     rows = metrics(tmp_path / "off")
     assert [r["skipped_steps"] for r in rows] == [1, 2] and rows[0]["sampler_logp_diff/mean"] > 0.5
     patient = tmp_path / "patient.py"

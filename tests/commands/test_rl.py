@@ -197,7 +197,7 @@ def test_what_a_run_says(labels, tmp_path):
     )
     assert (
         "a step takes 5 samples" in done.stdout
-        and "note: --clip_high 0.28 changes nothing" in done.stdout
+        and "note: --clip_high 0.28 has no effect" in done.stdout
     )
 
 
