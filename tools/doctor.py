@@ -195,9 +195,11 @@ def read_run(folder: Path) -> Run:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
     if not isinstance(config, dict) or "lr" not in config:
         runs = [path for path in folder.resolve().parents[:2] if (path / "metrics.jsonl").is_file()]
-        problem = "has no config.json of a run" if folder.is_dir() else "is no folder"
+        problem = (
+            "it holds no readable config.json of a run" if folder.is_dir() else "no such folder"
+        )
         where = runs[0] if runs else "the --out of grpo.py or sft.py"
-        raise UserError(f"{folder} {problem}; give the run folder, {where}.")
+        raise UserError(f"{folder}: {problem}; give the run folder, {where}.")
     logged = read_rows(folder / "metrics.jsonl")
     rows = [row for row in logged if type(row.get("step")) is int and values([row], "step")]
     run = Run(folder, config, rows)
@@ -455,12 +457,11 @@ def format_never_learned(run: Run):
 
 @Rule(f"{CUT} {LENGTH} max_new_tokens", from_step=5, unless={"format never learned"})
 def completions_cut_off(run: Run):
-    """Double --max_new_tokens. If no limit is enough, the cold start did not teach an end."""
+    """Double --max_new_tokens. If no limit is enough, the cold start did not teach the model to end
+    its completions."""
     cut, cut_at_first = run.now(CUT), mean(run.rows[:1], CUT)
     if cut > CUT_OFF and not (run.found & RUIN and cut_at_first <= CUT_OFF):
-        return (
-            f"{cut:.0%} of the completions are cut off by the limit, which alone makes them wrong."
-        )
+        return f"{cut:.0%} of the completions reach the length limit, which alone makes them wrong."
 
 
 def no_differences(run: Run, share: float) -> str | None:
@@ -684,15 +685,15 @@ REMEDIES = {rule.name: rule.remedy for rule in RULES}
 class Finding:
     name: str
     sentence: str
-    numbers: dict[str, tuple[float, float] | str]  # metric -> means at the start and now; setting
+    numbers: dict[str, str]  # metric -> "start -> now", setting -> value
 
 
-def numbers_of(run: Run, names: str) -> dict[str, tuple[float, float] | str]:
-    """Return the metrics and settings of these names that the run has."""
+def numbers_of(run: Run, names: str) -> dict[str, str]:
+    """Return the metrics (mean at the start -> mean now) and settings that the run has."""
     numbers = {}
     for name in names.split():
         if values(run.late, name):
-            numbers[name] = (run.then(name), run.now(name))
+            numbers[name] = f"{run.then(name):.4g} -> {run.now(name):.4g}"
         elif name in run.config:
             numbers[name] = str(run.config[name])[:40]
     return numbers
@@ -710,23 +711,12 @@ def examine(run: Run) -> list[Finding]:
     return findings
 
 
-def number_texts(numbers: dict[str, tuple[float, float] | str]) -> list[str]:
-    texts = []
-    for name, value in numbers.items():
-        text = value if isinstance(value, str) else " -> ".join(f"{x:.4g}" for x in value)
-        texts.append(f"{name} {text}")
-    return texts
-
-
 def finding_lines(finding: Finding) -> list[str]:
-    numbers = ", ".join(number_texts(finding.numbers))
-    lines = []
-    for text in (
-        finding.sentence,
-        numbers and f"Numbers: {numbers}.",
-        f"Try: {REMEDIES[finding.name]}",
-    ):
-        lines += textwrap.wrap(text, 97, break_on_hyphens=False)
+    numbers = ", ".join(f"{name} {value}" for name, value in finding.numbers.items())
+    lines = textwrap.wrap(finding.sentence, 97, break_on_hyphens=False)
+    if numbers:
+        lines += textwrap.wrap(f"Numbers: {numbers}.", 97, break_on_hyphens=False)
+    lines += textwrap.wrap(f"Try: {REMEDIES[finding.name]}", 97, break_on_hyphens=False)
     return [f"   {line}" for line in lines]
 
 
@@ -741,8 +731,9 @@ def report(run: Run, findings: list[Finding]) -> str:
             lines += [f"{key} {value}" for key, value in row.items() if key.startswith("eval/")]
         return "\n".join(map(printable, lines))
     if not findings:
+        lines += ["No rule found anything wrong. The numbers that the rules show:", ""]
         numbers = numbers_of(run, " ".join(rule.numbers for rule in RULES))
-        lines += ["No rule found anything wrong. The numbers:", *number_texts(numbers), ""]
+        lines += [*(f"   {name:<32}{value}" for name, value in numbers.items()), ""]
     if len(findings) > 1:
         lines += ["Causes come before what may follow from them. Fix the first, then rerun.", ""]
     for number, finding in enumerate(findings, 1):
