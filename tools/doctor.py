@@ -1,272 +1,102 @@
-"""What is wrong with a run, in plain words, from its run folder alone: no model, no GPU,
-also while the run goes on.
+"""Report what is wrong with a training run, the numbers that show it, and what to try next.
 
     python -m tools.doctor runs/r1
 
-Three functions look at what was logged and tell what they find, causes before what follows from
-them.  A metric that is not there is NaN, and every comparison with NaN is False: so runs of sft.py
-and of other rewards are read too.
-
-    rows          metrics.jsonl, a dict a step
-    early, late   its first steps and its latest ones: a quarter of the run each, 10 to 100 steps;
-                  of a short run, half
-    answers       what rollouts.jsonl says, counted; the file may be larger than the memory,
-                  so it is read row by row
+Only the run folder of grpo.py or sft.py is read. No model is loaded, and the run may still be
+training. A metric that is not logged is NaN, and a comparison with NaN is False, so a rule without
+its metric finds nothing.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
-import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from itertools import pairwise
 from pathlib import Path
 
 import rewards
-from lib.args import UserError, printable
+from lib.args import UserError, printable, run_main
 from lib.run_folder import read_rows
 
-NOW = 5  # steps before anything is said of how things are: the latest three are looked at
-CHANGE = 20  # before the latest ten steps are compared with the first ten
-TREND = 100  # before "it does not learn" may be said: at lr 1e-6 twenty steps show nothing
-ENOUGH = 50  # clips, and answers, before words are judged: at 50 a share is known to +- 7 points
-MOST_WORDS = 10_000  # different answers that are counted one by one: a policy may say anything
-# share of cut-off completions: each is wrong for its length, whatever it was about to say
-CUT_OFF = 0.1
-SOLVED = 0.95  # accuracy above which a policy may be sure of itself, and has little to gain
-# size of a typical weight: the standard deviation that these decoders are initialised with
-WEIGHT = 0.02
-# half the distance of its neighbours: what less is added is rounded away
+MAX_ANSWERS = 10_000  # different answers that are counted one by one
+CUT_OFF = 0.1  # share of cut-off completions above which the limit is too low
+SOLVED = 0.95  # accuracy from which a policy may be certain, and has little to gain
+KL_FAR = 1.0  # nats per token: k3 if a probability grew by a factor of 3 or fell by one of 6
+WEIGHT = 0.02  # size of a typical weight: the standard deviation of the decoders' initialization
+# Half the distance between neighbouring numbers at WEIGHT. A smaller update is rounded away.
 HALF_FP32, HALF_BF16 = 2.0**-30, 2.0**-14
-KL_FAR = 1.0  # nats per token: k3 = 1 where a probability changed by a factor of 3 (up) or 6 (down)
-ACCURACY, FORMAT, LENGTH = "rewards/accuracy/mean", "rewards/format/mean", "completions/mean_length"
-CUT, DEAD, UNIQUE = "completions/clipped_ratio", "frac_reward_zero_std", "unique_completions"
-# so many more answers are right than agree with their reasoning: before RL about as many do
-LEFT_BEHIND = 0.1
-LOOKED_AT = (
-    "reward",
-    ACCURACY,
-    FORMAT,
-    "agreement",
-    DEAD,
-    LENGTH,
-    CUT,
-    UNIQUE,
-    "kl",
-    "entropy",
-    "loss",
-    "ratio/max",
-    "sampler_logp_diff/mean",
-    "grad_norm",
-    "lr",
-    "skipped_samples",
-    "skipped_steps",
-    "time/load",
-)
 
-# Finding -> what to try, in the order in which they are looked for and told,
-# and of the table in docs/metrics.md.
-REMEDIES = {
-    "gradient not finite": (
-        "Lower --lr. --dtype float32 tells whether it is rounding; see kl and grad_norm before."
-    ),
-    "steps refused": (
-        "Sampler and trainer score the same tokens differently. "
-        "--dtype float32 tells whether it is rounding."
-    ),
-    "no usable clip": (
-        "Look at skipped.jsonl, and run `python -m tools.convert check` over the sample file."
-    ),
-    "ratio off": (
-        "Look at the old log-probs in grpo.update: the trainer's own before the first update, "
-        "without dropout."
-    ),
-    "sampler and trainer disagree": (
-        "Below 1e-4 with --dtype float32 it is rounding; if not, "
-        "the temperature, positions, masks or the cache differ between sampler.generate and "
-        "model.completion_logps."
-    ),
-    "advantages turned": (
-        "The policy unlearns what is right: look at the sign in grpo.advantages "
-        "(reward minus mean)."
-    ),
-    "advantages not centred": (
-        "Look at grpo.advantages: every reward is compared with the mean of its own group."
-    ),
-    "loss off": "Look at the mean in grpo.advantages, and at what grpo_loss divides by.",
-    "learning rate too large": (
-        "Begin again with --lr divided by ten or more; RL of a large model takes about 1e-6."
-    ),
-    "learning rate too small": (
-        "A higher --lr, more steps, or --dtype float32 where bfloat16 is the limit."
-    ),
-    "clips skipped": (
-        "See skipped.jsonl; `python -m tools.convert check`. Without a whole class, "
-        "what is learned is biased."
-    ),
-    "reward falls": (
-        "Go back to a checkpoint before the fall, with --lr divided by three. If it falls from the "
-        "start at any --lr, look for a turned sign in grpo.advantages and grpo_loss."
-    ),
-    "loss rises": "--lr divided by three, from the best checkpoint.",
-    "KL runs away": (
-        "--lr divided by three, or a higher --beta; go on from a checkpoint before the rise."
-    ),
-    "no gradient": (
-        "The loss does not reach what --train names, "
-        "or the log-probs were computed without gradient."
-    ),
-    "format lost": "Go back to a checkpoint before the fall, with a lower --lr or a higher --beta.",
-    "format never learned": (
-        "RL teaches no new form: a cold start (sft.py), or a longer one, with the same --prompt."
-    ),
-    "completions cut off": (
-        "Twice the --max_new_tokens. If texts never end at any limit, "
-        "the cold start did not teach it."
-    ),
-    "groups all wrong": (
-        "A better cold start, easier clips, a higher --num_generations; "
-        "eval.py on the starting model."
-    ),
-    "groups all right": "Stop here and evaluate, or go on with harder clips.",
-    "groups without differences": (
-        "A higher --num_generations or --temperature, or a cold start of fewer epochs."
-    ),
-    "policy does not move": (
-        "Raise --lr; if that does not help, the optimiser holds other parameters "
-        "than the model uses."
-    ),
-    "one word for everything": (
-        "It pays most without looking: balance the classes, raise --beta, "
-        "begin from the cold start."
-    ),
-    "accuracy at chance": (
-        "Do the clips reach the model (is eval.py --blank worse)? Do labels and "
-        "clips belong together?"
-    ),
-    "completions are copies": (
-        "Begin from a checkpoint that varies, or a cold start of fewer epochs; then a lower --lr, "
-        "or --clip_high 0.28 with --update_epochs 2."
-    ),
-    "eval falls": (
-        "Read in rollouts.jsonl what earns the reward; take the best step; fewer epochs, "
-        "more clips, more --beta."
-    ),
-    "no progress": (
-        "If it was as good as it can be from the start, stop; else --lr times three, "
-        "or more --prompts_per_step."
-    ),
-    "reasoning left behind": (
-        "The reward reads the answer alone: try --rewards accuracy format conclusion "
-        "agreement=0.2. With --beta 0 nothing holds the text besides: --beta 0.04."
-    ),
-    "rambling": (
-        "With --agg seq a token of a long wrong text costs less than one of a short: "
-        "try --agg token."
-    ),
-    "reasoning shrinks": (
-        "The reward does not read the reasoning, an empty one earns as much: "
-        "raise --beta or stop earlier."
-    ),
-    "labels never said": (
-        "RL cannot find what is hardly sampled: a few samples of each such label in the cold "
-        "start's data, or a higher --temperature. A reward that pays wrong "
-        "answers too keeps it so."
-    ),
-    "gradient spikes": "Lower --lr, and take more --prompts_per_step.",
-    "inner passes do nothing": (
-        "Raise --lr, or save the time: --update_epochs 1 without --num_minibatches."
-    ),
-    "waiting for data": (
-        "More --workers (as many as there are cores), --feature_cache, clips on a local disk."
-    ),
-    "steps get slower": (
-        "Something else uses the machine, or it is short of memory: look at nvidia-smi and top."
-    ),
-}
-# Causes, after which nothing is told that only follows from them.
+ACCURACY, FORMAT, LENGTH = "rewards/accuracy/mean", "rewards/format/mean", "completions/mean_length"
+CUT, UNIQUE, ZERO = "completions/clipped_ratio", "unique_completions", "frac_reward_zero_std"
+ALL_RIGHT, ALL_WRONG = f"{ZERO}/all_right", f"{ZERO}/all_wrong"
+
+# Causes. A finding that may only follow from them is not reported after them.
 BROKEN = {"advantages turned", "advantages not centred", "learning rate too large"}
 RUIN = BROKEN | {"reward falls", "KL runs away"}
-STILL = {
-    "learning rate too small",
-    "gradient not finite",
-    "steps refused",
-    "no usable clip",
-    "no gradient",
-}
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    name: str  # of REMEDIES
-    sentence: str  # what is wrong
-    # what shows it: metric -> mean at the start and now; or a setting
-    numbers: dict[str, tuple[float, float] | str]
+# ---- the run folder ------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
 class Answers:
-    """A stretch of rollouts.jsonl, counted."""
+    """Counts over rows of rollouts.jsonl."""
 
-    clips: int = 0  # groups
-    completions: int = 0
-    right: int = 0
-    begun: int = 0  # texts that begin with <think>
-    # label -> completions about clips of that label
-    asked: Counter = dataclasses.field(default_factory=Counter)
-    # answer, lower case -> completions that give it
-    said: Counter = dataclasses.field(default_factory=Counter)
-    misfit: str = ""  # the latest text that was not in the format
-    compared: int = 0  # groups whose rewards differ; of these:
-    turned: int = 0  # the best reward has a lower advantage than the worst
-    uncentred: int = 0  # the advantages do not add up to 0
+    def __init__(self):
+        self.clips = 0  # groups
+        self.completions = self.right = 0
+        self.started = 0  # completions that start with <think>
+        self.labels, self.given = Counter(), Counter()  # label, answer -> completions
+        self.without_format = ""  # the latest completion whose format reward is 0
+        self.compared = 0  # groups whose rewards differ
+        self.turned = 0  # of these: the best reward has a lower advantage than the worst
+        self.not_centred = 0  # of these: the advantages do not add up to 0
 
     def compare(self, group: list[tuple[float, float]]) -> None:
-        """Book a group: (reward, advantage) of each completion."""
-        (best, of_best), (worst, of_worst) = max(group, default=(0, 0)), min(group, default=(0, 0))
-        if best > worst:
+        """Count a group, a list of (reward, advantage)."""
+        best, worst = max(group, default=(0, 0)), min(group, default=(0, 0))
+        if best[0] > worst[0]:
+            advantages = [advantage for _, advantage in group]
             self.compared += 1
-            self.turned += of_best < of_worst
-            self.uncentred += abs(sum(A for _, A in group)) > 1e-3 * sum(abs(A) for _, A in group)
+            self.turned += best[1] < worst[1]
+            self.not_centred += abs(sum(advantages)) > 1e-3 * sum(map(abs, advantages))
 
     @property
     def kappa(self) -> float:
-        """Cohen's: the share right beyond chance, which is high where a label is frequent.
-        0: as if dealt out at random."""
-        chance = (
-            sum(count * self.said[label] for label, count in self.asked.items())
-            / self.completions**2
-        )
+        """Cohen's kappa of answers and labels. It is 0 for shuffled answers."""
+        matches = sum(count * self.given[label] for label, count in self.labels.items())
+        chance = matches / self.completions**2
         return (self.right / self.completions - chance) / (1 - chance)
 
 
 class Run:
-    """A run folder, read."""
+    """The contents of a run folder.
+
+    `early` and `late` are the first and the latest steps: a quarter of the run each, but 10 to 100
+    steps, and half of a run below 20 steps.
+    """
 
     def __init__(self, path: Path, config: dict, logged: list[dict]):
         self.path, self.config = path, config
         self.rows = [row for row in logged if row["step"] > 0]
-        # step 0 among them
+        # These include the evaluation at step 0.
         self.evals = [row for row in logged if any(key.startswith("eval/") for key in row)]
         n = len(self.rows)
-        # fewer are noise, more would blur what happens now
         stretch = min(max(10, n // 4), 100, (n + 1) // 2)
         self.early, self.late = self.rows[:stretch], self.rows[n - stretch :]
         self.before = self.rows[max(0, n - 2 * stretch) : n - stretch]
-        # of the whole run, of the steps of `late`
-        self.answers, self.late_answers = Answers(), Answers()
-        self.bad_clip = ""  # why one clip could not be used
-        self.is_rl = "num_generations" in config  # of grpo.py, and not of sft.py
+        self.answers, self.late_answers = Answers(), Answers()  # of all steps, and of `late`
+        self.found: set[str] = set()  # names of the findings so far
+        self.is_rl = "num_generations" in config
+        self.has_reasoning = config.get("prompt") != "label"
         self.lr = max([self.setting("lr"), *values(self.rows, "lr")])
-        # per rollout
         self.updates = self.setting("update_epochs", 1) * self.setting("num_minibatches", 1)
 
     def setting(self, name: str, default: float = 0) -> float:
-        """A number of config.json."""
+        """Return a number from config.json."""
         return next(iter(values([self.config], name)), default)
 
     def then(self, name: str) -> float:
@@ -276,29 +106,28 @@ class Run:
         return mean(self.late, name)
 
     def noise(self, name: str) -> float:
-        """Standard error of now - then.  From the differences of neighbouring steps,
-        so that a trend is no noise."""
-        stretches = [
-            [(a - b) ** 2 for a, b in pairwise(values(rows, name))]
-            for rows in (self.early, self.late)
-        ]
-        return math.sqrt(
-            sum(statistics.fmean(s or [math.nan]) / (2 * (len(s) + 1)) for s in stretches)
-        )
+        """Return the standard error of `now - then`.
+
+        It comes from the differences of neighbouring steps, so a trend does not add to it.
+        """
+        variance = 0.0
+        for rows in (self.early, self.late):
+            squares = [(a - b) ** 2 for a, b in pairwise(values(rows, name))]
+            variance += statistics.fmean(squares or [math.nan]) / (2 * (len(squares) + 1))
+        return math.sqrt(variance)
 
     @property
     def planned_steps(self) -> int:
-        """How long it is meant to be; 0 if that cannot be said (yet)."""
+        """The number of steps of the finished run; 0 if it is not known yet."""
+        steps = int(self.setting("max_steps"))
         epoch = max(values(self.rows[-1:], "epoch"), default=0)
-        by_epochs = (
-            math.ceil(self.setting("epochs") * self.rows[-1]["step"] / epoch) if epoch > 1e-9 else 0
-        )
-        return max(0, int(self.setting("max_steps"))) or by_epochs
+        if steps <= 0 and epoch > 1e-9:
+            steps = math.ceil(self.setting("epochs") * self.rows[-1]["step"] / epoch)
+        return max(0, steps)
 
 
 def values(rows: list[dict], name: str) -> list[float]:
-    """A metric of the rows that have it.  Null (a NaN, as it is logged) and whatever else is no
-    number is left out."""
+    """Return a metric of the rows that have it. A NaN is logged as null, and left out."""
     return [
         row[name]
         for row in rows
@@ -314,701 +143,616 @@ def median(rows: list[dict], name: str) -> float:
     return statistics.median(values(rows, name) or [math.nan])
 
 
+def seconds(row: dict) -> float:
+    """Return the time of a step without its checkpoint."""
+    names = [name for name in row if name.startswith("time/") and name != "time/save"]
+    return sum(sum(values([row], name)) for name in names)
+
+
 def span(rows: list[dict]) -> str:
     return f"{rows[0]['step']} to {rows[-1]['step']}"
 
 
 def count_answers(rows: Iterator[dict], late_from: int, config: dict) -> tuple[Answers, Answers]:
-    """Rows of rollouts.jsonl -> (the whole run, the steps from `late_from` on)."""
+    """Count the rows of rollouts.jsonl: all of them, and those from step `late_from` on.
+
+    The file may be larger than the memory, so its rows are read one at a time.
+    """
     parse = rewards.label_word if config.get("prompt") == "label" else rewards.parse_answer
-    # else the reward is not logged
-    plain_sum = config.get("kl") != "reward" and "=" not in str(config.get("rewards"))
+    # Otherwise the total reward is not in the rows.
+    is_plain_sum = config.get("kl") != "reward" and "=" not in str(config.get("rewards"))
     group, whole, late = [], Answers(), Answers()
     for row in rows:
         step, text, label, parts = (row.get(name) for name in ("step", "text", "answer", "rewards"))
         if type(step) is not int or not isinstance(text, str) or not isinstance(label, str):
             continue
-        word, label = (parse(text) or "").lower()[:40], label.strip().lower()[:40]
-        first, parts = row.get("completion") == 0, parts if isinstance(parts, dict) else {}
-        if first:
+        answer, label = (parse(text) or "").lower()[:40], label.strip().lower()[:40]
+        is_first, parts = row.get("completion") == 0, parts if isinstance(parts, dict) else {}
+        if is_first:
             whole.compare(group)
             group = []
-        if plain_sum and values([row], "advantage"):
+        if is_plain_sum and values([row], "advantage"):
             group.append((sum(sum(values([parts], name)) for name in parts), row["advantage"]))
         for answers in (whole, late) if step >= late_from else (whole,):
-            answers.clips += first
+            answers.clips += is_first
             answers.completions += 1
-            answers.asked[label] += 1
-            answers.right += word == label
-            answers.begun += text.lstrip().startswith("<think>")
-            if word:
-                known = word in answers.said or len(answers.said) < MOST_WORDS
-                answers.said[word if known else "(other answers)"] += 1
+            answers.labels[label] += 1
+            answers.right += answer == label
+            answers.started += text.lstrip().startswith("<think>")
+            if answer:
+                is_counted = answer in answers.given or len(answers.given) < MAX_ANSWERS
+                answers.given[answer if is_counted else "(other answers)"] += 1
             if parts.get("format") == 0:
-                answers.misfit = text
+                answers.without_format = text
     whole.compare(group)
     return whole, late
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError if `folder` is no run folder."""
-    problem, config = "", {}
-    try:
+    """Read a run folder. Raises UserError if `folder` is no run folder."""
+    config = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8", errors="replace"))
-        if not isinstance(config, dict) or "lr" not in config:
-            checkpoint = isinstance(config, dict) and "model_type" in config
-            problem = (
-                "this is a checkpoint"
-                if checkpoint
-                else "its config.json does not hold a run's settings"
-            )
-    except (FileNotFoundError, NotADirectoryError):
-        if folder.is_dir():
-            problem = "it holds no config.json"
-        else:
-            problem = "a file" if folder.exists() else "no such folder"
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"its config.json cannot be read ({error})"
-    if problem:
+    if not isinstance(config, dict) or "lr" not in config:
         runs = [path for path in folder.resolve().parents[:2] if (path / "metrics.jsonl").is_file()]
-        raise UserError(
-            f"{folder}: {problem}; give the run folder: "
-            f"{runs[0] if runs else '--out of grpo.py or sft.py'}."
+        problem = (
+            "it holds no readable config.json of a run" if folder.is_dir() else "no such folder"
         )
-    run = Run(
-        folder,
-        config,
-        [
-            row
-            for row in read_rows(folder / "metrics.jsonl")
-            if type(row.get("step")) is int and values([row], "step")
-        ],
-    )
+        where = runs[0] if runs else "the --out of grpo.py or sft.py"
+        raise UserError(f"{folder}: {problem}; give the run folder, {where}.")
+    logged = read_rows(folder / "metrics.jsonl")
+    rows = [row for row in logged if type(row.get("step")) is int and values([row], "step")]
+    run = Run(folder, config, rows)
     if run.rows:
-        run.answers, run.late_answers = count_answers(
-            read_rows(folder / "rollouts.jsonl"), run.late[0]["step"], config
-        )
-    for row in read_rows(folder / "skipped.jsonl"):
-        run.bad_clip = f"; one of them: {row.get('id')}: {row.get('reason')}"
-        break
+        rollouts = read_rows(folder / "rollouts.jsonl")
+        run.answers, run.late_answers = count_answers(rollouts, run.late[0]["step"], config)
     return run
 
 
-# ------------------------------------------------------------------------------------------------
-# What is looked for.  `told`: names of what was found before
-# ------------------------------------------------------------------------------------------------
-
-Findings = Iterator[tuple[str, str, str]]  # name, sentence, metrics and settings that show it
+# ---- rules: a cause stands before what may follow from it ----------------------------------------
 
 
-def skipped(run: Run) -> Counter:
-    """Why steps changed nothing: without clips nothing was sampled,
-    a refused step ended before it had a gradient."""
+@dataclasses.dataclass
+class Rule:
+    """Decorator of a function that returns a sentence if something is wrong with a run.
+
+    The function's name is the name of the finding, and its docstring says what to try. A new rule
+    is such a function, a test, and a row in docs/metrics.md. The findings are reported in the order
+    of the functions.
+    """
+
+    numbers: str = ""  # metrics and settings that show what is wrong
+    from_step: int = 1  # 5 to judge the current state, 20 to compare it with the start
+    unless: Set[str] = frozenset()  # findings that explain this one, which is then not reported
+
+    def __call__(self, check: Callable):
+        self.name, self.remedy = check.__name__.replace("_", " "), " ".join(check.__doc__.split())
+        self.check = check
+        RULES.append(self)
+        return check
+
+
+RULES: list[Rule] = []
+
+
+def nothing_changed(run: Run, reason: str) -> str | None:
+    """Return a sentence if steps changed nothing, most of them for this reason."""
     reasons, before = Counter(), 0
     for row in run.rows:
         count = next(iter(values([row], "skipped_steps")), before)
         if count > before:
-            reason = "gradient not finite" if "grad_norm" in row else "steps refused"
-            reasons[reason if row.get("num_tokens") else "no usable clip"] += count - before
+            # A refused step ends before it has a gradient.
+            why = "gradient not finite" if "grad_norm" in row else "steps refused"
+            reasons[why if row.get("num_tokens") else "no usable clip"] += count - before
         before = count
-    return reasons
+    # A single NaN in thousands of steps does no harm.
+    if reasons.total() > 0.02 * len(run.rows) and reasons.most_common(1)[0][0] == reason:
+        counts = ", ".join(f"{why} ({count})" for why, count in reasons.most_common())
+        return f"{reasons.total()} of {len(run.rows)} steps changed nothing: {counts}."
 
 
-def ratio_off(run: Run, row: dict) -> bool:
-    """Before the first update the policy is the policy that sampled: every ratio is exactly 1.
-
-    With more updates a row joins all of them; but those ones are among them,
-    so that the largest cannot be below 1.
-    """
-    most, off = mean([row], "ratio/max"), abs(mean([row], "ratio/mean") - 1)
-    # a GPU's mean multiplies by a rounded 1/n
-    return most < 1 or (run.updates == 1 and (most > 1 or off > 1e-6))
+@Rule("grad_norm kl lr")
+def gradient_not_finite(run: Run):
+    """Lower --lr, and check kl and grad_norm in the steps before. If --dtype float32 helps, it is
+    rounding."""
+    return nothing_changed(run, "gradient not finite")
 
 
-def loss_off(run: Run, row: dict) -> bool:
-    """At ratio 1 a completion's part is its advantage, and a group's add up to 0.  Far from the
-    start the KL hides that."""
-    c, beta = run.config, 0 if run.config.get("kl") == "reward" else run.setting("beta")
-    if (
-        not run.is_rl
-        or run.updates != 1
-        or c.get("agg", "seq") != "seq"
-        or c.get("gate", "clip") not in ("clip", "none")
-    ):
-        return False
-    # a mean over tokens; in the loss short completions weigh more
-    of_kl = beta * mean([row], "kl") if beta else 0.0
-    return of_kl < 0.01 and abs(mean([row], "loss")) > 1e-3 + 10 * of_kl
+@Rule("grad_norm kl lr")
+def steps_refused(run: Run):
+    """Sampler and trainer score the same tokens differently. If --dtype float32 helps, it is
+    rounding."""
+    return nothing_changed(run, "steps refused")
 
 
-def seconds(row: dict) -> float:
-    """Time of a step, without its checkpoint."""
-    return sum(
-        sum(values([row], name)) for name in row if name.startswith("time/") and name != "time/save"
-    )
+@Rule("grad_norm kl lr")
+def no_usable_clip(run: Run):
+    """Read skipped.jsonl, and run `python -m tools.convert check` on the sample file."""
+    return nothing_changed(run, "no usable clip")
 
 
-def at_once(run: Run, told: set[str]) -> Findings:
-    """The numbers are not to be trusted, or nothing can come of it:
-    plain from the first step on."""
-    for rule in (
-        steps_change_nothing,
-        ratio_is_off,
-        sampler_and_trainer_disagree,
-        advantages_are_wrong,
-        loss_is_off,
-        learning_rate_too_large,
-        learning_rate_too_small,
-        clips_are_skipped,
-    ):
-        yield from rule(run, told)
-
-
-def steps_change_nothing(run: Run, told: set[str]) -> Findings:
-    n, reasons = len(run.rows), skipped(run)
-    if reasons.total() > 0.02 * n:  # a stray NaN in thousands of steps is nothing
-        why = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-        yield (
-            reasons.most_common(1)[0][0],
-            f"{reasons.total()} of {n} steps changed nothing: {why}.",
-            "grad_norm kl lr",
+@Rule("ratio/mean ratio/max update_epochs num_minibatches")
+def ratio_off(run: Run):
+    """Check the old log-probs in grpo.py. They must be the trainer's own, computed before the first
+    update and without dropout."""
+    steps = []
+    for row in run.rows:
+        largest, difference = mean([row], "ratio/max"), abs(mean([row], "ratio/mean") - 1)
+        # A row joins all updates, and every ratio of the first one is 1. A GPU's mean is rounded.
+        if largest < 1 or (run.updates == 1 and (largest > 1 or difference > 1e-6)):
+            steps.append(row["step"])
+    if steps:
+        return (
+            f"In {len(steps)} of {len(run.rows)} steps, first in step {steps[0]}, the ratio of the "
+            "policy to the sampling policy is not exactly 1 before the first update."
         )
 
 
-def ratio_is_off(run: Run, told: set[str]) -> Findings:
-    wrong = [row["step"] for row in run.rows if ratio_off(run, row)]
-    if wrong:
-        yield (
-            "ratio off",
-            f"In {len(wrong)} of {len(run.rows)} steps, first in step {wrong[0]}, the ratio of "
-            "the policy to the one that sampled is not exactly 1 before the first update.",
-            "ratio/mean ratio/max update_epochs num_minibatches",
-        )
-
-
-def sampler_and_trainer_disagree(run: Run, told: set[str]) -> Findings:
+@Rule("sampler_logp_diff/mean dtype")
+def sampler_and_trainer_disagree(run: Run):
+    """If the difference is below 1e-4 with --dtype float32, rounding is the cause. Otherwise the
+    temperature, positions, masks or cache differ between sampler.generate and
+    model.completion_logps."""
     difference = median(run.rows, "sampler_logp_diff/mean")
-    # Rounding gives 1e-5 in float32, and 0.02 on a tiny model in bfloat16.
+    # Rounding gives 1e-5 in float32, and 0.02 for a tiny model in bfloat16.
     rounding = 1e-3 if run.config.get("dtype") == "float32" else 0.05
     if difference > rounding:
-        yield (
-            "sampler and trainer disagree",
-            "Their log-probs of the same tokens differ by "
-            f"{difference:.2g} in the median step; rounding gives {rounding:g} at most.",
-            "sampler_logp_diff/mean dtype",
+        return (
+            f"Their log-probs of the same token differ by {difference:.2g} in the median step. "
+            f"Rounding gives at most {rounding:g}."
         )
 
 
-def advantages_are_wrong(run: Run, told: set[str]) -> Findings:
-    a = run.answers
-    if a.turned > a.compared / 2:
-        yield (
-            "advantages turned",
-            f"In {a.turned} of {a.compared} groups the best answer has a lower advantage than the "
-            "worst.",
-            "reward baseline scale",
-        )
-    if a.uncentred > a.compared / 2:
-        yield (
-            "advantages not centred",
-            f"In {a.uncentred} of {a.compared} groups the advantages do not add up to 0.",
-            "reward loss baseline scale",
+@Rule("reward baseline scale")
+def advantages_turned(run: Run):
+    """The policy unlearns what is right. Check the sign in grpo.advantages: reward minus mean."""
+    turned, compared = run.answers.turned, run.answers.compared
+    if turned > compared / 2:
+        return (
+            f"In {turned} of {compared} groups the best completion has a lower advantage than the "
+            "worst."
         )
 
 
-def loss_is_off(run: Run, told: set[str]) -> Findings:
-    if told & BROKEN:
-        return
-    wrong = [row for row in run.rows if loss_off(run, row)]
+@Rule("reward loss baseline scale")
+def advantages_not_centred(run: Run):
+    """Check grpo.advantages: it compares each reward with the mean of its own group."""
+    not_centred, compared = run.answers.not_centred, run.answers.compared
+    if not_centred > compared / 2:
+        return f"In {not_centred} of {compared} groups the advantages do not add up to 0."
+
+
+@Rule("loss kl beta agg", unless=BROKEN)
+def loss_off(run: Run):
+    """Check the mean in grpo.advantages, and the denominator of grpo_loss."""
+    agg, gate = run.config.get("agg", "seq"), run.config.get("gate", "clip")
+    if not run.is_rl or run.updates != 1 or agg != "seq" or gate not in ("clip", "none"):
+        return None
+    beta = 0 if run.config.get("kl") == "reward" else run.setting("beta")
+    wrong = []
+    for row in run.rows:
+        # Far from the start the KL hides a difference. This is its mean over tokens; in the loss
+        # the tokens of short completions weigh more.
+        kl_loss = beta * mean([row], "kl") if beta else 0.0
+        if kl_loss < 0.01 and abs(mean([row], "loss")) > 1e-3 + 10 * kl_loss:
+            wrong.append(row)
     if wrong:
-        yield (
-            "loss off",
-            f"In {len(wrong)} steps, first in step {wrong[0]['step']}, "
-            f"the loss is {wrong[0]['loss']:.3g}: at ratio 1 the advantages of a group add up to "
-            "0, so that only the KL is left.",
-            "loss kl beta agg",
+        return (
+            f"In {len(wrong)} steps the loss is not near 0, first in step {wrong[0]['step']}, with "
+            f"{wrong[0]['loss']:.3g}. At ratio 1 the advantages of a group add up to 0, so "
+            "only the KL is left."
         )
 
 
-def learning_rate_too_large(run: Run, told: set[str]) -> Findings:
+@Rule("lr kl reward")
+def learning_rate_too_large(run: Run):
+    """Start again with --lr divided by ten or more. RL of a large model takes about 1e-6."""
     kl = values(run.rows[1:5], "kl")
-    # AdamW's update is about lr, whatever the gradient's size
+    # An update of AdamW is about lr, whatever the size of the gradient.
     if run.lr >= WEIGHT / 2 or (len(kl) > 1 and min(kl) > KL_FAR):
-        yield (
-            "learning rate too large",
-            f"An update moves a weight by about {run.lr:g}, where a typical one is {WEIGHT}; "
-            f"after the first ones the policy is {max(kl, default=0):.2g} nats per "
-            "token from the start.",
-            "lr kl reward",
+        after = f" After the first steps the KL is {max(kl):.2g} nats per token." if kl else ""
+        return f"One update moves a weight by about {run.lr:g}; a typical one is {WEIGHT}.{after}"
+
+
+@Rule("lr dtype")
+def learning_rate_too_small(run: Run):
+    """Raise --lr, train for more steps, or use --dtype float32 if bfloat16 is the limit."""
+    travel = run.lr * run.updates * run.planned_steps
+    if run.lr < HALF_FP32:
+        return f"Even in float32 an update of {run.lr:g} to a weight of {WEIGHT} is rounded away."
+    if run.config.get("dtype") == "bfloat16" and 0 < travel < HALF_BF16:
+        return (
+            f"All {run.planned_steps} steps together move a weight by at most {travel:.2g}. In "
+            f"bfloat16 the neighbours of {WEIGHT} are {2 * HALF_BF16:.2g} apart, so the weights "
+            f"that sample hardly change. --lr must be at least {run.lr * HALF_BF16 / travel:.1g}."
         )
 
 
-def learning_rate_too_small(run: Run, told: set[str]) -> Findings:
-    """One update has to change the float32 masters.  All updates together have to change their
-    bfloat16 copy, which samples."""
-    lr = run.lr
-    travel = lr * run.updates * run.planned_steps
-    if lr < HALF_FP32:
-        yield (
-            "learning rate too small",
-            f"Even in float32 a weight of {WEIGHT} rounds away a step of {lr:g}.",
-            "lr",
-        )
-    elif run.config.get("dtype") == "bfloat16" and 0 < travel < HALF_BF16:
-        yield (
-            "learning rate too small",
-            f"All {run.planned_steps} steps together move a weight by {travel:.2g} at most; "
-            f"in bfloat16 the neighbours of {WEIGHT} are {2 * HALF_BF16:.2g} apart, "
-            "so what samples hardly shows it. "
-            f"--lr {lr * HALF_BF16 / travel:.1g} is the very least.",
-            "lr dtype",
-        )
-
-
-def clips_are_skipped(run: Run, told: set[str]) -> Findings:
+@Rule()
+def clips_skipped(run: Run):
+    """Read skipped.jsonl, and run `python -m tools.convert check` on the sample file. If a whole
+    class is missing, the result is biased."""
     count = max(values(run.rows, "skipped_samples"), default=0)
     clips = run.rows[-1]["step"] * run.setting("prompts_per_step", run.setting("batch_size"))
-    # a few files are always broken; above, the training set is another one
-    if 0.05 * clips < count and clips > 0:
-        yield (
-            "clips skipped",
-            (
-                f"{count / clips:.0%} of the clips ({count} of {clips}) could not be "
-                f"used{run.bad_clip}."
-            ),
-            "",
-        )
+    if 0.05 * clips < count and clips > 0:  # a few files are often broken
+        first = next(read_rows(run.path / "skipped.jsonl"), None)
+        example = f" The first is {first.get('id')}: {first.get('reason')}." if first else ""
+        return f"{count / clips:.0%} of the clips ({count} of {clips}) could not be used.{example}"
 
 
-def as_it_is_now(run: Run, told: set[str]) -> Findings:
-    """It falls apart, or there is nothing to learn from."""
-    for rule in (
-        reward_falls_or_loss_rises,
-        kl_runs_away,
-        no_gradient,
-        format_is_missing,
-        completions_are_cut_off,
-        groups_teach_nothing,
-    ):
-        yield from rule(run, told)
+def worsening(run: Run, name: str, sign: int) -> str | None:
+    """Return a sentence if a metric fell (sign 1) or rose (sign -1) by more than its noise."""
+    then, now, noise = run.then(name), run.now(name), 3 * run.noise(name)
+    # By chance this happens in one of a hundred young runs.
+    if sign * (then - now) > max(noise, 0.05 * abs(then), 0.05 * abs(now)):
+        return f"{name} went from {then:.3g} to {now:.3g}; up to {noise:.2g} would be noise."
 
 
-def reward_falls_or_loss_rises(run: Run, told: set[str]) -> Findings:
-    for name, worse, sign in (
-        ("reward", "reward falls", 1),
-        (ACCURACY, "reward falls", 1),
-        ("loss", "loss rises", -1),
-    ):
-        # by chance once in a hundred young runs
-        a, b, noise = run.then(name), run.now(name), 3 * run.noise(name)
-        if (
-            sign * (a - b) > max(noise, 0.05 * abs(a), 0.05 * abs(b))
-            and len(run.rows) >= CHANGE / 2
-            and run.is_rl == (sign > 0)
-            and not told & (BROKEN | {worse})
-        ):
-            yield (
-                worse,
-                f"{name} went from {a:.3g} to {b:.3g}; {noise:.2g} is noise.",
-                f"{FORMAT} {CUT} {LENGTH} kl lr",
-            )
+@Rule(f"{FORMAT} {CUT} {LENGTH} kl lr", from_step=10, unless=BROKEN)
+def reward_falls(run: Run):
+    """Continue from a checkpoint before the fall, with --lr divided by three. If the reward falls
+    from the start at any --lr, check the signs in grpo.advantages and grpo_loss."""
+    if run.is_rl:
+        return worsening(run, "reward", 1) or worsening(run, ACCURACY, 1)
 
 
-def kl_runs_away(run: Run, told: set[str]) -> Findings:
-    # k3 is e^x: one token can make a step's mean enormous
-    far, before = median(run.late, "kl"), median(run.before, "kl")
-    if not told & BROKEN and (far > KL_FAR or (far > KL_FAR / 2 and far > 3 * before)):
-        yield (
-            "KL runs away",
-            f"The policy is {far:.2g} nats per token from the starting model, and was {before:.2g} "
-            "before: it speaks another language by now.",
-            "kl beta lr",
-        )
-
-
-def no_gradient(run: Run, told: set[str]) -> Findings:
-    zero = [
-        row
-        for row in run.late
-        if row.get("grad_norm") == 0 and row.get("num_tokens") and row.get(DEAD) != 1
-    ]
-    if len(zero) > len(run.late) / 2:  # chance alone never gives a norm of exactly 0
-        yield (
-            "no gradient",
-            f"It is exactly 0 in {len(zero)} of {len(run.late)} steps that could teach.",
-            f"grad_norm {DEAD}",
-        )
-
-
-def format_is_missing(run: Run, told: set[str]) -> Findings:
-    form, form_then, cut, answers = (
-        run.now(FORMAT),
-        run.then(FORMAT),
-        run.now(CUT),
-        run.late_answers,
-    )
-    # In a young run only a format that is not there at all is a finding: one that rises
-    # is being learned.
-    low = 0.5 if len(run.rows) >= CHANGE else 0.05
-    # Most completions begin in the format, and those that miss it were cut off before its end.
-    only_cut_off = (
-        cut > CUT_OFF and 1 - form <= cut + CUT_OFF and answers.begun >= answers.completions / 2
-    )
-    if form < min(low, form_then + 0.1) and not only_cut_off and not told & RUIN:
-        sentence = f"{form:.0%} of the completions keep the format."
-        if answers.misfit:
-            sentence += f" One that does not: {answers.misfit[:160]!r}"
-        yield (
-            "format lost" if form_then >= 0.9 else "format never learned",
-            sentence,
-            f"{FORMAT} {CUT}",
-        )
-
-
-def completions_are_cut_off(run: Run, told: set[str]) -> Findings:
-    cut = run.now(CUT)
-    if (
-        cut > CUT_OFF
-        and "format never learned" not in told
-        and not (told & RUIN and mean(run.rows[:1], CUT) <= CUT_OFF)
-    ):
-        yield (
-            "completions cut off",
-            f"{cut:.0%} of the completions reach the limit before they end: for that alone they "
-            "get no reward.",
-            f"{CUT} {LENGTH} max_new_tokens",
-        )
-
-
-def groups_teach_nothing(run: Run, told: set[str]) -> Findings:
-    dead, right, wrong = (run.now(DEAD + end) for end in ("", "/all_right", "/all_wrong"))
-    # by chance 1 in 5000
-    if dead > 0.9 and run.setting("prompts_per_step") * len(run.late) >= 20 and not told & RUIN:
-        if wrong > dead / 2:
-            kind = "all wrong"
-        elif right > dead / 2:
-            kind = "all right"
-        else:
-            kind = "without differences"
-        yield (
-            f"groups {kind}",
-            f"In {dead:.0%} of the groups all completions got the same reward: they teach nothing.",
-            f"{DEAD} {DEAD}/all_right {DEAD}/all_wrong",
-        )
-
-
-def compared_with_the_start(run: Run, told: set[str]) -> Findings:
-    """Something is learned, but not what was meant; or it is slow."""
-    for rule in (
-        policy_does_not_move,
-        answers_ignore_the_clips,
-        completions_are_copies,
-        eval_falls,
-        no_progress,
-        reasoning_left_behind,
-        length_drifts,
-        labels_never_said,
-        gradient_spikes,
-        inner_passes_do_nothing,
-        waiting_for_data,
-        steps_get_slower,
-    ):
-        yield from rule(run, told)
-
-
-def policy_does_not_move(run: Run, told: set[str]) -> Findings:
-    kl = values(run.rows[1:], "kl")  # step 1 is before the first update
-    if len(kl) >= CHANGE - 1 and not any(kl) and not told & STILL and not run.now(DEAD) > 0.9:
-        yield (
-            "policy does not move",
-            f"After {len(kl)} steps the KL to the starting model is exactly 0.",
-            "grad_norm lr",
-        )
-
-
-def answers_can_be_judged(run: Run, told: set[str]) -> bool:
-    """True if there are enough clips and answers to judge which labels the policy gives."""
-    a = run.late_answers
-    enough = min(a.clips, a.said.total()) >= ENOUGH
-    return enough and bool(values(run.late, ACCURACY)) and not told & BROKEN
-
-
-def answers_ignore_the_clips(run: Run, told: set[str]) -> Findings:
-    if not answers_can_be_judged(run, told):
-        return
-    a = run.late_answers
-    word, count = max(a.said.items(), key=lambda item: item[1], default=("", 0))
-    said, asked = count / max(1, a.said.total()), a.asked[word] / max(1, a.completions)
-    if said > 0.9 and said > 1.5 * asked:
-        yield (
-            "one word for everything",
-            f"{said:.0%} of {a.said.total()} answers are {word!r}, the label of {asked:.0%} "
-            "of the clips.",
-            f"{ACCURACY} {FORMAT}",
-        )
-    elif run.now(FORMAT) > 0.9 and len(a.asked) > 1 and a.kappa < 0.05:
-        yield (
-            "accuracy at chance",
-            f"The format is learned, but the answers do not depend on the clips: as many would "
-            f"be right if they were dealt out at random (Cohen's kappa {a.kappa:.2f}).",
-            f"{FORMAT} {ACCURACY}",
-        )
-
-
-def has_reasoning(run: Run) -> bool:
-    """False if the prompt asks for the label alone."""
-    return run.config.get("prompt") != "label"
-
-
-def completions_are_copies(run: Run, told: set[str]) -> Findings:
-    # of a completion: one open choice is enough
-    nats, G = run.now("entropy") * run.now(LENGTH), run.setting("num_generations")
-    texts = run.now(UNIQUE) * G
-    # bare words are alike when they are right
-    others = (texts - 1) / max(1, G - 1) if has_reasoning(run) else math.nan
-    solved = run.now(ACCURACY) >= SOLVED
-    if (nats < math.log(2) or others < 0.15) and not solved and not told & RUIN:
-        yield (
-            "completions are copies",
-            f"A group of {G} holds {texts:.1f} different texts, and each has "
-            f"{nats:.2g} nats to choose: nothing new is tried.",
-            f"entropy {LENGTH} {UNIQUE} {DEAD}",
-        )
-
-
-def eval_falls(run: Run, told: set[str]) -> Findings:
-    for name in sorted(
-        {key for row in run.evals for key in row if key.endswith("/war") and values([row], key)}
-    ):
-        points = [(row[name], row["step"]) for row in run.evals if values([row], name)]
-        # and the reward around these two steps:
-        (best, n), (last, step) = (max(points[:-1] or points), points[-1])
-        x, y = (
-            mean([row for row in run.rows if i - 10 < row["step"] <= i], "reward")
-            for i in (max(n, 10), step)
-        )
-        # 5 points: ten answers of 200
-        if best - last > 5 and y > x + 0.02 and "eval falls" not in told:
-            yield (
-                "eval falls",
-                f"{name} fell from {best:.1f} (step {n}) to {last:.1f} (step {step}), "
-                f"while the reward rose from {x:.2f} to {y:.2f}.",
-                "reward kl",
-            )
-
-
-def learned_metric(run: Run) -> str:
-    """The metric that training should improve."""
+@Rule("loss lr", from_step=10, unless=BROKEN)
+def loss_rises(run: Run):
+    """Continue from the best checkpoint, with --lr divided by three."""
     if not run.is_rl:
-        return "loss"
-    return ACCURACY if values(run.late, ACCURACY) else "reward"
+        return worsening(run, "loss", -1)
 
 
-def no_progress(run: Run, told: set[str]) -> Findings:
-    name = learned_metric(run)
+@Rule("kl beta lr", from_step=5, unless=BROKEN)
+def KL_runs_away(run: Run):
+    """Divide --lr by three or raise --beta, and continue from a checkpoint before the rise."""
+    # k3 grows like e^x: one token can make the mean of a step enormous.
+    kl, before = median(run.late, "kl"), median(run.before, "kl")
+    if kl > KL_FAR or (kl > KL_FAR / 2 and kl > 3 * before):
+        return (
+            f"The KL to the starting model is {kl:.2g} nats per token and was {before:.2g} before: "
+            "the policy has lost the language of the starting model."
+        )
+
+
+@Rule(f"grad_norm {ZERO}", from_step=5)
+def no_gradient(run: Run):
+    """Check that the loss reaches the parameters that --train names, and that the log-probs are
+    computed with a gradient."""
+    can_learn = [row for row in run.late if row.get("num_tokens") and row.get(ZERO) != 1]
+    zero = sum(row.get("grad_norm") == 0 for row in can_learn)
+    if zero > len(run.late) / 2:  # a norm is never exactly 0 by chance
+        return (
+            f"grad_norm is exactly 0 in {zero} of the latest {len(run.late)} steps, although there "
+            "was something to learn from."
+        )
+
+
+def format_is_missing(run: Run) -> str | None:
+    """Return a sentence if less than half of the completions have the format."""
+    share, cut, late = run.now(FORMAT), run.now(CUT), run.late_answers
+    # Most completions start in the format, and only those that are cut off do not complete it.
+    has_start = late.started >= late.completions / 2
+    is_cut_off = has_start and cut > CUT_OFF and 1 - share <= cut + CUT_OFF
+    # A share that rises is being learned. In a young run only a format that never occurs counts.
+    low = 0.5 if len(run.rows) >= 20 else 0.05
+    if share < min(low, run.then(FORMAT) + 0.1) and not is_cut_off:
+        example = f" One without it: {late.without_format[:160]!r}" if late.without_format else ""
+        return f"{share:.0%} of the completions have the format.{example}"
+
+
+@Rule(f"{FORMAT} {CUT}", from_step=5, unless=RUIN)
+def format_lost(run: Run):
+    """Continue from a checkpoint before the fall, with a lower --lr or a higher --beta."""
+    if run.then(FORMAT) >= 0.9:
+        return format_is_missing(run)
+
+
+@Rule(f"{FORMAT} {CUT}", from_step=5, unless=RUIN | {"format lost"})
+def format_never_learned(run: Run):
+    """RL teaches no new format. Run a cold start with sft.py, or a longer one, and the same
+    --prompt."""
+    return format_is_missing(run)
+
+
+@Rule(f"{CUT} {LENGTH} max_new_tokens", from_step=5, unless={"format never learned"})
+def completions_cut_off(run: Run):
+    """Double --max_new_tokens. If no limit is enough, the cold start did not teach the model to end
+    its completions."""
+    cut, cut_at_first = run.now(CUT), mean(run.rows[:1], CUT)
+    if cut > CUT_OFF and not (run.found & RUIN and cut_at_first <= CUT_OFF):
+        return f"{cut:.0%} of the completions reach the length limit, which alone makes them wrong."
+
+
+def no_differences(run: Run, share: float) -> str | None:
+    """Return a sentence if nearly all groups are zero-variance groups.
+
+    share: the groups of one kind, which must be most of them
+    """
+    zero, groups = run.now(ZERO), run.setting("prompts_per_step") * len(run.late)
+    if zero > 0.9 and share > zero / 2 and groups >= 20:  # by chance 1 in 5000
+        return (
+            f"{zero:.0%} of the groups are zero-variance groups: all their completions got the "
+            "same reward, so nothing is learned from them."
+        )
+
+
+@Rule(f"{ZERO} {ALL_RIGHT} {ALL_WRONG}", from_step=5, unless=RUIN)
+def groups_all_wrong(run: Run):
+    """Use a better cold start, easier clips or a higher --num_generations. Evaluate the starting
+    model with eval.py."""
+    return no_differences(run, run.now(ALL_WRONG))
+
+
+@Rule(f"{ZERO} {ALL_RIGHT} {ALL_WRONG}", from_step=5, unless=RUIN)
+def groups_all_right(run: Run):
+    """Stop here and evaluate, or continue with harder clips."""
+    return no_differences(run, run.now(ALL_RIGHT))
+
+
+@Rule(f"{ZERO} {ALL_RIGHT} {ALL_WRONG}", 5, RUIN | {"groups all wrong", "groups all right"})
+def groups_without_differences(run: Run):
+    """Use a higher --num_generations or --temperature, or a cold start of fewer epochs."""
+    return no_differences(run, run.now(ZERO))
+
+
+STILL = {"learning rate too small", "gradient not finite", "steps refused", "no usable clip"}
+
+
+@Rule("grad_norm lr", unless=STILL | {"no gradient"})
+def policy_does_not_move(run: Run):
+    """Raise --lr. If that does not help, the optimizer holds other parameters than the model."""
+    kl = values(run.rows[1:], "kl")  # step 1 is before the first update
+    if len(kl) >= 19 and not any(kl) and not run.now(ZERO) > 0.9:
+        return f"After {len(kl)} steps the KL to the starting model is exactly 0."
+
+
+def has_answers(run: Run) -> bool:
+    """Return whether there are enough answers to judge: of 50, a share is known to 7 points."""
+    late = run.late_answers
+    return min(late.clips, late.given.total()) >= 50 and bool(values(run.late, ACCURACY))
+
+
+@Rule(f"{ACCURACY} {FORMAT}", from_step=20, unless=BROKEN)
+def one_answer_for_everything(run: Run):
+    """It earns the most reward without the clip. Balance the classes, raise --beta, or start again
+    from the cold start."""
+    late = run.late_answers
+    if has_answers(run):
+        (answer, count), total = late.given.most_common(1)[0], late.given.total()
+        share, label_share = count / total, late.labels[answer] / late.completions
+        if share > 0.9 and share > 1.5 * label_share:
+            return (
+                f"{share:.0%} of {total} answers are {answer!r}, which is the label of "
+                f"{label_share:.0%} of the clips."
+            )
+
+
+@Rule(f"{FORMAT} {ACCURACY}", from_step=20, unless=BROKEN | {"one answer for everything"})
+def accuracy_at_chance(run: Run):
+    """Check that the clips reach the model (eval.py --blank must be worse), and that labels and
+    clips belong together."""
+    late, has_format = run.late_answers, run.now(FORMAT) > 0.9
+    if has_answers(run) and has_format and len(late.labels) > 1 and late.kappa < 0.05:
+        return (
+            "The format is learned, but the answers do not depend on the clips: shuffled answers "
+            f"would be right as often (Cohen's kappa {late.kappa:.2f})."
+        )
+
+
+@Rule(f"entropy {LENGTH} {UNIQUE} {ZERO}", from_step=20, unless=RUIN)
+def completions_are_copies(run: Run):
+    """Start from a checkpoint with more variation, or a cold start of fewer epochs. Then use a
+    lower --lr, or --clip_high 0.28 with --update_epochs 2."""
+    G, nats = run.setting("num_generations"), run.now("entropy") * run.now(LENGTH)
+    texts = run.now(UNIQUE) * G
+    # Without reasoning, all completions that are right are equal.
+    are_equal = run.has_reasoning and (texts - 1) / max(1, G - 1) < 0.15
+    if (nats < math.log(2) or are_equal) and not run.now(ACCURACY) >= SOLVED:
+        return (
+            f"A group of {G} holds {texts:.1f} different completions, and the entropy of a whole "
+            f"completion is {nats:.2g} nats. Nothing new is tried."
+        )
+
+
+@Rule("reward kl", from_step=20)
+def eval_falls(run: Run):
+    """Read in rollouts.jsonl what earns the reward. Use the checkpoint of the best step. Try fewer
+    epochs, more clips or a higher --beta."""
+    for name in sorted({key for row in run.evals for key in row if key.endswith("/war")}):
+        points = [(row[name], row["step"]) for row in run.evals if values([row], name)]
+        if not points:
+            continue
+        (best, best_step), (last, last_step) = max(points[:-1] or points), points[-1]
+        before, after = (
+            mean([row for row in run.rows if step - 10 < row["step"] <= step], "reward")
+            for step in (max(best_step, 10), last_step)
+        )
+        if best - last > 5 and after > before + 0.02:  # 5 points: ten answers of 200
+            return (
+                f"{name} fell from {best:.1f} (step {best_step}) to {last:.1f} (step {last_step}), "
+                f"while the reward rose from {before:.2f} to {after:.2f}."
+            )
+
+
+# At a learning rate of 1e-6 a shorter run shows no trend.
+@Rule(f"{ACCURACY} reward loss lr", from_step=100, unless=RUIN | {"loss rises"})
+def no_progress(run: Run):
+    """If the run was as good as it can be from the start, stop. Otherwise multiply --lr by three,
+    or raise --prompts_per_step."""
+    name = "reward" if run.is_rl else "loss"
+    if run.is_rl and values(run.late, ACCURACY):
+        name = ACCURACY
     then, now, noise = run.then(name), run.now(name), 2 * run.noise(name)
     gain = now - then if run.is_rl else then - now
-    solved = name == ACCURACY and min(now, then) >= SOLVED
-    if (
-        len(run.rows) >= TREND
-        and gain <= noise
-        and not solved
-        and not told & (RUIN | {"loss rises"})
-    ):
-        yield (
-            "no progress",
-            f"{name} was {then:.3f} and is {now:.3f}; {noise:.3f} would be noise.",
-            f"{name} lr",
-        )
+    if gain <= noise and not (name == ACCURACY and min(now, then) >= SOLVED):
+        return f"{name} was {then:.3f} and is {now:.3f}; up to {noise:.3f} would be noise."
 
 
-def reasoning_left_behind(run: Run, told: set[str]) -> Findings:
+@Rule(f"{ACCURACY} agreement", from_step=20, unless=RUIN)
+def reasoning_falls_behind(run: Run):
+    """The reward checks only the answer. Try --rewards accuracy format conclusion agreement=0.2.
+    With --beta 0 nothing else holds the reasoning: use --beta 0.04."""
     accuracy, agreement = run.now(ACCURACY), run.now("agreement")
-    if accuracy > agreement + LEFT_BEHIND and not told & RUIN:
-        yield (
-            "reasoning left behind",
-            f"{accuracy:.0%} of the answers are right, {agreement:.0%} of the "
-            f"reasonings conclude what is answered: answers are right without their reasons.",
-            f"{ACCURACY} agreement",
+    if accuracy > agreement + 0.1:  # before RL they are about equal
+        return (
+            f"{accuracy:.0%} of the answers are right, but the reasoning concludes the answer in "
+            f"{agreement:.0%} of the completions."
         )
 
 
-def length_drifts(run: Run, told: set[str]) -> Findings:
-    if told & BROKEN:
-        return
-    then, now = run.then(LENGTH), run.now(LENGTH)
-    drift = f"Completions went from {then:.0f} to {now:.0f} tokens."
-    if now > 1.5 * then and run.now(ACCURACY) < run.then(ACCURACY) + 0.02:
-        yield "rambling", drift, f"{LENGTH} {ACCURACY}"
-    # A policy that rambled into the limit, and no longer does, has not lost its reasoning.
-    if now < then / 2 and has_reasoning(run) and not run.then(CUT) > CUT_OFF:
-        yield "reasoning shrinks", drift, f"{LENGTH} {ACCURACY}"
+@Rule(f"{LENGTH} {ACCURACY}", from_step=20, unless=BROKEN)
+def rambling(run: Run):
+    """With --agg seq a token of a long wrong completion costs less than a token of a short one. Try
+    --agg token."""
+    is_no_better = run.now(ACCURACY) < run.then(ACCURACY) + 0.02
+    if run.now(LENGTH) > 1.5 * run.then(LENGTH) and is_no_better:
+        return "The completions are more than 1.5 times as long as at the start, and no better."
 
 
-def labels_never_said(run: Run, told: set[str]) -> Findings:
+@Rule(f"{LENGTH} {ACCURACY}", from_step=20, unless=BROKEN)
+def reasoning_shrinks(run: Run):
+    """The reward does not depend on the reasoning. Raise --beta, or stop earlier."""
+    # A policy that no longer rambles up to the limit has not lost its reasoning.
+    was_cut_off = run.then(CUT) > CUT_OFF
+    if run.now(LENGTH) < run.then(LENGTH) / 2 and run.has_reasoning and not was_cut_off:
+        return "The completions are less than half as long as at the start."
+
+
+@Rule(ACCURACY, from_step=20, unless=BROKEN | {"one answer for everything"})
+def labels_never_predicted(run: Run):
+    """RL cannot find an answer that is hardly ever sampled. Add a few samples of each such label to
+    the data of the cold start, or raise --temperature. A reward that wrong answers earn as well
+    keeps them missing."""
     whole, late = run.answers, run.late_answers
-    # A policy that has nearly lost a word still says it now and then,
-    # and has no group to learn it from.
-    missing = sorted(
-        {
-            label
-            for answers, least in ((whole, 0.01), (late, 0.05))
-            for label, asked in answers.asked.items()
-            if asked >= 100 and answers.said[label] < least * asked
-        }
-    )
-    share = sum(whole.asked[label] for label in missing) / max(1, whole.completions)
-    if (
-        missing
-        and answers_can_be_judged(run, told)
-        and whole.said.total() >= whole.completions / 2
-        and "one word for everything" not in told
-    ):
-        yield (
-            "labels never said",
-            f"{', '.join(map(repr, missing[:9]))}: the labels of {share:.0%} of the clips, and "
-            f"{sum(late.said[label] for label in missing) / max(1, late.completions):.1%} "
-            "of the latest answers.",
-            ACCURACY,
+    # A policy that has nearly lost a label still gives it now and then, but not enough to learn it.
+    missing = {
+        label
+        for answers, least in ((whole, 0.01), (late, 0.05))
+        for label, count in answers.labels.items()
+        if count >= 100 and answers.given[label] < least * count
+    }
+    if missing and has_answers(run) and whole.given.total() >= whole.completions / 2:
+        share = sum(whole.labels[label] for label in missing) / whole.completions
+        late_share = sum(late.given[label] for label in missing) / late.completions
+        return (
+            f"{', '.join(map(repr, sorted(missing)[:9]))}: the labels of {share:.0%} of the clips, "
+            f"but the answers of {late_share:.1%} of the latest completions."
         )
 
 
-def gradient_spikes(run: Run, told: set[str]) -> Findings:
+@Rule("grad_norm lr", unless=RUIN)
+def gradient_spikes(run: Run):
+    """Lower --lr, and raise --prompts_per_step."""
     norms = [norm for norm in values(run.rows, "grad_norm") if norm > 0]
     high = sum(norm > 10 * statistics.median(norms) for norm in norms)
-    if len(norms) >= CHANGE and high > 0.05 * len(norms) and not told & RUIN:
-        yield (
-            "gradient spikes",
-            f"{high} of {len(norms)} gradient norms are above ten times the median.",
-            "grad_norm lr",
-        )
+    if len(norms) >= 20 and high > 0.05 * len(norms):
+        return f"{high} of {len(norms)} gradient norms are above ten times the median."
 
 
-def inner_passes_do_nothing(run: Run, told: set[str]) -> Findings:
-    always_one = set(values(run.late, "ratio/max")) == {1}
-    if run.updates > 1 and always_one and not run.now(DEAD) > 0.9:
-        yield (
-            "inner passes do nothing",
-            "The ratio is exactly 1 in every pass: the update before it changed nothing.",
-            "ratio/max lr grad_norm update_epochs num_minibatches",
-        )
+@Rule("ratio/max lr grad_norm update_epochs num_minibatches", from_step=20)
+def inner_passes_do_nothing(run: Run):
+    """Raise --lr, or save the time with --update_epochs 1 and without --num_minibatches."""
+    is_one = set(values(run.late, "ratio/max")) == {1}
+    if run.updates > 1 and is_one and not run.now(ZERO) > 0.9:
+        return "The ratio is exactly 1 in every pass: the update before it changed nothing."
 
 
-def waiting_for_data(run: Run, told: set[str]) -> Findings:
+@Rule("time/load workers", from_step=20)
+def waiting_for_data(run: Run):
+    """Raise --workers (at most one per core), use --feature_cache, or copy the clips to a local
+    disk."""
     load, total = sum(values(run.late, "time/load")), sum(map(seconds, run.late))
-    if run.is_rl and load > 0.1 * total:  # not sft.py's, which includes the towers
-        yield (
-            "waiting for data",
-            f"For {load / total:.0%} of the time the model waits for the clips.",
-            "time/load workers",
-        )
+    if run.is_rl and load > 0.1 * total:  # in sft.py it includes the towers
+        return f"The model waits for clips during {load / total:.0%} of the time."
 
 
-def steps_get_slower(run: Run, told: set[str]) -> Findings:
-    before, after = (statistics.median(map(seconds, rows)) for rows in (run.early, run.late))
-    if after > 1.5 * before > 0 and run.now("num_tokens") <= 1.1 * run.then("num_tokens"):
-        yield (
-            "steps get slower",
-            f"A step takes {after:.3g} s and took {before:.3g} s.",
-            "num_tokens memory_gb",
-        )
+@Rule("num_tokens memory_gb", from_step=20)
+def steps_get_slower(run: Run):
+    """Another process uses the machine, or memory is short. Check nvidia-smi and top."""
+    then, now = (statistics.median(map(seconds, rows)) for rows in (run.early, run.late))
+    if now > 1.5 * then > 0 and run.now("num_tokens") <= 1.1 * run.then("num_tokens"):
+        return f"A step takes {now:.3g} s, and took {then:.3g} s at the start."
+
+
+REMEDIES = {rule.name: rule.remedy for rule in RULES}
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    name: str
+    sentence: str
+    numbers: dict[str, str]  # metric -> "start -> now", setting -> value
+
+
+def numbers_of(run: Run, names: str) -> dict[str, str]:
+    """Return the metrics (mean at the start -> mean now) and settings that the run has."""
+    numbers = {}
+    for name in names.split():
+        if values(run.late, name):
+            numbers[name] = f"{run.then(name):.4g} -> {run.now(name):.4g}"
+        elif name in run.config:
+            numbers[name] = str(run.config[name])[:40]
+    return numbers
 
 
 def examine(run: Run) -> list[Finding]:
-    """Everything that may be asked after so many steps."""
-    found, told = [], set()
-    for look, steps in ((at_once, 1), (as_it_is_now, NOW), (compared_with_the_start, CHANGE)):
-        for name, sentence, shown in look(run, told) if len(run.rows) >= steps else ():
-            told.add(name)
-            means = {
-                key: (run.then(key), run.now(key)) for key in shown.split() if values(run.late, key)
-            }
-            settings = {
-                key: str(run.config[key])[:40]
-                for key in shown.split()
-                if key in run.config and key not in means
-            }
-            found.append(Finding(name, sentence, means | settings))
-    return found
+    """Apply the rules."""
+    findings, run.found = [], set()
+    for rule in RULES:
+        if len(run.rows) >= rule.from_step and not run.found & rule.unless:
+            sentence = rule.check(run)
+            if sentence:
+                run.found.add(rule.name)
+                findings.append(Finding(rule.name, sentence, numbers_of(run, rule.numbers)))
+    return findings
+
+
+def finding_lines(finding: Finding) -> list[str]:
+    numbers = ", ".join(f"{name} {value}" for name, value in finding.numbers.items())
+    lines = textwrap.wrap(finding.sentence, 97, break_on_hyphens=False)
+    if numbers:
+        lines += textwrap.wrap(f"Numbers: {numbers}.", 97, break_on_hyphens=False)
+    lines += textwrap.wrap(f"Try: {REMEDIES[finding.name]}", 97, break_on_hyphens=False)
+    return [f"   {line}" for line in lines]
 
 
 def report(run: Run, findings: list[Finding]) -> str:
-    """The whole text."""
-
-    def paragraph(text: str) -> str:
-        return textwrap.fill(
-            printable(text),
-            100,
-            initial_indent="   ",
-            subsequent_indent="   ",
-            break_on_hyphens=False,
-        )
-
+    """Return the text that is printed."""
     script, step = "grpo.py" if run.is_rl else "sft.py", run.rows[-1]["step"] if run.rows else 0
-    of = (
-        f"{script}, step {step} of {run.planned_steps}, {run.config.get('dtype')}, "
-        f"lr {run.config.get('lr')}"
-    )
-    lines = [printable(f"{run.path}: {of}"), ""]
+    settings = f"{run.config.get('dtype')}, lr {run.config.get('lr')}"
+    lines = [f"{run.path}: {script}, step {step} of {run.planned_steps}, {settings}", ""]
     if not run.rows:
-        evals = [
-            f"{key} {value}"
-            for row in run.evals
-            for key, value in row.items()
-            if key.startswith("eval/")
-        ]
-        return "\n".join(
-            [*lines, "The run has just started: no step is logged yet.", *map(printable, evals)]
-        )
+        lines.append("The run has just started: no step is logged yet.")
+        for row in run.evals:
+            lines += [f"{key} {value}" for key, value in row.items() if key.startswith("eval/")]
+        return "\n".join(map(printable, lines))
+    if not findings:
+        lines += ["No rule found anything wrong. The numbers that the rules show:", ""]
+        numbers = numbers_of(run, " ".join(rule.numbers for rule in RULES))
+        lines += [*(f"   {name:<32}{value}" for name, value in numbers.items()), ""]
     if len(findings) > 1:
-        lines += [
-            "Causes stand before what may follow from them: mend the first, and look again.",
-            "",
-        ]
+        lines += ["Causes come before what may follow from them. Fix the first, then rerun.", ""]
     for number, finding in enumerate(findings, 1):
-        shown = [
-            f"{name} {value if isinstance(value, str) else ' -> '.join(f'{x:.4g}' for x in value)}"
-            for name, value in finding.numbers.items()
-        ]
-        said = [finding.sentence]
-        if shown:
-            said.append(f"Numbers: {', '.join(shown)}.")
-        said.append(f"Try: {REMEDIES[finding.name]}")
-        lines += [f"{number}. {finding.name}", *map(paragraph, said), ""]
-    if findings:
-        lines += [f"a -> b: means of steps {span(run.early)} and {span(run.late)}."]
-    else:
-        lines += [
-            "Nothing is wrong that the rules know of. What they looked at, as means:",
-            "",
-            f"   {'steps':<28}{span(run.early):>16}{span(run.late):>16}",
-        ]
-        lines += [
-            f"   {name:<28}{run.then(name):>16.4g}{run.now(name):>16.4g}"
-            for name in LOOKED_AT
-            if values(run.late, name)
-        ]
-    if len(run.rows) < CHANGE:
-        lines += [f"Most rules compare the start with now, and wait for {CHANGE} steps."]
-    return "\n".join(lines)
+        lines += [f"{number}. {finding.name}", *finding_lines(finding), ""]
+    lines.append(f"a -> b: means of steps {span(run.early)} and of steps {span(run.late)}.")
+    if len(run.rows) < 20:
+        lines.append("Most rules compare the start with now, and need 20 steps.")
+    return "\n".join(map(printable, lines))
 
 
-def main() -> None:
-    """`python -m tools.doctor RUN`.  Exit 0, whatever is found; 2 if there is nothing to read."""
-    try:
-        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            raise UserError(
-                "usage: python -m tools.doctor RUN        (RUN: "
-                "the --out folder of grpo.py or sft.py)"
-            )
-        run = read_run(Path(sys.argv[1]))
-        print(report(run, examine(run)), flush=True)
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # of `| head`, which has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@dataclasses.dataclass
+class Args:
+    run: Path  # the --out folder of grpo.py or sft.py
+
+
+def main(args: Args) -> None:
+    run = read_run(args.run)
+    print(report(run, examine(run)))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, Args, first="run")

@@ -369,7 +369,7 @@ def test_hostile_texts_cannot_leave_the_data(tmp_path):
 def test_errors_are_a_sentence(runs, tmp_path):
     """Stops a traceback for a wrong folder or file, and a command that does
     not say where its page is."""
-    with pytest.raises(UserError, match="it holds no config"):
+    with pytest.raises(UserError, match="it holds no readable config"):
         write_report([runs / "data"], tmp_path / "p.html")
     with pytest.raises(UserError, match="no result file"):
         write_report([runs / "r1"], tmp_path / "p.html", [runs / "data/rl.json"])
