@@ -144,7 +144,7 @@ def test_the_report_tells_what_ran(rehearsed):
     assert parts.keys() == PUBLISHED.keys() and parts["gate"] == 0.07
     runs = [row for row in lines if row[0].startswith("`python")]
     assert [row[0].split()[1:3] for row in runs] == [
-        ["-m", "tools.inspect"],
+        ["-m", "tools.convert"],
         ["eval.py", "--model"],
         ["grpo.py", "--model"],
     ]

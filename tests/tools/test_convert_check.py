@@ -13,7 +13,7 @@ import pytest
 
 from lib.args import UserError
 from lib.clip import ClipError
-from tools import check
+from tools import convert
 
 
 def write_rows(folder: Path, *names: str) -> Path:
@@ -33,7 +33,9 @@ def write_rows(folder: Path, *names: str) -> Path:
 
 
 def checked(file: Path, **flags) -> dict:
-    check.check(check.CheckArgs(data=str(file), out=str(file.with_name("report.json")), **flags))
+    convert.check(
+        convert.CheckArgs(data=str(file), out=str(file.with_name("report.json")), **flags)
+    )
     return json.loads(file.with_name("report.json").read_text())
 
 
@@ -85,13 +87,13 @@ def test_every_fault_is_found(tmp_path, capsys):
         assert list(silent) == ["mute.mp4", "zeros.mp4", "both.mp4", "damaged.avi"]
         assert "no audio track" in silent["mute.mp4"] and "zeros" in silent["zeros.mp4"]
         assert found(report, "short") == {
-            "short.mp4": "7 frames, 8 are taken: some twice",
-            "both.mp4": "2 frames, 8 are taken: some twice",
+            "short.mp4": "7 frames; some of the 8 that are taken repeat",
+            "both.mp4": "2 frames; some of the 8 that are taken repeat",
         }
         assert list(found(report, "degraded")) == ["damaged.avi"]
     printed = capsys.readouterr().out
     assert re.search(r"^bad +3   first: text.mp4: ", printed, re.M)
-    assert re.search(r"^all +9   1 of them without a fault", printed, re.M)
+    assert re.search(r"^all +9   1 without a problem", printed, re.M)
     assert not found(checked(file, num_frames=2), "short")
     with pytest.raises(UserError, match="--num_frames must be 1 or more"):
         checked(file, num_frames=0)
@@ -116,7 +118,7 @@ def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
     an exception as well."""
     names = [f"{i}.mp4" for i in range(12)]
     fake.link_clips(tmp_path, names)
-    real = check.read_clip
+    real = convert.read_clip
 
     def deadly(path, *args, **flags):
         if path.stem in ("0", "5", "6", "11"):
@@ -129,7 +131,7 @@ def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
             raise ClipError(f"{path}: told")
         return real(path, *args, **flags)
 
-    monkeypatch.setattr(check, "read_clip", deadly)
+    monkeypatch.setattr(convert, "read_clip", deadly)
     for workers in (1, 2, 20):
         report = checked(write_rows(tmp_path, *names), workers=workers)
         killed = dict.fromkeys(("0", "5", "6", "11"), "reading it ended the process (exit code -9)")
@@ -160,9 +162,9 @@ def test_the_real_command(tmp_path):
         report,
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=Path(check.__file__).parents[1]
+        command, capture_output=True, text=True, timeout=300, cwd=Path(convert.__file__).parents[1]
     )
     assert done.returncode == 0, done.stderr
-    assert "2 of them without a fault" in done.stdout and list(
+    assert "2 without a problem" in done.stdout and list(
         found(json.loads(report.read_text()), "bad")
     ) == ["c.mp4"]
