@@ -140,15 +140,12 @@ def read_table(file: Path, *columns: str) -> Iterator[tuple[str, dict[str, str]]
 def find_clips(
     args: ConvertArgs, folders: tuple[str, ...] = (), suffixes: tuple[str, ...] = (".mp4",)
 ) -> list[Path]:
-    """Return the files below --clips, or else the first existing one of `folders`, or else --root.
-
-    They are sorted.
-    """
+    """Return the files below --clips, or else the first of `folders` that exists, or --root."""
     folders = (args.clips,) if args.clips else (*folders, "")
     base = next(path for path in (Path(args.root, name) for name in folders) if path.is_dir())
     walk = os.walk(base, followlinks=True)
-    files = sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
-    return [Path(file) for file in files if file.lower().endswith(suffixes)]
+    files = sorted(Path(folder, name) for folder, _, names in walk for name in names)
+    return [file for file in files if file.name.lower().endswith(suffixes)]
 
 
 def write_samples(file: str, samples: list[Sample]) -> None:
@@ -190,7 +187,7 @@ def write_counted(
 
     source: the data set's list, for messages. samples: a missing clip has `clip` None and its name
     as `id`. official: clips by class, or {"all": number} if only the sum is known. Raises UserError
-    for other counts and missing clips; with --allow_missing only for too many clips or none.
+    for other counts and missing clips; with --allow_missing only if too many or no clips are there.
     """
     root, official = args.media_root or args.root, official or {}
     missing = [sample.id for sample in samples if sample.clip is None]
@@ -217,7 +214,9 @@ def write_counted(
     if wrong:
         numbers = (f"{label} {counted[label]} instead of {official[label]}" for label in wrong)
         problems.append(f"the counts differ from the official ones ({', '.join(numbers)})")
-    if missing or not found:
+    if not samples:
+        problems.append("it lists no clip that can be used")
+    if missing:
         number, some = f"{len(missing)} of its {len(samples)}", list_some(missing, 5)
         problems.append(f"{number} usable clips are not below {args.root}: {some}")
     problem = f"{source}: {' and '.join(problems)}"
@@ -367,10 +366,10 @@ def write_fold(
     elsewhere = {item.name: item.where for item in read(other)} if other.exists() else {}
     shared = [item for item in listed if item.name in elsewhere]
     if shared:
-        name, where = shared[0].name, shared[0].where
+        clip, where = shared[0].name, shared[0].where
         raise UserError(
-            f"{len(shared)} clips are in train and test of fold {args.fold} (first {name}: {where} "
-            f"and {elsewhere[name]}); use the lists as they are distributed."
+            f"{len(shared)} clips are in train and test of fold {args.fold} (first {clip}: {where} "
+            f"and {elsewhere[clip]}); use the lists as they are distributed."
         )
     tested, classes = TESTS[name][args.fold - 1], tuple(labels.values())
     official = {"all": tested if is_test else sum(TESTS[name]) - tested}
@@ -465,13 +464,13 @@ class Mer2025Args(ConvertArgs):
 
 
 def read_reasons(reasons: Path, column: str, labels: list[Path]) -> list[Listed]:
-    """Join reasoning and labels by clip. Returns the clips that have both, counts the others.
+    """Return the clips that have both a reasoning and a label; print how many have not.
 
     The label is the first one that means a word of the vocabulary: the discrete label, or else one
     of the open labels ("['happy', 'proud']" or "happy, proud").
     """
     rows = [row for file in labels for _, row in read_table(file, "name", "discrete or openset")]
-    words = defaultdict(list)  # name of the clip -> its labels, the discrete ones first
+    words = defaultdict(list)  # name of a clip -> its labels, the discrete ones first
     for kind in ("discrete", "openset"):
         for row in rows:
             words[row["name"]] += row.get(kind, "").split(",")
@@ -567,14 +566,10 @@ def r1omni(args: R1OmniArgs) -> None:
         clips = best_matches(row.id, files[path_parts(row.id)[0]])
         ambiguous += len(clips) > 1
         clip, dataset = clips[0] if len(clips) == 1 else None, row.dataset or "r1omni"
-        samples.append(
-            dataclasses.replace(row, clip=clip, answer=label, target=target, dataset=dataset)
-        )
+        text = {"answer": label, "target": target}
+        samples.append(dataclasses.replace(row, clip=clip, dataset=dataset, **text))
     if ambiguous:
-        print(
-            f"note: {ambiguous} paths fit several files equally well and count as missing; "
-            "restrict the files with --clips"
-        )
+        print(f"note: {ambiguous} paths fit several files and count as missing; pass --clips")
     write_counted(args, args.data, samples, VOCABULARY)
 
 
@@ -763,7 +758,7 @@ def check_all(
 ) -> Iterator[tuple[Sample, dict[str, str]]]:
     """Yield (sample, problems) for every sample, in the order in which they are done.
 
-    Each clip is read in a process of its own: a decoder that crashes ends only that process.
+    Each clip is read in a process of its own, because a crash of the decoder ends the process.
     """
     waiting, running = samples[::-1], {}  # running: pipe -> (process, sample)
     while waiting or running:
@@ -780,7 +775,7 @@ def check_all(
             process, sample = running.pop(pipe)
             try:
                 problems = pipe.recv()
-            except EOFError:
+            except (EOFError, OSError):  # the process ended before or while it answered
                 process.join()
                 reason = f"reading it ended the process (exit code {process.exitcode})"
                 problems = {"bad": f"{sample.clip}: {reason}"}
@@ -810,6 +805,12 @@ def check(args: CheckArgs) -> None:
 
 # ---- Inspect: the parts of a checkpoint ----
 
+# Entries that are printed of the configurations of the decoder and the towers.
+GEOMETRY = (
+    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
+    "head_dim vocab_size image_size patch_size num_mel_bins max_source_positions"
+).split()
+
 
 @dataclasses.dataclass(kw_only=True)
 class InspectArgs:
@@ -822,9 +823,9 @@ def describe_part(plan: Plan, name: str) -> str:
     """Return a part's line in the table."""
     if name in TOWERS and name not in plan.from_file:
         origin = plan.source[name]
-        is_here = Path(origin).is_dir() or isinstance(
-            try_to_load_from_cache(origin, "model.safetensors"), str
-        )
+        is_here = Path(origin).is_dir()
+        if not is_here:
+            is_here = isinstance(try_to_load_from_cache(origin, "model.safetensors"), str)
         stored = list(weight_index(origin).values()) if is_here else []
     else:
         mine = [key for key, ours in plan.ours.items() if ours.startswith(PARTS[name])]
@@ -850,22 +851,14 @@ def describe(plan: Plan) -> str:
     names = list_some({file.name for file in files}, 3)
     size = sum(file.stat().st_size for file in files)
     lines = [f"{plan.path}: {len(plan.index)} tensors in {names}, {size:,} bytes", ""]
-    decoder = (
-        "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
-        "head_dim vocab_size tie_word_embeddings"
-    )
-    for name, config, keys in (
-        ("decoder", model.config, decoder),
-        ("vision", plan.towers["vision"], "num_hidden_layers hidden_size image_size patch_size"),
-        ("audio", plan.towers["audio"], "encoder_layers d_model num_mel_bins max_source_positions"),
-        ("bert", plan.towers["bert"], "num_hidden_layers hidden_size vocab_size"),
-    ):
-        values = ", ".join(f"{key} {getattr(config, key)}" for key in keys.split())
-        lines.append(f"{name:<9}{values}")
+    for name, config in {"decoder": model.config, **plan.towers}.items():
+        values = (f"{key} {getattr(config, key)}" for key in GEOMETRY if hasattr(config, key))
+        lines.append(f"{name:<9}{', '.join(values)}")
     # Tensors that are not loaded: known to be useless, a tied head, towers that are replaced.
     unused = [key for key in plan.index if key.startswith(plan.ignored)]
     unused_size = sum(plan.index[key].bytes for key in unused)
     lines += [
+        f"head     tied to the embedding: {model.config.tie_word_embeddings}",
         f"prompt   {model.video_tokens} video tokens ({model.num_frames} frames) + "
         f"{model.audio_tokens} audio tokens + text",
         "",

@@ -8,9 +8,9 @@ filled with random numbers.
 Written are `humanomni/` (the released config.json; decoder, projectors, gate and BERT in bf16, the
 tied head left out), and as on the hub `siglip/` (the whole model in fp32; we use the vision half),
 `whisper/` (the whole model in fp16; we use the encoder) and `bert/` (configuration and tokenizer).
-Then the real commands run on it: `tools.convert inspect`, `eval.py --clip` and one step of
-`grpo.py` with two completions of eight tokens, on the CPU.  report.md tells how long each took and how
-much memory it had at most.  What the model says means nothing: the weights are random, and the tokenizer is the
+Then the real commands run on it: `convert inspect`, `eval.py --clip` and one step of `grpo.py` with
+two completions of eight tokens, on the CPU.  report.md tells how long each took and how much memory
+it had at most.  What the model says means nothing: the weights are random, and the tokenizer is the
 tests', which knows few words.  Linux only (/proc).
 """
 

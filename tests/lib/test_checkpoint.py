@@ -737,7 +737,7 @@ def test_inspect_counts_what_is_stored(home, stored):
     assert f"{len(stored)} tensors in model.safetensors, {size}" in text
     # 8 x (64 / 8 / 2)^2, 150 / 3
     assert "128 video tokens (8 frames) + 50 audio tokens + text" in text
-    assert "tie_word_embeddings True" in text and "lm_head" not in text
+    assert "tied to the embedding: True" in text and "lm_head" not in text
 
 
 def test_inspect_tells_where_weights_come_from(home, stored, inspect):

@@ -1,4 +1,4 @@
-"""Converters on invented copies of the data sets, of the official size; join and split."""
+"""Converters on synthetic copies of the data sets, in their official sizes; join and split."""
 
 import json
 import random
@@ -105,9 +105,8 @@ def little(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["dfew", "mafw"])
 def test_all_official_folds(name, sets, tmp_path):
-    """Stops a wrong label, a wrong path, a clip in the wrong part or a silent one left out,
-    on any fold; a slip of the keyboard in the official numbers, which fake_datasets.py has
-    typed a second time."""
+    """Stops, on every fold, a wrong label, a wrong path, a clip in the wrong part and a silent clip
+    that is left out; and a typing error in the official numbers, which fake_datasets.py repeats."""
     root = sets / name.upper()
     tests: list[str] = []
     for number, fold in enumerate(fake.dfew_folds() if name == "dfew" else fake.mafw_folds(), 1):
@@ -139,8 +138,8 @@ def test_all_official_folds(name, sets, tmp_path):
 
 
 def test_a_row(sets, tmp_path, capsys):
-    """Stops a row that R1-Omni's code or our reader would take for something else,
-    and a table without the numbers."""
+    """Stops a row that R1-Omni's code or our reader would read differently, and a table without
+    the numbers."""
     out = tmp_path / "a.json"
     samples = run("dfew", root=sets / "DFEW", fold=1, part="test", out=out)
     clip = fake.dfew_folds()[0]["test"][0][0]
@@ -166,8 +165,8 @@ def test_a_row(sets, tmp_path, capsys):
 
 
 def test_flat_layout(little, capsys):
-    """Stops a DFEW without part folders being refused, and padded files of another
-    clip being taken for it."""
+    """Stops a DFEW without part folders that is refused, and zero-padded names of other clips that
+    are taken for its clips."""
     clips = (f"videos/{name}" for name in ("1.mp4", "10001.mp4", "00001.mp4", "10001.avi", "5.mp4"))
     samples = run(**little("1,1\n10001,2\n", clips, {"happy": 1, "sad": 1}))
     assert [(s.id, s.answer) for s in samples] == [
@@ -181,8 +180,8 @@ def test_flat_layout(little, capsys):
 
 
 def test_missing_clips(little, tmp_path, capsys):
-    """Stops an incomplete folder giving a smaller data set unseen;
-    avis of cropped faces, without sound, filling the gap."""
+    """Stops an incomplete folder that silently gives a smaller data set, and avi files of cropped
+    faces without sound that are used instead of the missing clips."""
     clips = (
         f"Clip/{name}"
         for name in ("original/part_1/1.mp4", "clip_224x224_avi/10001.avi", "faces/10001.mp4")
@@ -263,14 +262,14 @@ def test_lists_of_another_size(fold, lines, differences, too_many, little, tmp_p
     ],
 )
 def test_bad_lines(name, lines, said, little):
-    """Stops a damaged list, a copy that counts from 0, or ids of classes (their orders differ)
-    being read as something, or refused without the line to blame."""
+    """Stops a damaged list, a copy that counts from 0, or class numbers (their orders differ) that
+    are accepted, or refused without the line."""
     refused("set_1", said, **little(lines, ["videos/1.mp4"], {"happy": 1}, name=name))
 
 
 def test_untidy_lists_are_read(little, capsys):
-    """Stops a list that went through a spreadsheet (mark, CRLF, quotes, spaces,
-    empty lines) being misread."""
+    """Stops a list that is misread after a spreadsheet has saved it (byte order mark, CRLF, quotes,
+    spaces, empty lines)."""
     lines = (
         b'\xef\xbb\xbfvideo_name,label\r\n"1","1"\r\n 22 , "7" \r\n\r\n"00003" ,7,\r\n22,7\r\n'
         b",\r\n\r\n"
@@ -290,7 +289,7 @@ def test_untidy_lists_are_read(little, capsys):
 
 
 def test_a_clip_in_train_and_test(little):
-    """Stops a leak: a list that was mixed up trains on what it tests."""
+    """Stops a mixed-up list that trains on clips of the test part."""
     flags = little("1,1\n2,1\n", ["videos/1.mp4", "videos/2.mp4"], {"happy": 2})
     fake.write_csv(
         fake.dfew_list(flags["root"], 1, "test"), [("video_name", "label"), (3, 1), (2, 1)]
@@ -304,7 +303,7 @@ def test_a_clip_in_train_and_test(little):
 
 
 def test_two_files_of_one_name(little):
-    """Stops one of two files being picked at random where a copy lies about."""
+    """Stops a random choice between two files of one name."""
     flags = little("1,1\n", ["Clip/original/part_1/1.mp4", "Clip/original/cut/1.mp4"], {"happy": 1})
     refused("1 clips have more than one file", "part_1/1.mp4", "cut/1.mp4", "--clips", **flags)
     assert [s.id for s in run(**flags, clips="Clip/original/part_1")] == [
@@ -313,7 +312,7 @@ def test_two_files_of_one_name(little):
 
 
 def test_wrong_flags(sets, tmp_path):
-    """Stops a wrong flag ending in a traceback, or being found only after the work is done."""
+    """Stops a wrong flag that ends in a traceback, or that is found only after the work is done."""
     flags = {"root": sets / "DFEW", "fold": 1, "part": "train", "out": tmp_path / "a.json"}
     refused("--fold 6", "1 to 5", command="dfew", **flags | {"fold": 6})
     refused(
@@ -341,7 +340,7 @@ def test_wrong_flags(sets, tmp_path):
 
 
 def test_ravdess(sets, tmp_path, capsys):
-    """Stops a code being read as another emotion, and songs or silent pictures being taken."""
+    """Stops a code that is read as another emotion, and converted songs or silent pictures."""
     samples = run("ravdess", root=sets / "RAVDESS", out=tmp_path / "a.json")
     words = dict(
         zip(
@@ -378,8 +377,7 @@ def test_ravdess(sets, tmp_path, capsys):
     ],
 )
 def test_calm_and_actors(calm, expected, sets, tmp_path):
-    """Stops calm, which no training set has, landing in another class than
-    the one that was asked for."""
+    """Stops calm, which no training set has, in another class than the requested one."""
     samples = run(
         "ravdess", root=sets / "RAVDESS", calm=calm, actors=[1, 24, 7], out=tmp_path / "a.json"
     )
@@ -389,7 +387,7 @@ def test_calm_and_actors(calm, expected, sets, tmp_path):
 
 
 def test_ravdess_faults(tmp_path):
-    """Stops a missing clip of an actor or a misnamed file being passed over."""
+    """Stops a missing or misnamed clip of an actor that is not reported."""
     names = [name for name, (_, actor) in convert.ravdess_names().items() if actor == 3]
     fake.link_clips(
         tmp_path,
@@ -455,8 +453,7 @@ def test_emer(sets, tmp_path, capsys):
 
 
 def test_which_label_and_who_is_left_out(tmp_path, capsys):
-    """Stops the open words winning over the discrete label,
-    and a clip vanishing without being counted."""
+    """Stops open labels that replace the discrete one, and clips left out without a count."""
     fake.link_clips(tmp_path, [f"video/{name}.mp4" for name in "abcdefgh"])
     fake.write_csv(
         tmp_path / "final-EMER-reason.csv",
@@ -528,12 +525,12 @@ def test_which_label_and_who_is_left_out(tmp_path, capsys):
             [("name", "english"), ("a", "two\nlines"), ("a", "other")],
             "line 4: the clip a has another label or text",
         ),
-        ([("name", "english"), ("b", "x")], "0 of its 0 usable clips"),
+        ([("name", "english"), ("b", "x")], "it lists no clip that can be used"),
     ],
 )
 def test_bad_reasons(rows, said, tmp_path):
-    """Stops a text being cut at a comma, and two texts of one clip;
-    lines are counted as an editor does."""
+    """Stops a text that is cut at a comma, two texts of one clip, and line numbers that differ from
+    those of an editor."""
     fake.write_csv(tmp_path / "final-EMER-reason.csv", rows)
     fake.write_csv(
         tmp_path / "final-openset-english.csv", [("name", "openset"), ("a", "['happy']")]
@@ -550,7 +547,7 @@ def test_bad_reasons(rows, said, tmp_path):
 
 @pytest.mark.parametrize("subset, rows", [("ovmerd", 332), ("mercaptionplus", 600)])
 def test_mer2025(subset, rows, sets, tmp_path):
-    """Stops tracks 2 and 3 being joined by row instead of by name: their orders differ."""
+    """Stops tracks 2 and 3 that are joined by row instead of by name: their orders differ."""
     samples = run("mer2025", root=sets / "MER2025", subset=subset, out=tmp_path / "a.json")
     assert len(samples) == rows - rows // 6 and {s.dataset for s in samples} == {"mer2025"}
     lines = (sets / "MER2025" / f"track2_train_{subset}.csv").read_text().splitlines()[1:]
@@ -574,7 +571,7 @@ def test_mer2025(subset, rows, sets, tmp_path):
 
 
 def rows_file(path: Path, *rows: tuple) -> Path:
-    """(video, target[, dataset]) each."""
+    """Write a sample file with a row for each (video, target[, dataset])."""
     path.write_text(
         json.dumps(
             [
@@ -594,8 +591,8 @@ def rows_file(path: Path, *rows: tuple) -> Path:
 
 
 def test_r1omni(sets, tmp_path):
-    """Stops another machine's path being taken for another set's clip,
-    and its words staying as they were."""
+    """Stops another machine's path that is matched with a clip of another data set, and labels that
+    are not converted."""
     samples = run("r1omni", data=sets / "r1omni.json", root=sets, out=tmp_path / "a.json")
     rows = json.loads((sets / "r1omni.json").read_text())
     assert len(samples) == len(rows) == 3000
@@ -615,7 +612,7 @@ def test_r1omni(sets, tmp_path):
 
 
 def test_paths_of_another_machine(tmp_path, capsys):
-    """Stops a guess where two files fit, or where the only namesake is of another data set."""
+    """Stops a guess if two files fit, or if the only file of that name is of another data set."""
     root = tmp_path / "sets"
     fake.link_clips(
         root,
@@ -658,15 +655,15 @@ def test_paths_of_another_machine(tmp_path, capsys):
     ] * 4 + ["theirs", "r1omni"]
     assert (tmp_path / "missing.txt").read_text() == "/mnt/dfew/2.mp4\n/mnt/3.mp4\n"
     printed = capsys.readouterr().out
-    assert "note: 1 paths fit several files equally well" in printed
+    assert "note: 1 paths fit several files and count as missing" in printed
     assert "note: 1 clips have several rows, which are kept: x/b/3.mp4" in printed
     labels = "He is happy to be there., calm"
     assert f"note: 2 labels are outside the vocabulary and kept: {labels}" in printed
 
 
 def test_how_a_path_is_matched():
-    """Stops folders far from the file outweighing those next to it,
-    and a tie where they could decide."""
+    """Stops folders far from the file that count more than those next to it, and a tie that other
+    folders could decide."""
 
     def best(path: str, *files: str) -> list[str]:
         return [str(file) for file in convert.best_matches(path, [Path(file) for file in files])]
@@ -683,8 +680,8 @@ def test_how_a_path_is_matched():
 
 
 def test_two_data_sets_are_joined(sets, tmp_path, capsys):
-    """Stops sets that cannot be trained on together: rows lost, paths that start from two folders,
-    a clip twice, a test."""
+    """Stops joined sets that cannot be trained on: rows lost, paths that start from two folders, a
+    clip twice, a test part."""
     files = {name: tmp_path / f"{name}.json" for name in ("mafw", "dfew")}
     rows = [
         row
@@ -740,8 +737,8 @@ def uncut(*files: Path, said: str, **flags) -> None:
 
 
 def test_split_of_a_data_set(sets, tmp_path, capsys):
-    """Stops a clip on both sides or on none, another class balance,
-    and a choice that changes from run to run."""
+    """Stops a clip on both sides or on none, another class balance, and a choice that changes from
+    run to run."""
     whole = run("ravdess", root=sets / "RAVDESS", out=tmp_path / "whole.json")
     capsys.readouterr()
     train, val = cut(tmp_path / "whole.json", n=100)
@@ -767,8 +764,8 @@ def test_split_of_a_data_set(sets, tmp_path, capsys):
 
 
 def test_split_of_two_data_sets(tmp_path):
-    """Stops validation clips that come from one of the two sets only:
-    each class is drawn from both in proportion."""
+    """Stops validation clips that come from one of the two data sets only: each class is drawn from
+    both in proportion."""
     files, start = [], 0
     sets = {
         "dfew": {"happy": 200, "sad": 90, "fear": 60},
@@ -795,7 +792,7 @@ def test_split_of_two_data_sets(tmp_path):
 
 
 def test_quotas():
-    """Stops a rare class ending on one side only, and sums that are off by one."""
+    """Stops a rare class that is on one side only, and sums that are off by one."""
     rng, free = random.Random(0), 0
     for _ in range(500):
         sizes = {
@@ -819,8 +816,8 @@ def test_quotas():
 
 
 def test_small_and_repeated(tmp_path):
-    """Stops a clip with two texts standing on both sides, and a class of
-    one clip leaving training."""
+    """Stops a clip with two texts that is on both sides, and a class of one clip that training
+    lacks."""
     file = rows_file(
         tmp_path / "rows.json",
         *((f"{i}.mp4", "happy") for i in range(6)),
@@ -844,7 +841,7 @@ def test_small_and_repeated(tmp_path):
 
 
 def test_a_test_part_is_never_validation(sets, tmp_path):
-    """Stops checkpoints being chosen on the test set, which is then no test."""
+    """Stops checkpoints that are selected on the test part."""
     for name in ("dfew", "mafw"):
         run(name, root=sets / name.upper(), fold=3, part="test", out=tmp_path / f"{name}.json")
     uncut(
