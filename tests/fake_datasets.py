@@ -1,12 +1,11 @@
-"""Invented copies of the data sets, in the layouts and with the numbers of clips in
-which they are distributed.
+"""Synthetic copies of the data sets, with the layouts and numbers of clips of the real ones.
 
-    build_all(root)     root/DFEW, MAFW, RAVDESS, EMER, MER2025, r1omni.json:
-                        the recipe's commands run on them
+    build_all(root)     writes root/DFEW, MAFW, RAVDESS, EMER, MER2025 and r1omni.json, on which the
+                        commands of docs/recipe.md run
 
-No clip, name, text or label in here is anybody's: names are drawn, and every clip is a hard link to
-one tiny mp4.  The numbers are typed a second time, apart from those of convert.py, so that a slip
-in either does not go unseen.
+Nothing here is real data: names are drawn at random, and every clip is a hard link to one tiny mp4.
+The numbers are typed a second time, independently of convert.py, so that a typing error in either
+file fails a test.
 """
 
 import csv
@@ -18,11 +17,11 @@ from pathlib import Path
 import av
 import numpy as np
 
-# Class by class in the order of the data set's own labels; train and test of fold 1.
+# Train and test of fold 1 by class, in the order of the data set's own labels.
 DFEW_WORDS = "happy sad neutral angry surprise disgust fear".split()  # labels 1 to 7
 DFEW_TRAIN = (1956, 1515, 2135, 1738, 1175, 116, 721)
 DFEW_TEST = (489, 379, 534, 435, 294, 29, 181)
-DFEW_TESTS = (2341, 2341, 2340, 2339, 2336)  # all of the test folds 1 to 5
+DFEW_TESTS = (2341, 2341, 2340, 2339, 2336)  # the test parts of folds 1 to 5
 MAFW_WORDS = (
     "anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness "
     "disappointment"
@@ -33,8 +32,7 @@ MAFW_TESTS = (1839, 1837, 1833, 1832, 1831)
 
 
 def write_clip(path: Path, frames: int = 8, seconds: float = 1.0, level: float = 0.3) -> Path:
-    """A real mp4 of 16 x 16 pixels; a tone of that `level`,
-    no audio track if it lasts 0 seconds."""
+    """Write an mp4 of 16 x 16 pixels with a tone; with no audio track if `seconds` is 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=8)
@@ -59,7 +57,7 @@ def write_clip(path: Path, frames: int = 8, seconds: float = 1.0, level: float =
 
 
 def link_clips(root: Path, paths: list[str]) -> None:
-    """Every path below root is the same tiny clip."""
+    """Make every path below root a hard link to the same tiny clip."""
     tiny = write_clip(root / "tiny.mp4")
     for folder in {os.path.dirname(path) for path in paths}:
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -77,8 +75,10 @@ def write_csv(path: Path, rows: list) -> None:
 def five_folds(
     ids: list, train: tuple, test: tuple, sizes: tuple, words: list
 ) -> list[dict[str, list]]:
-    """[{"train": [(id, word)], "test": [...]}]: fold 1 as the class counts say,
-    five disjoint tests of those sizes."""
+    """Return [{"train": [(id, word)], "test": [...]}]: five folds with disjoint test parts.
+
+    train, test: the numbers of fold 1 by class. sizes: the sizes of the test parts.
+    """
     ids = iter(ids)
     first = [(next(ids), word) for word, count in zip(words, test) for _ in range(count)]
     rest = [(next(ids), word) for word, count in zip(words, train) for _ in range(count)]
@@ -108,8 +108,7 @@ def dfew_list(root: Path, fold: int, part: str) -> Path:
 
 
 def dfew(root: Path) -> None:
-    """Lists of labels 1 to 7; clips in 11 parts; avis without sound beside them,
-    in a folder that nobody wants."""
+    """Write lists with labels 1 to 7, clips in 11 folders, and avi files without sound."""
     folds = dfew_folds()
     for number, fold in enumerate(folds, 1):
         for part, rows in fold.items():
@@ -140,7 +139,7 @@ def mafw_list(root: Path, fold: int, part: str, captions: str = "no_caption") ->
 
 
 def mafw(root: Path) -> None:
-    """Lists of words, without and with captions (GB18030, no neutral clips)."""
+    """Write lists of words. Those with captions are in GB18030 and have no neutral clips."""
     folds = mafw_folds()
     for number, fold in enumerate(folds, 1):
         for part, rows in fold.items():
@@ -163,7 +162,7 @@ def mafw(root: Path) -> None:
 
 
 def ravdess(root: Path) -> None:
-    """24 actors x 60 clips of speech; some of song and some without sound beside them."""
+    """Write 24 actors x 60 clips of speech, and some clips of song and some without sound."""
     paths = []
     for actor in range(1, 25):
         for emotion in range(1, 9):
@@ -179,7 +178,7 @@ def ravdess(root: Path) -> None:
     link_clips(root, paths)
 
 
-# Open labels and discrete ones as annotators write them: six kinds of clip, one after another.
+# Open and discrete labels in the form that annotators write. Clip i has entry i % 6.
 OPENSETS = (
     ["happy", "relaxed"],
     ["worried", "tense"],
@@ -195,7 +194,7 @@ REASON = (
 
 
 def emer(root: Path) -> None:
-    """332 clips with reasoning; of each six open labels the last has no word of the vocabulary."""
+    """Write 332 clips with reasoning. Every sixth open label has no word of the vocabulary."""
     names = [f"sample_{number:08}" for number in random.Random(4).sample(range(10000), 332)]
     write_csv(
         root / "final-EMER-reason.csv",
@@ -219,7 +218,7 @@ def emer(root: Path) -> None:
 
 
 def mer2025(root: Path) -> None:
-    """The two training sets of MER2025; the larger one in a small number."""
+    """Write the two training sets of MER2025; the larger one has fewer clips than the real one."""
     for subset, count, seed in (("ovmerd", 332, 5), ("mercaptionplus", 600, 6)):
         numbers = random.Random(seed).sample(range(seed * 10000, seed * 10000 + 9999), count)
         names = [f"samplenew3_{number:08}" for number in numbers]
@@ -235,8 +234,7 @@ def mer2025(root: Path) -> None:
 
 
 def r1omni(file: Path) -> None:
-    """3000 rows as the authors' are: DFEW and MAFW under the paths and the
-    words of another machine."""
+    """Write 3000 rows of DFEW and MAFW in R1-Omni's form, with the paths of another machine."""
     question = "<video>\n<audio>\nWhich emotion is the most obvious? Think first."
     rows = [
         (f"/mnt/nas/someone/DFEW_data/clips/{dfew_path(clip).removeprefix('Clip/')}", word)

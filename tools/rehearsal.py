@@ -8,7 +8,7 @@ filled with random numbers.
 Written are `humanomni/` (the released config.json; decoder, projectors, gate and BERT in bf16, the
 tied head left out), and as on the hub `siglip/` (the whole model in fp32; we use the vision half),
 `whisper/` (the whole model in fp16; we use the encoder) and `bert/` (configuration and tokenizer).
-Then the real commands run on it: `tools.inspect`, `eval.py --clip` and one step of `grpo.py` with
+Then the real commands run on it: `convert inspect`, `eval.py --clip` and one step of `grpo.py` with
 two completions of eight tokens, on the CPU.  report.md tells how long each took and how much memory
 it had at most.  What the model says means nothing: the weights are random, and the tokenizer is the
 tests', which knows few words.  Linux only (/proc).
@@ -264,7 +264,7 @@ def run_commands(out: Path, dtypes: list[str]) -> list[str]:
         rows.append(f"| `{command}` | {dtype} | {seconds:.1f} | {cpu:.1f} | {peak:.2f} | |")
 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the rehearsal is about this machine's CPUs
-    add("inspect", "unread", "-m", "tools.inspect", model / "humanomni")
+    add("inspect", "unread", "-m", "tools.convert", "inspect", model / "humanomni")
     for dtype in dtypes:
         run, common = (
             model / f"grpo_{dtype}",

@@ -20,7 +20,7 @@ from lib import checkpoint
 from lib.args import UserError
 from lib.checkpoint import read_tensors, stored_name, weight_index
 from model import PARTS, HumanOmni
-from tools import inspect as inspect_checkpoint
+from tools import convert
 from tools.rehearsal import meta_model
 
 VISION, AUDIO, BERT = "model.vision_tower.", "model.audio_tower.", "model.bert_model."
@@ -681,19 +681,21 @@ def test_damaged_stock_towers(home, stored, kind, fault, said):
 
 
 # ------------------------------------------------------------------------------------------------
-# python -m tools.inspect
+# python -m tools.convert inspect
 # ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def inspect(monkeypatch, capsys):
-    """`python -m tools.inspect WORDS ...` within this process, for its seconds of imports.
-    -> (stdout, stderr)"""
+    """Run `python -m tools.convert inspect WORDS ...` in this process, which saves the imports.
+
+    Returns (stdout, stderr).
+    """
 
     def run(*words, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools.inspect", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["tools.convert", "inspect", *map(str, words)])
         try:
-            inspect_checkpoint.main()
+            convert.main()
             ended = 0
         except SystemExit as end:
             ended = end.code
@@ -705,12 +707,12 @@ def inspect(monkeypatch, capsys):
 
 
 def table(text: str) -> dict[str, list[str]]:
-    """part -> its cells: parameters, trained, stored as, size, unit, from"""
+    """Return {part: its cells}: parameters, trained, stored as, bytes, from; without commas."""
     rows = (re.split(r"\s+", line.strip()) for line in text.splitlines())
     return {
-        row[0]: [row[1].replace(",", ""), row[2].replace(",", ""), *row[3:]]
+        row[0]: [cell.replace(",", "") for cell in row[1:]]
         for row in rows
-        if row[0] in (*PARTS, "together") and re.fullmatch(r"[\d,]+", row[1])
+        if row[0] in (*PARTS, "total") and re.fullmatch(r"[\d,]+", row[1])
     }
 
 
@@ -718,32 +720,24 @@ def test_inspect_counts_what_is_stored(home, stored):
     """Stops numbers that are not the file's: counted here from the tensors themselves,
     part by part."""
     file = home / "humanomni" / "model.safetensors"
-    done = forkserver.shared().run("tools.inspect", home / "humanomni")
+    done = forkserver.shared().run("tools.convert", "inspect", home / "humanomni")
     assert done.returncode == 0 and not done.stderr, done.stderr
     text, parts = done.stdout, table(done.stdout)
     prefixes = PARTS | {"vision": (VISION,), "audio": (AUDIO + "audio_tower.encoder.",)}
     for part, prefix in prefixes.items():
         n = sum(v.numel() for k, v in stored.items() if k.startswith(prefix))
         trained = n if part in ("decoder", "projectors", "gate") else 0
-        assert parts[part] == [
-            str(n),
-            str(trained),
-            "float32",
-            f"{4 * n / 1e3:.2f}",
-            "kB",
-            file.name,
-        ], part
+        assert parts[part] == [str(n), str(trained), "float32", str(4 * n), file.name], part
     total = sum(int(parts[part][0]) for part in PARTS)
-    assert parts["together"] == [str(total), str(sum(int(parts[part][1]) for part in PARTS))]
+    assert parts["total"] == [str(total), str(sum(int(parts[part][1]) for part in PARTS))]
     unused = [v.numel() for k, v in stored.items() if ".projector." in k or ".classifier." in k]
-    assert (
-        f"used by nothing: {len(unused)} tensors, {4 * sum(unused) / 1e3:.2f} kB (model.audio_tower"
-        in text
-    )
-    assert f"{len(stored)} tensors in model.safetensors, {file.stat().st_size / 1e6:.2f} MB" in text
+    size = f"{4 * sum(unused):,} bytes"
+    assert f"unused: {len(unused)} tensors, {size} (model.audio_tower" in text
+    size = f"{file.stat().st_size:,} bytes"
+    assert f"{len(stored)} tensors in model.safetensors, {size}" in text
     # 8 x (64 / 8 / 2)^2, 150 / 3
     assert "128 video tokens (8 frames) + 50 audio tokens + text" in text
-    assert "tied to the embedding, not stored" in text
+    assert "tied to the embedding: True" in text and "lm_head" not in text
 
 
 def test_inspect_tells_where_weights_come_from(home, stored, inspect):
@@ -754,17 +748,17 @@ def test_inspect_tells_where_weights_come_from(home, stored, inspect):
     write_shards(home / "humanomni", half, "model.safetensors", count=2)
     text, _ = inspect(home / "humanomni", "--train", "bert", "vision")
     parts, loaded = table(text), load(home / "humanomni")[0]
-    both = ["model-00001-of-00002.safetensors,", "model-00002-of-00002.safetensors"]
-    assert parts["bert"][2] == "bfloat16" and parts["bert"][5:] == both
+    both = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    assert parts["bert"][2] == "bfloat16" and parts["bert"][4:] == both
     for part, folder in (("vision", "siglip"), ("audio", "whisper")):
         tower = load_file(home / folder / "model.safetensors").values()
-        size = f"{4 * sum(v.numel() for v in tower) / 1e3:.2f}"
-        assert parts[part][2:] == ["float32", size, "kB", str((home / folder).resolve())]
+        size = str(4 * sum(v.numel() for v in tower))
+        assert parts[part][2:] == ["float32", size, str((home / folder).resolve())]
     for part, prefix in PARTS.items():
         n = sum(p.numel() for key, p in loaded.named_parameters() if key.startswith(prefix))
         assert parts[part][:2] == [str(n), str(n if part in ("bert", "vision") else 0)], part
-    assert "stored all the same" in text  # the tied head
-    assert "used by nothing: 1 tensors" in text
+    size = half["lm_head.weight"].numel() * 2
+    assert f"unused: 1 tensors, {size:,} bytes (lm_head.weight)" in text
 
 
 def test_inspect_of_a_tower_that_is_not_here(home, stored, inspect, monkeypatch):
@@ -806,8 +800,8 @@ def test_inspect_tells_faults(home, stored, inspect):
     )
     text, fault = inspect(home / "humanomni", code=1)
     assert "decoder" in table(text) and len(fault.splitlines()) == 1
-    # a tensor that nobody knows is a fault, not among them
-    assert "used by nothing: 4 tensors" in text
+    # A tensor that the model does not know is a fault and not among these.
+    assert "unused: 4 tensors" in text
     for words in (
         "lacks 1 weights (model.norm.weight)",
         "has 1 that the model does not know (x)",
@@ -821,6 +815,6 @@ def test_inspect_tells_faults(home, stored, inspect):
 
 @pytest.mark.parametrize("words", [(), ("--train",)])
 def test_usage(words, inspect):
-    """Stops an inspection doing nothing without a word."""
+    """Stops an inspection without a path that does nothing and reports nothing."""
     out, fault = inspect(*words, code=2)
-    assert fault.startswith("usage: python -m tools.inspect PATH") and not out
+    assert fault.startswith("usage: python -m tools.convert inspect [-h] --path PATH") and not out

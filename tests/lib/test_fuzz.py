@@ -476,9 +476,8 @@ def test_any_list_is_read_or_refused(folder, content, other):
     labels.write_bytes(other)
     for read in (
         convert.read_dfew,
-        lambda f: convert.read_mafw(f, False),
-        lambda f: convert.read_mafw(f, True),
-        lambda f: convert.read_reasons(f, "english", [labels])[0],
+        convert.read_mafw,
+        lambda f: convert.read_reasons(f, "english", [labels]),
     ):
         try:
             listed = read(file)
@@ -508,7 +507,7 @@ def test_lists_are_read_as_written(folder, rows, newline, bom):
     (folder / "mafw.txt").write_bytes(
         (head + newline.join(f"{n:05}.mp4 {emotions[c]}" for n, c in rows)).encode()
     )
-    assert [(item.name, item.label) for item in convert.read_mafw(folder / "mafw.txt", False)] == [
+    assert [(item.name, item.label) for item in convert.read_mafw(folder / "mafw.txt")] == [
         (f"{n:05}", convert.MAFW_LABELS[emotions[c]]) for n, c in rows
     ]
 
@@ -536,7 +535,7 @@ def test_reasoning_survives_commas_quotes_and_lines(folder, rows):
     (folder / "l.csv").write_text(
         "name,openset\n" + "".join(f"{n},\"['{w}', 'odd']\"\n" for n, w, _ in reversed(rows))
     )
-    listed, _ = convert.read_reasons(folder / "r.csv", "english", [folder / "l.csv"])
+    listed = convert.read_reasons(folder / "r.csv", "english", [folder / "l.csv"])
     assert [(item.name, item.label, item.target) for item in listed] == [
         (n, w, f"<think>{t}</think>\n<answer>{w}</answer>") for n, w, t in rows if t
     ]

@@ -144,7 +144,7 @@ def test_the_report_tells_what_ran(rehearsed):
     assert parts.keys() == PUBLISHED.keys() and parts["gate"] == 0.07
     runs = [row for row in lines if row[0].startswith("`python")]
     assert [row[0].split()[1:3] for row in runs] == [
-        ["-m", "tools.inspect"],
+        ["-m", "tools.convert"],
         ["eval.py", "--model"],
         ["grpo.py", "--model"],
     ]
@@ -158,7 +158,7 @@ def test_the_report_tells_what_ran(rehearsed):
     rollouts = (rehearsed / "model" / "grpo_bfloat16" / "rollouts.jsonl").read_text().splitlines()
     assert len(rollouts) == 2 and json.loads(rollouts[0])["clip"] == "clip.mp4"
     assert "8 video tokens, 16 audio tokens" in (rehearsed / "report.md").read_text()
-    assert "used by nothing: no tensor" in (rehearsed / "inspect_unread.log").read_text()
+    assert "unused: 0 tensors" in (rehearsed / "inspect_unread.log").read_text()
 
 
 def test_released_layout(rehearsed):

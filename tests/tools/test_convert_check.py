@@ -1,4 +1,4 @@
-"""The check of every clip before a run: what it finds, and that one clip cannot end it."""
+"""`convert check`: the problems that it finds, and clips that end the process that reads them."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import pytest
 
 from lib.args import UserError
 from lib.clip import ClipError
-from tools import check
+from tools import convert
 
 
 def write_rows(folder: Path, *names: str) -> Path:
-    """A row for each "clip", or "clip <video>" for one without sound."""
+    """Write a row for each name: "clip", or "clip <video>" for a row of video alone."""
     rows = [
         {
             "video": clip,
@@ -33,7 +33,9 @@ def write_rows(folder: Path, *names: str) -> Path:
 
 
 def checked(file: Path, **flags) -> dict:
-    check.check(check.CheckArgs(data=str(file), out=str(file.with_name("report.json")), **flags))
+    convert.check(
+        convert.CheckArgs(data=str(file), out=str(file.with_name("report.json")), **flags)
+    )
     return json.loads(file.with_name("report.json").read_text())
 
 
@@ -42,8 +44,7 @@ def found(report: dict, kind: str) -> dict[str, str]:
 
 
 def test_every_fault_is_found(tmp_path, capsys):
-    """Stops a fault going unseen until the run that trips over it,
-    and a sound clip being called faulty."""
+    """Stops a problem that only training would find, and a problem reported for a good clip."""
     for name, sort in {
         "good": {},
         "mute": {"seconds": 0},
@@ -85,20 +86,20 @@ def test_every_fault_is_found(tmp_path, capsys):
         assert list(silent) == ["mute.mp4", "zeros.mp4", "both.mp4", "damaged.avi"]
         assert "no audio track" in silent["mute.mp4"] and "zeros" in silent["zeros.mp4"]
         assert found(report, "short") == {
-            "short.mp4": "7 frames, 8 are taken: some twice",
-            "both.mp4": "2 frames, 8 are taken: some twice",
+            "short.mp4": "7 frames; some of the 8 that are taken repeat",
+            "both.mp4": "2 frames; some of the 8 that are taken repeat",
         }
         assert list(found(report, "degraded")) == ["damaged.avi"]
     printed = capsys.readouterr().out
     assert re.search(r"^bad +3   first: text.mp4: ", printed, re.M)
-    assert re.search(r"^all +9   1 of them without a fault", printed, re.M)
+    assert re.search(r"^all +9   1 without a problem", printed, re.M)
     assert not found(checked(file, num_frames=2), "short")
     with pytest.raises(UserError, match="--num_frames must be 1 or more"):
         checked(file, num_frames=0)
 
 
-def test_check_asks_only_for_what_the_row_has(tmp_path):
-    """Stops a video-only row being called silent, and a sound file being called short."""
+def test_only_the_modalities_of_the_row_are_checked(tmp_path):
+    """Stops a row of video that is reported as silent, and a sound file reported as short."""
     fake.write_clip(tmp_path / "mute.mp4", seconds=0)
     fake.write_clip(tmp_path / "heard.mp4", frames=1)
     report = checked(
@@ -112,11 +113,10 @@ def test_check_asks_only_for_what_the_row_has(tmp_path):
 
 
 def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
-    """Stops a clip on which a decoder crashes taking the whole check or its neighbours with it,
-    an exception as well."""
+    """Stops a decoder crash or an unforeseen exception that ends the check or loses a clip."""
     names = [f"{i}.mp4" for i in range(12)]
     fake.link_clips(tmp_path, names)
-    real = check.read_clip
+    real = convert.read_clip
 
     def deadly(path, *args, **flags):
         if path.stem in ("0", "5", "6", "11"):
@@ -126,27 +126,26 @@ def test_a_clip_that_kills_its_reader(tmp_path, monkeypatch):
         if path.stem == "8":
             raise MemoryError("of the test")
         if path.stem == "9":
-            raise ClipError(f"{path}: told")
+            raise ClipError(f"{path}: cannot be read")
         return real(path, *args, **flags)
 
-    monkeypatch.setattr(check, "read_clip", deadly)
+    monkeypatch.setattr(convert, "read_clip", deadly)
     for workers in (1, 2, 20):
         report = checked(write_rows(tmp_path, *names), workers=workers)
         killed = dict.fromkeys(("0", "5", "6", "11"), "reading it ended the process (exit code -9)")
-        told = killed | {
+        reasons = killed | {
             "7": "reading it ended the process (exit code 3)",
             "8": "MemoryError: of the test",
-            "9": "told",
+            "9": "cannot be read",
         }
         assert found(report, "bad") == {
-            f"{n}.mp4": f"{tmp_path / n}.mp4: {told[n]}" for n in sorted(told, key=int)
+            f"{n}.mp4": f"{tmp_path / n}.mp4: {reasons[n]}" for n in sorted(reasons, key=int)
         }
         assert report["good"] == 5
 
 
 def test_the_real_command(tmp_path):
-    """Stops the real command failing where the functions work: two copies of a module, processes,
-    exit status."""
+    """Stops a command that fails although its functions work: its processes, its exit status."""
     fake.link_clips(tmp_path, ["a.mp4", "b.mp4"])
     report = tmp_path / "new" / "report.json"
     command = [
@@ -160,9 +159,9 @@ def test_the_real_command(tmp_path):
         report,
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, cwd=Path(check.__file__).parents[1]
+        command, capture_output=True, text=True, timeout=300, cwd=Path(convert.__file__).parents[1]
     )
     assert done.returncode == 0, done.stderr
-    assert "2 of them without a fault" in done.stdout and list(
+    assert "2 without a problem" in done.stdout and list(
         found(json.loads(report.read_text()), "bad")
     ) == ["c.mp4"]
