@@ -67,7 +67,6 @@ class Args:
     # folder that the clip paths of --results start from; default: the folder of the sample file
     clip: str | None = None  # id of the clip of figure 1; default: chosen by rule
     model: str = "r1"  # model of figure 3: the NAME of its result files NAME.SET.json
-    top: int = 6  # number of failures of each kind in figure 3
     csv: str = "results/ablations.csv"  # results of tools.ablate
     out: str | None = None  # png file to write; default: in docs/ or in TOY/figures/
 
@@ -279,9 +278,8 @@ def draw_clip(figure, sample: Sample, x, y, width, frames=tuple(range(8))) -> fl
     if len(clip.frames):
         strip = np.concatenate(clip.frames[list(frames)], axis=1)
         height = width * strip.shape[0] / strip.shape[1]
-        panel(figure, x, y, width, height, xticks=[], yticks=[]).imshow(
-            strip, interpolation="bicubic"
-        )
+        axes = panel(figure, x, y, width, height, xticks=[], yticks=[])
+        axes.imshow(strip, interpolation="bicubic")
         y += height + 4
     if clip.has_audio:
         bars = round(width / 3)
@@ -404,7 +402,7 @@ def figure_2(args: Args):
         note = "The paper has other clips and a larger model: compare the order of the bars."
         y = write(figure, 30, y, note)
     sets += paper
-    labels = [textwrap.fill(model_of(name)[0], 24) for name in rows]
+    labels = [model_of(name)[0] for name in rows]
     for data_set, axes in zip(sets, row_panels(figure, 180, y + 44, 44, labels, sets)):
         for i, (name, row) in enumerate(rows.items()):
             rates = row.get(data_set, {})
@@ -444,7 +442,7 @@ def figure_3(args: Args):
         failures.sort(key=lambda failure: -failure[0])
         heading = f"{heading}: {len(failures)} of {len(outputs)}"
         y = bottom = write(figure, 30, bottom + 24, heading, 15, INK, True)
-        for i, (_, explanation, output) in enumerate(failures[: args.top]):
+        for i, (_, explanation, output) in enumerate(failures[:6]):
             x = 30 + 306 * (i % 3)
             y = bottom + 10 if i % 3 == 0 else y
             below = draw_clip(figure, output.sample, x, y, 288, frames=(1, 3, 5, 7))
@@ -480,8 +478,7 @@ def ablations(args: Args):
         for i, runs in enumerate(rows.values()):
             values = [float(run[column]) for run in runs if run[column]]
             if not values:
-                why = "no reasoning" if column.startswith("epc") else "not measured"
-                axes.text(2, i, why, size=11, color=SOFT, va="center")
+                axes.text(2, i, "no reasoning", size=11, color=SOFT, va="center")
                 continue
             axes.scatter(values, [i] * len(values), 45, color=colour, alpha=0.5, linewidth=0)
             mean = statistics.mean(values)

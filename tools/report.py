@@ -150,15 +150,13 @@ ROW = {"step": int, "completion": int, "rewards": dict, "clip": str, "answer": s
 
 
 def grouped(rows: Iterable[dict], source: dict) -> Iterator[list[dict]]:
-    """Yield the consecutive rows of one clip in one step. Count invalid rows in source["bad"]."""
+    """Yield the rows of each group. Count invalid rows in source["bad"]."""
     group: list[dict] = []
     for row in rows:
         if any(type(row.get(key)) is not kind for key, kind in ROW.items()):
             source["bad"] += 1
             continue
-        last = group[-1] if group else row
-        is_same_clip = (row["step"], row["clip"]) == (last["step"], last["clip"])
-        if group and not (is_same_clip and row["completion"] > last["completion"]):
+        if group and row["completion"] <= group[-1]["completion"]:  # each group starts at 0
             yield group
             group = []
         group.append(row)

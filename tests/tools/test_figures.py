@@ -216,9 +216,9 @@ def test_failures_are_sorted_and_silent_clips_are_found(toy, tmp_path):
         notes=["clips/2.mp4: no audio track: silence", "clips/1.mp4: degraded: no audio is meant"],
     )
     (tmp_path / "mine.json").write_text(json.dumps(r))
-    words = words_of(figures.figure_3(args("3", results=[str(tmp_path / "mine.json")], top=2)))
+    words = words_of(figures.figure_3(args("3", results=[str(tmp_path / "mine.json")])))
     ids = [word.removeprefix("real, ") for word in words if word.startswith("real, ")]
-    assert ids == ["clips/1.mp4", "clips/3.mp4", "clips/2.mp4"]
+    assert ids == ["clips/1.mp4", "clips/3.mp4", "clips/0.mp4", "clips/2.mp4"]
     counts = [re.search(r": (\d of 4)$", word) for word in words]
     assert [count[1] for count in counts if count] == ["3 of 4", "1 of 4", "0 of 4"]
     assert "The clip cannot be shown" in " ".join(words)  # the files do not exist
