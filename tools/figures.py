@@ -252,7 +252,7 @@ def row_panels(figure, x, y, row_height, labels: list[str], titles: list[str]) -
         axes = panel(figure, *place, title, xlim=(-4, 120), xticks=[0, 50, 100])
         axes.set_yticks(range(len(labels)), [] if panels else labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
-        axes.grid(color=LINE, linewidth=0.7)
+        axes.grid(axis="x", color=LINE, linewidth=0.7)
         panels.append(axes)
     return panels
 
@@ -328,7 +328,6 @@ def draw_curves(figure, x, y, title: str, name: str, rows: dict[str, list[dict]]
         means = [statistics.mean(values[max(0, i - 10) : i + 11]) for i in range(len(values))]
         axes.plot(steps, means, color=colour, linewidth=2.2, label=label)
         ends.append((means[-1], steps[-1], colour))
-    axes.legend(frameon=False, labelcolor="linecolor", prop={"weight": "bold", "size": 12})
     axes.margins(x=0)
     # The number of the upper curve stands above that of the lower curve.
     for (value, step, colour), place in zip(sorted(ends, reverse=True), ("bottom", "top")):
@@ -354,6 +353,8 @@ def picture(args: Args):
 
     title = "Correct answers in training"
     axes = draw_curves(figure, 75, below + 44, title, "rewards/accuracy/mean", rows)
+    style = {"frameon": False, "labelcolor": "linecolor", "prop": {"weight": "bold", "size": 12}}
+    axes.legend(loc="lower right", **style)
     title = "Reasoning that agrees with the answer"
     draw_curves(figure, 540, below + 44, title, "agreement", rows, sharey=axes)
 
@@ -399,7 +400,7 @@ def figure_2(args: Args):
     y = write(figure, 30, 20, "WAR and UAR in percent, beside Table 1 of the paper", 18, INK, True)
     y = write(figure, 30, y, "Thick bar and number: WAR. Thin bar: UAR. Black line: 95 % interval.")
     if not args.results:
-        note = "The paper has other clips and a larger model: compare the order of the bars."
+        note = "The paper has other clips and a larger model: compare the order, not the length."
         y = write(figure, 30, y, note)
     sets += paper
     labels = [model_of(name)[0] for name in rows]
@@ -474,6 +475,7 @@ def ablations(args: Args):
     titles = ["WAR, toy-dfew", "EPC, toy-dfew", "WAR, toy-ravdess", "EPC, toy-ravdess"]
     labels = [f"{name} ({len(runs)})" for name, runs in rows.items()]
     for column, axes in zip(columns, row_panels(figure, 265, y + 34, 26, labels, titles)):
+        axes.grid(axis="y", color=LINE, linewidth=0.7)
         colour = model_of("r1" if column.startswith("war") else "r1_conclusion")[1]
         for i, runs in enumerate(rows.values()):
             values = [float(run[column]) for run in runs if run[column]]
