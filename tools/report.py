@@ -40,7 +40,7 @@ from lib.reasoning import ALIASES, agrees
 from lib.run_folder import REPORT, read_rows
 from tools import doctor
 
-ROLLOUT_BYTES, ANSWER_BYTES = 6_000_000, 2_000_000  # groups of all runs, of all test sets
+ROLLOUT_BYTES, ANSWER_BYTES = 7_000_000, 2_000_000  # groups of all runs, of all test sets
 CLIP_BYTES, STRIP_BYTES = 8_500_000, 3_500_000  # embedded clips, their frames and waveforms
 LARGEST_CLIP = 1_000_000  # bytes; a larger clip is linked instead of embedded
 NUM_STRETCHES = 50  # equal parts of the steps, which share the bytes
@@ -175,8 +175,7 @@ def packed(rows: list[dict], config: dict) -> dict:
             "disagrees": has_both and not agrees(answer.lower(), conclusion),
             "truncated": row.get("finished") is False,
         }
-        for name in ("rewards", "advantage", "length", "by"):
-            completion[name] = row.get(name)
+        completion |= {k: row[k] for k in ("rewards", "advantage", "length", "by") if k in row}
         if isinstance(row.get("tokens"), list):  # [[token, log-prob, KL], ...], if they were logged
             completion["tokens"] = row["tokens"][:MAX_CHARACTERS]
         completions.append(completion)
