@@ -6,6 +6,7 @@
         skipped.jsonl       every clip that could not be used
         checkpoints/step_N  a folder that `from_pretrained` loads, with the trainer's state
         latest              a link to the newest complete checkpoint: `--model out/latest`
+        report.html         the page of `python -m tools.report out`
 
 A checkpoint is first written to a temporary folder beside its final place. A manifest lists the
 size and the SHA-256 of every file. All files are forced to the disk, and then the folder is renamed
@@ -38,6 +39,7 @@ from lib.files import check_writable, sync, write_json
 from lib.trackers import Mirror, check_tracker
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
+REPORT = "report.html"
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
 
@@ -166,7 +168,7 @@ def foreign_files(out: Path, feature_cache: str) -> list[str]:
     """
     # The feature cache may be inside of `out`. Without a cache this line adds "latest" once more.
     cache_folder = Path(os.path.relpath(feature_cache or out / "latest", out)).parts[0]
-    own = {*LOGS, "checkpoints", "latest", cache_folder}
+    own = {*LOGS, REPORT, "checkpoints", "latest", cache_folder}
     files = sorted(out.iterdir()) if out.is_dir() else []
     return [
         file.name
@@ -211,7 +213,7 @@ class RunFolder:
         if config_file.exists() and args.resume:
             self._check_same(json.loads(config_file.read_text()), config, args.allow_changes)
         elif config_file.exists():  # --overwrite
-            for name in ("config.json", *LOGS, "latest"):
+            for name in ("config.json", *LOGS, REPORT, "latest"):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
 

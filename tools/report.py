@@ -1,20 +1,21 @@
-"""One page to look at runs: curves, results, and every completion beside its clip.
-Self-contained: no network, no server.
+"""Write one HTML page about runs: curves, results, and every completion beside its clip.
 
-    python -m tools.report runs/r1 runs/r1_conclusion --out report.html
+    python -m tools.report runs/r1                      writes runs/r1/report.html
+    python -m tools.report runs/r1 runs/r1_conclusion   compares two runs, in the first one's folder
 
-The page is report.html beside this file, with numbers, texts and small clips filled in.  What would
-make it too large is thinned by rule, and the page says so.  rollouts.jsonl may be larger than the
-memory: it is read row by row.
+The page needs no network and no server. It is report.html beside this file, with the data filled
+in. If there is too much data for one page, rules select what it shows, and the page says so.
+rollouts.jsonl may be larger than the memory, so it is read row by row.
 
-    group     the completions of one clip in one step of a run; or the answers of all evaluated
+    group     the completions for one clip in one step of a run, or the answers of all evaluated
               models to one clip
-    source    groups that are looked through together: those of a run, those of a test set
+    source    the groups of one run or of one test set
 """
 
 import base64
 import contextlib
 import dataclasses
+import glob
 import heapq
 import itertools
 import json
@@ -31,516 +32,401 @@ import numpy as np
 
 import rewards
 from data import read_samples
-from lib.args import UserError, run_main
+from lib.args import UserError, list_of, run_main
 from lib.files import check_writable, write_text
 from lib.media import ClipError, read_clip
-from lib.protocol import is_result, read_result, set_of
+from lib.protocol import is_result, label_of, read_result, set_of
 from lib.reasoning import ALIASES, agrees
-from lib.run_folder import read_rows
+from lib.run_folder import REPORT, read_rows
 from tools import doctor
 
-ROLLOUT_BYTES, ANSWER_BYTES = 6_000_000, 2_000_000  # texts of all runs, of all evaluations
-CLIP_BYTES, STRIP_BYTES = 8_500_000, 3_500_000  # clips as base64; thumbnails and waveforms
-SMALL = 1_000_000  # bytes: a larger clip is linked, never embedded
-STRETCHES, POINTS = 50, 2_000  # equal parts of the steps that share the bytes; points of a curve
-# characters of a text; completions of a group, metrics, events, prompts, reward names
-LONGEST, MOST = 6_000, 200
-THUMB, BARS = 72, 160  # height of a thumbnail in pixels, bars of a waveform
+ROLLOUT_BYTES, ANSWER_BYTES = 7_000_000, 2_000_000  # groups of all runs, of all test sets
+CLIP_BYTES, STRIP_BYTES = 8_500_000, 3_500_000  # embedded clips, their frames and waveforms
+LARGEST_CLIP = 1_000_000  # bytes; a larger clip is linked instead of embedded
+NUM_STRETCHES = 50  # equal parts of the steps, which share the bytes
+MAX_POINTS = 2_000  # of a curve
+MAX_CHARACTERS = 6_000  # of a completion or a prompt
+FRAME_HEIGHT, NUM_BARS = 72, 160  # pixels; bars of a waveform
 
 
 @dataclasses.dataclass
 class Args:
-    runs: list[str]  # run folders of grpo.py or sft.py; or without the flag: RUN [RUN2 ...]
-    out: str = "report.html"  # the page
-    eval: list[str] = dataclasses.field(default_factory=list)
-    # result files; default: RUN/*.json, RUN/../eval/NAME.*.json
+    runs: list[str]  # run folders of grpo.py or sft.py; --runs itself may be left out
+    out: str = ""  # file of the page; default: report.html in the first run folder
+    eval: list[str] = list_of()
+    # result files of eval.py; default: RUN/*.json and RUN/../eval/NAME.*.json
 
 
-def number(x) -> float | None:
-    """To six digits; None for NaN and for what is no number: JSON has no word for them."""
-    return float(f"{x:.6g}") if type(x) in (int, float) and -1e100 < x < 1e100 else None
+def clean(value):
+    """Return a JSON value with numbers of six digits, and None for those that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: clean(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(x) for x in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
 
 
-def shortened(text: str, longest: int = LONGEST) -> str:
-    left, half = len(text) - longest, longest // 2
-    return (
-        text
-        if left <= 0
-        else f"{text[:half]} [... {left} characters are left out ...] {text[-half:]}"
-    )
+def shortened(text: str) -> str:
+    left, half = len(text) - MAX_CHARACTERS, MAX_CHARACTERS // 2
+    if left <= 0:
+        return text
+    return f"{text[:half]} [... {left} characters are left out ...] {text[-half:]}"
 
 
-def moved(path, run: doctor.Run) -> Path:
-    """A path of a run's config.json, as of now: what lay beside the run when it
-    was made still lies there."""
+def relocated(path, run: doctor.Run) -> Path:
+    """Return where a path of config.json is now: if a run was moved, its neighbours were too."""
     path = Path(str(path))
-    beside = Path(
-        os.path.abspath(run.path / os.path.relpath(path, str(run.config.get("out") or ".")))
-    )
-    order = (path, beside) if path.is_absolute() else (beside, path.absolute())
-    return next((p for p in order if p.exists()), beside)
+    from_run = os.path.relpath(path, str(run.config.get("out") or "."))
+    neighbour = Path(os.path.abspath(run.path / from_run))
+    candidates = (path, neighbour) if path.is_absolute() else (neighbour, path.absolute())
+    return next((p for p in candidates if p.exists()), neighbour)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def curves(run: doctor.Run) -> dict:
-    """-> {"steps": [n], "every": steps a point, "metrics": {name: [n]}, "evals": {name: [[step,
-    value]]}}"""
-    every = math.ceil(len(run.rows) / POINTS) or 1
+    """Return {"steps": [n], "every": steps of one point, "metrics": {name: [n]}, "evals": {name:
+    [[step, value]]}}."""
+    every = math.ceil(len(run.rows) / MAX_POINTS) or 1
     parts = [run.rows[i : i + every] for i in range(0, len(run.rows), every)]
-    names = lambda rows: list(dict.fromkeys(itertools.chain.from_iterable(rows)))[:MOST]
-    metrics = {
-        name: [number(doctor.mean(part, name)) for part in parts]
-        for name in names(run.rows)
-        if name != "step" and not name.startswith("eval/") and doctor.values(run.rows, name)
-    }
-    evals = {
-        name: [[row["step"], row[name]] for row in run.evals if doctor.values([row], name)]
-        for name in names(run.evals)
-        if name.startswith("eval/")
-    }
-    return {
-        "steps": [part[-1]["step"] for part in parts],
-        "every": every,
-        "metrics": metrics,
-        "evals": evals,
-    }
+    metrics, evals = {}, {}
+    for name in dict.fromkeys(itertools.chain(*run.rows, *run.evals)):
+        if name.startswith("eval/"):
+            rows = [row for row in run.evals if doctor.values([row], name)]
+            evals[name] = [[row["step"], row[name]] for row in rows]
+        elif name != "step" and doctor.values(run.rows, name):
+            metrics[name] = [doctor.mean(part, name) for part in parts]
+    steps = [part[-1]["step"] for part in parts]
+    return {"steps": steps, "every": every, "metrics": metrics, "evals": evals}
 
 
 def stages(run: doctor.Run | None) -> list[dict]:
-    """The run and those that it started from, the first of them first: base, emer_sft, r1."""
-    chain = []
+    """Return the runs that this run started from, the first one first, and the run itself."""
+    chain: list[dict] = []
     while run and len(chain) < 9:
-        rows = run.rows or [
-            row for row in read_rows(run.path / "metrics.jsonl") if type(row.get("step")) is int
-        ]
-        last = [
-            f"{name} {rows[-1][name]:.3g}"
-            for name in ("reward", "loss")
-            if doctor.values(rows[-1:], name)
-        ]
-        chain.append(
-            {
-                "name": run.path.name,
-                "path": str(run.path.resolve()),
-                "script": "grpo.py" if run.is_rl else "sft.py",
-                "model": str(run.config.get("model")),
-                "data": str(run.config.get("data")),
-                "last": last[:1],
-                "steps": len(rows) and rows[-1]["step"],
-                "seconds": number(sum(map(doctor.seconds, rows))),
-            }
-        )
-        start, run = moved(chain[-1]["model"], run), None
-        for folder in (start.parent, start.parent.parent):  # RUN/latest, RUN/checkpoints/step_N
-            with contextlib.suppress(OSError, ValueError, RecursionError):
-                config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-                run = run or (
-                    doctor.Run(folder, config, [])
-                    if isinstance(config, dict) and "lr" in config
-                    else None
-                )
-    return chain[::-1]
-
-
-def grouped(rows: Iterator[dict], source: dict) -> Iterator[list[dict]]:
-    """Consecutive rows of one clip in one step.  Rows that are no completion are counted in
-    source["bad"]."""
-    kinds, group = (
-        {"step": int, "completion": int, "rewards": dict, "clip": str, "answer": str, "text": str},
-        [],
-    )
-    for row in rows:
-        if any(type(row.get(key)) is not kind for key, kind in kinds.items()):
-            source["bad"] += 1
-            continue
-        if group and not (
-            (row["step"], row["clip"]) == (group[-1]["step"], group[-1]["clip"])
-            and len(group) < MOST
-            and row["completion"] > group[-1]["completion"]
-        ):
-            yield group
-            group = []
-        group.append(row)
-    yield from [group] if group else []
-
-
-def packed(group: list[dict], source: dict, config: dict) -> dict:
-    """A group as the page has it.  The source's names of rewards and its
-    prompts grow as new ones come."""
-    names, prompts, asked = (
-        source["rewards"],
-        source["prompts"],
-        shortened(str(group[0].get("prompt", ""))),
-    )
-    new = [
-        name
-        for name in dict.fromkeys(itertools.chain(*(row["rewards"] for row in group)))
-        if name not in names
-    ]
-    names += new[: MOST - len(names)]
-    prompts += [asked] if asked and asked not in prompts and len(prompts) < MOST else []
-    all_, bare = [], config.get("prompt") == "label"
-    for row in group:
-        said, concluded = (
-            f(row["text"])
-            for f in (
-                (rewards.label_word, lambda text: None)
-                if bare
-                else (rewards.parse_answer, rewards.conclusion_of)
-            )
-        )
-        torn = None not in (said, concluded) and not agrees(said.lower(), concluded)
-        all_.append(
-            {
-                "text": shortened(row["text"]),
-                "rewards": [number(row["rewards"].get(n)) for n in names],
-                "torn": torn,
-                "cut": row.get("finished") is False,
-                "by": row.get("by"),
-                "advantage": number(row.get("advantage")),
-                "length": number(row.get("length")),
-            }
-        )
-        # [[piece, logp, kl], ...], if they were logged
-        if isinstance(row.get("tokens"), list):
-            all_[-1]["tokens"] = [
-                [str(t[0]), *map(number, t[1:])]
-                for t in row["tokens"][:LONGEST]
-                if isinstance(t, list) and len(t) == 3
-            ]
-    return {
-        "step": group[0]["step"],
-        "clip": group[0]["clip"],
-        "label": group[0]["answer"],
-        "all": all_,
-        "prompt": prompts.index(asked) if asked in prompts else None,
-        "data": str(config.get("data")),
-    }
-
-
-def thinned(groups: Iterable[dict], source: dict, last_step: int, budget: int) -> dict:
-    """The source with as many groups as a budget of bytes holds, evenly over the steps.
-
-    In each stretch of the steps half of the clips, drawn by name, stay by name: the same ones can
-    be followed over all steps and runs.  Of the others those groups stay that say most: rewards
-    that differ, reasonings that contradict their answers, texts that are cut off.  Over the budget,
-    the largest of these shares loses its last.
-    """
-    heaps, sizes, seen = {}, Counter(), 0  # (stretch, by name or not) -> entries; -> bytes
-    for seen, group in enumerate(groups, 1):
-        all_, size, drawn = (
-            group["all"],
-            len(json.dumps(group)),
-            zlib.crc32(group["clip"].encode("utf-8", "replace")),
-        )
-        telling = (len({tuple(c["rewards"]) for c in all_}) > 1) + sum(
-            c["torn"] + c["cut"] for c in all_
-        ) / len(all_)
-        share = (
-            min(max(group["step"] - 1, 0) * STRETCHES // max(1, last_step), STRETCHES - 1),
-            drawn % 2,
-        )
-        heapq.heappush(
-            heaps.setdefault(share, []), (0 if drawn % 2 else telling, drawn, seen, size, group)
-        )
-        sizes[share] += size
-        while sizes.total() > max(budget, size):
-            largest = max(sizes, key=sizes.get)
-            sizes[largest] -= heapq.heappop(heaps[largest])[3]
-    entries = sorted(itertools.chain(*heaps.values()), key=lambda entry: entry[2])
-    return source | {"groups": [entry[-1] for entry in entries], "seen": seen}
-
-
-def new_source(name: str, run: int | None, specs) -> dict:
-    source = {"name": name, "run": run, "bad": 0, "rewards": [], "prompts": [], "weights": {}}
-    for reward, _, weight in (
-        str(spec).partition("=") for spec in (specs if isinstance(specs, list) else ())
-    ):
-        with contextlib.suppress(ValueError):
-            source["weights"][reward.rpartition(":")[2]] = number(float(weight or 1))
-    return source
-
-
-def results_in(file: Path, must: bool) -> list[tuple[str, dict]]:
-    """[(setting, result)] of a file of eval.py, several of --modalities.
-    `must`: UserError where it is another file."""
-    value = None
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        value = json.loads(file.read_text(encoding="utf-8"))
-    several = value.get("modalities") if isinstance(value, dict) else None
-    found = [
-        (name, {"data": value.get("data")} | result)
-        for name, result in (several if isinstance(several, dict) else {"": value}).items()
-        if is_result(result) and result["n"]
-    ]
-    if must and not found:
-        read_result(file)  # raises, and says why
-    return found
-
-
-def setting_of(view: dict) -> str:
-    """What a model was shown, as in "video mute"; "full" if nothing was left out."""
-    modal = view.get("modal", "video_audio")
-    words = [] if modal == "video_audio" else [str(modal)]
-    words += [word for word in ("mute", "blank") if view.get(word)]
-    return " ".join(words) or "full"
-
-
-def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
-    """[(name, run, setting, result)] -> results, and sources of a group a clip:
-    what each model says of it."""
-    results, sets = [], {}
-    for name, i, setting, result in found:
-        view = result["view"] if isinstance(result.get("view"), dict) else {}
-        setting = setting or setting_of(view)
-        # MODEL.SET.json
-        name = (
-            name if i is not None else name.removesuffix("." + Path(str(result.get("data"))).stem)
-        )
-        by = name if setting == "full" else f"{name} ({setting})"
-        of = set_of(result).removesuffix(".json")
-        rates = {
-            k: [
-                *map(
-                    number,
-                    [result.get(k), *(ci if isinstance(ci := result.get(f"{k}_ci"), list) else [])],
-                )
-            ]
-            for k in ("war", "uar", "epc", "eea", "fcr", "format_rate")
+        last = run.rows[-1] if run.rows else {"step": 0}
+        ends = [f"{k} {last[k]:.3g}" for k in ("reward", "loss") if doctor.values([last], k)]
+        stage = {
+            "name": run.path.name,
+            "path": str(run.path.resolve()),
+            "script": "grpo.py" if run.is_rl else "sft.py",
+            "model": str(run.config.get("model")),
+            "data": str(run.config.get("data")),
+            "last": ends[:1],
+            "steps": last["step"],
+            "seconds": sum(map(doctor.seconds, run.rows)),
         }
-        table = result["confusion"] if isinstance(result.get("confusion"), dict) else {}
-        table = {
-            t: {said: number(k) for said, k in row.items()}
-            for t, row in table.items()
-            if isinstance(row, dict)
-        }
-        results.append(
-            {
-                "name": name,
-                "by": by,
-                "run": i,
-                "set": of,
-                "setting": setting,
-                "n": number(result["n"]),
-                "rates": rates,
-                "confusion": table,
-            }
-        )
-        source, groups = sets.setdefault(of, (new_source(f"Answers: {of}", None, ["format=0"]), {}))
-        for p in result["predictions"]:
-            clip, answer, said = (str(p[key]) for key in ("id", "answer", "predicted"))
-            right = {
-                "right": float(said.strip().lower() == answer.strip().lower()),
-                "format": p.get("format"),
-            }
-            row = {
-                "step": 0,
-                "clip": clip,
-                "answer": answer,
-                "text": str(p.get("text", said)),
-                "rewards": right,
-                "by": by,
-            }
-            one = packed([row], source, {"prompt": view.get("prompt"), "data": result.get("data")})
-            groups.setdefault((clip, answer), one | {"all": [], "of": i})["all"] += one["all"]
-    return results, [
-        thinned(groups.values(), source, 1, ANSWER_BYTES // len(sets))
-        for source, groups in sets.values()
-    ]
-
-
-class Clips:
-    """The clips that the page shows, each once: what was there to see and hear,
-    and its media while there is room."""
-
-    def __init__(self):
-        self.files: dict[tuple, dict] = {}  # (sample file, media root) -> id -> (path, cues)
-        self.known: dict[str, int] = {}  # path, or id of one that is gone -> place in `all`
-        self.all: list[dict] = []
-
-    def place(self, name: str, data: Path, root: Path | None) -> int:
-        """The number of a clip in `all`."""
-        if (data, root) not in self.files:
-            self.files[data, root] = {}
-            # the sample file may be gone: texts are shown all the same
+        chain.insert(0, stage)
+        start, run = relocated(stage["model"], run), None
+        for folder in (start.parent, start.parent.parent):  # of RUN/latest, RUN/checkpoints/step_N
             with contextlib.suppress(UserError):
-                self.files[data, root] = {
-                    s.id: (s.clip, s.row.get("cues")) for s in read_samples(data, root)
-                }
-        path, cues = self.files[data, root].get(name, (None, None))
-        at = self.known.setdefault(str(path or name), len(self.all))
-        if at == len(self.all):
-            self.all.append({"id": name, "path": path})
-            if isinstance(cues, dict) and all(
-                isinstance(cues.get(sense), dict) for sense in ("seen", "heard")
-            ):
-                self.all[at] |= {
-                    sense: sorted({str(word) for word in cues[sense].values()})
-                    for sense in ("seen", "heard")
-                }
-        return at
-
-    def fill(self, folder: Path) -> list[dict]:
-        """All, with their media, by the draw of `thinned`.  `folder`: of the page,
-        where links start."""
-        room, strips = CLIP_BYTES, STRIP_BYTES
-        for clip in sorted(
-            self.all, key=lambda clip: -zlib.crc32(clip["id"].encode("utf-8", "replace"))
-        ):
-            path = clip.pop("path")
-            try:
-                if path and path.is_file():
-                    clip["href"], size = (
-                        urllib.parse.quote(os.path.relpath(path.resolve(), folder)),
-                        path.stat().st_size,
-                    )
-                    if 4 * size // 3 <= room and size <= SMALL:
-                        clip["file"] = base64.b64encode(path.read_bytes()).decode()
-                        room -= len(clip["file"])
-                if path and path.exists() and strips > 0:
-                    media = read_clip(path)
-                    clip |= {"note": "; ".join(media.notes), "strip": strip_of(media.frames)}
-                    peaks = [
-                        float(np.abs(part).max(initial=0))
-                        for part in np.array_split(media.audio, BARS)
-                    ]
-                    clip["wave"] = (
-                        [round(100 * peak / max(*peaks, 1e-3)) for peak in peaks]
-                        if media.has_audio
-                        else None
-                    )
-                    strips -= len(clip["strip"]) + 4 * BARS
-            except (OSError, ValueError, ClipError, av.error.FFmpegError) as error:
-                clip["note"] = f"It cannot be read: {error}"
-        return self.all
-
-
-def strip_of(frames: np.ndarray) -> str:
-    """The frames that the model gets, uint8 (F, H, W, 3) -> one JPEG of them side by side,
-    as base64; "" of none."""
-    F, H, W, _ = frames.shape
-    if not F:
-        return ""
-    encoder = av.CodecContext.create("mjpeg", "w")
-    encoder.width, encoder.height = F * max(2, round(THUMB * min(W / H, 3)) // 2 * 2), THUMB
-    encoder.pix_fmt, encoder.time_base, encoder.options = "yuvj420p", 1, {"qmin": "6", "qmax": "6"}
-    # (H, F * W, 3)
-    picture = av.VideoFrame.from_ndarray(np.concatenate(frames, axis=1), format="rgb24")
-    small = picture.reformat(width=encoder.width, height=THUMB, format="yuvj420p")
-    return base64.b64encode(
-        b"".join(map(bytes, [*encoder.encode(small), *encoder.encode()]))
-    ).decode()
-
-
-def setting_text(value) -> str:
-    """A value of config.json as a command line would show it: a list with spaces between."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return " ".join(map(setting_text, value))
-    return json.dumps(value)
+                run = run or doctor.read_run(folder)
+    return chain
 
 
 def about(run: doctor.Run, name: str) -> dict:
-    """All of a run but its rollouts."""
-    found = [
-        {
-            "name": f.name,
-            "sentence": f.sentence,
-            "remedy": doctor.REMEDIES[f.name],
-            "numbers": [
-                f"{k} {v if isinstance(v, str) else ' → '.join(f'{x:.4g}' for x in v)}"
-                for k, v in f.numbers.items()
-            ],
-        }
-        for f in doctor.examine(run)
+    """Return what the page shows of a run besides its completions."""
+    findings = [
+        dataclasses.asdict(f) | {"remedy": doctor.REMEDIES[f.name]} for f in doctor.examine(run)
     ]
-    config = {k: shortened(setting_text(v), 500) for k, v in run.config.items()}
     return curves(run) | {
         "name": name,
         "path": str(run.path),
         "rl": run.is_rl,
         "planned": run.planned_steps,
-        "findings": found,
-        "spans": [*map(doctor.span, (run.early, run.late))] if run.rows else [],
+        "findings": findings,
+        "spans": [doctor.span(rows) for rows in (run.early, run.late) if rows],
         "stages": stages(run),
-        "config": config,
+        "config": run.config,
     }
 
 
-def write_report(runs: list[Path], out: Path, evals: list[Path] | None = None) -> Path:
-    """Write the page about run folders, and return its path.  `evals`: result files,
-    by default those beside the runs.
+# ---- groups --------------------------------------------------------------------------------------
 
-    Raises UserError for a folder that is no run, a file that is no result,
-    and a place that cannot be written.
+ROW = {"step": int, "completion": int, "rewards": dict, "clip": str, "answer": str, "text": str}
+
+
+def grouped(rows: Iterable[dict], source: dict) -> Iterator[list[dict]]:
+    """Yield the rows of each group. Count invalid rows in source["bad"]."""
+    group: list[dict] = []
+    for row in rows:
+        if any(type(row.get(key)) is not kind for key, kind in ROW.items()):
+            source["bad"] += 1
+            continue
+        if group and row["completion"] <= group[-1]["completion"]:  # each group starts at 0
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def packed(rows: list[dict], config: dict) -> dict:
+    """Return the group of these rows in the form of the page."""
+    completions = []
+    for row in rows:
+        answer, conclusion = rewards.parse_answer(row["text"]), rewards.conclusion_of(row["text"])
+        has_both = config.get("prompt") != "label" and answer is not None and conclusion is not None
+        completion = {
+            "text": shortened(row["text"]),
+            "disagrees": has_both and not agrees(answer.lower(), conclusion),
+            "truncated": row.get("finished") is False,
+        }
+        completion |= {k: row[k] for k in ("rewards", "advantage", "length", "by") if k in row}
+        if isinstance(row.get("tokens"), list):  # [[token, log-prob, KL], ...], if they were logged
+            completion["tokens"] = row["tokens"][:MAX_CHARACTERS]
+        completions.append(completion)
+    first = rows[0]
+    return {
+        "step": first["step"],
+        "clip": first["clip"],
+        "label": first["answer"],
+        "completions": completions,
+        "prompt": shortened(str(first.get("prompt", ""))),
+        "data": str(config.get("data")),
+    }
+
+
+def clip_hash(clip: str) -> int:
+    return zlib.crc32(clip.encode("utf-8", "replace"))
+
+
+def select_groups(groups: Iterable[dict], source: dict, last_step: int, budget: int) -> dict:
+    """Return the source with as many groups as fit into `budget` bytes, evenly over the steps.
+
+    In each stretch of the steps, half of the clips are ranked by the hash of their name: these are
+    the same in all steps and runs, so a reader can follow them. The groups of the others are ranked
+    by whether the rewards differ, then by the share of completions that are truncated or whose
+    reasoning disagrees with the answer. Above the budget, the largest share loses its last group.
     """
-    folders, out = list(dict.fromkeys(Path(run).resolve() for run in runs)), Path(out)
-    if not folders:
-        raise UserError(
-            "give at least one run folder: python -m tools.report RUN [RUN2 "
-            "...] [--out report.html]"
-        )
-    read, clips = [doctor.read_run(folder) for folder in folders], Clips()
-    check_writable(out)
-    ends = (["/".join(folder.parts[-n:]) for folder in folders] for n in itertools.count(1))
-    names = next(end for end in ends if len(set(end)) == len(end))  # r1; or old/r1 and new/r1
-    files = [(Path(file), Path(file).stem, None) for file in evals or ()] or [
-        (file, names[i], i)
-        for i, run in enumerate(folders)
-        for file in sorted(
-            [
-                *run.glob("*.json"),
-                *(
-                    f
-                    for f in (run.parent / "eval").glob("*.json")
-                    if f.name.startswith(f"{run.name}.")
-                ),
-            ]
-        )
-    ]
-    results, answers = evaluated(
-        [(name, i, *found) for file, name, i in files for found in results_in(file, bool(evals))]
-    )
+    heaps: dict[tuple, list] = {}  # share: (stretch, whether it is ranked by name) -> its groups
+    sizes, total = Counter(), 0
+    for total, group in enumerate(groups, 1):
+        completions, name_hash = group["completions"], clip_hash(group["clip"])
+        size, by_name, interest = len(json.dumps(group)), name_hash % 2 == 1, 0
+        if not by_name:
+            differ = any(c["rewards"] != completions[0]["rewards"] for c in completions)
+            problems = sum(c["disagrees"] + c["truncated"] for c in completions)
+            interest = differ + problems / len(completions)
+        stretch = max(group["step"] - 1, 0) * NUM_STRETCHES // max(1, last_step)
+        share = (min(stretch, NUM_STRETCHES - 1), by_name)
+        heapq.heappush(heaps.setdefault(share, []), (interest, name_hash, total, size, group))
+        sizes[share] += size
+        while sizes.total() > max(budget, size):
+            largest = max(sizes, key=sizes.get)
+            sizes[largest] -= heapq.heappop(heaps[largest])[3]
+    kept = sorted(itertools.chain(*heaps.values()), key=lambda entry: entry[2])
+    return source | {"groups": [entry[-1] for entry in kept], "total": total}
+
+
+# ---- results of eval.py --------------------------------------------------------------------------
+
+RATES = ("war", "uar", "epc", "eea", "fcr", "format_rate")
+
+
+def read_results(folders: list[Path], names: list[str], files: list[Path]) -> list[tuple]:
+    """Return (name, index of the run, setting, result) of `files`, or of those beside the runs.
+
+    A file of eval.py --modalities has several settings. Raises UserError if one of `files` is no
+    result file.
+    """
+    candidates = [(file.stem, None, file) for file in files]
+    for i, folder in enumerate(folders if not files else ()):
+        of_run = (folder.parent / "eval").glob(f"{glob.escape(folder.name)}.*.json")
+        candidates += [(names[i], i, file) for file in sorted([*folder.glob("*.json"), *of_run])]
+    found = []
+    for name, run, file in candidates:
+        content = None
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            content = json.loads(file.read_text(encoding="utf-8"))
+        settings = {"": content}
+        if isinstance(content, dict) and "modalities" in content:
+            settings = content["modalities"]
+        results = {k: result for k, result in settings.items() if is_result(result) and result["n"]}
+        if files and not results:
+            read_result(file)  # raises the UserError that says why
+        for setting, result in results.items():
+            found.append((name, run, setting, {"data": content.get("data")} | result))
+    return found
+
+
+def setting_of(view: dict) -> str:
+    """Return the part of the clip that a model got, such as "video mute", or "full"."""
+    modal = view.get("modal", "video_audio")
+    words = [] if modal == "video_audio" else [modal]
+    words += [word for word in ("mute", "blank") if view.get(word)]
+    return " ".join(words) or "full"
+
+
+def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
+    """Return the results, and a source for each test set: the answers of all models to each clip.
+
+    found: what `read_results` returns
+    """
+    results, sets = [], {}
+    for name, run, setting, result in found:
+        view = result.get("view", {})
+        setting = setting or setting_of(view)
+        if run is None:  # the file is called MODEL.SET.json
+            name = name.removesuffix("." + Path(str(result["data"])).stem)
+        by = name if setting == "full" else f"{name} ({setting})"
+        test_set = set_of(result).removesuffix(".json")
+        rates = {rate: [result.get(rate), *result.get(f"{rate}_ci", ())] for rate in RATES}
+        entry = {"name": name, "by": by, "run": run, "set": test_set, "setting": setting}
+        confusion = result.get("confusion", {})
+        results.append(entry | {"n": result["n"], "rates": rates, "confusion": confusion})
+
+        groups = sets.setdefault(test_set, {})
+        for p in result["predictions"]:
+            answer = str(p["predicted"])
+            is_right = float(answer.strip().lower() == label_of(p))
+            scores = {"right": is_right, "format": p.get("format")}
+            row = {"step": 0, "clip": str(p["id"]), "answer": p["answer"], "rewards": scores}
+            row |= {"text": str(p.get("text", answer)), "by": by}
+            config = {"prompt": view.get("prompt"), "data": result["data"]}
+            group = packed([row], config) | {"result_of": run}
+            known = groups.setdefault((p["id"], p["answer"]), group)
+            if known is not group:
+                known["completions"] += group["completions"]
     sources = []
-    for i, (run, name) in enumerate(zip(read, names)):
-        source = new_source(name, i, run.config.get("rewards"))
-        groups = (
-            packed(group, source, run.config)
-            for group in grouped(read_rows(run.path / "rollouts.jsonl"), source)
-        )
-        sources.append(
-            thinned(
-                groups, source, run.rows[-1]["step"] if run.rows else 1, ROLLOUT_BYTES // len(read)
-            )
-        )
-    for source in [*sources, *answers]:
+    for test_set, groups in sets.items():
+        source = {"name": f"Answers: {test_set}", "run": None, "bad": 0}
+        budget = ANSWER_BYTES // len(sets)
+        sources.append(select_groups(groups.values(), source, 1, budget))
+    return results, sources
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+
+class Clips:
+    """The clips of the page, each one once."""
+
+    def __init__(self):
+        self.files: dict[tuple, dict] = {}  # (sample file, media root) -> id -> sample
+        self.index: dict[str, int] = {}  # path, or the id if there is none -> index in `all`
+        self.all: list[dict] = []
+
+    def add(self, name: str, data: Path, root: Path | None) -> int:
+        """Return the index of a clip in `all`. name: its id in the sample file `data`"""
+        if (data, root) not in self.files:
+            self.files[data, root] = {}
+            with contextlib.suppress(UserError):  # a clip without its sample file has no media
+                self.files[data, root] = {s.id: s for s in read_samples(data, root)}
+        sample = self.files[data, root].get(name)
+        path = sample and sample.clip
+        index = self.index.setdefault(str(path or name), len(self.all))
+        if index == len(self.all):
+            self.all.append({"id": name, "path": path})
+            cues = sample and sample.row.get("cues")
+            for sense, words in cues.items() if isinstance(cues, dict) else ():
+                self.all[index][sense] = sorted(set(words.values()))
+        return index
+
+    def with_media(self, folder: Path) -> list[dict]:
+        """Return all clips with their media, while there is room. Links start in `folder`."""
+        clip_room, strip_room = CLIP_BYTES, STRIP_BYTES
+        # In the order in which `select_groups` prefers them.
+        for clip in sorted(self.all, key=lambda clip: -clip_hash(clip["id"])):
+            path = clip.pop("path")
+            if not path or not path.exists():
+                continue
+            try:
+                if path.is_file():
+                    clip["href"] = urllib.parse.quote(os.path.relpath(path.resolve(), folder))
+                    size = path.stat().st_size
+                    if size <= LARGEST_CLIP and 4 * size // 3 <= clip_room:
+                        clip["file"] = base64.b64encode(path.read_bytes()).decode()
+                        clip_room -= len(clip["file"])
+                if strip_room > 0:
+                    media = read_clip(path)
+                    clip |= {"note": "; ".join(media.notes), "strip": strip_of(media.frames)}
+                    if media.has_audio:
+                        clip["wave"] = wave_of(media.audio)
+                    strip_room -= len(clip["strip"]) + 4 * NUM_BARS
+            except (OSError, ClipError) as error:
+                clip["note"] = f"The clip cannot be read: {error}"
+        return self.all
+
+
+def wave_of(audio: np.ndarray) -> list[int]:
+    """Return the peaks of a sound in percent of the highest one."""
+    peaks = [float(abs(part).max(initial=0)) for part in np.array_split(audio, NUM_BARS)]
+    return [round(100 * peak / max(*peaks, 1e-3)) for peak in peaks]
+
+
+def strip_of(frames: np.ndarray) -> str:
+    """Return frames, uint8 (F, H, W, 3), side by side as a JPEG in base64; "" for no frames."""
+    F, H, W, _ = frames.shape
+    if not F:
+        return ""
+    width = F * max(2, round(FRAME_HEIGHT * min(W / H, 3)) // 2 * 2)
+    encoder = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = width, FRAME_HEIGHT, "yuvj420p"
+    encoder.time_base, encoder.options = 1, {"qmin": "6", "qmax": "6"}
+    picture = av.VideoFrame.from_ndarray(np.concatenate(frames, axis=1), format="rgb24")
+    picture = picture.reformat(width=width, height=FRAME_HEIGHT, format="yuvj420p")
+    packets = [*encoder.encode(picture), *encoder.encode()]
+    return base64.b64encode(b"".join(map(bytes, packets))).decode()
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+def write_report(runs: list[Path], out: Path | str = "", evals: list[Path] = ()) -> Path:
+    """Write the page about run folders and return its path.
+
+    `out` is by default report.html in the first folder. `evals` are result files, by default those
+    beside the runs. Raises UserError for a folder that is no run, a file that is no result, and a
+    place that cannot be written.
+    """
+    folders = list(dict.fromkeys(Path(run).resolve() for run in runs))
+    if not folders:
+        raise UserError("give at least one run folder: python -m tools.report RUN [RUN2 ...].")
+    out = Path(out or Path(runs[0]) / REPORT)
+    read = [doctor.read_run(folder) for folder in folders]
+    check_writable(out)
+    # The shortest ends of the paths that differ: r1, or old/r1 and new/r1.
+    ends = (["/".join(folder.parts[-n:]) for folder in folders] for n in itertools.count(1))
+    names = next(names for names in ends if len(set(names)) == len(names))
+    results, answers = evaluated(read_results(folders, names, [Path(file) for file in evals]))
+
+    sources = []
+    for i, run in enumerate(read):
+        source = {"name": names[i], "run": i, "bad": 0}
+        rows = grouped(read_rows(run.path / "rollouts.jsonl"), source)
+        groups = (packed(group, run.config) for group in rows)
+        last_step = run.rows[-1]["step"] if run.rows else 1
+        sources.append(select_groups(groups, source, last_step, ROLLOUT_BYTES // len(read)))
+    sources += answers
+    clips = Clips()
+    for source in sources:
         for group in source["groups"]:
-            run = read[source["run"] or group.pop("of", None) or 0]
+            run = read[source["run"] or group.pop("result_of", None) or 0]
             root = run.config.get("media_root")
-            group["clip"] = clips.place(
-                group["clip"], moved(group.pop("data"), run), moved(root, run) if root else None
-            )
+            data = relocated(group.pop("data"), run)
+            group["clip"] = clips.add(group["clip"], data, relocated(root, run) if root else None)
     content = {
         "runs": [about(run, name) for run, name in zip(read, names)],
-        "sources": sources + answers,
+        "sources": sources,
         "results": results,
-        "clips": clips.fill(out.resolve().parent),
-        "longest": LONGEST,
+        "clips": clips.with_media(out.resolve().parent),
+        "longest": MAX_CHARACTERS,
         "emotions": sorted({*ALIASES, *" ".join(ALIASES.values()).split()}),
     }
-    # As ASCII and without "<": no text can end the script, and half a character (a lone surrogate)
-    # can be written.
-    filled = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    # ASCII without "<": no text can end the script, and lone surrogates can be written.
+    filled = json.dumps(clean(content), separators=(",", ":")).replace("<", "\\u003c")
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     write_text(out, page.replace(">null</script>", f">{filled}</script>", 1))
     return out
 
 
 def main(args: Args) -> None:
-    path = write_report(
-        [Path(run) for run in args.runs], Path(args.out), [Path(file) for file in args.eval]
-    )
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, open it in a browser")
+    path = write_report(args.runs, args.out, args.eval)
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in a browser")
 
 
 if __name__ == "__main__":

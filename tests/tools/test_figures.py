@@ -1,14 +1,14 @@
-"""tools/figures.py: what is drawn is where the numbers say, what is shown is what the rules choose,
-text stays text."""
+"""tools/figures.py: values are drawn where the files say, and rules choose the clips."""
 
+import csv
 import dataclasses
-import html.parser
+import importlib.util
+import io
 import itertools
 import json
 import random
 import re
-import xml.etree.ElementTree as ET
-import zlib
+import sys
 from pathlib import Path
 
 import av
@@ -17,12 +17,13 @@ import pytest
 
 from data import Sample
 from lib import media, protocol
-from lib.args import UserError
+from lib.args import UserError, printable
 from lib.reasoning import faithfulness
-from tools import ablate, chosen, draw, figures
+from tools import figures
 
-SVG = "{http://www.w3.org/2000/svg}"
-HOSTILE = "</text><script>alert('x')</script> & \x00\x1b[2J \ud800 \u202e <think>\"happy\""
+pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install matplotlib")
+
+HOSTILE = '</text> $\\frac{ & \x00\x1b[2J \ud800 \u202e $ "happy" '
 
 
 def think(
@@ -60,8 +61,7 @@ def result(predictions: list[dict], data: Path, war: float = 50.0, **more) -> di
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    """A finished miniature of three clips, its texts hostile,
-    its sample file at another place than the results say."""
+    """A finished toy run of three clips. It was moved, and its outputs are hostile."""
     root = tmp_path_factory.mktemp("toy")
     (root / "data" / "clips").mkdir(parents=True)
     (root / "eval").mkdir()
@@ -86,17 +86,16 @@ def toy(tmp_path_factory) -> Path:
         )
     rows[2]["cues"]["heard"]["pitch"] = "high"
     (root / "data" / "toy_dfew_test.json").write_text(json.dumps(rows))
-    said = {
+    outputs = {
         "emer_sft": [("sad", "sad"), ("sad", "sad"), ("fear", "fear")],
         "r1": [("sad", "happy"), ("sad", "angry"), ("fear", "fear")],
         "r1_conclusion": [("sad", "sad"), ("angry", "angry"), ("fear", "fear")],
     }
-    for war, (name, texts) in zip((40.0, 80.0, 70.0), said.items()):
+    for war, (name, texts) in zip((40.0, 80.0, 70.0), outputs.items()):
         predictions = [
-            prediction(i, label, think(*words))
+            prediction(i, label, think(*words, before=HOSTILE))
             for i, (label, words) in enumerate(zip(labels, texts))
         ]
-        predictions[1]["text"] = HOSTILE + predictions[1]["text"]
         (root / "eval" / f"{name}.toy_dfew_test.json").write_text(
             json.dumps(result(predictions, Path("gone/toy_dfew_test.json"), war))
         )
@@ -115,184 +114,100 @@ def args(figure: str, toy: Path = Path("none"), **more) -> figures.Args:
     return figures.Args(figure, str(toy), **more)
 
 
-def tree(svg: str) -> ET.Element:
-    return ET.fromstring(svg)
+def words_of(figure) -> list[str]:
+    return [text.get_text() for text in figure.texts]
 
 
-class Reader(html.parser.HTMLParser):
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags, self.words = set(), ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-
-    def handle_data(self, words):
-        self.words += words
+def panels(figure, title: str) -> list:
+    return [axes for axes in figure.axes if axes.get_title("left") == title]
 
 
-# ------------------------------------------------------------------------------------------------
-# Drawing
-# ------------------------------------------------------------------------------------------------
+def pictures(figure) -> list[np.ndarray]:
+    return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 33)])
-def test_png_is_what_another_decoder_reads(shape, tmp_path):
-    """Stops a filter that goes over the edge of a row, a wrong checksum,
-    colours in the order of another library."""
-    rng = np.random.default_rng(1)
-    whole, palette = (
-        rng.integers(0, 256, (*shape, 3), np.uint8),
-        rng.integers(0, 256, (256, 3), np.uint8),
+def output(p: dict, label: str = "sad", row: dict | None = None, **more) -> figures.Output:
+    sample = Sample("c", Path("c"), "q", label, label, "video_audio", row=row or {})
+    return figures.Output(
+        sample, "s", p["text"], label, p["predicted"] or "", p["concluded"], **more
     )
-    which = rng.integers(0, 256, shape, np.uint8)
-    for name, content, expected in (
-        ("a", draw.png(whole), whole),
-        ("b", draw.png(which, palette), palette[which]),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with av.open(str(tmp_path / name)) as file:
-            assert np.array_equal(next(file.decode(video=0)).to_ndarray(format="rgb24"), expected)
-        at = 8
-        while at < len(content):  # av does not look at the checksums; browsers do
-            size = int.from_bytes(content[at : at + 4], "big")
-            assert int.from_bytes(content[at + 8 + size : at + 12 + size], "big") == zlib.crc32(
-                content[at + 4 : at + 8 + size]
-            )
-            at += 12 + size
 
 
-def test_reduced_colours_are_near_and_few():
-    """Stops a palette that swaps colours, or more of them than a byte can count."""
-    rng = np.random.default_rng(2)
-    few = rng.integers(0, 256, (200, 3), np.uint8)
-    image = few[np.arange(2000).reshape(40, 50) % 200]
-    where, palette = draw.reduce_colours(image)
-    assert np.abs(palette[where].astype(int) - image).max() < 8
-    many = rng.integers(0, 256, (90, 90, 3), np.uint8)
-    many[:3] = image[0, 0]  # the most frequent one, so it is kept as it is
-    where, palette = draw.reduce_colours(many)
-    assert len(palette) == 256 and where.dtype == np.uint8
-    assert np.abs(palette[where[:3]].astype(int) - image[0, 0]).max() <= 1
-    assert len({tuple(colour >> 3) for colour in palette}) == 256  # none twice
+# ---- rules ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "words", ["a few words that have to be wrapped " * 5, "x" * 300, "", HOSTILE]
-)
-def test_wrapped_lines_fit_and_lose_nothing(words):
-    """Stops a text that runs out of its column, and a long word that is cut off."""
-    lines = draw.wrap(words, 200, 16)
-    assert all(len(line) * 0.57 * 16 <= 200 for line in lines)
-    shown = "".join("".join(lines).split())
-    assert shown == "".join(draw.printable(" ".join(words.split())).split())
+def test_agreement_is_that_of_epc():
+    """Stops a figure whose disagreement is EPC's agreement."""
+    words = ["happy", "joyful", "anger", "angry", "happy and sad", ""]
+    for answer, concluded in itertools.product(words, ["happy", "angry", None]):
+        epc = faithfulness(["sad"], [answer], [concluded])["epc"]
+        p = {"text": "", "predicted": answer, "concluded": concluded}
+        assert bool(output(p).agrees) == (epc == 100)
 
 
-def test_marks():
-    """Stops the label's synonym in red, a denied emotion of two words as one,
-    a cue inside another word."""
-    text = "<think>Joy, not anger; slowly, slow.</think>"
-    marks = draw.mark(text, "happy", frozenset({"slow"}))
-    assert "".join(piece for piece, _ in marks) == text
-    assert [m for m in marks if m[1]] == [
-        ("<think>", "tag"),
-        ("Joy", "right"),
-        ("anger", "wrong"),
-        ("slow", "invented"),
-        ("</think>", "tag"),
-    ]
-    assert draw.mark("Calm", "calm") == [("Calm", "right")]  # a label that is in no vocabulary
-
-
-# ------------------------------------------------------------------------------------------------
-# Rules
-# ------------------------------------------------------------------------------------------------
-
-
-def test_agreement_is_that_of_the_measures():
-    """Stops a figure that calls disagreement what EPC counts as agreement,
-    or the other way round."""
-    words = ["happy", "Happy ", "joyful", "anger", "angry", "happy and sad", "", None]
-    for said, concluded in itertools.product(words, ["happy", "angry", None]):
-        epc = faithfulness(["sad"], [said.strip().lower() if said else said], [concluded])["epc"]
-        assert chosen.agrees({"predicted": said, "concluded": concluded}) == (epc == 100)
-
-
-def test_the_clip_that_tells_most_is_the_one_of_a_search():
-    """Stops a rule that takes a later clip of two alike, or forgets one of its wishes."""
-    rng, emotions = random.Random(3), ["happy", "sad", "angry"]
+def test_the_contrast_counts_what_holds(tmp_path):
+    """Stops a rule that forgets an expectation or takes a later one of two equal clips."""
+    rng, emotions = random.Random(3), ["happy", "sad", "angry", None]
     for _ in range(200):
-        labels = [rng.choice(emotions) for _ in range(4)]
-        results = {
-            name: {
-                s: result(
-                    [
-                        prediction(
-                            f"{s}{i}", label, think(rng.choice(emotions), rng.choice(emotions))
-                        )
-                        for i, label in enumerate(labels)
-                    ],
-                    Path("x"),
-                )
-                for s in "ab"
+        labels = [rng.choice(emotions[:3]) for _ in range(4)]
+        clips = []
+        for label in labels:
+            texts = {
+                name: {
+                    "text": "",
+                    "predicted": rng.choice(emotions),
+                    "concluded": rng.choice(emotions),
+                }
+                for name in ("emer_sft", "r1", "r1_conclusion")
             }
-            for name in ("emer_sft", "r1", "r1_conclusion")
-        }
+            clips.append({name: output(p, label) for name, p in texts.items()})
         best, found = -1, None
-        for s, i in itertools.product("ab", range(4)):
-            cold, r1, agreeing = (results[name][s]["predictions"][i] for name in results)
-            told = (cold["predicted"] != labels[i]) + (cold["predicted"] == cold["concluded"])
-            told += (r1["predicted"] == labels[i]) + (r1["predicted"] != r1["concluded"])
-            told += (agreeing["predicted"] == labels[i]) + (
-                agreeing["predicted"] == agreeing["concluded"]
-            )
-            if told > best:
-                best, found = told, (s, f"clips/{s}{i}.mp4")
-        assert chosen.mended(results) == found
+        for outputs in clips:
+            start, r1, agreeing = outputs.values()
+            agree = [bool(o.conclusion) and o.answer == o.conclusion for o in outputs.values()]
+            met = (start.answer != start.label) + agree[0]
+            met += (r1.answer == r1.label) + (r1.conclusion is not None and not agree[1])
+            met += (agreeing.answer == agreeing.label) + agree[2]
+            if met > best:
+                best, found = met, outputs
+        assert max(clips, key=figures.contrast) is found
 
 
-def test_faults_of_one_prediction():
-    """Stops a true cue or a seen one called invented sound, silence that is not noticed,
-    a quote that is not compared."""
+def test_failures_of_one_output():
+    """Stops a true or a seen cue in the list of invented sounds, silence that is not noticed, and a
+    quotation that is not compared."""
     cues = {"seen": {"brows": "raised"}, "heard": {"pitch": "low", "rate": "slow"}}
-    known = {"low", "high", "slow", "quick"}
+    sounds = frozenset({"low", "high", "slow", "quick"})
 
     def kinds(p, row, silent=False):
-        sample = Sample("c", Path("c"), "q", "sad", "sad", "video_audio", row=row)
-        return {
-            f.kind: (f.bad, f.invented)
-            for f in chosen.faults(prediction(0, "sad", p), sample, "s", silent, known)
-        }
+        return figures.failures_of(output(p, "sad", row, silent=silent, sounds=sounds))
 
     heard = "The brows are raised, the pitch high and low, the rate quick."
-    assert kinds(think("sad", "sad", heard), {"cues": cues}) == {"sound": (2, {"high", "quick"})}
+    assert kinds(think("sad", "sad", heard), {"cues": cues}) == {
+        "sound": (2, "Not in the sound: high, quick.")
+    }
     assert kinds(think("sad", "sad", heard), {"cues": cues}, silent=True) == {
-        "sound": (3, {"high", "low", "quick"})
+        "sound": (3, "Not in a silent clip: high, low, quick.")
     }
-    assert kinds(think("sad", "sad", heard), {}) == {}  # sound, and nothing known of it
-    assert kinds(think("sad", "sad", heard), {}, silent=True) == {"sound": (1, {"pitch"})}
+    assert kinds(think("sad", "sad", heard), {}) == {}  # nothing is known about the sound
+    assert kinds(think("sad", "sad", heard), {}, silent=True) == {
+        "sound": (1, "Not in a silent clip: pitch.")
+    }
     assert kinds(think("sad", "sad", "There is no voice."), {}, silent=True) == {}
-    assert kinds(think("angry", "sad"), {}) == {"disagree": (1, frozenset())}
-    assert kinds(think("angry", "fear"), {}) == {"disagree": (2, frozenset())}
+    assert kinds(think("angry", "sad"), {}) == {"disagree": (1, "")}
+    assert kinds(think("angry", "fear"), {}) == {"disagree": (2, "")}
     quote = think("sad", "sad", 'She says "I am not fine".')
-    assert kinds(quote, {"transcript": "I am fine"}) == {
-        "quote": (pytest.approx(1 / 3), frozenset())
-    }
+    error, explanation = kinds(quote, {"transcript": "I am fine"})["quote"]
+    assert error == pytest.approx(1 / 3) and "33 %. Transcript: I am fine" in explanation
     assert kinds(quote, {"transcript": "I am not fine", "cues": "none"}) == {}
-    assert kinds(quote, {"transcript": 7}) == {"quote": (4, frozenset())}  # a row may hold anything
+    assert kinds(quote, {"transcript": 7})["quote"][0] == 4  # a row may hold anything
 
 
-def test_failures_are_sorted_and_know_silent_clips(toy, tmp_path):
-    """Stops the mildest first, ties out of order, and eval.py's notes of silent
-    clips that nobody reads."""
-    rows = [
-        {
-            "video": f"clips/{i}.mp4",
-            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "sad"}],
-        }
-        for i in range(4)
-    ]
+def test_failures_are_sorted_and_silent_clips_are_found(toy, tmp_path):
+    """Stops the mildest failure first, equal ones out of order, and notes of eval.py about silent
+    clips that are not read."""
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "sad"}]
+    rows = [{"video": f"clips/{i}.mp4", "conversations": turns} for i in range(4)]
     (tmp_path / "real.json").write_text(json.dumps(rows))
     texts = [("angry", "sad"), ("angry", "fear"), ("sad", "sad"), ("fear", "angry")]
     r = result(
@@ -301,142 +216,144 @@ def test_failures_are_sorted_and_know_silent_clips(toy, tmp_path):
         notes=["clips/2.mp4: no audio track: silence", "clips/1.mp4: degraded: no audio is meant"],
     )
     (tmp_path / "mine.json").write_text(json.dumps(r))
-    found = chosen.failures({"real": r}, args("3", results=[str(tmp_path / "mine.json")]))
-    assert [f.p["index"] for f in found["disagree"]] == [1, 3, 0]
-    assert [f.p["index"] for f in found["sound"]] == [2] and found["quote"] == []
-    page = figures.figure_3(args("3", results=[str(tmp_path / "mine.json")], top=2))
-    # the clips are gone, and it says so
-    assert page.count("<section") == 3 and "no such file" in page
-    assert "another emotion than the answer: 3 of 4" in page
+    words = words_of(figures.figure_3(args("3", results=[str(tmp_path / "mine.json")])))
+    ids = [word.removeprefix("real, ") for word in words if word.startswith("real, ")]
+    assert ids == ["clips/1.mp4", "clips/3.mp4", "clips/0.mp4", "clips/2.mp4"]
+    counts = [re.search(r": (\d of 4)$", word) for word in words]
+    assert [count[1] for count in counts if count] == ["3 of 4", "1 of 4", "0 of 4"]
+    assert "The clip cannot be shown" in " ".join(words)  # the files do not exist
 
 
-# ------------------------------------------------------------------------------------------------
-# Figures
-# ------------------------------------------------------------------------------------------------
+def test_a_typical_clip_has_the_most_common_cues():
+    """Stops a face with a rare cue, or a clip of another emotion."""
+    clips = []
+    for label, brows in zip("aabbba", ("up", "down", "up", "up", "down", "down")):
+        row = {"cues": {"seen": {"brows": brows}, "heard": {}}}
+        clips.append({"r1": output(think(label, label), label, row)})
+    typical = figures.typical_clips(clips)
+    assert typical == {"a": clips[1]["r1"].sample, "b": clips[2]["r1"].sample}
+
+
+# ---- figures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", ["a few words that have to be wrapped " * 5, "x" * 300, "", HOSTILE]
+)
+def test_wrapped_lines_fit_and_lose_nothing(words):
+    """Stops text that leaves its column, a long word that is cut off, and a $ that starts a
+    formula."""
+    figure = figures.new_figure()
+    below = figures.write(figure, 0, 0, words, 16, width=200)
+    figure.savefig(io.BytesIO(), format="png")
+    boxes = [text.get_window_extent() for text in figure.texts]
+    assert all(box.width <= 220 for box in boxes)
+    assert all(figures.WIDTH - box.y0 < below for box in boxes)
+    shown = "".join("".join(words_of(figure)).split())
+    assert shown == "".join(printable(" ".join(words.split())).split())
 
 
 def test_curves_are_where_the_metrics_say(toy):
-    """Stops a curve upside down, smoothed with rows that are not beside it, or of another run."""
-    root = tree(figures.picture(args("picture", toy)))
-    lines = [
-        [tuple(map(float, xy.split(","))) for xy in line.get("points").split()]
-        for line in root.iter(f"{SVG}polyline")
-    ]
-    texts = [t.text for t in root.iter(f"{SVG}text")]
-    found = {}
-    for run, name in itertools.product(
-        ("r1", "r1_conclusion"), ("rewards/accuracy/mean", "agreement")
+    """Stops a curve of another run, and one that is smoothed with rows that are far away."""
+    figure = figures.picture(args("picture", toy))
+    for title, name in (
+        ("Correct answers in training", "rewards/accuracy/mean"),
+        ("Reasoning that agrees with the answer", "agreement"),
     ):
-        rows = [json.loads(line) for line in (toy / run / "metrics.jsonl").read_text().splitlines()]
-        values = [row[name] for row in rows if name in row]
-        found[name, run] = [
-            np.mean([v for j, v in enumerate(values) if abs(j - i) <= 10])
-            for i in range(len(values))
-        ]
-    low = min(0.9, np.floor(10 * min(min(v) for v in found.values())) / 10)
-    expected = {}
-    for (name, _), values in found.items():
-        left = 100 if name != "agreement" else 720
-        expected.setdefault(name, []).append(
-            [
-                (left + 325 * (i + 1) / 60, 390 + 140 * (1 - (v - low) / (1 - low)))
-                for i, v in enumerate(values)
+        (axes,) = panels(figure, title)
+        numbers = [text.get_text().strip() for text in axes.texts]
+        for line, run in zip(axes.lines, ("r1", "r1_conclusion"), strict=True):
+            rows = map(json.loads, (toy / run / "metrics.jsonl").read_text().splitlines())
+            values = [row[name] for row in rows if name in row]
+            means = [
+                np.mean([v for j, v in enumerate(values) if abs(j - i) <= 10])
+                for i in range(len(values))
             ]
-        )
-        assert f"{100 * values[-1]:.0f} %" in texts
-    for name, drawn in zip(("rewards/accuracy/mean", "agreement"), (lines[:2], lines[2:])):
-        for curve in expected[name]:
-            assert any(np.allclose(curve, other, atol=0.06) for other in drawn)
+            np.testing.assert_allclose(line.get_ydata(), means)
+            assert list(line.get_xdata()) == list(range(1, 61))
+            assert line.get_label() == figures.MODELS[run][0]
+            assert line.get_color() == figures.MODELS[run][1]
+            assert f"{100 * means[-1]:.0f} %" in numbers
 
 
 def test_the_picture_shows_the_chosen_clip(toy):
-    """Stops texts of another clip than the face's, hostile text that becomes markup,
-    an answer without its verdict."""
-    svg = figures.picture(args("picture", toy))
-    words = ["".join(t.itertext()) for t in tree(svg).iter(f"{SVG}text")]
-    assert chosen.mended(chosen.read_results(args("picture", toy)))[1] == "clips/1.mp4"
-    assert [w[8:] for w in words if w.startswith("Answer: ")] == [
-        "sad \u2717",
-        "angry \u2713",
-        "angry \u2713",
+    """Stops outputs of another clip than the one of the frames, and an answer whose sign or colour
+    says the opposite."""
+    figure = figures.picture(args("picture", toy))
+    answers = [(t.get_text(), t.get_color()) for t in figure.texts if "Answer: " in t.get_text()]
+    assert answers == [
+        ("\u2717 Answer: sad", figures.WRONG),
+        ("\u2713 Answer: angry", figures.RIGHT),
+        ("\u2713 Answer: angry", figures.RIGHT),
     ]
-    assert not list(tree(svg).iter(f"{SVG}script")) and "<script" not in svg
-    face = next(i for i in tree(svg).iter(f"{SVG}image") if i.get("width") == "150")
+    reasons = [word for word in words_of(figure) if "Reasoning: " in word]
+    assert [word[-5:] for word in reasons] == [": sad", ": sad", "angry"]
     frames = media.read_clip(toy / "data" / "clips" / "1.mp4").frames
-    assert face.get("href") == draw.data_uri(frames[7])
-    coloured = [(s.text, s.get("fill")) for s in tree(svg).iter(f"{SVG}tspan")]
-    assert (
-        ("sad", draw.WRONG) in coloured
-        and ("angry", draw.RIGHT) in coloured
-        and ("angry", draw.WRONG) not in coloured
-    )
-
-
-def test_pages_keep_hostile_text_as_text(toy):
-    """Stops a sampled text that runs as script in the reader's browser."""
-    for figure in (figures.figure_1, figures.figure_3):
-        page = Reader(figure(args("1", toy, clip="clips/1.mp4")))
-        assert "script" not in page.tags and "alert('x')</script>" in page.words
-        assert "\\x00\\x1b[2J \\ud800 \\u202e" in page.words
+    faces = pictures(figure)
+    assert len(faces) == 4 and np.array_equal(faces[3], frames[7])
+    assert any(np.array_equal(face, np.concatenate(frames[[0, 2, 7]], 1)) for face in faces[:3])
 
 
 def test_figure_1_has_a_column_for_each_model(toy):
-    """Stops a model that is left out, and --clip that is not obeyed."""
-    page = figures.figure_1(args("1", toy, clip="clips/2.mp4"))
-    assert re.findall("<h3>(.*?)</h3>", page) == [
+    """Stops a model that is left out, and a --clip that is ignored."""
+    figure = figures.figure_1(args("1", toy, clip="clips/2.mp4"))
+    words = words_of(figure)
+    titles = [title for title, _ in figures.MODELS.values()]
+    assert [word for word in words if word in titles] == [
         "Cold start",
-        "R1, the paper&#x27;s reward",
+        "R1, paper's reward",
         "R1 + conclusion",
     ]
-    assert "clips/2.mp4" in page and "Heard: pitch high" in page and page.count("<img") == 8
-    assert "clips/1.mp4" in figures.figure_1(args("1", toy))  # by rule
+    assert "toy_dfew, clips/2.mp4" in words and "Heard: pitch high" in words
+    frames = media.read_clip(toy / "data" / "clips" / "2.mp4").frames
+    assert np.array_equal(pictures(figure)[0], np.concatenate(frames, axis=1))
+    by_rule = words_of(figures.figure_1(args("1", toy)))
+    assert "toy_dfew, clips/1.mp4" in by_rule
 
 
 def test_bars_are_as_long_as_the_rates(toy):
-    """Stops bars of another data set or rate, intervals off their bars,
-    the paper's numbers from memory."""
-    root = tree(figures.figure_2(args("2", toy)))
-    rects = [
-        (float(r.get("x")), float(r.get("y")), float(r.get("width")))
-        for r in root.iter(f"{SVG}rect")
-        if r.get("width") != "100%"
-    ]
-    full = 700 / 3 - 76  # one data set here, three of the paper's, one scale
-    ours = [rate for war in (40, 80, 70) for rate in (war, war / 2)]
-    assert [w for *_, w in rects[:6]] == pytest.approx(
-        [full * rate / 100 for rate in ours], abs=0.006
-    )
-    paper = [
-        rate for row in protocol.PAPER.values() for s in protocol.PAPER_SETS for rate in row[s]
-    ]
-    assert [w for *_, w in rects[6:]] == pytest.approx(
-        [full * rate / 100 for rate in paper], abs=0.006
-    )
-    spans = [
-        tuple(map(float, m))
-        for m in re.findall(
-            r"M([\d.]+) [\d.]+H([\d.]+)\" stroke=\"#1c1f24\"", figures.figure_2(args("2", toy))
-        )
-    ]
-    assert spans[:2] == [
-        pytest.approx((260 + full * 0.36, 260 + full * 0.43), abs=0.006),
-        pytest.approx((260 + full * 0.15, 260 + full * 0.26), abs=0.006),
-    ]
-    assert len(spans) == 6  # the paper gives none
+    """Stops bars of another data set, rate or model, and intervals beside their bars."""
+    figure = figures.figure_2(args("2", toy))
+    wars = {"emer_sft": 40, "r1": 80, "r1_conclusion": 70}
+    names = [*wars, "base", "label_sft"]
+    paper = dict(zip(figures.MODELS, protocol.PAPER.values()))
+    (ours,) = panels(figure, "toy_dfew")
+    expected = [rate for name in wars for rate in (wars[name], wars[name] / 2)]
+    assert [bar.get_width() for bar in ours.patches] == expected
+    labels = [label.get_text() for label in ours.get_yticklabels()]
+    assert labels == [figures.MODELS[name][0] for name in names]
+    spans = [tuple(c.get_segments()[0][:, 0]) for c in ours.collections]
+    assert spans[:2] == [(36, 43), (15, 26)] and len(spans) == 6
+    for column in protocol.PAPER_SETS:
+        (axes,) = panels(figure, f"paper,\n{column.upper()}")
+        rows = [paper[name][column] for name in names if name in paper]
+        assert [bar.get_width() for bar in axes.patches] == list(itertools.chain(*rows))
+        places = [round(bar.get_y() + 0.32) for bar in axes.patches][::2]
+        assert places == [i for i, name in enumerate(names) if name in paper]
+        assert not axes.collections  # the paper has no intervals
+
+
+def write_csv(file: Path, lines: list[dict]) -> None:
+    head = ["name", "seed", "status", *ABLATIONS]
+    with open(file, "w", newline="") as text:
+        writer = csv.DictWriter(text, head, restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+ABLATIONS = {
+    "war/toy_dfew": 90.0,
+    "epc/toy_dfew": 60.0,
+    "war/toy_ravdess": 70.0,
+    "epc/toy_ravdess": 50.0,
+}
 
 
 def test_ablations_have_a_point_for_each_seed(tmp_path):
-    """Stops a seed that is left out, a mean of what crashed,
-    a row without runs that takes up a line."""
-    head = {
-        "war/toy_dfew": 90.0,
-        "epc/toy_dfew": 60.0,
-        "war/toy_ravdess": 70.0,
-        "epc/toy_ravdess": 50.0,
-    }
+    """Stops a seed that is left out, a crashed run in a mean, and a row without finished runs."""
     lines = [
         {"name": name, "seed": seed, "status": status}
-        | {k: round(v + seed, 3) for k, v in head.items()}
+        | {column: value + seed for column, value in ABLATIONS.items()}
         for name, seed, status in (
             ("paper", 0, "ok"),
             ("paper", 1, "ok"),
@@ -448,92 +365,103 @@ def test_ablations_have_a_point_for_each_seed(tmp_path):
         )
     ]
     lines[-1] |= {"epc/toy_dfew": "", "epc/toy_ravdess": ""}
-    ablate.write_lines(tmp_path / "a.csv", lines)
-    root = tree(figures.ablations(args("ablations", csv=str(tmp_path / "a.csv"))))
-    points = {(c.get("cx"), c.get("cy")) for c in root.iter(f"{SVG}circle")}
-    row_of = {"paper": 0, "evidence": 1, "label SFT": 2}
-    expected = {
-        (
-            f"{330 + 194 * j + 160 * float(line[column]) / 100:.1f}",
-            f"{165.0 + 30 * row_of[line['name']]:.1f}",
-        )
-        for line in lines
-        if line["status"] == "ok"
-        for j, column in enumerate(head)
-        if line[column] != ""
-    }
-    assert points == expected and len(points) == 18
-    words = [t.text for t in root.iter(f"{SVG}text")]
-    assert words.count("no reasoning") == 2 and "beta0" not in words and words.count("2 seeds") == 2
-    means = re.findall(
-        r"M([\d.]+) ([\d.]+)v20", figures.ablations(args("ablations", csv=str(tmp_path / "a.csv")))
-    )
-    assert (f"{330 + 160 * 0.915:.1f}", "185.0") in means  # evidence: 90 and 93; row 1 is at 195
+    write_csv(tmp_path / "a.csv", lines)
+    figure = figures.ablations(args("ablations", csv=str(tmp_path / "a.csv")))
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == ["paper (2)", "evidence (2)", "label SFT (1)"]
+    for axes, (column, value) in zip(figure.axes, ABLATIONS.items(), strict=True):
+        points = [tuple(p) for c in axes.collections for p in c.get_offsets()]
+        seeds = [(0, 0), (1, 0), (0, 1), (3, 1), (0, 2)]
+        if column.startswith("epc"):
+            seeds.pop()
+            assert [text.get_text() for text in axes.texts] == ["no reasoning"]
+        assert points == [(value + seed, row) for seed, row in seeds]
+        means = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "|"]
+        assert means[:2] == [(value + 0.5, 0), (value + 1.5, 1)]
 
 
-def test_the_longest_name_ends_before_its_seeds(tmp_path):
-    """Stops "agreement=0.2" printed over "4 seeds"."""
-    name = max((row.name for row in ablate.ROWS), key=len)
-    ablate.write_lines(
-        tmp_path / "a.csv", [{"name": name, "seed": 0, "status": "ok", "war/toy_dfew": 90.0}]
-    )
-    root = tree(figures.ablations(args("ablations", csv=str(tmp_path / "a.csv"))))
-    words = {t.text: float(t.get("x")) for t in root.iter(f"{SVG}text")}
-    assert words[name] + 8.6 * len(name) < words["1 seed"] - 45  # which ends there; 13 pixels high
+def test_the_longest_name_is_on_the_page(tmp_path):
+    """Stops a name of an ablation that is longer than the place to the left of the panels."""
+    with open(figures.ROOT / "results/ablations.csv") as file:
+        name = max((line["name"] for line in csv.DictReader(file)), key=len)
+    write_csv(tmp_path / "a.csv", [{"name": name, "seed": 0, "status": "ok", "war/toy_dfew": 9}])
+    figure = figures.ablations(args("ablations", csv=str(tmp_path / "a.csv")))
+    figure.savefig(io.BytesIO(), format="png")
+    assert figure.axes[0].get_yticklabels()[0].get_window_extent().x0 > 10
 
 
 @pytest.mark.parametrize(
-    "figure, more, told",
+    "figure, more, message",
     [
-        ("picture", {}, "none/eval holds no results; make it with python -m toy --out none."),
-        ("2", {"results": ["gone.json"]}, "--results gone.json is missing"),
-        ("ablations", {"csv": "none.csv"}, "none.csv holds no run that ended well"),
-        (
-            "1",
-            {"toy": True, "clip": "x"},
-            "--clip x: no result has a clip of this id; ids look like clips/1.mp4.",
-        ),
+        ("picture", {}, "none/eval holds no results; run python -m toy --out none."),
+        ("2", {"results": ["gone.json"]}, "gone.json"),
+        ("ablations", {"csv": "none.csv"}, "none.csv has no finished run"),
+        ("1", {"toy": True, "clip": "x"}, "--clip x: no result has a clip with this id."),
         (
             "3",
             {"toy": True, "model": "x"},
-            "--model x: there are results of emer_sft, r1, r1_conclusion.",
+            "no results of --model x; there are those of emer_sft, r1, r1_conclusion.",
         ),
     ],
 )
-def test_what_is_missing_is_told(figure, more, told, toy, tmp_path, monkeypatch):
-    """Stops a traceback, and a file that is written all the same."""
+def test_an_error_names_what_is_missing(figure, more, message, toy, tmp_path, monkeypatch):
+    """Stops a traceback, and a file that is written in spite of the error."""
     monkeypatch.chdir(tmp_path)
     more = more | ({"toy": str(toy)} if more.get("toy") else {"toy": "none"})
-    with pytest.raises(UserError, match=re.escape(told)):
-        figures.main(dataclasses.replace(args(figure), out=str(tmp_path / "out.svg"), **more))
-    assert not (tmp_path / "out.svg").exists()
+    with pytest.raises(UserError, match=re.escape(message)):
+        figures.main(dataclasses.replace(args(figure), out=str(tmp_path / "out.png"), **more))
+    assert not (tmp_path / "out.png").exists()
 
 
-def test_two_folds_of_one_model_are_not_mixed_up(toy, tmp_path):
-    """Stops a figure of the first fold alone that looks like one of all."""
+def test_a_changed_sample_file_is_an_error(toy, tmp_path):
+    """Stops a traceback if the sample file no longer has an evaluated clip."""
+    (tmp_path / "real.json").write_text("[]")
+    r = result([prediction(0, "sad", think("sad", "sad"))], tmp_path / "real.json")
+    (tmp_path / "mine.json").write_text(json.dumps(r))
+    for content, message in (("[]", "real.json"), (json.dumps(turnless()), "has no clip clips/0")):
+        (tmp_path / "real.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            figures.figure_1(args("1", results=[str(tmp_path / "mine.json")]))
+
+
+def turnless() -> list[dict]:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "sad"}]
+    return [{"video": "clips/9.mp4", "conversations": turns}]
+
+
+def test_two_folds_of_one_model_are_refused(toy, tmp_path):
+    """Stops a figure of the first fold that looks like one of all folds."""
     content = (toy / "eval" / "r1.toy_dfew_test.json").read_text()
     for name in "ab":
         (tmp_path / f"{name}.json").write_text(content)
     with pytest.raises(
         UserError,
-        match=r"a\.json, .*b\.json are all of .* on toy_dfew_test\.json; give with --results one",
+        match=r"a\.json and .*b\.json are results of .* on one data set \(toy_dfew_test\.json\)",
     ):
         figures.figure_2(args("2", toy, results=[str(tmp_path)]))
 
 
-def test_a_csv_with_a_word_for_a_number(tmp_path):
-    """Stops a traceback that names no line."""
-    ablate.write_lines(
-        tmp_path / "a.csv", [{"name": "paper", "seed": 4, "status": "ok", "war/toy_dfew": "many"}]
-    )
-    with pytest.raises(UserError, match=r"a\.csv, paper, seed 4: .*'many'"):
-        figures.ablations(args("ablations", csv=str(tmp_path / "a.csv")))
+@pytest.mark.parametrize("figure", ["picture", "1", "2", "3"])
+def test_the_file_is_a_small_png(figure, toy, tmp_path):
+    """Stops a figure that cannot be drawn with hostile outputs, and a file without a palette."""
+    out = tmp_path / "new" / "out.png"
+    figures.main(args(figure, toy, out=str(out)))
+    with av.open(str(out)) as file:
+        frame = next(file.decode(video=0))
+    assert frame.format.name == "pal8" and frame.width > 1200
+    pixels = frame.to_ndarray(format="rgb24")
+    ground = [int(figures.GROUND[i : i + 2], 16) for i in (1, 3, 5)]
+    assert np.abs(pixels[0, 0].astype(int) - ground).max() <= 3  # opaque
 
 
-def test_without_chromium_the_svg_is_there(toy, tmp_path, monkeypatch):
-    """Stops a machine without a browser from getting nothing,
-    or from believing that it got the PNG."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"p\.svg is written, but no PNG of it: install Chromium"):
-        figures.main(args("picture", toy, out=str(tmp_path / "p.svg")))
-    assert tree((tmp_path / "p.svg").read_text()) is not None and not (tmp_path / "p.png").exists()
+def test_without_matplotlib_one_sentence_says_so(toy, monkeypatch):
+    """Stops a traceback where the optional package is missing."""
+    for name in [name for name in sys.modules if name.startswith("matplotlib")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    spec = importlib.util.spec_from_file_location("bare_figures", figures.__file__)
+    bare = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bare_figures", bare)
+    spec.loader.exec_module(bare)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        bare.main(args("picture", toy))

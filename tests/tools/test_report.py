@@ -3,6 +3,7 @@ and the page itself in a headless Chromium."""
 
 import base64
 import contextlib
+import dataclasses
 import json
 import random
 import re
@@ -17,9 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import grpo
 from lib.args import UserError
+from lib.dist import Ranks
 from lib.media import write_clip
+from lib.run_folder import RunFolder, check_outputs
 from tools import report
 from tools.report import write_report
 
@@ -99,7 +104,7 @@ def make_rollouts() -> list[dict]:
     return rows
 
 
-def is_torn(row: dict) -> bool:
+def disagrees(row: dict) -> bool:
     think, said = re.search(r"It is (\w+)\..*<answer>(\w+)", row["text"], re.DOTALL).groups()
     return think != said
 
@@ -114,7 +119,9 @@ def runs(tmp_path_factory) -> Path:
     tone = (np.sin(np.arange(32000) / 20) * np.linspace(0, 1, 32000)).astype(np.float32)
     for i in range(4):
         write_clip(runs / f"data/c{i}.mp4", frames, tone, fps=10)
-    (runs / "data/large.mp4").write_bytes((runs / "data/c0.mp4").read_bytes() + bytes(report.SMALL))
+    (runs / "data/large.mp4").write_bytes(
+        (runs / "data/c0.mp4").read_bytes() + bytes(report.LARGEST_CLIP)
+    )
     cues = {"seen": {"brows": "raised", "lips": "open"}, "heard": {"pitch": "high", "rate": "low"}}
     quiet = cues | {"heard": {"pitch": "high", "rate": "slow"}}
     turns = [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "happy"}]
@@ -194,11 +201,8 @@ def test_what_was_logged_is_what_stands_in_the_page(runs, tmp_path):
         ("sft", 2, 6.0),
         ("r1", 12, 30.0),
     ]
-    assert source["seen"] == len(source["groups"]) == 36 and source["bad"] == 0
-    assert source["weights"] == {"accuracy": 1.0, "format": 0.5} and source["rewards"] == [
-        "accuracy",
-        "format",
-    ]
+    assert source["total"] == len(source["groups"]) == 36 and source["bad"] == 0
+    assert run["config"]["rewards"] == ["accuracy", "format=0.5"]
     got = [
         (
             g["step"],
@@ -206,21 +210,21 @@ def test_what_was_logged_is_what_stands_in_the_page(runs, tmp_path):
             c["text"],
             c["rewards"],
             c["advantage"],
-            c["cut"],
-            c["torn"],
+            c["truncated"],
+            c["disagrees"],
         )
         for g in source["groups"]
-        for c in g["all"]
+        for c in g["completions"]
     ]
     assert got == [
         (
             r["step"],
             r["clip"],
             r["text"],
-            [*r["rewards"].values()],
+            r["rewards"],
             r["advantage"],
             not r["finished"],
-            is_torn(r),
+            disagrees(r),
         )
         for r in make_rollouts()
     ]
@@ -228,7 +232,7 @@ def test_what_was_logged_is_what_stands_in_the_page(runs, tmp_path):
 
 def test_long_curves_are_means_of_neighbours(tmp_path, monkeypatch):
     """Stops a long run whose points are picked, or lose the last step."""
-    monkeypatch.setattr(report, "POINTS", 4)
+    monkeypatch.setattr(report, "MAX_POINTS", 4)
     run = make_run(tmp_path / "r", [], [{"step": s, "reward": s} for s in range(1, 11)])
     got = filled(write_report([run], tmp_path / "p.html"))["runs"][0]
     assert (got["steps"], got["every"], got["metrics"]["reward"]) == (
@@ -255,7 +259,7 @@ def test_clips_are_embedded_linked_or_gone(runs, tmp_path, monkeypatch):
     assert base64.b64decode(clips["c1.mp4"]["strip"]).startswith(b"\xff\xd8")
     wave = clips["c1.mp4"]["wave"]
     # the tone grows from silence
-    assert len(wave) == report.BARS and max(wave) == 100 and max(wave[:10]) < 15
+    assert len(wave) == report.NUM_BARS and max(wave) == 100 and max(wave[:10]) < 15
     assert clips["c1.mp4"]["seen"] == ["open", "raised"] and clips["c1.mp4"]["heard"] == [
         "high",
         "slow",
@@ -273,10 +277,41 @@ def test_results_beside_the_run_and_given_ones(runs, tmp_path):
         ("r1 (mute)", 0, 25, 10, 90),
     ]
     answers = content["sources"][1]
-    assert [c["by"] for c in answers["groups"][0]["all"]] == [r["by"] for r in content["results"]]
-    assert sorted(g["all"][0]["rewards"][0] for g in answers["groups"]) == [0, 0, 1, 1]
+    assert [c["by"] for c in answers["groups"][0]["completions"]] == [
+        r["by"] for r in content["results"]
+    ]
+    assert sorted(g["completions"][0]["rewards"]["right"] for g in answers["groups"]) == [
+        0,
+        0,
+        1,
+        1,
+    ]
     given = filled(write_report([runs / "r1"], tmp_path / "p.html", [runs / "eval/r10.rl.json"]))
     assert [(r["by"], r["run"]) for r in given["results"]] == [("r10", None)]
+
+
+def test_the_page_is_in_the_folder_of_the_first_run(runs, tmp_path):
+    """Stops a page that lands in the current folder, a report that makes a run folder look like
+    somebody else's, and the report of a run that --overwrite has replaced."""
+    shutil.copytree(runs, tmp_path / "runs")
+    r1, sft = tmp_path / "runs/r1", tmp_path / "runs/sft"
+    assert write_report([r1, sft]) == r1 / "report.html" and filled(r1 / "report.html")
+    report.main(report.Args([str(sft)]))
+    assert filled(sft / "report.html")["runs"][0]["name"] == "sft"
+    assert filled(write_report([r1]))["results"]  # the page itself is no obstacle
+
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    data, page = tmp_path / "runs/data/rl.json", tmp_path / "new/report.html"
+    args = grpo.Args(model=str(tmp_path), data=str(data), out=str(tmp_path / "new"))
+    RunFolder(args, ranks)
+    page.write_text("")
+    RunFolder(dataclasses.replace(args, resume=True), ranks)
+    assert page.exists()
+    RunFolder(dataclasses.replace(args, overwrite=True), ranks)
+    assert not page.exists()
+    page.write_text("")
+    (tmp_path / "new/config.json").unlink()  # as if the run was killed at this moment
+    check_outputs(args, ranks)
 
 
 def test_fifty_thousand_rollouts_are_thinned_by_rule(tmp_path):
@@ -297,7 +332,7 @@ def test_fifty_thousand_rollouts_are_thinned_by_rule(tmp_path):
     )
     content = filled(page)
     source, clips = content["sources"][0], content["clips"]
-    assert len(rows) == 50_000 and source["seen"] == 6250 and 1500 < len(source["groups"]) < 3500
+    assert len(rows) == 50_000 and source["total"] == 6250 and 1500 < len(source["groups"]) < 3500
     assert report.ROLLOUT_BYTES * 0.8 < page.stat().st_size < report.ROLLOUT_BYTES * 1.1
     kept = {(g["step"], clips[g["clip"]]["id"]) for g in source["groups"]}
     # of the clips that stay by name the highest draws, of the others the live ones
@@ -360,10 +395,14 @@ def test_hostile_texts_cannot_leave_the_data(tmp_path):
         and source["bad"] == 3
         and len(source["groups"]) == 2
     )
-    first, second, _ = source["groups"][0]["all"]
-    assert first["text"] == EVIL and first["advantage"] is None and second["rewards"][0] is None
-    assert len(second["text"]) < report.LONGEST + 60 and "characters are left out" in second["text"]
-    assert second["tokens"] == [["<b>", -1, None]] and "tokens" not in first
+    first, second, _ = source["groups"][0]["completions"]
+    assert first["text"] == EVIL and first["advantage"] is None
+    assert second["advantage"] is None and content["runs"][0]["metrics"]["reward"] == [1e99, None]
+    assert (
+        len(second["text"]) < report.MAX_CHARACTERS + 60
+        and "characters are left out" in second["text"]
+    )
+    assert second["tokens"] == [["<b>", -1, None], 3] and "tokens" not in first
 
 
 def test_errors_are_a_sentence(runs, tmp_path):
@@ -382,7 +421,7 @@ def test_errors_are_a_sentence(runs, tmp_path):
         cwd=Path(report.__file__).parents[1],
     )
     assert (
-        told.stdout.startswith(f"{tmp_path / 'sft.html'}: 0.0 MB")
+        told.stdout.startswith(f"wrote {tmp_path / 'sft.html'} (0.0 MB)")
         and not told.stderr
         and filled(tmp_path / "sft.html")
     )
@@ -550,18 +589,20 @@ def test_filters_leave_what_a_brute_force_count_leaves(browser, page):
     alive = lambda g: any(r["advantage"] for r in g)
     cases = [
         ({"emotion": "sad"}, lambda g: g[0]["answer"] == "sad"),
-        ({"kind": "dead"}, lambda g: not alive(g)),
-        ({"kind": "alive"}, alive),
-        ({"kind": "cut"}, lambda g: not all(r["finished"] for r in g)),
-        ({"whole": "disagree"}, lambda g: any(map(is_torn, g))),
-        ({"whole": "agree"}, lambda g: not any(map(is_torn, g))),
+        ({"kind": "zero"}, lambda g: not alive(g)),
+        ({"kind": "differ"}, alive),
+        ({"kind": "truncated"}, lambda g: not all(r["finished"] for r in g)),
+        ({"agreement": "disagree"}, lambda g: any(map(disagrees, g))),
+        ({"agreement": "agree"}, lambda g: not any(map(disagrees, g))),
         ({"least": "0.8"}, lambda g: reward(g) >= 0.8),
         ({"most": "0.8"}, lambda g: reward(g) <= 0.8),
-        ({"reach": "1"}, lambda g: max(abs(r["advantage"]) for r in g) >= 1),
+        ({"advantage": "1"}, lambda g: max(abs(r["advantage"]) for r in g) >= 1),
         ({"search": "IS SAD"}, lambda g: any("is sad" in r["text"] for r in g)),
-        ({"search": "c1.mp4", "kind": "alive"}, lambda g: g[0]["clip"] == "c1.mp4" and alive(g)),
+        ({"search": "c1.mp4", "kind": "differ"}, lambda g: g[0]["clip"] == "c1.mp4" and alive(g)),
     ]
-    open_ = dict.fromkeys(("emotion", "kind", "whole", "least", "most", "reach", "search"), "")
+    open_ = dict.fromkeys(
+        ("emotion", "kind", "agreement", "least", "most", "advantage", "search"), ""
+    )
     for values, keep in cases:
         n = sum(map(keep, groups.values()))
         assert 0 < n < 36, values
@@ -579,12 +620,12 @@ def test_a_clip_plays_beside_its_marked_texts(browser, page):
         ["raised"] * 3,
         ["low"] * 3,
     )
-    torn = [row["step"] for row in make_rollouts() if row["clip"] == "c1.mp4" and is_torn(row)]
-    browser.choose(whole="disagree")
+    torn = [row["step"] for row in make_rollouts() if row["clip"] == "c1.mp4" and disagrees(row)]
+    browser.choose(agreement="disagree")
     assert len(browser.texts("#completions .against")) == 2 * torn.count(min(torn))
     browser.js("document.querySelector('#clip video').play() && 0")
     browser.wait(lambda: browser.js("document.querySelector('#clip video')?.currentTime > 0.3"))
-    browser.choose(search="", whole="", source="1")
+    browser.choose(search="", agreement="", source="1")
     assert sorted(browser.texts("#completions strong")) == ["r1", "r1", "r1 (blank)", "r1 (mute)"]
     assert len(browser.texts("#heats table")) == 4
 
