@@ -1,17 +1,8 @@
 """The toy clips: a drawn face with a synthesised voice, 2 s each, and their sample files.
 
-There are twelve emotions. Each is a pair of a face and a voice. Several emotions share a face and
-several share a voice, but no two share both:
-
-                 lively      tense       level           heavy        <- voice (heard cues)
-    pleasant     happy       -           neutral         calm
-    wide         surprise    fear        -               -
-    knit         angry       anxious     contemptuous    disgust
-    downcast     -           helpless    disappointed    sad
-    ^ face (seen cues)
-
-So neither video nor audio alone is enough. The true cues of every clip are known, so `cue_scores`
-can compare what a model states with what is there.
+Each of the twelve emotions is a pair of a face and a voice (PAIRS). Several emotions share a face
+and several share a voice, so neither video nor audio alone is enough. The true cues of every clip
+are known, so `cue_scores` can compare what a model states with what is there.
 
     python -m toy.world --out data/toy               # 5,540 mp4 clips and their json files
     python -m toy.world --out data/toy --scale 0.1   # a tenth of them
@@ -84,21 +75,18 @@ VOICES = {  # any two differ in three cues or more
     "level": ("middle", "lively", "steady", "moderate", "clear"),
     "heavy": ("low", "flat", "slow", "soft", "clear"),
 }
-PAIRS = {
-    "happy": ("pleasant", "lively"),
-    "neutral": ("pleasant", "level"),
-    "calm": ("pleasant", "heavy"),
-    "surprise": ("wide", "lively"),
-    "fear": ("wide", "tense"),
-    "angry": ("knit", "lively"),
-    "anxious": ("knit", "tense"),
-    "contemptuous": ("knit", "level"),
-    "disgust": ("knit", "heavy"),
-    "helpless": ("downcast", "tense"),
-    "disappointed": ("downcast", "level"),
-    "sad": ("downcast", "heavy"),
+PAIRS = {  # face -> the emotion that it expresses with each voice, in the order of VOICES
+    "pleasant": ("happy", None, "neutral", "calm"),
+    "wide": ("surprise", "fear", None, None),
+    "knit": ("angry", "anxious", "contemptuous", "disgust"),
+    "downcast": (None, "helpless", "disappointed", "sad"),
 }
-EMOTIONS = {e: dict(zip(CUES, FACES[f] + VOICES[v])) for e, (f, v) in PAIRS.items()}
+EMOTIONS = {
+    emotion: dict(zip(CUES, FACES[face] + VOICES[voice]))
+    for face, emotions in PAIRS.items()
+    for voice, emotion in zip(VOICES, emotions)
+    if emotion
+}
 
 # ---- Sets and clips
 
@@ -255,18 +243,8 @@ def bayes_accuracy(name: str, cues: dict = CUES) -> float:
 # ---- Texts
 
 QUESTION_CAPTION = "Describe what is seen and heard."
-NOUNS = {
-    "brows": "brows",
-    "furrow": "forehead",
-    "eyes": "eyes",
-    "corners": "mouth corners",
-    "lips": "lips",
-    "pitch": "pitch",
-    "melody": "melody",
-    "rate": "rate",
-    "loudness": "volume",
-    "breath": "tone",
-}
+# The nouns of cues that are not called by their names.
+NOUNS = {"furrow": "forehead", "corners": "mouth corners", "loudness": "volume", "breath": "tone"}
 CONCLUSIONS = (
     "All of this suggests that the emotion is {}.",
     "Taken together, the person seems {}.",
@@ -282,14 +260,16 @@ def describe(levels: dict, rng: np.random.Generator) -> str:
     """
     sentences = []
     for cues, openers in (
-        (SEEN, ("In the video ", "On the face ", "")),
-        (HEARD, ("In the audio ", "In the voice ", "")),
+        (list(SEEN), ("In the video ", "On the face ", "")),
+        (list(HEARD), ("In the audio ", "In the voice ", "")),
     ):
         # Two orders only: a small model needs long to learn a free order, and gains nothing by it.
-        first, *others = list(cues) if rng.random() >= 0.5 else reversed(cues)
-        verb = "are" if NOUNS[first].endswith("s") else "is"
-        clauses = [f"the {NOUNS[first]} {verb} {levels[first]}"]
-        clauses += [f"the {NOUNS[cue]} {levels[cue]}" for cue in others]
+        if rng.random() < 0.5:
+            cues.reverse()
+        nouns = [NOUNS.get(cue, cue) for cue in cues]
+        clauses = [f"the {noun} {levels[cue]}" for noun, cue in zip(nouns, cues)]
+        verb = "are" if nouns[0].endswith("s") else "is"
+        clauses[0] = f"the {nouns[0]} {verb} {levels[cues[0]]}"
         text = rng.choice(openers) + ", ".join(clauses[:-1]) + " and " + clauses[-1] + "."
         sentences.append(text[0].upper() + text[1:])
     if rng.random() < 0.25:
