@@ -111,20 +111,18 @@ class Pipeline:
         Raises UserError for results that are not on record.
         """
         missing = [file for file in results if not file.exists()]
+        old = self.made_from.get(name, {})
+        if old is None:
+            return "it was interrupted"
+        if missing:
+            return f"{missing[0]} is missing" if old else ""
+        if self.args.fresh:
+            return "--fresh was given"
         if name not in self.made_from:
-            if missing or self.args.fresh:
-                return ""
             raise UserError(
                 f"{results[0]} exists, but {self.made_file} does not say what it was made from: "
                 "replace it with --fresh, or choose another --out."
             )
-        old = self.made_from[name]
-        if old is None:
-            return "it was interrupted"
-        if missing:
-            return f"{missing[0]} is missing"
-        if self.args.fresh:
-            return "--fresh was given"
         changed = sorted(k for k in made_from | old if made_from.get(k) != old.get(k))
         return f"{', '.join(changed)} changed" if changed else None
 
@@ -152,11 +150,7 @@ class Pipeline:
         print("   python " + shlex.join(words), flush=True)
         if words[0] != "-m":
             words[0] = str(ROOT / words[0])
-        # The repository is on the path even if the command was started in another folder.
-        path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
         done = subprocess.run([sys.executable, *words], env=environment, text=True, **output)
         if done.returncode:
@@ -229,7 +223,7 @@ class Pipeline:
         return self.out / "eval" / f"{name}.{test_set}.json"
 
     def report(self, *names: str) -> None:
-        """Write OUT/report.html, which compares runs. If it fails, the other results are kept."""
+        """Write OUT/report.html, which compares runs. An error here ends nothing else."""
         page, runs = self.out / "report.html", [self.out / name for name in names]
         files = [self.result(name, s) for name in names for s in self.sets]
         files += [run / "metrics.jsonl" for run in runs]
@@ -310,10 +304,9 @@ COLUMNS = {
     "cue_precision": "cue precision %",
 }
 LEGEND = """
-Cells with three values: toy-dfew / toy-mafw / toy-ravdess. All values are in percent.
-WAR: share of correct answers. UAR: mean of the recalls of the emotions.
-EPC: the reasoning agrees with the answer. EEA: the reasoning supports the label. FCR: both the
-answer and the reasoning are correct. Format: outputs in the requested format.
+All values are in percent. Three values in a cell: toy-dfew / toy-mafw / toy-ravdess.
+WAR: share of correct answers. UAR: mean of the per-class recalls. EPC: the reasoning agrees with
+the answer. EEA: the reasoning supports the label. FCR: answer and reasoning are correct.
 Cue recall: share of a clip's cues (such as raised brows) that the reasoning states.
 Cue precision: share of the stated cues that the clip has.
 """
@@ -330,9 +323,9 @@ def table(p: Pipeline) -> str:
             continue
         results = [json.loads(file.read_text()) for file in files]
         cells = [title, *(f"{r['war']:.2f}/{r['uar']:.2f}" for r in results)]
+        has_reasoning = "prompt" not in flags  # a bare label has none
         for key in COLUMNS:
-            rates = " / ".join(f"{r[key]:.0f}" for r in results)
-            cells.append("-" if "prompt" in flags else rates)  # a bare label has no reasoning
+            cells.append(" / ".join(f"{r[key]:.0f}" for r in results) if has_reasoning else "-")
         lines.append("| " + " | ".join(cells) + " |")
     times = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in p.seconds.items())
     return "\n".join(lines) + (
@@ -356,7 +349,7 @@ def export(p: Pipeline, to: Path = ROOT / "toy" / "start") -> None:
 
 def main(args: Args) -> None:
     pipeline = Pipeline(args)
-    print(f"All stages together take about 13 minutes on two CPU cores. Folder: {args.out}")
+    print(f"{__doc__}\nOUT is {args.out}.\n", flush=True)
     build(pipeline)
     if args.export:
         export(pipeline)

@@ -63,7 +63,7 @@ def story(look: Look) -> str:
 
 def main(args: Args) -> None:
     look = Look(args)
-    print(f"Two short runs of GRPO take about 2 minutes on two CPU cores. Folder: {args.out}")
+    print(f"{__doc__}\nOUT is {args.out}.\n", flush=True)
     look.clips()
     look.evaluate("start", START, {})
     train_rl(look, START, {"max_steps": args.steps})

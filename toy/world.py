@@ -287,9 +287,7 @@ def cold_start_text(clip: Clip, rng: np.random.Generator) -> str:
 def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
     """Return the numbers of true cue words stated, of cue words stated, and of true cues.
 
-    Recall is the first divided by the third; precision is the first divided by the second. A word
-    counts once. If the output has a <think> block, only its inside counts. An output that states
-    two levels of a cue loses precision.
+    A word counts once, and only inside <think> if the output has such a block.
     """
     stated = set(re.findall(r"[a-z]+", reasoning_of(text).lower())) & CUE_WORDS
     true = {cues[cue] for cue in CUES}  # `cues` may have further keys, as in cues.json
@@ -298,20 +296,15 @@ def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
 
 # ---- Face: signed distances with soft edges; the head once per clip, the moving parts per frame
 
-SKINS = np.array(
-    [
-        [255, 224, 196],
-        [241, 194, 155],
-        [224, 172, 120],
-        [196, 138, 98],
-        [160, 104, 70],
-        [130, 86, 62],
-    ]
-)
-HAIRS = np.array(
-    [[40, 30, 28], [92, 58, 36], [150, 98, 48], [214, 178, 98], [150, 60, 36], [130, 130, 134]]
-)
-IRISES = np.array([[70, 45, 30], [60, 100, 150], [70, 120, 80], [110, 110, 115]])
+
+def colors(text: str) -> np.ndarray:
+    """Return [N, 3] for N colors such as "ff8000"."""
+    return np.array([list(bytes.fromhex(color)) for color in text.split()])
+
+
+SKINS = colors("ffe0c4 f1c29b e0ac78 c48a62 a06846 82563e")
+HAIRS = colors("281e1c 5c3a24 966230 d6b262 963c24 828286")
+IRISES = colors("462d1e 3c6496 467850 6e6e73")
 INK = np.array([28, 26, 34])
 ROWS, COLS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 
@@ -354,7 +347,7 @@ def paint(image, distance, color, px, opacity=1.0):
     image += alpha[..., None] * (np.asarray(color, np.float32) - image)
 
 
-def draw_head(who: SimpleNamespace, u, v, px: float, rng: np.random.Generator) -> np.ndarray:
+def draw_head(who, u, v, px: float, rng: np.random.Generator) -> np.ndarray:
     """Return everything that does not move, [H, W, 3] float32."""
     background = rng.uniform(225, 250) * np.ones(3) if who.outline else rng.uniform(50, 215, 3)
     image = np.full((SIZE, SIZE, 3), background, np.float32)
@@ -382,7 +375,7 @@ def draw_head(who: SimpleNamespace, u, v, px: float, rng: np.random.Generator) -
     return image
 
 
-def draw_eyes(image, who: SimpleNamespace, u, v, px: float, brows, furrow, eyes):
+def draw_eyes(image, who, u, v, px: float, brows, furrow, eyes):
     """Draw eyes, brows and the crease between them into image [T, h, w, 3], for both sides at once.
 
     u v [h, w]; the cue values [T, 1, 1]
@@ -408,7 +401,7 @@ def draw_eyes(image, who: SimpleNamespace, u, v, px: float, brows, furrow, eyes)
     paint(image, crease, INK if who.outline else who.skin * 0.35, px, np.clip(knit, 0, 1))
 
 
-def draw_mouth(image, who: SimpleNamespace, u, v, px: float, corners, lips, speech):
+def draw_mouth(image, who, u, v, px: float, corners, lips, speech):
     """Draw the mouth into image [T, h, w, 3]. `speech` in [0, 1] moves a mouth that is open.
 
     u v [h, w]; the cue values and the speech [T, 1, 1]
@@ -444,9 +437,7 @@ def ease(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return REST + s[:, None] * (values - REST)
 
 
-def draw(
-    values: np.ndarray, who: SimpleNamespace, speech: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
+def draw(values: np.ndarray, who, speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return frames [T, H, W, 3] uint8 for seen values [5] and a speech envelope [T]."""
     px = 0.40 * SIZE * (1 + rng.uniform(-0.06, 0.06))  # pixels per face unit
     cx, cy = SIZE * (0.5 + rng.uniform(-0.03, 0.03)), SIZE * (0.53 + rng.uniform(-0.03, 0.03))
@@ -483,9 +474,7 @@ PULSE /= PULSE.std()
 SENTENCE = np.array([0.2, 1.2, -0.6, 0.9, -1.3, 0.6, -0.2, -0.8])
 
 
-def synthesise(
-    values: np.ndarray, who: SimpleNamespace, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def synthesise(values: np.ndarray, who, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return samples [N] float32 in (-1, 1) and the speech envelope per frame [T] in [0, 1].
 
     values: the heard values [5]
@@ -636,11 +625,10 @@ class Args:
 
 def main(args: Args) -> None:
     if args.check:
-        print(f"{'accuracy of an ideal observer, %':34}{'both':>8}{'seen':>8}{'heard':>8}")
+        print("accuracy of an ideal observer, %: video and audio, video only, audio only")
         for name, spec in SETS.items():
             if spec.weights:
-                rates = [100 * bayes_accuracy(name, cues) for cues in (CUES, SEEN, HEARD)]
-                print(f"{name:34}" + "".join(f"{rate:8.1f}" for rate in rates))
+                print(name, *(f"{100 * bayes_accuracy(name, c):.1f}" for c in (CUES, SEEN, HEARD)))
         return
     if not args.out:
         raise UserError("--out is missing: name the folder to write.")
