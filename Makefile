@@ -1,4 +1,4 @@
-# Two commands and nothing else:  make toy  (the miniature, clone to table)   make test
+# make look: a first look.   make toy: all stages of the toy setup.   make test: all tests.
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
@@ -15,12 +15,12 @@ toy: $(VENV)/installed
 	$(RUN) -m toy
 	$(HOW)
 
-# A first look in minutes: the shipped start model, two short runs of GRPO, one page to look at.
+# Two short runs of GRPO from the shipped cold start, and an HTML report, in about two minutes.
 look: $(VENV)/installed
 	$(RUN) -m toy.look
 	$(HOW)
 
-# The same as toy, and two more trainings: on video alone and on audio alone.
+# The same as toy, and two more trainings: on video only and on audio only.
 toy-modalities: $(VENV)/installed
 	$(RUN) -m toy --modalities
 	$(HOW)

@@ -287,7 +287,7 @@ def train_rl(p: Pipeline, model: Path, steps: dict) -> None:
 
 # stage -> its title in the table, flags of eval.py
 ROWS = {
-    "base": ("base (describes clips)", {}),
+    "base": ("base (described clips)", {}),
     "emer_sft": ("EMER-SFT (cold start)", {}),
     "label_sft": ("MAFW-DFEW-SFT (labels)", {"prompt": "label"}),
     "r1": ("R1-Omni (the paper's reward)", {}),
