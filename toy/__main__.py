@@ -16,9 +16,10 @@
     report         an HTML report with curves, and each clip next to the model's outputs
 
 The results are OUT/table.md and OUT/report.html. Every stage runs a script of this repository and
-prints its command. OUT/made_from.json records the flags and input files (as SHA-256) of each stage.
-A stage runs again only if they change, if its result is missing, or with --fresh. The stages are
-those of the paper; the numbers are those of the toy setup.
+prints its command. emer_sft and label_sft run at the same time, as do r1 and r1_conclusion; the
+progress bar is that of the first. OUT/made_from.json records the flags and the SHA-256 of the input
+files of each stage. A stage runs again only if they change, if its result is missing, or with
+--fresh. The stages are those of the paper; the numbers are those of the toy setup.
 """
 
 import dataclasses
@@ -188,10 +189,9 @@ class Pipeline:
     def train_both(self, *stages: tuple) -> None:
         """Train two models at the same time, with one thread each: a second one helps little.
 
-        Only the output of the first is shown. stages: the arguments of `train`
+        stages: the arguments of `train`. Only the output of the first stage is shown.
         """
         names, before = [stage[0] for stage in stages], dict(self.seconds)
-        print(f"== {' and '.join(names)} run at the same time; {names[0]} shows its progress")
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda s: self.train(*s, threads=1, quiet=s is not stages[0]), stages))
         done = [name for name in names if self.seconds.get(name) != before.get(name)]

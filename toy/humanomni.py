@@ -78,19 +78,15 @@ def write_tokenizers(folder: Path, texts: list[str]) -> tuple[int, int]:
     bpe.model.save(str(decoder))
 
     size = bpe.get_vocab_size()
-    plain = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
-    added = {size + i: {"content": t, "special": True} | plain for i, t in enumerate(SPECIAL)}
+    added = {size + i: {"content": t, "special": True} for i, t in enumerate(SPECIAL)}
     write_json(
         decoder / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
             "added_tokens_decoder": added,
             "chat_template": CHATML,
-            "bos_token": None,
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>",
-            "model_max_length": 2048,
         },
     )
     ids = {"eos_token_id": [size + 2, size], "bos_token_id": size}

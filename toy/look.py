@@ -10,7 +10,8 @@
     report         an HTML report with curves, and each clip next to the model's outputs
 
 The result is OUT/report.html. Every stage runs a script of this repository and prints its command.
-A stage with an up-to-date result does not run again.
+r1 and r1_conclusion run at the same time; the progress bar is that of r1. A stage with an
+up-to-date result does not run again.
 """
 
 import dataclasses
