@@ -277,13 +277,6 @@ def describe(levels: dict, rng: np.random.Generator) -> str:
     return " ".join(sentences)
 
 
-def cold_start_text(clip: Clip, rng: np.random.Generator) -> str:
-    """Return reasoning and answer: a description, a conclusion, then the label."""
-    described = describe(clip.levels, rng)
-    conclusion = rng.choice(CONCLUSIONS).format(clip.label)
-    return f"<think>{described} {conclusion}</think>\n<answer>{clip.label}</answer>"
-
-
 def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
     """Return the numbers of true cue words stated, of cue words stated, and of true cues.
 
@@ -541,7 +534,8 @@ def row(seed: int, clip: Clip) -> dict:
     if clip.set == "toy_base":
         question, answer = QUESTION_CAPTION, describe(clip.levels, rng)
     elif clip.set == "toy_emer":
-        answer = cold_start_text(clip, rng)
+        reasoning = f"{describe(clip.levels, rng)} {rng.choice(CONCLUSIONS).format(clip.label)}"
+        answer = f"<think>{reasoning}</think>\n<answer>{clip.label}</answer>"
     return {
         "video": clip.path,
         # The truth, for rewards and metrics. It is never part of a prompt.
