@@ -1,1 +1,1 @@
-"""The miniature: python -m toy."""
+"""The toy setup: python -m toy."""

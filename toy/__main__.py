@@ -1,25 +1,25 @@
-"""The miniature: the whole pipeline of the paper on two CPU cores, in minutes.
+"""The toy setup: every stage of the paper on two CPU cores, in about 13 minutes.
 
-    python -m toy                       clips, a tiny HumanOmni, all stages, the table:
-                                        runs/toy/table.md
-    python -m toy --modalities          also trains on video alone and on audio alone
+    python -m toy                       all stages
+    python -m toy --modalities          two more trainings: on video only and on audio only
     python -m toy --seed 1 --out runs/toy1 --data runs/toy/data
 
-    clips       real mp4 files of drawn faces and synthesised voices (toy/world.py)
-    humanomni   a HumanOmni of the released layout with 1.6 M parameters;
-                its towers learn to see and hear the cues
-    base        sft.py on descriptions of clips, without a word about emotion   = HumanOmni-0.5B's
-                                                                                  place
-    emer_sft    sft.py on a few reasoned samples, long-tailed over the emotions = EMER-SFT
-    label_sft   sft.py on the labels that RL sees, bare words                   = MAFW-DFEW-SFT
-    r1          grpo.py from emer_sft, labels only, the paper's reward          = R1-Omni
-    r1_conclusion  the same, and a point where the reasoning concludes the label,
-                   .2 where it concludes the answer
+    clips          mp4 files of drawn faces with synthesised voices (toy/world.py)
+    humanomni      a tiny HumanOmni of the released layout; its towers learn to recognise the cues
+    base           sft.py on descriptions of clips that name no emotion   (paper: HumanOmni-0.5B)
+    emer_sft       sft.py on a few samples with reasoning, the cold start (paper: EMER-SFT)
+    label_sft      sft.py on the labels that RL gets, without reasoning   (paper: MAFW-DFEW-SFT)
+    r1             grpo.py from emer_sft with the paper's reward          (paper: R1-Omni)
+    r1_conclusion  the same, and rewards for reasoning that supports the label (1 point)
+                   and the answer (0.2 points)
+    eval NAME      eval.py on three test sets
+    report         an HTML report with curves, and each clip next to the model's outputs
 
-Each stage is a call of the project's own scripts, printed as a user would type it.
-OUT/made_from.json keeps what each was made from: its flags and the SHA-256 of the files.  A stage
-whose result is there and was made from the same is not done again; delete its folder, or give
---fresh, to repeat it.  The order of things is the paper's; the numbers are this little world's.
+The results are OUT/table.md and OUT/report.html. Every stage runs a script of this repository and
+prints its command. emer_sft and label_sft run at the same time, as do r1 and r1_conclusion; the
+progress bar is that of the first. OUT/made_from.json records the flags and the SHA-256 of the input
+files of each stage. A stage runs again only if they change, if its result is missing, or with
+--fresh. The stages are those of the paper; the numbers are those of the toy setup.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from toy.humanomni import make_humanomni
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("toy_dfew_test", "toy_mafw_test", "toy_ravdess_test")
-MAX_NEW_TOKENS = 80  # the reasoning has about 62
+MAX_NEW_TOKENS = 80  # an output has about 62
 RL = {
     "prompts_per_step": 8,
     "num_generations": 8,
@@ -55,96 +55,93 @@ RL = {
     "lr_floor": 0.1,
     "beta": 0.04,
 }
-# the reasoning is paid too; why so: docs/ablations.md
+# Rewards that include the reasoning; docs/ablations.md says why these.
 REASONED = ["accuracy", "format", "conclusion", "agreement=0.2"]
-UNKNOWN = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
 
 
 @dataclasses.dataclass
 class Args:
-    out: str = "runs/toy"  # everything goes here
-    data: str | None = None  # the clips; default: OUT/data
+    out: str = "runs/toy"  # the folder for everything
+    data: str | None = None  # the folder of the clips; default: OUT/data
     seed: int = 0  # of the weights and of every stage; the clips are always the same
-    scale: float = 1.0  # size of the sets and length of the stages, for a quick look
-    modalities: bool = False  # also train label models on video alone and on audio alone
-    fresh: bool = False  # repeat stages whose results are there (never the clips)
+    scale: float = 1.0  # multiplies the size of the sets and the length of the stages
+    modalities: bool = False  # also train label models on video only and on audio only
+    fresh: bool = False  # repeat the stages that have results, but keep the clips
     export: bool = False
-    # write the cold start to toy/start, from which exercises and ablations go on
-
-
-# ------------------------------------------------------------------------------------------------
-# The pipeline
-# ------------------------------------------------------------------------------------------------
+    # write the cold start to toy/start, where exercises and ablations start
 
 
 class Pipeline:
-    """Runs the scripts and keeps the time."""
+    """Runs the stages, and records what each was made from and how long it took."""
 
-    sets: tuple[str, ...] = SETS  # that `evaluate` looks at
+    sets: tuple[str, ...] = SETS  # that `evaluate` uses
 
-    def __init__(self, args: Args):
+    def __init__(self, args):
         self.args, self.out = args, Path(args.out)
-        self.data = Path(args.data) if args.data else self.out / "data"
-        self.times_file = self.out / "times.json"
-        self.made_file = self.out / "made_from.json"
-        self.seconds, self.made = (
-            json.loads(f.read_text()) if f.exists() else {}
-            for f in (self.times_file, self.made_file)
+        self.data = Path(args.data or self.out / "data")
+        self.made_file, self.times_file = self.out / "made_from.json", self.out / "times.json"
+        self.made_from, self.seconds = (
+            json.loads(file.read_text()) if file.exists() else {}
+            for file in (self.made_file, self.times_file)
         )
-        self.writing = threading.Lock()
-        self.recorded: set[Path] = set()  # results of which is known what they were made from
+        self.lock = threading.Lock()  # two stages can run at the same time
 
-    def stage(
-        self, name: str, done: list[Path], inputs: dict[str, Path], flags: dict, work
-    ) -> None:
-        """Do `work` unless all of `done` are there, made from files like `inputs` under the same
-        flags; keep the time."""
-        now = {flag: str(value) for flag, value in flags.items()} | {
-            flag: digest(file) for flag, file in inputs.items()
+    def stage(self, name: str, results: list[Path], inputs: dict, work) -> None:
+        """Call `work` unless all `results` exist and were made from the same inputs.
+
+        inputs: {flag: value}; for a Path its content counts
+        """
+        made_from = {
+            flag: digest(value) if isinstance(value, Path) else str(value)
+            for flag, value in inputs.items()
         }
-        missing = [f for f in done if not f.exists()]
-        why = self.stale(name, now, inputs, missing)
-        if not missing and not why:
-            known = name in self.made
-            self.recorded |= set(done) if known else set()
-            print(f"== {name}: {done[0]} is there" + ("" if known else UNKNOWN))
+        reason = self.reason_to_run(name, results, made_from)
+        if reason is None:
+            print(f"== {name}: {results[0]} is up to date")
             return
-        print(f"== {name}" + (f": made anew, because {why}" if why else ""), flush=True)
+        print(f"== {name}" + (f": again, because {reason}" if reason else ""), flush=True)
         started = time.time()
-        self.note(name, None)  # begun: what is there until it is done is no result
+        self.record(name, None)  # stays if the stage is interrupted
         work()
-        self.note(name, now)
-        self.recorded |= set(done)
-        with self.writing:
-            self.seconds[name] = round(time.time() - started, 1)
-            write_text(self.times_file, json.dumps(self.seconds) + "\n")
-        print(f"   {name}: {self.seconds[name]:.0f} s", flush=True)
+        self.record(name, made_from, round(time.time() - started, 1))
+        print(f"   {name} took {self.seconds[name]:.0f} s", flush=True)
 
-    def stale(self, name: str, now: dict, inputs: dict[str, Path], missing: list[Path]) -> str:
-        """Why a stage that was done has to be done again; "" if it has not, or was never done."""
-        known = name in self.made
-        if known and self.made[name] is None:
-            return "it was begun and not finished"
+    def reason_to_run(self, name: str, results: list[Path], made_from: dict) -> str | None:
+        """Return why a stage must run ("" if it never has), or None if it is up to date.
+
+        Raises UserError for results that are not on record.
+        """
+        missing = [file for file in results if not file.exists()]
+        old = self.made_from.get(name, {})
+        if old is None:
+            return "it was interrupted"
         if missing:
-            return f"{missing[0]} is missing" if known or (self.out / name).exists() else ""
+            return f"{missing[0]} is missing" if old else ""
         if self.args.fresh:
-            return "of --fresh"
-        if not known:  # an older toy made it, before anything that is on record
-            newer = [file for file in inputs.values() if file in self.recorded]
-            return f"{newer[0]} was made after it" if newer else ""
-        changed = sorted(
-            k for k in now.keys() | self.made[name] if now.get(k) != self.made[name].get(k)
-        )
-        return f"{', '.join(changed)} changed" if changed else ""
+            return "--fresh was given"
+        if name not in self.made_from:
+            raise UserError(
+                f"{results[0]} exists, but {self.made_file} does not say what it was made from: "
+                "replace it with --fresh, or choose another --out."
+            )
+        changed = sorted(k for k in made_from | old if made_from.get(k) != old.get(k))
+        return f"{', '.join(changed)} changed" if changed else None
 
-    def note(self, name: str, made: dict | None) -> None:
-        with self.writing:
-            self.made[name] = made
-            write_json(self.made_file, self.made)
+    def record(self, name: str, made_from: dict | None, seconds: float | None = None) -> None:
+        with self.lock:
+            self.made_from[name] = made_from
+            write_json(self.made_file, self.made_from)
+            if seconds is not None:
+                self.seconds[name] = seconds
+                write_json(self.times_file, self.seconds)
 
-    def run(self, script: str, threads: int | None = None, quiet: bool = False, **flags) -> None:
-        """`python SCRIPT --flag value ...`; True is a switch."""
-        words = script.split()  # a script of ours, or "-m" and a program of ours
+    def run(self, script: str, flags: dict, threads: int | None = None, quiet=False) -> None:
+        """Run `python SCRIPT --flag value ...`; True is a switch. Raises UserError if it fails.
+
+        script: a file of this repository, or "-m" and a module
+        quiet: show the output only if the script fails
+        """
+        words = script.split()
         for flag, value in flags.items():
             words.append(f"--{flag}")
             if isinstance(value, list):
@@ -152,136 +149,94 @@ class Pipeline:
             elif value is not True:
                 words.append(str(value))
         print("   python " + shlex.join(words), flush=True)
-        # from any folder
-        found = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = (
-            dict(os.environ)
-            | {"PYTHONPATH": found}
-            | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        )
-        shown = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
         if words[0] != "-m":
             words[0] = str(ROOT / words[0])
-        result = subprocess.run([sys.executable, *words], env=environment, text=True, **shown)
-        if result.returncode:
-            raise UserError(
-                f"{script} failed; its last words: {(result.stdout or '(above)')[-2000:]}"
-            )
+        environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+        done = subprocess.run([sys.executable, *words], env=environment, text=True, **output)
+        if done.returncode:
+            end = (done.stdout or "(see above)")[-2000:]
+            raise UserError(f"{script} failed. The end of its output: {end}")
 
     def clips(self) -> None:
-        """They are never made anew: those of another world are refused."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        world.claim(self.data, seed=0, scale=self.args.scale)
-        cues = self.data / "cues.json"
+        """Draw the clips. They are never replaced: `claim` refuses clips of other settings."""
+        scale, cues = self.args.scale, self.data / "cues.json"
+        world.claim(self.data, 0, scale)
         if cues.exists():
-            print(f"== clips: {cues} is there")
+            print(f"== clips: {cues} is up to date")
         else:
-            self.stage(
-                "clips",
-                [cues],
-                {},
-                {},
-                lambda: world.build(self.data, seed=0, scale=self.args.scale),
-            )
+            self.stage("clips", [cues], {}, lambda: world.build(self.data, 0, scale))
 
     def train(
-        self,
-        name: str,
-        script: str,
-        model: Path,
-        data: Path,
-        how: dict = {},  # noqa: B006
-        **flags,
+        self, name: str, script: str, model: Path, data: str, flags: dict, threads=None, quiet=False
     ) -> None:
-        """One trained stage: OUT/name/latest.  `how`: threads and quiet, see `run`."""
-        flags |= {"seed": self.args.seed}
-
-        def work():
-            self.run(
-                script,
-                out=self.out / name,
-                overwrite=True,
-                model=model,
-                data=data,
-                feature_cache=self.out / "features",
-                **how,
-                **flags,
-            )
-
+        """Train OUT/NAME/latest on a sample file. `threads` and `quiet` are those of `run`."""
+        data_file, flags = self.data / f"{data}.json", flags | {"seed": self.args.seed}
+        files = {
+            "out": self.out / name,
+            "overwrite": True,
+            "model": model,
+            "data": data_file,
+            "feature_cache": self.out / "features",
+        }
         self.stage(
             name,
             [weights(self.out / name / "latest")],
-            {"model": weights(model), "data": data},
-            flags,
-            work,
+            {"model": weights(model), "data": data_file} | flags,
+            lambda: self.run(script, files | flags, threads, quiet),
         )
 
-    def both(self, *stages: tuple[str, str, dict]) -> None:
-        """Two trained stages side by side, a thread each: small products gain little from a second.
-        One bar is shown."""
-        started, before = time.time(), dict(self.seconds)
-        with ThreadPoolExecutor(len(stages)) as pool:
-            jobs = [
-                pool.submit(self.train, name, script, how={"threads": 1, "quiet": i > 0}, **flags)
-                for i, (name, script, flags) in enumerate(stages)
-            ]
-            [job.result() for job in jobs]
-        for name, _, _ in stages:
-            # made now: the time of both is that of the longer
-            if self.seconds.get(name) != before.get(name):
-                del self.seconds[name]
-                self.seconds[" and ".join(name for name, _, _ in stages)] = round(
-                    time.time() - started, 1
-                )
+    def train_both(self, *stages: tuple) -> None:
+        """Train two models at the same time, with one thread each: a second one helps little.
 
-    def evaluate(self, name: str, model: Path, **flags) -> None:
-        """A model on the three test sets: OUT/eval/NAME.SET.json.  Two at a time, a thread each."""
+        stages: the arguments of `train`. Only the output of the first stage is shown.
+        """
+        names, before = [stage[0] for stage in stages], dict(self.seconds)
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda s: self.train(*s, threads=1, quiet=s is not stages[0]), stages))
+        done = [name for name in names if self.seconds.get(name) != before.get(name)]
+        if done:
+            self.seconds[" and ".join(names)] = max(self.seconds.pop(name) for name in done)
 
-        def one(s):
-            self.run(
-                "eval.py",
-                threads=1,
-                quiet=True,
-                model=model,
-                data=self.data / f"{s}.json",
-                out=self.result(name, s),
-                max_new_tokens=MAX_NEW_TOKENS,
-                batch_size=50,
-                feature_cache=self.out / "features",
-                workers=1,
-                **flags,
-            )
+    def evaluate(self, name: str, model: Path, flags: dict) -> None:
+        """Write OUT/eval/NAME.SET.json for each test set, two at a time, with one thread each."""
+        data = {s: self.data / f"{s}.json" for s in self.sets}
 
-        def work():
+        def run_eval(test_set: str) -> None:
+            files = {"model": model, "data": data[test_set], "out": self.result(name, test_set)}
+            more = {
+                "max_new_tokens": MAX_NEW_TOKENS,
+                "batch_size": 50,
+                "feature_cache": self.out / "features",
+                "workers": 1,
+            }
+            self.run("eval.py", files | more | flags, threads=1, quiet=True)
+
+        def work() -> None:
             with ThreadPoolExecutor(2) as pool:
-                list(pool.map(one, self.sets))
+                list(pool.map(run_eval, self.sets))
 
-        inputs = {"model": weights(model)} | {s: self.data / f"{s}.json" for s in self.sets}
-        self.stage(f"eval {name}", [self.result(name, s) for s in self.sets], inputs, flags, work)
+        results = [self.result(name, s) for s in self.sets]
+        self.stage(f"eval {name}", results, {"model": weights(model)} | data | flags, work)
 
     def result(self, name: str, test_set: str) -> Path:
         return self.out / "eval" / f"{name}.{test_set}.json"
 
     def report(self, *names: str) -> None:
-        """OUT/report.html: the runs beside one another.  Should it fail,
-        what was measured is still there."""
+        """Write OUT/report.html, which compares runs. An error here ends nothing else."""
         page, runs = self.out / "report.html", [self.out / name for name in names]
-        files = [self.result(name, s) for name in names for s in self.sets] + [
-            run / "metrics.jsonl" for run in runs
-        ]
+        files = [self.result(name, s) for name in names for s in self.sets]
+        files += [run / "metrics.jsonl" for run in runs]
+        inputs = {str(file.relative_to(self.out)): file for file in files}
+        flags = {"runs": runs, "out": page}
         try:
             self.stage(
-                "report",
-                [page],
-                {str(f.relative_to(self.out)): f for f in files},
-                {},
-                lambda: self.run("-m tools.report", quiet=True, runs=runs, out=page),
+                "report", [page], inputs, lambda: self.run("-m tools.report", flags, quiet=True)
             )
         except UserError as error:
             print(f"   {error}")
-
-    def steps(self, n: int) -> int:
-        return max(2, round(n * self.args.scale))
+            return
+        print(f"\nCurves, and each clip next to the outputs: open {page} in a browser.")
 
 
 def weights(model: Path) -> Path:
@@ -289,80 +244,56 @@ def weights(model: Path) -> Path:
 
 
 def build(p: Pipeline) -> None:
-    """All stages, in the paper's order."""
-    args, data = p.args, p.data
+    """Run all stages in the order of the paper."""
+    seed, scale = p.args.seed, p.args.scale
+    steps = lambda n: {"max_steps": max(2, round(n * scale))}
+    batch = lambda n: {"batch_size": n, "micro_batch": n}
     p.clips()
     p.stage(
         "humanomni",
         [weights(p.out / "humanomni")],
-        {"data": data / "cues.json"},
-        {"seed": args.seed, "scale": args.scale},
-        lambda: make_humanomni(p.out, data, args.seed, args.scale),
+        {"data": p.data / "cues.json", "seed": seed, "scale": scale},
+        lambda: make_humanomni(p.out, p.data, seed, scale),
     )
-    p.train(
-        "base",
-        "sft.py",
-        model=p.out / "humanomni",
-        data=data / "toy_base_train.json",
-        prompt="row",
-        allow_labels=True,
-        train="decoder",
-        max_steps=p.steps(500),
-        batch_size=16,
-        micro_batch=16,
-        lr=2e-3,
+    describe = {"prompt": "row", "allow_labels": True, "train": "decoder"}
+    describe |= steps(500) | batch(16) | {"lr": 2e-3}
+    p.train("base", "sft.py", p.out / "humanomni", "toy_base_train", describe)
+
+    base = p.out / "base" / "latest"
+    cold_start = steps(400) | batch(8) | {"lr": 2e-3}
+    labels = {"prompt": "label"} | steps(300) | batch(16) | {"lr": 1e-3}
+    p.train_both(
+        ("emer_sft", "sft.py", base, "toy_emer_train", cold_start),
+        ("label_sft", "sft.py", base, "rl_train", labels),
     )
-    labels = {
-        "model": p.out / "base" / "latest",
-        "data": data / "rl_train.json",
-        "prompt": "label",
-        "max_steps": p.steps(300),
-        "batch_size": 16,
-        "micro_batch": 16,
-        "lr": 1e-3,
-    }
-    p.both(
-        (
-            "emer_sft",
-            "sft.py",
-            {
-                "model": p.out / "base" / "latest",
-                "data": data / "toy_emer_train.json",
-                "max_steps": p.steps(400),
-                "batch_size": 8,
-                "micro_batch": 8,
-                "lr": 2e-3,
-            },
-        ),
-        ("label_sft", "sft.py", labels),
-    )
-    rl = {
-        "model": p.out / "emer_sft" / "latest",
-        "data": data / "rl_train.json",
-        "max_steps": p.steps(240),
-    } | RL
-    p.both(("r1", "grpo.py", rl), ("r1_conclusion", "grpo.py", rl | {"rewards": REASONED}))
-    if args.modalities:
-        p.both(
-            *(
-                (f"label_{modal}", "sft.py", labels | {"modal": modal})
-                for modal in ("video", "audio")
-            )
+    train_rl(p, p.out / "emer_sft" / "latest", steps(240))
+    if p.args.modalities:
+        p.train_both(
+            ("label_video", "sft.py", base, "rl_train", labels | {"modal": "video"}),
+            ("label_audio", "sft.py", base, "rl_train", labels | {"modal": "audio"}),
         )
     for name, (_, flags) in ROWS.items():
         if (p.out / name).exists():
-            p.evaluate(name, p.out / name / "latest", **flags)
+            p.evaluate(name, p.out / name / "latest", flags)
 
 
-# name of the stage -> its title in the table, flags of eval.py
+def train_rl(p: Pipeline, model: Path, steps: dict) -> None:
+    """Train r1 with the paper's reward, and r1_conclusion with rewards for the reasoning, too."""
+    p.train_both(
+        ("r1", "grpo.py", model, "rl_train", steps | RL),
+        ("r1_conclusion", "grpo.py", model, "rl_train", steps | RL | {"rewards": REASONED}),
+    )
+
+
+# stage -> its title in the table, flags of eval.py
 ROWS = {
     "base": ("base (described clips)", {}),
     "emer_sft": ("EMER-SFT (cold start)", {}),
     "label_sft": ("MAFW-DFEW-SFT (labels)", {"prompt": "label"}),
     "r1": ("R1-Omni (the paper's reward)", {}),
     "r1_conclusion": ("R1-Omni + conclusion", {}),
-    "label_video": ("labels, video alone", {"prompt": "label", "modal": "video"}),
-    "label_audio": ("labels, audio alone", {"prompt": "label", "modal": "audio"}),
+    "label_video": ("labels, video only", {"prompt": "label", "modal": "video"}),
+    "label_audio": ("labels, audio only", {"prompt": "label", "modal": "audio"}),
 }
 COLUMNS = {
     "epc": "EPC %",
@@ -372,64 +303,60 @@ COLUMNS = {
     "cue_recall": "cue recall %",
     "cue_precision": "cue precision %",
 }
+LEGEND = """
+All values are in percent. Three values in a cell: toy-dfew / toy-mafw / toy-ravdess.
+WAR: share of correct answers. UAR: mean of the per-class recalls. EPC: the reasoning agrees with
+the answer. EEA: the reasoning supports the label. FCR: answer and reasoning are correct.
+Cue recall: share of a clip's cues (such as raised brows) that the reasoning states.
+Cue precision: share of the stated cues that the clip has.
+"""
 
 
 def table(p: Pipeline) -> str:
-    """Table 1 in miniature, as markdown."""
-    sets = [s.removesuffix("_test").replace("_", "-") for s in SETS]
-    head = ["WAR/UAR", *sets, *COLUMNS.values()]
+    """Return the counterpart of the paper's Table 1 as markdown."""
+    head = ["WAR/UAR", *(s.removesuffix("_test").replace("_", "-") for s in SETS)]
+    head += COLUMNS.values()
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, (title, flags) in ROWS.items():
-        if not all(p.result(name, s).exists() for s in SETS):
+        files = [p.result(name, s) for s in SETS]
+        if not all(file.exists() for file in files):
             continue
-        results = [json.loads(p.result(name, s).read_text()) for s in SETS]
-        cells = [f"{r['war']:.2f}/{r['uar']:.2f}" for r in results]
-        # Over the two sets in distribution and the one out of it, in that order.
-        cells += [
-            "-" if "prompt" in flags else " / ".join(f"{r[key]:.0f}" for r in results)
-            for key in COLUMNS
-        ]
-        lines.append("| " + " | ".join([title, *cells]) + " |")
-    times = ", ".join(f"{k} {v:.0f}" for k, v in p.seconds.items())
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Seconds: {times}; together {sum(p.seconds.values()):.0f} (seed {p.args.seed}, scale "
-            f"{p.args.scale:g}, {os.cpu_count()} cores, torch {torch.__version__}).",
-            "",
-        ]
+        results = [json.loads(file.read_text()) for file in files]
+        cells = [title, *(f"{r['war']:.2f}/{r['uar']:.2f}" for r in results)]
+        has_reasoning = "prompt" not in flags  # a bare label has none
+        for key in COLUMNS:
+            cells.append(" / ".join(f"{r[key]:.0f}" for r in results) if has_reasoning else "-")
+        lines.append("| " + " | ".join(cells) + " |")
+    times = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in p.seconds.items())
+    return "\n".join(lines) + (
+        f"\n{LEGEND}\nSeconds: {times}; together {sum(p.seconds.values()):.0f} (seed "
+        f"{p.args.seed}, scale {p.args.scale:g}, {os.cpu_count()} cores, torch "
+        f"{torch.__version__}).\n"
     )
 
 
 def export(p: Pipeline, to: Path = ROOT / "toy" / "start") -> None:
-    """The cold start in bf16 with what it needs beside it, about 5 MB:
-    what the exercises and ablations start from."""
+    """Write the cold start in bf16 with all files it needs, about 5 MB."""
     model = HumanOmni.from_pretrained(p.out / "emer_sft" / "latest", dtype=torch.bfloat16)
     for key, tower in (("mm_vision_tower", "siglip"), ("mm_audio_tower", "whisper")):
         (to / tower).mkdir(parents=True, exist_ok=True)
-        # the weights are in the checkpoint
-        for file in ("config.json", "preprocessor_config.json"):
+        for file in ("config.json", "preprocessor_config.json"):  # the checkpoint has the weights
             shutil.copy(p.out / tower / file, to / tower / file)
         model.local_towers[key] = to / tower
     model.save_pretrained(to / "humanomni")
-    print(f"written to {to / 'humanomni'}")
+    print(f"The cold start is in {to / 'humanomni'}.")
 
 
 def main(args: Args) -> None:
     pipeline = Pipeline(args)
+    print(f"{__doc__}\nOUT is {args.out}.\n", flush=True)
     build(pipeline)
     if args.export:
         export(pipeline)
     text = table(pipeline)
     write_text(pipeline.out / "table.md", text)
+    print(f"\n{text}\nThis table is in {pipeline.out / 'table.md'}.\n")
     pipeline.report("r1", "r1_conclusion")
-    print(
-        "\n"
-        + text
-        + f"\nwritten to {pipeline.out / 'table.md'}. Curves, and every text beside its clip: open "
-        f"{pipeline.out / 'report.html'} in a browser."
-    )
 
 
 if __name__ == "__main__":

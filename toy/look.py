@@ -1,16 +1,17 @@
-"""A first look: the shipped cold start, 56 steps of the real grpo.py under two rewards, evaluation,
-the report.  Minutes.
+"""A first look at GRPO: two runs of 56 steps with different rewards, in about 2 minutes.
 
     python -m toy.look
 
-    clips       the training and test clips of a smaller world, drawn on the spot
-    start       eval.py on toy/start, the cold start that is shipped
-    r1          grpo.py with the paper's reward: is the answer the label, has the text its form
-    r1_conclusion   the same, and the reasoning is paid for what it concludes
-    report      one page with curves, tables, and every text beside its clip: OUT/report.html
+    clips          the training and test clips of a smaller toy setup
+    eval start     eval.py on the cold start in toy/start
+    r1             grpo.py with the paper's reward: the answer is the label, the format is right
+    r1_conclusion  the same, and rewards for what the reasoning supports
+    eval NAME      eval.py on the two models
+    report         an HTML report with curves, and each clip next to the model's outputs
 
-Each stage is a call of the project's own scripts, printed as a user would type it;
-what is there is not done again.
+The result is OUT/report.html. Every stage runs a script of this repository and prints its command.
+r1 and r1_conclusion run at the same time; the progress bar is that of r1. A stage with an
+up-to-date result does not run again.
 """
 
 import dataclasses
@@ -18,66 +19,59 @@ import json
 import os
 
 from lib.args import run_main
-from toy.__main__ import REASONED, RL, ROOT, Pipeline
+from toy.__main__ import ROOT, Pipeline, train_rl
 
 START = ROOT / "toy" / "start" / "humanomni"
 
 
 @dataclasses.dataclass
 class Args:
-    out: str = "runs/look"  # everything goes here
-    data: str | None = None  # the clips; default: OUT/data
+    out: str = "runs/look"  # the folder for everything
+    data: str | None = None  # the folder of the clips; default: OUT/data
     seed: int = 0  # of the two runs
-    steps: int = 56  # of each
-    scale: float = 0.35  # size of the sets
-    fresh: bool = False  # repeat stages whose results are there
+    steps: int = 56  # of each run
+    scale: float = 0.35  # multiplies the size of the sets
+    fresh: bool = False  # repeat the stages that have results, but keep the clips
 
 
 class Look(Pipeline):
     sets = ("toy_dfew_test", "toy_mafw_test")
 
 
-def mean(look: Look, name: str, key: str) -> float:
-    """Of the two test sets, which are equally large."""
-    return sum(json.loads(look.result(name, s).read_text())[key] for s in look.sets) / len(
-        look.sets
-    )
-
-
 def story(look: Look) -> str:
-    """What happened, in three sentences, with the numbers of these runs."""
-    war, epc = (
-        {name: mean(look, name, key) for name in ("start", "r1", "r1_conclusion")}
-        for key in ("war", "epc")
-    )
-    turn = lambda x, name: f"from {x['start']:.0f} to {x[name]:.0f} %"
-    n = sum(json.loads(look.result("r1", s).read_text())["n"] for s in look.sets)
-    gain = lambda name: (
-        f"the accuracy {turn(war, name)}, and the share of texts whose reasoning concludes the "
-        f"answer {turn(epc, name)}."
-    )
+    """Return what the two runs have changed, in three sentences."""
+    rates = {}
+    for name in ("start", "r1", "r1_conclusion"):
+        results = [json.loads(look.result(name, s).read_text()) for s in look.sets]
+        # The test sets are equally large.
+        rates[name] = {key: sum(r[key] for r in results) / len(results) for key in ("war", "epc")}
+    n = sum(r["n"] for r in results)
+
+    def change(name: str) -> str:
+        war, epc = (f"{rates['start'][k]:.0f} to {rates[name][k]:.0f} %" for k in ("war", "epc"))
+        return (
+            f"accuracy changed from {war}, and the share of outputs whose reasoning agrees with "
+            f"the answer from {epc}."
+        )
+
     return (
-        f"With the paper's reward (answer and form), {look.args.steps} steps took {gain('r1')}\n"
-        "With the reasoning paid for what it concludes, "
-        f"as many steps took {gain('r1_conclusion')}\n"
-        f"Both are greedy answers to {n} test clips that neither run has seen: a difference below "
-        f"{100 * (2 / n) ** 0.5:.0f} points may be chance."
+        f"With the paper's reward (answer and format), {look.args.steps} steps: {change('r1')}\n"
+        f"With rewards for the reasoning, too, {look.args.steps} steps: {change('r1_conclusion')}\n"
+        f"Measured with greedy decoding on {n} test clips that are not in the training set. A "
+        f"difference below {100 * (2 / n) ** 0.5:.0f} points may be chance."
     )
 
 
 def main(args: Args) -> None:
     look = Look(args)
+    print(f"{__doc__}\nOUT is {args.out}.\n", flush=True)
     look.clips()
-    look.evaluate("start", START)
-    rl = {"model": START, "data": look.data / "rl_train.json", "max_steps": args.steps} | RL
-    look.both(("r1", "grpo.py", rl), ("r1_conclusion", "grpo.py", rl | {"rewards": REASONED}))
+    look.evaluate("start", START, {})
+    train_rl(look, START, {"max_steps": args.steps})
     for name in ("r1", "r1_conclusion"):
-        look.evaluate(name, look.out / name / "latest")
+        look.evaluate(name, look.out / name / "latest", {})
+    print(f"\n{story(look)}\n")
     look.report("r1", "r1_conclusion")
-    print(
-        f"\n{story(look)}\n\nCurves, and every text beside its clip: open "
-        f"{look.out / 'report.html'} in a browser."
-    )
 
 
 if __name__ == "__main__":

@@ -1,44 +1,34 @@
-"""The world of the miniature: short clips of a drawn face with a synthesised voice,
-and their sample files.
+"""The toy clips: a drawn face with a synthesised voice, 2 s each, and their sample files.
 
-Twelve emotions, each a pair (face, voice). Faces and voices are shared, no pair is:
+Each of the twelve emotions is a pair of a face and a voice (PAIRS). Several emotions share a face
+and several share a voice, so neither video nor audio alone is enough. The true cues of every clip
+are known, so `cue_scores` can compare what a model states with what is there.
 
-                 lively      tense       level           heavy        <- voice (heard cues)
-    pleasant     happy       -           neutral         calm
-    wide         surprise    fear        -               -
-    knit         angry       anxious     contemptuous    disgust
-    downcast     -           helpless    disappointed    sad
-    ^ face (seen cues)
-
-so neither seeing nor hearing alone is enough, and every clip knows its true cues: what a model
-says it saw and heard can be scored word by word (`cue_scores`).
-
-    python -m toy.world --out data/toy               # 5,540 mp4 clips of 2 s and their json files
+    python -m toy.world --out data/toy               # 5,540 mp4 clips and their json files
     python -m toy.world --out data/toy --scale 0.1   # a tenth of them
-    python -m toy.world --check                      # how well an ideal observer can do, no files
+    python -m toy.world --check                      # the accuracy of an ideal observer
 
-Interrupted builds resume; a clip depends only on (seed, set, split, index) and, for its label,
-the scale.
+An interrupted command continues where it stopped. A clip depends only on (seed, set, split, index).
+Its label depends on the scale, too.
 
 Symbols: T frames, H W image rows and columns, N audio samples, K syllables,
          u v face coordinates (u right, v down, 1 = half a head),
          value = a cue as a number in [-1, 1].
 """
 
-import argparse
+import dataclasses
 import json
 import os
 import re
-import sys
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import process_map
 
-from lib.args import UserError
+from data import QUESTION, THINK
+from lib.args import UserError, run_main
 from lib.files import write_json
 from lib.media import SAMPLE_RATE, write_clip
 from lib.reasoning import reasoning_of
@@ -46,14 +36,14 @@ from lib.reasoning import reasoning_of
 VERSION = 2  # raise it when a change alters clips or texts: old folders are then refused
 SIZE, FPS, SECONDS = 64, 10, 2.0
 FRAMES, SAMPLES = round(FPS * SECONDS), round(SAMPLE_RATE * SECONDS)
-FLIP = 0.08  # chance that a cue of a clip is not at the typical level of its emotion
+FLIP = 0.08  # probability that a cue of a clip is not at the typical level of its emotion
 JITTER = 0.15  # spread of a value within its level; levels stay apart by 0.45 or more
-MIN_CLIPS = 12  # of a split, however small the scale
+MIN_CLIPS = 12  # of a split, at any scale
 
-# ------------------------------------------------------------------------------------------------
-# Cues and emotions
+# ---- Cues and emotions
 
-# Levels in order of value. A word belongs to one cue only, so a text can be scored by words alone.
+# The levels of each cue, in order of value. Each word belongs to one cue only, so the words of an
+# output show which cues it states.
 SEEN = {
     "brows": ("lowered", "level", "raised"),
     "furrow": ("smooth", "knit"),
@@ -69,6 +59,7 @@ HEARD = {
     "breath": ("clear", "breathy"),
 }
 CUES = {**SEEN, **HEARD}
+CUE_WORDS = {word for words in CUES.values() for word in words}
 LEVEL_VALUES = {2: (-0.6, 0.6), 3: (-0.75, 0.0, 0.75)}
 REST = np.array([0.0, -0.6, 0.0, 0.0, 0.0], np.float32)  # the seen values of a face at rest
 
@@ -84,102 +75,70 @@ VOICES = {  # any two differ in three cues or more
     "level": ("middle", "lively", "steady", "moderate", "clear"),
     "heavy": ("low", "flat", "slow", "soft", "clear"),
 }
-PAIRS = {
-    "happy": ("pleasant", "lively"),
-    "neutral": ("pleasant", "level"),
-    "calm": ("pleasant", "heavy"),
-    "surprise": ("wide", "lively"),
-    "fear": ("wide", "tense"),
-    "angry": ("knit", "lively"),
-    "anxious": ("knit", "tense"),
-    "contemptuous": ("knit", "level"),
-    "disgust": ("knit", "heavy"),
-    "helpless": ("downcast", "tense"),
-    "disappointed": ("downcast", "level"),
-    "sad": ("downcast", "heavy"),
+PAIRS = {  # face -> the emotion that it expresses with each voice, in the order of VOICES
+    "pleasant": ("happy", None, "neutral", "calm"),
+    "wide": ("surprise", "fear", None, None),
+    "knit": ("angry", "anxious", "contemptuous", "disgust"),
+    "downcast": (None, "helpless", "disappointed", "sad"),
 }
-EMOTIONS = {e: dict(zip(CUES, FACES[f] + VOICES[v])) for e, (f, v) in PAIRS.items()}
+EMOTIONS = {
+    emotion: dict(zip(CUES, FACES[face] + VOICES[voice]))
+    for face, emotions in PAIRS.items()
+    for voice, emotion in zip(VOICES, emotions)
+    if emotion
+}
 
-# ------------------------------------------------------------------------------------------------
-# Sets: class weights (None: random cues, no emotion) and {split: (clips at scale 1, identities)}
+# ---- Sets and clips
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Set:
-    weights: dict[str, float] | None
-    splits: dict[str, tuple[int, int]]
-    style: str = "painted"
-    floor: int = 1  # fewest clips of a class in a split, where the split is large enough
+    weights: dict[str, float] | None  # emotion -> weight; None: random cues without an emotion
+    splits: dict[str, tuple[int, int]]  # name -> (clips at scale 1, identities)
+    outline: bool = False  # outline drawings instead of painted faces
+    floor: int = 1  # fewest clips of an emotion in a split, if the split is large enough
+
+
+def weights(text: str) -> dict[str, float]:
+    """Return {emotion: weight} for "emotion weight, emotion weight, ..."."""
+    return {emotion: float(weight) for emotion, weight in map(str.split, text.split(","))}
 
 
 SETS = {
     "toy_dfew": Set(
-        {
-            "happy": 0.17,
-            "neutral": 0.17,
-            "angry": 0.16,
-            "sad": 0.15,
-            "surprise": 0.14,
-            "fear": 0.11,
-            "disgust": 0.10,
-        },
+        weights(
+            "happy 0.17, neutral 0.17, angry 0.16, sad 0.15, surprise 0.14, fear 0.11, disgust 0.1"
+        ),
         {"train": (900, 150), "val": (100, 25), "test": (300, 60)},
     ),
     "toy_mafw": Set(
-        {
-            "angry": 0.152,
-            "disgust": 0.070,
-            "fear": 0.068,
-            "happy": 0.152,
-            "neutral": 0.124,
-            "sad": 0.160,
-            "surprise": 0.117,
-            "contemptuous": 0.026,
-            "anxious": 0.100,
-            "helpless": 0.029,
-            "disappointed": 0.020,
-        },
+        weights(
+            "angry 0.152, disgust 0.07, fear 0.068, happy 0.152, neutral 0.124, sad 0.16, "
+            "surprise 0.117, contemptuous 0.026, anxious 0.1, helpless 0.029, disappointed 0.02"
+        ),
         {"train": (800, 150), "val": (100, 25), "test": (300, 60)},
         floor=6,
     ),
-    # `calm` is in this set only, out of distribution in class as well as in drawing and speakers
+    # Out of distribution in drawing style, in speakers and in one class: only this set has `calm`.
     "toy_ravdess": Set(
-        {
-            "neutral": 0.5,
-            "happy": 1,
-            "sad": 1,
-            "angry": 1,
-            "fear": 1,
-            "disgust": 1,
-            "surprise": 1,
-            "calm": 1,
-        },
+        weights("neutral 0.5, happy 1, sad 1, angry 1, fear 1, disgust 1, surprise 1, calm 1"),
         {"test": (300, 24)},
-        style="outline",
+        outline=True,
     ),
-    # the cold start is long-tailed on purpose: a balanced one leaves
-    # reinforcement learning no head-room
+    # The cold start is long-tailed on purpose: a balanced one leaves reinforcement learning
+    # nothing to improve.
     "toy_emer": Set(
-        {
-            "happy": 89,
-            "sad": 70,
-            "angry": 45,
-            "surprise": 25,
-            "neutral": 2,
-            "fear": 2,
-            "disgust": 2,
-            "anxious": 2,
-            "disappointed": 1,
-            "helpless": 1,
-            "contemptuous": 1,
-        },
+        weights(
+            "happy 89, sad 70, angry 45, surprise 25, neutral 2, fear 2, disgust 2, anxious 2, "
+            "disappointed 1, helpless 1, contemptuous 1"
+        ),
         {"train": (240, 60)},
     ),
     "toy_base": Set(None, {"train": (2400, 400), "val": (100, 25)}),
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Clip:
     set: str
     split: str
@@ -193,19 +152,29 @@ class Clip:
     def path(self) -> str:
         return f"clips/{self.set}/{self.split}/{self.index:06d}.mp4"
 
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Return the indices of set, split and clip, for `stream`."""
+        splits = list(SETS[self.set].splits)
+        return list(SETS).index(self.set), splits.index(self.split), self.index
+
 
 PLAN, LEVELS, IDENTITY, RENDER, TEXT = range(1, 6)
 
 
 def stream(purpose: int, seed: int, *key: int) -> np.random.Generator:
-    """An independent random stream. Keys are padded to one length:
-    [1] and [1, 0] would seed alike."""
+    """Return an independent random stream for a purpose and a key.
+
+    Keys are padded to one length, because NumPy seeds [1] and [1, 0] alike.
+    """
     return np.random.default_rng([purpose, seed, *key, *[0] * (3 - len(key))])
 
 
 def quota(n: int, weights: dict[str, float], floor: int) -> dict[str, int]:
-    """n clips shared out by weight (largest remainders), every class at
-    least `floor` if n allows it."""
+    """Return how many of n clips each class gets by its weight (largest remainder method).
+
+    Every class gets at least `floor` clips if n allows it.
+    """
     share = {c: n * w / sum(weights.values()) for c, w in weights.items()}
     counts = {c: int(s) for c, s in share.items()}
     for c in sorted(share, key=lambda c: counts[c] - share[c])[: n - sum(counts.values())]:
@@ -220,6 +189,7 @@ def quota(n: int, weights: dict[str, float], floor: int) -> dict[str, int]:
 def draw_levels(
     label: str | None, rng: np.random.Generator
 ) -> tuple[dict[str, str], tuple[float, ...]]:
+    """Return the level word of each cue, and the cue values, of one clip of an emotion."""
     levels, values = {}, []
     for cue, words in CUES.items():
         if label is None:
@@ -235,30 +205,29 @@ def draw_levels(
 
 
 def plan(seed: int, scale: float) -> list[Clip]:
-    """Every clip of the world, in a fixed order; nothing is drawn or written yet."""
+    """Return all clips in a fixed order, without drawing or writing them."""
     clips, first_identity = [], 0
     for s, (name, spec) in enumerate(SETS.items()):
         for p, (split, (n, identities)) in enumerate(spec.splits.items()):
             n = max(MIN_CLIPS, round(n * scale))
             labels = [None] * n
             if spec.weights:
-                labels = [
-                    c for c, k in quota(n, spec.weights, spec.floor).items() for _ in range(k)
-                ]
+                counts = quota(n, spec.weights, spec.floor)
+                labels = [label for label, count in counts.items() for _ in range(count)]
                 labels = [labels[i] for i in stream(PLAN, seed, s, p).permutation(n)]
             for i, label in enumerate(labels):
                 rng = stream(LEVELS, seed, s, p, i)
                 identity = first_identity + int(rng.integers(identities))
                 clips.append(Clip(name, split, i, identity, label, *draw_levels(label, rng)))
-            first_identity += identities  # so that no one is in two splits
+            first_identity += identities  # so that no identity is in two splits
     return clips
 
 
 def bayes_accuracy(name: str, cues: dict = CUES) -> float:
-    """Accuracy of an ideal observer of `cues` who knows EMOTIONS, FLIP and the class weights;
-    exact.
+    """Return the exact accuracy of an ideal observer of `cues` on a set.
 
-    sum over all cue combinations x of max over emotions e of P(e) P(x | e)
+    The observer knows EMOTIONS, FLIP and the class weights. The accuracy is the sum over all
+    combinations x of cue levels of the maximum over the emotions e of P(e) P(x | e).
     """
     weights, best = SETS[name].weights, 0.0
     for e, w in weights.items():
@@ -271,37 +240,11 @@ def bayes_accuracy(name: str, cues: dict = CUES) -> float:
     return float(best.sum())
 
 
-# ------------------------------------------------------------------------------------------------
-# Text: what is seen and heard, in a vocabulary small enough that a cue word is one token
+# ---- Texts
 
-QUESTION_LABEL = (
-    "As an emotional recognition expert; throughout the video, which emotion conveyed by the "
-    "characters is the most obvious to you?"
-)
-THINK_SUFFIX = (
-    "\nOutput the thinking process in <think> </think> and final emotion in "
-    "<answer> </answer> tags."
-)
 QUESTION_CAPTION = "Describe what is seen and heard."
-MEDIA = "<video>\n<audio>\n"
-
-NOUNS = {
-    "brows": "brows",
-    "furrow": "forehead",
-    "eyes": "eyes",
-    "corners": "mouth corners",
-    "lips": "lips",
-    "pitch": "pitch",
-    "melody": "melody",
-    "rate": "rate",
-    "loudness": "volume",
-    "breath": "tone",
-}
-PLURAL = {"brows", "eyes", "corners", "lips"}
-OPENERS = {
-    "seen": ("In the video ", "On the face ", ""),
-    "heard": ("In the audio ", "In the voice ", ""),
-}
+# The nouns of cues that are not called by their names.
+NOUNS = {"furrow": "forehead", "corners": "mouth corners", "loudness": "volume", "breath": "tone"}
 CONCLUSIONS = (
     "All of this suggests that the emotion is {}.",
     "Taken together, the person seems {}.",
@@ -309,173 +252,154 @@ CONCLUSIONS = (
 )
 
 
-def describe(cues: dict, rng: np.random.Generator) -> str:
-    """All ten cues in two sentences of about 40 words, e.g.
+def describe(levels: dict, rng: np.random.Generator) -> str:
+    """Return two sentences of about 40 words together that state all ten cues, such as
 
     "On the face the brows are lowered, the forehead knit, ... and the lips pressed.
     In the audio ..."
     """
     sentences = []
-    for part, names in (("seen", list(SEEN)), ("heard", list(HEARD))):
-        # two orders only: a free order costs a small model much and teaches nothing
+    for cues, openers in (
+        (list(SEEN), ("In the video ", "On the face ", "")),
+        (list(HEARD), ("In the audio ", "In the voice ", "")),
+    ):
+        # Two orders only: a small model needs long to learn a free order, and gains nothing by it.
         if rng.random() < 0.5:
-            names.reverse()
-        clauses = [f"the {NOUNS[c]} {cues[c]}" for c in names]
-        clauses[0] = (
-            f"the {NOUNS[names[0]]} {'are' if names[0] in PLURAL else 'is'} {cues[names[0]]}"
-        )
-        text = rng.choice(OPENERS[part]) + ", ".join(clauses[:-1]) + " and " + clauses[-1] + "."
+            cues.reverse()
+        nouns = [NOUNS.get(cue, cue) for cue in cues]
+        clauses = [f"the {noun} {levels[cue]}" for noun, cue in zip(nouns, cues)]
+        verb = "are" if nouns[0].endswith("s") else "is"
+        clauses[0] = f"the {nouns[0]} {verb} {levels[cues[0]]}"
+        text = rng.choice(openers) + ", ".join(clauses[:-1]) + " and " + clauses[-1] + "."
         sentences.append(text[0].upper() + text[1:])
     if rng.random() < 0.25:
         sentences.reverse()
     return " ".join(sentences)
 
 
-def cold_start_text(clip: Clip, rng: np.random.Generator) -> str:
-    """Reasoning and answer: what is seen and heard, then the word."""
-    described = describe(clip.levels, rng)
-    return (
-        f"<think>{described} {rng.choice(CONCLUSIONS).format(clip.label)}</think>\n"
-        f"<answer>{clip.label}</answer>"
-    )
-
-
-LEVEL_WORDS = {word for words in CUES.values() for word in words}
-
-
 def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
-    """(true cue words stated, distinct cue words stated, true cues);
-    recall = a / c, precision = a / b.
+    """Return the numbers of true cue words stated, of cue words stated, and of true cues.
 
-    Only the inside of <think>...</think> counts where there is one.
-    Stating two levels of a cue costs precision.
+    A word counts once, and only inside <think> if the output has such a block.
     """
-    stated = set(re.findall(r"[a-z]+", reasoning_of(text).lower())) & LEVEL_WORDS
-    true = {cues[cue] for cue in CUES}  # ignores further keys, as the rows of cues.json have
+    stated = set(re.findall(r"[a-z]+", reasoning_of(text).lower())) & CUE_WORDS
+    true = {cues[cue] for cue in CUES}  # `cues` may have further keys, as in cues.json
     return len(stated & true), len(stated), len(true)
 
 
-# ------------------------------------------------------------------------------------------------
-# Drawing: signed distances with soft edges; the head once per clip, the moving parts per frame
+# ---- Face: signed distances with soft edges; the head once per clip, the moving parts per frame
 
-SKINS = np.array(
-    [
-        [255, 224, 196],
-        [241, 194, 155],
-        [224, 172, 120],
-        [196, 138, 98],
-        [160, 104, 70],
-        [130, 86, 62],
-    ]
-)
-HAIRS = np.array(
-    [[40, 30, 28], [92, 58, 36], [150, 98, 48], [214, 178, 98], [150, 60, 36], [130, 130, 134]]
-)
-IRISES = np.array([[70, 45, 30], [60, 100, 150], [70, 120, 80], [110, 110, 115]])
+
+def colors(text: str) -> np.ndarray:
+    """Return [N, 3] for N colors such as "ff8000"."""
+    return np.array([list(bytes.fromhex(color)) for color in text.split()])
+
+
+SKINS = colors("ffe0c4 f1c29b e0ac78 c48a62 a06846 82563e")
+HAIRS = colors("281e1c 5c3a24 966230 d6b262 963c24 828286")
+IRISES = colors("462d1e 3c6496 467850 6e6e73")
 INK = np.array([28, 26, 34])
 ROWS, COLS = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 
 
-def person(seed: int, identity: int, style: str) -> dict:
-    """What does not change within an identity: looks and voice."""
+def person(seed: int, identity: int, outline: bool) -> SimpleNamespace:
+    """Return the looks and the voice of an identity, which are the same in all its clips."""
     rng = stream(IDENTITY, seed, identity)
-    outline = style == "outline"
     skin = SKINS[rng.integers(len(SKINS))] * rng.uniform(0.93, 1.05) + rng.uniform(-5, 5, 3)
     hair = HAIRS[rng.integers(len(HAIRS))] + rng.uniform(-12, 12, 3)
-    if outline:  # flat pale colours of any hue, no one of the painted people has them
+    if outline:  # flat pale colors of any hue, which no painted face has
         skin, hair = rng.uniform(205, 250, 3), rng.uniform(120, 235, 3)
-    return {
-        "outline": outline,
-        "skin": skin.clip(0, 255),
-        "hair": hair.clip(0, 255),
-        "iris": IRISES[rng.integers(len(IRISES))],
-        "shirt": rng.uniform(40, 220, 3),
-        "width": rng.uniform(0.70, 0.86),
-        "long_hair": rng.random() < 0.45,
-        "hairline": rng.uniform(-0.86, -0.80),
-        "parting": rng.uniform(-0.25, 0.25),
-        "glasses": rng.random() < 0.2,
-        "brow": rng.uniform(0.045, 0.06),
-        # half an octave lies between two pitch levels, so that these 0.16
-        # octaves do not hide the cue
-        "pitch": rng.uniform(-0.08, 0.08) + (0.04 if outline else 0.0),
-        "tract": rng.uniform(1.0, 1.2) if outline else rng.uniform(0.88, 1.08),
-        "loud": rng.uniform(-1, 1),
-    }
+    return SimpleNamespace(
+        outline=outline,
+        skin=skin.clip(0, 255),
+        hair=hair.clip(0, 255),
+        iris=IRISES[rng.integers(len(IRISES))],
+        shirt=rng.uniform(40, 220, 3),
+        width=rng.uniform(0.70, 0.86),
+        long_hair=rng.random() < 0.45,
+        hairline=rng.uniform(-0.86, -0.80),
+        parting=rng.uniform(-0.25, 0.25),
+        glasses=rng.random() < 0.2,
+        brow=rng.uniform(0.045, 0.06),
+        # Two pitch levels are half an octave apart, so a spread of 0.16 octaves does not hide them.
+        pitch=rng.uniform(-0.08, 0.08) + (0.04 if outline else 0.0),
+        tract=rng.uniform(1.0, 1.2) if outline else rng.uniform(0.88, 1.08),
+        loud=rng.uniform(-1, 1),
+    )
 
 
 def ellipse(x, y, a, b):
-    """Distance to an ellipse of half-axes a, b, negative inside;
-    first order, exact near the edge."""
+    """Return the distance to an ellipse of half-axes a, b, negative inside: exact near the edge."""
     r = np.hypot(x / a, y / b)
     return r * (r - 1) / np.maximum(np.hypot(x / a**2, y / b**2), 1e-3)
 
 
 def paint(image, distance, color, px, opacity=1.0):
-    """Lay a color over image [..., H, W, 3] inside distance < 0 [..., H, W], the
-    edge about a pixel soft."""
+    """Paint image [..., H, W, 3] in place where distance [..., H, W] < 0, with a soft edge."""
     alpha = np.clip(0.5 - distance * px, 0, 1) * opacity
     image += alpha[..., None] * (np.asarray(color, np.float32) - image)
 
 
-def draw_head(who: dict, u, v, px: float, rng: np.random.Generator) -> np.ndarray:
-    """-> [H, W, 3] float32, everything that does not move."""
-    sky = rng.uniform(225, 250) * np.ones(3) if who["outline"] else rng.uniform(50, 215, 3)
-    image = np.full((SIZE, SIZE, 3), sky, np.float32)
-    if not who["outline"]:
+def draw_head(who, u, v, px: float, rng: np.random.Generator) -> np.ndarray:
+    """Return everything that does not move, [H, W, 3] float32."""
+    background = rng.uniform(225, 250) * np.ones(3) if who.outline else rng.uniform(50, 215, 3)
+    image = np.full((SIZE, SIZE, 3), background, np.float32)
+    if not who.outline:
         image *= (1 + 0.25 * rng.uniform(-1, 1) * (ROWS / SIZE - 0.5))[..., None]
-    w, layers = who["width"], []
-    back = (w + 0.16, 1.25) if who["long_hair"] else (w + 0.06, 0.75)
-    layers.append((ellipse(u, v - (0.15 if who["long_hair"] else -0.36), *back), who["hair"]))
-    layers.append((ellipse(u, v - 1.55, 0.95, 0.62), who["shirt"]))
-    head = ellipse(u, v, w, 1.0)
-    layers.append((head, who["skin"]))
-    fringe = v - who["hairline"] + 0.25 * np.abs(u - who["parting"]) - 0.04
-    layers.append((np.maximum(head - 0.03, fringe), who["hair"]))
-    for distance, color in layers:
+    if who.long_hair:
+        hair = ellipse(u, v - 0.15, who.width + 0.16, 1.25)
+    else:
+        hair = ellipse(u, v + 0.36, who.width + 0.06, 0.75)
+    head = ellipse(u, v, who.width, 1.0)
+    fringe = v - who.hairline + 0.25 * np.abs(u - who.parting) - 0.04
+    for distance, color in (
+        (hair, who.hair),
+        (ellipse(u, v - 1.55, 0.95, 0.62), who.shirt),
+        (head, who.skin),
+        (np.maximum(head - 0.03, fringe), who.hair),
+    ):
         paint(image, distance, color, px)
-        if who["outline"]:
+        if who.outline:
             paint(image, np.abs(distance) - 0.02, INK, px)
-    paint(
-        image,
-        ellipse(u, v - 0.2, 0.05, 0.09),
-        INK if who["outline"] else who["skin"] * 0.72,
-        px,
-        0.6,
-    )
-    if who["glasses"]:
+    nose = ellipse(u, v - 0.2, 0.05, 0.09)
+    paint(image, nose, INK if who.outline else who.skin * 0.72, px, 0.6)
+    if who.glasses:
         paint(image, np.abs(ellipse(np.abs(u) - 0.35, v + 0.05, 0.29, 0.27)) - 0.012, INK, px, 0.8)
     return image
 
 
-def draw_eyes(image, who: dict, u, v, px: float, brows, furrow, eyes):
-    """image [T, h, w, 3], u v [h, w], values [T, 1, 1]. Both sides at once: x = |u|."""
+def draw_eyes(image, who, u, v, px: float, brows, furrow, eyes):
+    """Draw eyes, brows and the crease between them into image [T, h, w, 3], for both sides at once.
+
+    u v [h, w]; the cue values [T, 1, 1]
+    """
     x, y = np.abs(u) - 0.35, v + 0.05
-    knit = 0.5 + furrow / 1.2  # about 0 smooth, 1 knit
-    a, b = (0.18 if who["outline"] else 0.20), 0.115 * 2 ** (1.25 * eyes)
+    knit = 0.5 + furrow / 1.2  # about 0 for a smooth forehead, 1 for a knit one
+    a, b = (0.18 if who.outline else 0.20), 0.115 * 2 ** (1.25 * eyes)
     lid = ellipse(x, y, a + 0.03, b + 0.035)
     eye = ellipse(x, y, a, b)  # [T, h, w]
-    paint(image, lid, INK if who["outline"] else who["skin"] * 0.4, px)
+    paint(image, lid, INK if who.outline else who.skin * 0.4, px)
     paint(image, eye, (255, 255, 255), px)
     iris = np.hypot(x, y)
-    paint(image, np.maximum(iris - 0.105, eye), who["iris"], px, 0.5 if who["outline"] else 1.0)
+    paint(image, np.maximum(iris - 0.105, eye), who.iris, px, 0.5 if who.outline else 1.0)
     paint(image, np.maximum(iris - 0.065, eye), INK, px)
-    # Knit brows are drawn together; knit and lowered they slant to the nose,
-    # knit and raised away from it.
+    # Knit brows are close together. They slant to the nose if lowered, away from it if raised.
     slant = 0.75 * knit * brows
-    bend = 1.1 * np.abs(x) - 0.12 if who["outline"] else 1.2 * x**2 - 0.03
-    line = -0.47 - 0.24 * brows + slant * x + (0.5 if who["outline"] else 1.0) * bend
-    stroke = np.abs(v - line) / np.hypot(1, slant) - (0.034 if who["outline"] else who["brow"])
-    color = INK if who["outline"] else np.minimum(who["hair"] * 0.6, who["skin"] * 0.45)
+    bend = 1.1 * np.abs(x) - 0.12 if who.outline else 1.2 * x**2 - 0.03
+    line = -0.47 - 0.24 * brows + slant * x + (0.5 if who.outline else 1.0) * bend
+    stroke = np.abs(v - line) / np.hypot(1, slant) - (0.034 if who.outline else who.brow)
+    color = INK if who.outline else np.minimum(who.hair * 0.6, who.skin * 0.45)
     paint(image, np.maximum(stroke, np.maximum(-0.19 + 0.07 * knit - x, x - 0.25)), color, px)
     crease = np.maximum(np.abs(np.abs(u) - 0.065) - 0.022, np.abs(v + 0.33) - 0.15)
-    paint(image, crease, INK if who["outline"] else who["skin"] * 0.35, px, np.clip(knit, 0, 1))
+    paint(image, crease, INK if who.outline else who.skin * 0.35, px, np.clip(knit, 0, 1))
 
 
-def draw_mouth(image, who: dict, u, v, px: float, corners, lips, speech):
-    """image [T, h, w, 3], u v [h, w], values [T, 1, 1]. speech in [0, 1] moves an open mouth,
-    never opens a closed."""
-    # Closed covers a span of values: without it a closed mouth would gape or vanish by jitter.
+def draw_mouth(image, who, u, v, px: float, corners, lips, speech):
+    """Draw the mouth into image [T, h, w, 3]. `speech` in [0, 1] moves a mouth that is open.
+
+    u v [h, w]; the cue values and the speech [T, 1, 1]
+    """
+    # A closed mouth covers a span of values, so that jitter does not open or press it.
     opened, pressed = np.clip(lips - JITTER, 0, 1) / 0.6, np.clip(-lips - JITTER, 0, 1) / 0.6
     half = 0.34 - 0.07 * opened - 0.06 * pressed
     x = u / half
@@ -487,18 +411,18 @@ def draw_mouth(image, who: dict, u, v, px: float, corners, lips, speech):
     gap = 0.20 * opened * (0.85 + 0.15 * speech)
     lip = 0.105 * (1 - np.clip(pressed, 0, 1))
     rim = np.maximum(y - (gap + lip) * profile, edge)
-    if who["outline"]:
+    inside = np.maximum(y - gap * profile - 0.022 - 0.014 * pressed, edge)
+    if who.outline:
         paint(image, rim, (240, 165, 165), px)
         paint(image, np.abs(rim) - 0.018, INK, px)
+        paint(image, inside, INK, px)
     else:
-        paint(image, rim, 0.4 * who["skin"] + np.array([115, 20, 35]), px)
-    inside = INK if who["outline"] else np.array([70, 14, 20])
-    paint(image, np.maximum(y - gap * profile - 0.022 - 0.014 * pressed, edge), inside, px)
+        paint(image, rim, 0.4 * who.skin + np.array([115, 20, 35]), px)
+        paint(image, inside, (70, 14, 20), px)
 
 
 def ease(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Seen values at the apex [5] -> [T, 5]: from rest to the apex by 40 % of the clip,
-    then held."""
+    """Return the seen values over time [T, 5]: from rest to `values` [5] by 40 % of the clip."""
     t = np.linspace(0, 1, FRAMES, dtype=np.float32)
     start = rng.uniform(0.0, 0.1)
     s = np.clip((t - start) / (0.4 - start), 0, 1)
@@ -506,8 +430,8 @@ def ease(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return REST + s[:, None] * (values - REST)
 
 
-def draw(values: np.ndarray, who: dict, speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Seen values [5], speech envelope [T] -> frames [T, H, W, 3] uint8."""
+def draw(values: np.ndarray, who, speech: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return frames [T, H, W, 3] uint8 for seen values [5] and a speech envelope [T]."""
     px = 0.40 * SIZE * (1 + rng.uniform(-0.06, 0.06))  # pixels per face unit
     cx, cy = SIZE * (0.5 + rng.uniform(-0.03, 0.03)), SIZE * (0.53 + rng.uniform(-0.03, 0.03))
     tilt = np.deg2rad(rng.uniform(-5, 5))
@@ -524,119 +448,114 @@ def draw(values: np.ndarray, who: dict, speech: np.ndarray, rng: np.random.Gener
         r = slice(max(0, int(cy + (top - 0.06) * px)), int(cy + (bottom + 0.06) * px))
         c = slice(int(cx - 0.78 * px), int(cx + 0.78 * px))
         draw_part(video[:, r, c], who, u[r, c], v[r, c], px, *extra)
-    # more noise than this bloats the file
+    # More noise than this makes the mp4 files large.
     video += rng.integers(-1, 2, (FRAMES, SIZE, SIZE, 1), np.int8)
     return np.clip(video, 0, 255).astype(np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------
-# Voice: a harmonic source and breath noise through vowel formants, cut into syllables
+# ---- Voice: a harmonic source and breath noise through vowel formants, cut into syllables
 
 FREQS = np.fft.rfftfreq(SAMPLES, 1 / SAMPLE_RATE).astype(np.float32)
-# a e i o u
-FORMANTS = np.array(
+FORMANTS = np.array(  # a e i o u
     [[730, 1090, 2440], [530, 1840, 2480], [300, 2300, 3000], [570, 840, 2410], [440, 1020, 2240]],
     np.float32,
 )
 _n = np.arange(1, 21)[:, None]  # twenty harmonics stay below half the sample rate up to 400 Hz
 PULSE = (np.cos(2 * np.pi * _n * np.arange(2048) / 2048) / _n**1.2).sum(0).astype(np.float32)
 PULSE /= PULSE.std()
-# accents of the one sentence of the outline people
+# The accents of the one sentence that all outline identities speak.
 SENTENCE = np.array([0.2, 1.2, -0.6, 0.9, -1.3, 0.6, -0.2, -0.8])
 
 
-def synthesise(
-    values: np.ndarray, who: dict, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Heard values [5] -> samples [N] float32 in (-1, 1), speech envelope
-    per frame [T] in [0, 1]."""
+def synthesise(values: np.ndarray, who, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return samples [N] float32 in (-1, 1) and the speech envelope per frame [T] in [0, 1].
+
+    values: the heard values [5]
+    """
     pitch, melody, rate, loudness, breath = (float(value) for value in values)
     seconds = np.arange(SAMPLES, dtype=np.float32) / SAMPLE_RATE
-    # counts syllables
-    beat = 4.6 * 2 ** (0.8 * rate) * seconds + (0.0 if who["outline"] else rng.uniform(0, 1))
-    syllable = beat.astype(np.int64)
+    beat = 4.6 * 2 ** (0.8 * rate) * seconds + (0.0 if who.outline else rng.uniform(0, 1))
+    syllable = beat.astype(np.int64)  # the index of the syllable at each sample
     K = int(syllable[-1]) + 2
-    if who["outline"]:
+    if who.outline:
         accents, vowels = np.resize(SENTENCE, K), np.resize([0, 2, 4], K)
     else:
         accents, vowels = rng.standard_normal(K), np.resize(rng.permutation(5)[:3], K)
-    envelope = (
-        np.sin(np.pi * (beat - syllable)) ** 1.2 * np.resize(rng.uniform(0.8, 1.0, K), K)[syllable]
-    )
+    strength = np.resize(rng.uniform(0.8, 1.0, K), K)[syllable]
+    envelope = np.sin(np.pi * (beat - syllable)) ** 1.2 * strength
 
-    # f0: unit-variance contour through the accents, so that melody alone
-    # sets the range (in octaves)
+    # The pitch follows a contour of unit variance through the accents, so that the melody alone
+    # sets its range in octaves.
     contour = np.interp(beat, np.arange(K) + 0.5, accents)
     contour = np.clip((contour - contour.mean()) / contour.std(), -1.8, 1.8)
-    f0 = 165 * 2 ** (0.78 * pitch + who["pitch"] + 0.085 * np.exp(2.0 * melody) * contour)
+    f0 = 165 * 2 ** (0.78 * pitch + who.pitch + 0.085 * np.exp(2.0 * melody) * contour)
     phase = np.cumsum(f0 / SAMPLE_RATE) + rng.random()
     source = PULSE[(phase % 1 * 2048).astype(np.int64)]
     hiss = 0.10 * np.exp(3.0 * breath) * rng.standard_normal(SAMPLES, dtype=np.float32)
 
-    # [N] -> [N/2 + 1]; the hiss rises with frequency, above the harmonics where it is heard best
+    # [N] -> [N/2 + 1]. The hiss rises with frequency: above the harmonics it is heard best.
     spectrum = np.fft.rfft(source) + np.fft.rfft(hiss) * (0.5 + FREQS / 2000)
     voice = np.zeros(SAMPLES, np.float32)
     for vowel in np.unique(vowels):
         gain = np.float32(0.04)
-        for f, strength in zip(FORMANTS[vowel] * np.float32(who["tract"]), (1.0, 0.5, 0.25)):
-            gain = gain + strength / np.sqrt(1 + ((FREQS - f) / (60 + 0.04 * f)) ** 2)
+        for f, height in zip(FORMANTS[vowel] * np.float32(who.tract), (1.0, 0.5, 0.25)):
+            gain = gain + height / np.sqrt(1 + ((FREQS - f) / (60 + 0.04 * f)) ** 2)
         sound = np.fft.irfft(spectrum * gain, SAMPLES)
-        # switched where the envelope is zero: no click
-        spoken = vowels[syllable] == vowel
+        spoken = vowels[syllable] == vowel  # vowels change where the envelope is 0: no click
         voice[spoken] += sound[spoken]
     voice *= envelope
-    voice *= 0.045 * 10 ** ((12 * loudness + who["loud"]) / 20) / np.sqrt((voice**2).mean())
+    voice *= 0.045 * 10 ** ((12 * loudness + who.loud) / 20) / np.sqrt((voice**2).mean())
     voice += 10 ** (rng.uniform(-72, -64) / 20) * rng.standard_normal(SAMPLES, dtype=np.float32)
-    return np.tanh(voice).astype(np.float32), envelope[:: SAMPLES // FRAMES][:FRAMES].astype(
-        np.float32
-    )
+    speech = envelope[:: SAMPLES // FRAMES][:FRAMES]
+    return np.tanh(voice).astype(np.float32), speech.astype(np.float32)
 
 
-# ------------------------------------------------------------------------------------------------
-# Files
+# ---- Files
 
 
 def render(seed: int, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-    """-> frames [T, H, W, 3] uint8, samples [N] float32"""
-    names = list(SETS)
-    rng = stream(
-        RENDER,
-        seed,
-        names.index(clip.set),
-        list(SETS[clip.set].splits).index(clip.split),
-        clip.index,
-    )
-    who = person(seed, clip.identity, SETS[clip.set].style)
+    """Return the frames [T, H, W, 3] uint8 and the samples [N] float32 of a clip."""
+    rng = stream(RENDER, seed, *clip.key)
+    who = person(seed, clip.identity, SETS[clip.set].outline)
     values = np.array(clip.values, np.float32)
     samples, speech = synthesise(values[len(SEEN) :], who, rng)
     return draw(values[: len(SEEN)], who, speech, rng), samples
 
 
-def make(out: Path, seed: int, clip: Clip) -> None:
+def write(out: Path, seed: int, clip: Clip) -> None:
+    """Write the mp4 file of a clip."""
     write_clip(out / clip.path, *render(seed, clip), FPS)
 
 
 def row(seed: int, clip: Clip) -> dict:
-    """One sample: the question and the text to learn (or, for reinforcement learning,
-    the label)."""
-    s, p = list(SETS).index(clip.set), list(SETS[clip.set].splits).index(clip.split)
-    rng = stream(TEXT, seed, s, p, clip.index)
-    question, answer = MEDIA + QUESTION_LABEL + THINK_SUFFIX, clip.label
+    """Return the row of a clip in a sample file: a question, and the text to learn or the label."""
+    rng = stream(TEXT, seed, *clip.key)
+    question, answer = QUESTION + THINK, clip.label
     if clip.set == "toy_base":
-        question, answer = MEDIA + QUESTION_CAPTION, describe(clip.levels, rng)
+        question, answer = QUESTION_CAPTION, describe(clip.levels, rng)
     elif clip.set == "toy_emer":
-        answer = cold_start_text(clip, rng)
-    cues = {"seen": {c: clip.levels[c] for c in SEEN}, "heard": {c: clip.levels[c] for c in HEARD}}
+        reasoning = f"{describe(clip.levels, rng)} {rng.choice(CONCLUSIONS).format(clip.label)}"
+        answer = f"<think>{reasoning}</think>\n<answer>{clip.label}</answer>"
     return {
         "video": clip.path,
-        "cues": cues,  # the truth, for rewards and measures; no model sees it
-        "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}],
+        # The truth, for rewards and metrics. It is never part of a prompt.
+        "cues": {
+            sense: {cue: clip.levels[cue] for cue in cues}
+            for sense, cues in (("seen", SEEN), ("heard", HEARD))
+        },
+        "conversations": [
+            {"from": "human", "value": "<video>\n<audio>\n" + question},
+            {"from": "gpt", "value": answer},
+        ],
     }
 
 
 def claim(out: Path, seed: int, scale: float) -> None:
-    """Mark the folder as this world's, or refuse: clips of two worlds in one folder
-    could not be told apart."""
+    """Write world.json, which records what the clips of a folder are made from.
+
+    Raises UserError if the folder holds clips that were made with other settings: their labels
+    would be wrong.
+    """
     world = {
         "version": VERSION,
         "seed": seed,
@@ -647,25 +566,23 @@ def claim(out: Path, seed: int, scale: float) -> None:
         "sample_rate": SAMPLE_RATE,
     }
     path = out / "world.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found != world:
-            raise UserError(
-                f"{out} holds another world ({found}, asked for {world}): delete the folder or "
-                "choose another --out."
-            )
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found == world:
         return
-    if (out / "clips").exists():
+    if found or (out / "clips").exists():
+        different = ", ".join(key for key in world if found.get(key) != world[key])
         raise UserError(
-            f"{out} holds clips but no world.json: delete the folder or choose another --out."
+            f"{out} holds clips that were made with other settings ({path} differs in: "
+            f"{different}): delete the folder or choose another one."
         )
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, world)
 
 
 def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = None) -> None:
-    """Write the clips that are missing under `out`, then all sample files.
-    Raises UserError on a foreign folder."""
+    """Write the missing clips and all sample files to the folder `out`. Raises UserError.
+
+    workers: the number of processes; None: one per core
+    """
     out = Path(out)
     claim(out, seed, scale)
     clips = plan(seed, scale)
@@ -674,58 +591,45 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
         samples.setdefault(f"{clip.set}_{clip.split}", []).append(row(seed, clip))
         (out / clip.path).parent.mkdir(parents=True, exist_ok=True)
     missing = [clip for clip in clips if not (out / clip.path).exists()]
-    job, workers = partial(make, out, seed), workers or os.cpu_count() or 1
-    with tqdm(total=len(missing), desc="clips", unit="clip", disable=not missing) as bar:
-        if workers == 1:
-            for clip in missing:
-                job(clip)
-                bar.update()
-        else:
-            with ProcessPoolExecutor(workers) as pool:
-                for _ in pool.map(job, missing, chunksize=16):
-                    bar.update()
+    process_map(
+        partial(write, out, seed),
+        missing,
+        max_workers=workers or os.cpu_count(),
+        chunksize=16,
+        desc="clips",
+        unit="clip",
+        disable=not missing,
+    )
     for split in ("train", "val"):
         samples[f"rl_{split}"] = samples[f"toy_dfew_{split}"] + samples[f"toy_mafw_{split}"]
     for name, rows in samples.items():
         write_json(out / f"{name}.json", rows)
-    write_json(
-        out / "cues.json", {clip.path: {**clip.levels, "values": clip.values} for clip in clips}
-    )
+    cues = {clip.path: clip.levels | {"values": clip.values} for clip in clips}
+    write_json(out / "cues.json", cues)
 
 
-def check() -> None:
-    print(f"{'ideal observer, %':20}{'both':>8}{'seen':>8}{'heard':>8}")
-    for name, spec in SETS.items():
-        if spec.weights:
-            print(
-                f"{name:20}"
-                + "".join(f"{100 * bayes_accuracy(name, c):8.1f}" for c in (CUES, SEEN, HEARD))
-            )
+@dataclasses.dataclass
+class Args:
+    out: str = ""  # the folder to write
+    seed: int = 0  # each seed gives other clips
+    scale: float = 1.0  # multiplies the number of clips of every split
+    workers: int | None = None  # number of processes; default: one per core
+    check: bool = False  # print the accuracy of an ideal observer, and write nothing
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", type=Path, help="folder to write")
-    parser.add_argument("--seed", type=int, default=0, help="another seed is another world")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="multiplies the number of clips of every split"
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    parser.add_argument(
-        "--check", action="store_true", help="print what an ideal observer reaches, write nothing"
-    )
-    args = parser.parse_args()
+def main(args: Args) -> None:
     if args.check:
-        return check()
-    if args.out is None:
-        parser.error("--out is missing: name the folder to write")
+        print("accuracy of an ideal observer, %: video and audio, video only, audio only")
+        for name, spec in SETS.items():
+            if spec.weights:
+                print(name, *(f"{100 * bayes_accuracy(name, c):.1f}" for c in (CUES, SEEN, HEARD)))
+        return
+    if not args.out:
+        raise UserError("--out is missing: name the folder to write.")
     if args.seed < 0 or args.scale <= 0 or (args.workers is not None and args.workers < 1):
-        parser.error("--seed must be 0 or more, --scale above 0, --workers 1 or more")
-    try:
-        build(args.out, args.seed, args.scale, args.workers)
-    except UserError as error:
-        sys.exit(f"toy.world: {error}")
+        raise UserError("--seed must be 0 or more, --scale above 0, and --workers 1 or more.")
+    build(Path(args.out), args.seed, args.scale, args.workers)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main, Args)

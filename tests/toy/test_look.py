@@ -1,4 +1,4 @@
-"""The first look: what it says is what its result files say."""
+"""The first look: what it prints agrees with its result files."""
 
 import json
 
@@ -8,8 +8,8 @@ from toy import look
 
 
 def test_the_story_is_that_of_the_result_files(tmp_path):
-    """Stops a rate of another run, a mean over one set alone,
-    and a gain that is told where there was a loss."""
+    """Stops the rate of another run, a mean over one set only, and a loss that is printed as a
+    gain."""
     (tmp_path / "eval").mkdir()
     # war x 2, epc x 2
     rates = {"start": (70, 74, 80, 90), "r1": (86, 82, 61, 59), "r1_conclusion": (69, 71, 97, 95)}
@@ -18,22 +18,19 @@ def test_the_story_is_that_of_the_result_files(tmp_path):
             file = tmp_path / "eval" / f"{name}.{test_set}.json"
             file.write_text(json.dumps({"war": war, "epc": epc, "n": 100}))
     first, second, third = look.story(look.Look(look.Args(out=str(tmp_path), steps=56))).split("\n")
-    assert first.startswith("With the paper's reward") and second.startswith(
-        "With the reasoning paid"
-    )
-    assert "56 steps took the accuracy from 72 to 84 %" in first and first.endswith(
-        "the answer from 85 to 60 %."
-    )
-    assert "took the accuracy from 72 to 70 %" in second and second.endswith(
-        "the answer from 85 to 96 %."
-    )
+    assert first.startswith("With the paper's reward") and "56 steps" in first
+    assert second.startswith("With rewards for the reasoning") and "56 steps" in second
+    assert "accuracy changed from 72 to 84 %" in first
+    assert first.endswith("the answer from 85 to 60 %.")
+    assert "accuracy changed from 72 to 70 %" in second
+    assert second.endswith("the answer from 85 to 96 %.")
     assert "200 test clips" in third and "below 10 points may be chance" in third
 
 
 def test_it_runs_from_the_shipped_start(tmp_path):
-    """Stops a first look that another part of the project has broken;
-    runs that differ in more than their rewards."""
-    said = forked(lambda: look.main(look.Args(out=str(tmp_path / "out"), scale=SCALE, steps=2)))
+    """Stops a first look that another part of the project has broken, and runs that differ in more
+    than their rewards."""
+    printed = forked(lambda: look.main(look.Args(out=str(tmp_path / "out"), scale=SCALE, steps=2)))
     configs = [
         json.loads((tmp_path / "out" / name / "config.json").read_text())
         for name in ("r1", "r1_conclusion")
@@ -41,4 +38,4 @@ def test_it_runs_from_the_shipped_start(tmp_path):
     assert {k for k in configs[0] if configs[0][k] != configs[1][k]} == {"rewards", "out", "argv"}
     assert configs[1]["rewards"] == ["accuracy", "format", "conclusion", "agreement=0.2"]
     page = tmp_path / "out" / "report.html"
-    assert f"open {page} in a browser" in said and "r1_conclusion" in page.read_text()
+    assert f"open {page} in a browser" in printed and "r1_conclusion" in page.read_text()

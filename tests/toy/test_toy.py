@@ -1,5 +1,5 @@
-"""The miniature from end to end, a two-hundredth of its size: every stage, the table,
-and nothing done twice."""
+"""The toy setup from end to end at a two-hundredth of its size: every stage, the table, and no
+stage twice."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ SCALE = 0.005
 
 
 def run_toy(out: Path) -> str:
-    """The command itself."""
+    """Return what the command prints."""
     done = subprocess.run(
         [sys.executable, "-m", "toy", "--out", str(out), "--scale", str(SCALE)],
         cwd=ROOT,
@@ -41,24 +41,23 @@ def run_toy(out: Path) -> str:
 
 
 def build(out: Path) -> str:
-    """The same in this process."""
+    """Return what the same command prints, run in this process."""
     return forked(lambda: toy.main(toy.Args(out=str(out), scale=SCALE)))
 
 
 def forked(main) -> str:
-    """What `main` prints, the scripts that it starts being forks,
-    which spares their imports many times."""
-    one_at_a_time, said = threading.Lock(), io.StringIO()
+    """Return what `main` prints. It starts scripts as forks, which saves their imports."""
+    one_at_a_time, printed = threading.Lock(), io.StringIO()
 
     def start(words, env, **how):
         with one_at_a_time:
             script, *flags = words[2:] if words[1] == "-m" else [Path(words[1]).name, *words[2:]]
             return forkserver.shared().run(script, *flags)
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(toy.subprocess, "run", start)
         main()
-    return said.getvalue()
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +67,7 @@ def run(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_table_has_the_papers_rows_from_the_result_files(run):
-    """Stops: a row that shows another model's numbers, or a table printed without its results."""
+    """Stops a row that shows another model's numbers, and a table without its results."""
     out, _ = run
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]]
@@ -93,8 +92,8 @@ def test_table_has_the_papers_rows_from_the_result_files(run):
 
 
 def test_stages_start_from_the_papers_checkpoints_and_data(run):
-    """Stops: RL from the wrong model, labels leaking into the base,
-    or the out-of-distribution style in training."""
+    """Stops RL from the wrong model, labels in the training of the base, and training clips in the
+    out-of-distribution style."""
     out, _ = run
     names = ("base", "emer_sft", "label_sft", "r1", "r1_conclusion")
     used = {name: json.loads((out / name / "config.json").read_text()) for name in names}
@@ -115,7 +114,7 @@ def test_stages_start_from_the_papers_checkpoints_and_data(run):
 
 
 def test_released_layout(run):
-    """Stops: a tiny checkpoint that only this code could load."""
+    """Stops a tiny checkpoint that only this code can load."""
     out, _ = run
     for name in (
         "config.json",
@@ -132,14 +131,14 @@ def test_released_layout(run):
     assert (out / "bert" / "vocab.txt").is_file()
 
 
-def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
-    """Stops: hours lost by repeating a command; a table that mixes an old
-    result with a new model."""
+def test_only_stages_with_changed_inputs_run_again(run):
+    """Stops hours lost by repeating a command, and a table that mixes an old result with a new
+    model."""
     out, first = run
-    assert " is there" not in first
+    assert "is up to date" not in first
     before = {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     second = run_toy(out)
-    assert second.count(" is there") == 2 + 5 + 5 + 1 and "   python " not in second
+    assert second.count("is up to date") == 2 + 5 + 5 + 1 and "\n   python " not in second
     assert before == {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     weights = load_file(out / "emer_sft" / "latest" / "model.safetensors")
     weights["model.norm.weight"] += 0.01
@@ -147,35 +146,35 @@ def test_nothing_is_done_twice_and_what_is_stale_is_done_again(run):
     redone = sorted(
         line[3:]
         for line in build(out).splitlines()
-        if line.startswith("== ") and " is there" not in line
+        if line.startswith("== ") and " is up to date" not in line
     )
-    assert redone[-1].startswith("report: made anew, because ") and "r1/metrics.jsonl" in redone[-1]
+    assert redone[-1].startswith("report: again, because ") and "r1/metrics.jsonl" in redone[-1]
     assert redone[:-1] == [
-        f"{stage}: made anew, because model changed"
+        f"{stage}: again, because model changed"
         for stage in ("eval emer_sft", "eval r1", "eval r1_conclusion", "r1", "r1_conclusion")
     ]
 
 
 def test_a_copied_folder_is_left_alone(run, tmp_path):
-    """Stops: a finished miniature trained anew, and overwritten,
-    because a copy has other times than the original."""
+    """Stops a finished toy setup from being trained again, and overwritten, because the files of a
+    copy have other times than the original."""
     copy = shutil.copytree(run[0], tmp_path / "copy", symlinks=True, copy_function=shutil.copy)
-    # what is made from a file may be older than it
+    # A result may be older than its inputs.
     for age, file in enumerate(sorted(copy.rglob("*.*"))):
         if file.is_file():
             os.utime(file, (10**9 - age, 10**9 - age))
     before = {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
-    assert build(copy).count(" is there\n") == 2 + 5 + 5 + 1
+    assert build(copy).count("is up to date") == 2 + 5 + 5 + 1
     assert before == {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
 
 
-def test_why_a_stage_is_made_anew(tmp_path, capsys):
-    """Stops: a result that is overwritten without a word, kept after its flags or files changed,
-    or half made and kept."""
+def test_why_a_stage_runs_again(tmp_path, capsys):
+    """Stops a result that is overwritten without notice, that is kept after its flags or files
+    changed, or that is kept half made."""
     source, first, second = (tmp_path / name for name in ("source", "first", "second"))
     source.write_text("a")
 
-    def go(lr=1, fails=False, **flags) -> list[str]:
+    def run_stages(lr=1, fails=False, **flags) -> list[str]:
         pipeline = toy.Pipeline(toy.Args(out=str(tmp_path), **flags))
 
         def make(to: Path, of: Path) -> None:
@@ -183,37 +182,39 @@ def test_why_a_stage_is_made_anew(tmp_path, capsys):
             if fails:
                 raise KeyboardInterrupt
 
-        pipeline.stage("one", [first], {"data": source}, {"lr": lr}, lambda: make(first, source))
-        pipeline.stage("two", [second], {"model": first}, {}, lambda: make(second, first))
+        pipeline.stage("one", [first], {"data": source, "lr": lr}, lambda: make(first, source))
+        pipeline.stage("two", [second], {"model": first}, lambda: make(second, first))
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
 
-    there = [f"== one: {first} is there", f"== two: {second} is there"]
-    kept = ", and kept, although it is not on record what it was made from (--fresh makes it anew)"
-    anew = lambda one, two="model changed": [
-        f"== one: made anew, because {one}",
-        f"== two: made anew, because {two}",
+    up_to_date = [f"== one: {first} is up to date", f"== two: {second} is up to date"]
+    again = lambda one, two="model changed": [
+        f"== one: again, because {one}",
+        f"== two: again, because {two}",
     ]
-    assert go() == ["== one", "== two"] and go() == there
-    assert go(lr=2) == anew("lr changed") and second.read_text() == "a 2 2" and go(lr=2) == there
+    assert run_stages() == ["== one", "== two"] and run_stages() == up_to_date
+    assert run_stages(lr=2) == again("lr changed") and second.read_text() == "a 2 2"
+    assert run_stages(lr=2) == up_to_date
     source.write_text("b")
-    assert go() == anew("data, lr changed") and second.read_text() == "b 1 1"
-    assert go(fresh=True) == anew("of --fresh", "of --fresh")
+    assert run_stages() == again("data, lr changed") and second.read_text() == "b 1 1"
+    assert run_stages(fresh=True) == again("--fresh was given", "--fresh was given")
     first.unlink()
-    # `two` is still true of it
-    assert go() == [f"== one: made anew, because {first} is missing", there[1]]
+    # The new `first` is equal to the old one, so `two` does not run.
+    assert run_stages() == [f"== one: again, because {first} is missing", up_to_date[1]]
     with pytest.raises(KeyboardInterrupt):
-        go(lr=3, fails=True)
+        run_stages(lr=3, fails=True)
     capsys.readouterr()
-    assert go(lr=3) == anew("it was begun and not finished")
-    (tmp_path / "made_from.json").unlink()  # as an older toy left it
+    assert run_stages(lr=3) == again("it was interrupted")
+    (tmp_path / "made_from.json").unlink()
     source.write_text("c")
-    assert go() == [line + kept for line in there] and first.read_text() == "b 3"
-    first.unlink()
-    assert go() == ["== one", f"== two: made anew, because {first} was made after it"]
+    with pytest.raises(UserError, match=r"first exists, but .*made_from\.json does not say"):
+        run_stages()
+    assert first.read_text() == "b 3"
+    assert run_stages(fresh=True) == again("--fresh was given", "--fresh was given")
+    assert second.read_text() == "c 1 1"
 
 
 def test_make_says_how_to_go_on(tmp_path):
-    """Stops: a first command after `make toy` that ends with "No module named 'torch'"."""
+    """Stops a first command after `make toy` that ends with "No module named 'torch'"."""
     # as from a shell
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     make = lambda: subprocess.run(
@@ -230,8 +231,9 @@ def test_make_says_how_to_go_on(tmp_path):
     assert make() == ["true -m toy", line]
 
 
-def test_a_stage_is_a_command_and_its_failure_is_told(run, tmp_path):
-    """Stops: a script that fails inside the pipeline unseen, or whose words are lost."""
+def test_a_stage_is_a_command_and_its_error_is_shown(run, tmp_path):
+    """Stops a script that fails inside the pipeline without notice, and an error message that is
+    lost."""
     out, _ = run
     pipeline = toy.Pipeline(toy.Args(out=str(tmp_path)))
     kept = tmp_path / "one.json"
@@ -241,16 +243,17 @@ def test_a_stage_is_a_command_and_its_failure_is_told(run, tmp_path):
         "max_new_tokens": 2,
         "workers": 0,
     }
-    pipeline.run("eval.py", threads=1, quiet=True, model=out / "r1" / "latest", out=kept, **flags)
+    flags |= {"model": out / "r1" / "latest", "out": kept}
+    pipeline.run("eval.py", flags, threads=1, quiet=True)
     assert json.loads(kept.read_text())["n"] == 2
-    with pytest.raises(UserError, match=r"eval.py failed; its last words: [^$]*nowhere"):
-        pipeline.run("eval.py", quiet=True, model=tmp_path / "nowhere", out=kept, **flags)
+    with pytest.raises(UserError, match=r"eval.py failed. The end of its output: [^$]*nowhere"):
+        pipeline.run("eval.py", flags | {"model": tmp_path / "nowhere"}, quiet=True)
 
 
 def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
-    """Stops: a shipped start that needs the run folder that it is from,
-    or is another model than the cold start."""
-    out, said = run
+    """Stops a shipped start that needs the run folder that it comes from, or that is another model
+    than the cold start."""
+    out, printed = run
     toy.export(toy.Pipeline(toy.Args(out=str(out))), tmp_path / "start")
     away = (tmp_path / "start").rename(tmp_path / "moved")
     assert sum(f.stat().st_size for f in away.rglob("*") if f.is_file()) < 6e6
@@ -262,5 +265,6 @@ def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
         if x.is_floating_point()
     )
     assert Processor.from_pretrained(away / "humanomni").tokenizer.eos_token == "<|im_end|>"
-    # side by side: one time for both
-    assert "emer_sft and label_sft" in said and "r1 and r1_conclusion" in said
+    # Two stages that run at the same time have one entry in the line of seconds.
+    seconds = next(line for line in printed.splitlines() if line.startswith("Seconds: "))
+    assert "emer_sft and label_sft" in seconds and "r1 and r1_conclusion" in seconds

@@ -1,4 +1,4 @@
-"""The miniature's world: run with `pytest tests/test_toy/world.py`, about 10 s on two cores."""
+"""The toy clips: run with `pytest tests/toy/test_world.py`, about 10 s on two cores."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def test_same_bytes_for_any_worker_count(folder, tmp_path):
-    """Stops random state shared between clips: results would depend on workers and order."""
+    """Stops random state that clips share: results would depend on workers and order."""
     world.build(tmp_path, seed=3, scale=SMALL, workers=1)
     assert files(tmp_path) == files(folder)
 
@@ -43,14 +43,17 @@ def test_resume_remakes_only_what_is_missing(folder):
     assert {p for p, t in mtimes.items() if p.stat().st_mtime_ns != t} == {gone}
 
 
-def test_another_world_in_the_folder_is_refused(folder):
-    """Stops clips of two seeds ending up under one set of labels."""
-    with pytest.raises(UserError, match="delete the folder"):
+def test_clips_of_other_settings_are_refused(folder, tmp_path):
+    """Stops clips of two seeds with the labels of one, and clips of unknown origin."""
+    with pytest.raises(UserError, match=r"differs in: seed.*delete the folder"):
         world.build(folder, seed=4, scale=SMALL, workers=1)
+    (tmp_path / "clips").mkdir()
+    with pytest.raises(UserError, match="delete the folder"):
+        world.build(tmp_path, seed=3, scale=SMALL, workers=1)
 
 
 def test_no_identity_in_two_splits():
-    """Stops a leak: the test would ask about faces and voices seen in training."""
+    """Stops a leak: faces and voices of the training set in the test set."""
     owners: dict[int, set] = {}
     for clip in world.plan(0, 1.0):
         owners.setdefault(clip.identity, set()).add((clip.set, clip.split))
@@ -73,15 +76,16 @@ def test_counts_and_floor():
 
 
 def test_faces_and_voices():
-    """Stops two emotions with one look and sound (unlearnable),
-    or a modality that suffices alone."""
-    assert len(set(world.PAIRS.values())) == len(world.PAIRS) == 12
+    """Stops two emotions with the same face and voice, which cannot be learned, and one modality
+    that is enough."""
+    different = {tuple(levels.values()) for levels in world.EMOTIONS.values()}
+    assert len(different) == len(world.EMOTIONS) == 12
     for name in ("toy_dfew", "toy_mafw"):
         both, seen, heard = (
             world.bayes_accuracy(name, c) for c in (world.CUES, world.SEEN, world.HEARD)
         )
         assert both >= 0.93 and seen <= both - 0.25 and heard <= both - 0.25
-    # the exact figure against clips: take the likeliest emotion of each
+    # The exact rate agrees with a count: the most likely emotion of each clip.
     plan = [c for c in world.plan(0, 1.0) if c.set == "toy_dfew" and c.split == "train"]
     weights, right = world.SETS["toy_dfew"].weights, 0
     for clip in plan:
@@ -101,7 +105,7 @@ def test_faces_and_voices():
 
 
 def test_values_never_cross_levels():
-    """Stops jitter that turns a clip into one its own words do not describe."""
+    """Stops jitter that changes a clip so much that its own words do not describe it."""
     for clip in world.plan(1, 0.2):
         for (cue, words), value in zip(world.CUES.items(), clip.values):
             nearest = np.abs(np.array(world.LEVEL_VALUES[len(words)]) - value).argmin()
@@ -109,8 +113,7 @@ def test_values_never_cross_levels():
 
 
 def test_texts_state_every_true_cue_and_no_caption_names_an_emotion(folder):
-    """Stops a caption that gives the label away, and a reference text that
-    would not score full marks."""
+    """Stops a caption that contains the label, and a reference text without the highest score."""
     cues = json.loads((folder / "cues.json").read_text())
     words = [w for levels in world.CUES.values() for w in levels]
     assert len(words) == len(set(words))
@@ -133,7 +136,7 @@ def test_cue_scores_by_hand():
         "wide <think>The brows are Lowered, lowered and raised, the eyes are narrowed, "
         "the lips opening. The voice is loud and slow.</think><answer>knit</answer>"
     )
-    # lowered narrowed loud; raised slow are wrong
+    # lowered, narrowed, loud are right; raised, slow are wrong
     assert world.cue_scores(text, cues) == (3, 5, 10)
     assert world.cue_scores("", cues) == (0, 0, 10)
     both = world.describe(cues, np.random.default_rng(0)) + " smooth, level"
@@ -141,7 +144,7 @@ def test_cue_scores_by_hand():
 
 
 def test_rows(folder):
-    """Stops sample files that the readers refuse, and labels drawn apart from the clips."""
+    """Stops sample files that the readers refuse, and labels of other clips."""
     rows = json.loads((folder / "rl_train.json").read_text())
     assert rows == [
         r
@@ -156,8 +159,8 @@ def test_rows(folder):
 
 @pytest.mark.parametrize("name", ["toy_dfew", "toy_ravdess"])
 def test_clip_on_disk(folder, name):
-    """Stops clips of the wrong length or size, and sound that comes 64 ms late
-    (encoder priming without pts)."""
+    """Stops clips of the wrong length or size, and sound that starts 64 ms late (priming of the
+    encoder, without pts)."""
     clip = next(c for c in world.plan(3, SMALL) if c.set == name and c.split == "test")
     frames, samples = world.render(3, clip)
     with av.open(str(folder / clip.path)) as file:
