@@ -73,7 +73,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
     seconds: float = 555.0  # time for all stages
     stages: list[str] = list_of(*LIMITS)  # stages to run
-    out: str | None = None  # folder of the results; default: results/
+    out: str = ""  # folder of the results; default: results/, on a CPU runs/
 
 
 @dataclasses.dataclass
@@ -161,7 +161,7 @@ def main(args: Args) -> None:
         raise UserError(f"--stages {' '.join(sorted(unknown))}: choose from {' '.join(LIMITS)}.")
     end = time.monotonic() + args.seconds
     name = "cpu" if args.device == "cpu" else machine()
-    folder = Path(args.out) if args.out else ROOT / ("runs" if name == "cpu" else "results")
+    folder = Path(args.out or ROOT / ("runs" if name == "cpu" else "results"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"gpu_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.jsonl"
     for file in (path, path.with_suffix(".log")):
