@@ -1,21 +1,23 @@
-"""How would other rewards have judged a run?  Scores its saved completions anew;
-no model is needed.
+"""Scores the saved completions of a run with other rewards, or prints means of its metrics.
 
     python -m tools.rescore runs/r1 --rewards accuracy format agreement=0.5
     python -m tools.rescore runs/r1 --rewards accuracy mine.py:short=0.1 --last 50
+    python -m tools.rescore means runs/r1 runs/r2 --of kl grad_norm --steps 1 20
 
-For each reward its mean; how often a group would have been alive, that is, have had something to
-compare; and how often the new total would have preferred another completion of its group than
-the old one did.
+The first form needs no model. It prints the mean of each reward, how many groups have differing
+totals (only these have a gradient), and in how many the best completions change. `means` prints one
+row per run with the mean of each metric, see docs/metrics.md.
 """
 
 import dataclasses
 import json
+import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 from data import read_samples
-from lib.args import UserError, run_main
+from lib.args import UserError, list_of, run_main
 from lib.run_folder import read_rows
 from rewards import Completion, load_rewards
 
@@ -23,77 +25,102 @@ from rewards import Completion, load_rewards
 @dataclasses.dataclass
 class Args:
     run: str  # run folder of grpo.py
-    rewards: list[str] = dataclasses.field(default_factory=lambda: ["accuracy", "format"])
-    # as for grpo.py
-    last: int = 0  # only the last so many steps; 0: all
+    rewards: list[str] = list_of("accuracy", "format")  # as for grpo.py
+    last: int = 0  # only this many last steps; 0: all
+
+
+@dataclasses.dataclass
+class MeansArgs:
+    runs: list[str]  # run folders; the flag may be left out: means RUN [RUN2 ...]
+    of: list[str] = list_of("reward", "kl", "grad_norm")  # columns of metrics.jsonl
+    steps: list[int] = list_of(1, -1)  # first and last step; negative: counted from the end
 
 
 def rescore(args: Args) -> dict:
-    """-> {"steps", "completions", "means": {reward: mean}, "alive", "alive_before",
-    "other_best"}, rates from 0 to 1."""
+    """Return counts, the mean of each reward, and three shares of the groups, 0 to 1.
+
+    "alive": the new totals differ. "alive_before": the run's own totals differ. "other_best": no
+    completion is the best by both.
+    """
     folder = Path(args.run)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} is no run folder: its config.json cannot be read ({error})."
-        ) from None
-    prompt, limit = config.get("prompt", "think"), config.get("max_new_tokens", 0)
-    table = load_rewards(tuple(args.rewards), prompt)
-    rows_of = {}  # what a reward may ask of the row; the file may be gone
-    if Path(config["data"]).exists():
-        rows_of = {s.id: s.row for s in read_samples(config["data"], config.get("media_root"))}
-    old_weights = {
-        r.name: r.weight
-        for r in load_rewards(tuple(config.get("rewards") or ("accuracy", "format")), prompt)
-    }
-    groups: dict[tuple, list] = defaultdict(list)
-    for row in read_rows(folder / "rollouts.jsonl"):
-        sample = rows_of.get(row["clip"], {})
-        c = Completion(
-            row["text"], row["answer"], row["length"], row["finished"], limit, prompt, sample
-        )
-        new = {r.name: r(c, row["clip"]) for r in table}
-        old = sum(old_weights.get(name, 1.0) * value for name, value in row["rewards"].items())
-        groups[row["step"], row["clip"]].append(
-            (new, sum(r.weight * new[r.name] for r in table), old)
-        )
+    rows = list(read_rows(folder / "rollouts.jsonl"))
+    if not rows:
+        raise UserError(f"{folder}/rollouts.jsonl holds no completion; give the --out of grpo.py.")
     if args.last:
-        first = max((step for step, _ in groups), default=0) - args.last
-        groups = {key: g for key, g in groups.items() if key[0] > first}
-    every = [new for group in groups.values() for new, _, _ in group]
-    if not every:
-        raise UserError(f"{folder}/rollouts.jsonl holds no completion yet.")
+        rows = [row for row in rows if row["step"] > rows[-1]["step"] - args.last]
+    config = json.loads((folder / "config.json").read_text())
+    prompt, limit = config["prompt"], config["max_new_tokens"]
+    rewards = load_rewards(tuple(args.rewards), prompt)
+    old_weights = {r.name: r.weight for r in load_rewards(tuple(config["rewards"]), prompt)}
+    sample_rows = {}  # a reward may read the clip's row; the file may have been deleted
+    if Path(config["data"]).exists():
+        samples = read_samples(config["data"], config.get("media_root"))
+        sample_rows = {sample.id: sample.row for sample in samples}
 
-    def best(group, i):
-        return {k for k, c in enumerate(group) if c[i] == max(c[i] for c in group)}
-
-    share = lambda holds: sum(map(holds, groups.values())) / len(groups)
-    alive = lambda group, i: len({c[i] for c in group}) > 1
+    scores, groups = defaultdict(list), defaultdict(list)  # groups: (new total, old total)
+    for row in rows:
+        output = row["text"], row["answer"], row["length"], row["finished"]
+        completion = Completion(*output, limit, prompt, sample_rows.get(row["clip"], {}))
+        for reward in rewards:
+            scores[reward.name].append(reward(completion, row["clip"]))
+        new = sum(reward.weight * scores[reward.name][-1] for reward in rewards)
+        old = sum(old_weights.get(name, 1.0) * score for name, score in row["rewards"].items())
+        groups[row["step"], row["clip"]].append((new, old))
+    totals = [tuple(zip(*group)) for group in groups.values()]
+    mean = statistics.fmean
     return {
-        "steps": len({step for step, _ in groups}),
-        "completions": len(every),
-        "means": {r.name: sum(new[r.name] for new in every) / len(every) for r in table},
-        "alive": share(lambda g: alive(g, 1)),
-        "alive_before": share(lambda g: alive(g, 2)),
-        "other_best": share(lambda g: not best(g, 1) & best(g, 2)),
+        "steps": len({row["step"] for row in rows}),
+        "completions": len(rows),
+        "means": {name: mean(column) for name, column in scores.items()},
+        "alive": mean(len(set(new)) > 1 for new, _ in totals),
+        "alive_before": mean(len(set(old)) > 1 for _, old in totals),
+        "other_best": mean((max(new), max(old)) not in zip(new, old) for new, old in totals),
     }
 
 
 def main(args: Args) -> None:
-    got = rescore(args)
-    print(f"{args.run}: {got['completions']} completions of {got['steps']} steps")
-    for name, mean in got["means"].items():
+    result = rescore(args)
+    print(f"{args.run}: {result['completions']} completions of {result['steps']} steps")
+    for name, mean in result["means"].items():
         print(f"  {name:<16} mean {mean:.3f}")
+    alive, before, other = (100 * result[k] for k in ("alive", "alive_before", "other_best"))
     print(
-        f"  groups with something to compare: {100 * got['alive']:.1f} % (with the run's own "
-        f"rewards {100 * got['alive_before']:.1f} %)"
+        f"  groups with something to compare: {alive:.1f} % (by the run's rewards {before:.1f} %)"
     )
-    print(
-        "  groups whose best would all be others than with the run's own rewards: "
-        f"{100 * got['other_best']:.1f} %"
-    )
+    print(f"  groups with other best completions than by the run's rewards: {other:.1f} %")
+
+
+def means(run: Path, of: list[str], steps: list[int]) -> tuple[list[float | None], int]:
+    """Return the mean of each metric, None if it was never logged, and the number of steps."""
+    file = run / "metrics.jsonl"
+    rows = list(read_rows(file))
+    if not rows:
+        raise UserError(f"{file} is missing or empty; give the --out folder of a run.")
+    known = sorted(set().union(*rows))
+    unknown = [name for name in of if name not in known]
+    if unknown:
+        raise UserError(f"--of {' '.join(unknown)}: not in {file}; there are {', '.join(known)}.")
+    if len(steps) != 2:
+        raise UserError("--steps: give the first and the last step, as in 1 20 or -20 -1.")
+    first, last = (rows[-1]["step"] + 1 + step if step < 0 else step for step in steps)
+    rows = [row for row in rows if first <= row["step"] <= last]
+    columns = [[row[name] for row in rows if row.get(name) is not None] for name in of]
+    return [statistics.fmean(column) if column else None for column in columns], len(rows)
+
+
+def print_means(args: MeansArgs) -> None:
+    lines = [["", "steps", *args.of]]
+    for run in args.runs:
+        found, n = means(Path(run), args.of, args.steps)
+        lines.append([run, str(n), *("-" if x is None else f"{x:.4g}" for x in found)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
 
 
 if __name__ == "__main__":
-    run_main(main, Args, first="run")
+    if sys.argv[1:2] == ["means"]:
+        del sys.argv[1]
+        run_main(print_means, MeansArgs, "python -m tools.rescore means", first="runs")
+    else:
+        run_main(main, Args, first="run")

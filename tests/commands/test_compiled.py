@@ -15,7 +15,7 @@ import sampler
 from lib import compiler
 from lib.compiler import compiled
 from model import DecoderLayer
-from tools.gpu_stages import append_token_twin, attention_twin
+from tools.gpu_check import append_token_twin, attention_twin
 
 G, T = 3, 5
 MEDIA = ("input_ids", "frames", "mel", "question_ids", "question_mask")

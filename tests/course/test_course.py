@@ -15,7 +15,7 @@ import eval as eval_script
 import grpo
 import sft
 from course import check
-from tools import means, rescore
+from tools import rescore
 
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = ROOT / "course"
@@ -272,8 +272,10 @@ def test_every_exercise_has_a_page_and_every_page_is_listed():
 def test_pages_name_what_exists(page):
     """Stops a command of a page that fails on a flag or a file that was renamed."""
     text = page.read_text()
-    scripts = (eval_script, grpo, sft, check, means, rescore)
-    known = {f"--{f.name}" for m in scripts for f in dataclasses.fields(m.Args)}
+    flags = [script.Args for script in (eval_script, grpo, sft, check, rescore)]
+    known = {
+        f"--{f.name}" for args in (*flags, rescore.MeansArgs) for f in dataclasses.fields(args)
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z_]+", text)) <= known
     for name in re.findall(r"(?<![\w/])(?:docs|tools|lib|tests|toy|results)/[\w/.-]+\w", text):
         assert (ROOT / name).exists(), name

@@ -1,4 +1,4 @@
-"""Rescoring a run: the run's own rewards give the run's own numbers; others are counted by hand."""
+"""Rescoring a run, and means of its metrics: the numbers are those computed by hand."""
 
 import json
 import subprocess
@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from lib.args import UserError
-from tools.rescore import Args, rescore
+from tools.rescore import Args, MeansArgs, means, print_means, rescore
 
 ROOT = Path(__file__).parents[2]
-TORN, WHOLE = (
+CONTRADICTORY, CONSISTENT = (
     "<think>so sad</think><answer>happy</answer>",
     "<think>so happy</think><answer>happy</answer>",
 )
@@ -19,9 +19,11 @@ TORN, WHOLE = (
 
 @pytest.fixture
 def run(tmp_path):
-    """Two steps of one clip, two completions each: a torn text beside a whole one,
-    then two alike."""
-    texts = [(1, TORN), (1, WHOLE), (2, WHOLE), (2, WHOLE)]
+    """Two steps of one clip with two completions each.
+
+    In step 1 the reasoning of one completion contradicts its answer. In step 2 both are equal.
+    """
+    texts = [(1, CONTRADICTORY), (1, CONSISTENT), (2, CONSISTENT), (2, CONSISTENT)]
     rows = [
         {
             "step": step,
@@ -55,32 +57,97 @@ def run(tmp_path):
 
 
 def test_other_rewards_by_hand(run):
-    """Stops: groups mixed over steps, weights lost, a row or a limit that
-    does not reach the reward."""
+    """Stops groups that are mixed over steps, lost weights, and a reward that gets no row or no
+    limit."""
     got = rescore(Args(str(run), ["accuracy", "agreement=0.5", f"{run}/mine.py:weight"]))
     assert (got["steps"], got["completions"]) == (2, 4)
     assert got["means"] == {"accuracy": 1.0, "agreement": 0.75, "weight": 13.0}
     # step 1: by agreement; before: by length
     assert got["alive"] == 0.5 and got["alive_before"] == 0.5
-    assert got["other_best"] == 0.5  # there the torn text was best, now the whole one
+    assert (
+        got["other_best"] == 0.5
+    )  # the contradictory completion was the best, now the other one is
     assert rescore(Args(str(run), ["accuracy", "agreement"], last=1))["alive"] == 0.0
     assert rescore(Args(str(run), ["accuracy"]))["other_best"] == 0.0
 
 
-def test_what_is_no_run_is_told(run, tmp_path):
-    """Stops: a traceback for a checkpoint folder, and a mean over nothing."""
-    with pytest.raises(UserError, match="is no run folder"):
+def test_a_folder_without_completions_is_an_error(run):
+    """Stops a traceback for a checkpoint folder, and a mean over nothing."""
+    with pytest.raises(UserError, match=r"nowhere.*holds no completion"):
         rescore(Args(str(run / "nowhere")))
     (run / "rollouts.jsonl").write_text("")
-    with pytest.raises(UserError, match="holds no completion yet"):
+    with pytest.raises(UserError, match="holds no completion"):
         rescore(Args(str(run)))
 
 
 def test_the_command(run):
-    """Stops: a command that is shown with the run first and does not take it;
-    a traceback for `| head`."""
+    """Stops a documented command that fails because the run stands first, and a traceback for
+    `| head`."""
     command = f"{sys.executable} -m tools.rescore {run} --rewards accuracy agreement=0.5"
     done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "agreement        mean 0.750" in done.stdout, done.stderr
     done = subprocess.run(f"{command} | true", cwd=ROOT, capture_output=True, text=True, shell=True)
     assert done.stderr == ""
+
+
+# ---- means -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    """Five steps; kl is 10, 20, .., 50. grad_norm is missing in step 3 and null in step 4."""
+    rows = [{"step": i, "kl": 10 * i, "grad_norm": float(i)} for i in range(1, 6)]
+    del rows[2]["grad_norm"]
+    rows[3]["grad_norm"] = None
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "steps, kl, norm, n",
+    [
+        ([1, -1], 30, 8 / 3, 5),
+        ([1, 2], 15, 1.5, 2),
+        ([-2, -1], 45, 5, 2),
+        ([2, -3], 25, 2, 2),
+        ([3, 4], 35, None, 2),
+        ([8, 9], None, None, 0),
+    ],
+)
+def test_steps_are_counted_from_either_end(metrics, steps, kl, norm, n):
+    """Stops a step too many or too few at either end, and a refused step that counts as 0."""
+    assert means(metrics, ["kl", "grad_norm"], steps) == ([kl, norm], n)
+
+
+def test_each_run_is_a_row(metrics, capsys):
+    """Stops a number in the column of another metric."""
+    print_means(MeansArgs([str(metrics), str(metrics)], ["grad_norm", "kl"], [1, 2]))
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["steps", "grad_norm", "kl"],
+        [str(metrics), "2", "1.5", "15"],
+        [str(metrics), "2", "1.5", "15"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "of, steps, message",
+    [
+        (["kll"], [1, -1], "--of kll: not in .*there are grad_norm, kl, step"),
+        (["kl"], [1], "--steps: give the first and the last step"),
+    ],
+)
+def test_unknown_metrics_and_folders_are_errors(metrics, of, steps, message):
+    """Stops a misspelt name that prints nothing."""
+    with pytest.raises(UserError, match=message):
+        means(metrics, of, steps)
+    with pytest.raises(UserError, match="is missing or empty"):
+        means(metrics / "none", of, steps)
+
+
+def test_the_means_command(metrics):
+    """Stops a documented command that takes "means" for a run folder."""
+    command = f"{sys.executable} -m tools.rescore means {metrics} {metrics} --of kl --steps -2 -1"
+    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert rows == [["steps", "kl"], *[[str(metrics), "2", "45"]] * 2]
