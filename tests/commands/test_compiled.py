@@ -9,13 +9,13 @@ import types
 import pytest
 import torch
 from conftest import load_golden_model
+from gpu_stages import append_token_twin, attention_twin
 from torch._inductor.utils import run_and_get_code
 
 import sampler
 from lib import compiler
 from lib.compiler import compiled
 from model import DecoderLayer
-from tools.gpu_check import append_token_twin, attention_twin
 
 G, T = 3, 5
 MEDIA = ("input_ids", "frames", "mel", "question_ids", "question_mask")

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_stages
 import pytest
 import torch
 
@@ -30,13 +31,15 @@ def program(body: str) -> str:
     return f"""
 import os, signal, sys, time
 from pathlib import Path
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import gpu_stages
 from tools import gpu_check
 def stage(s):
     s.check("first", lambda: ("something", "measured"))
     {body}
-gpu_check.STAGES["smoke"] = stage
+gpu_stages.STAGES["smoke"] = stage
 path, until = Path(sys.argv[1]), float(sys.argv[2])
-gpu_check.stage_main(gpu_check.StageArgs("smoke", path, "toy", "cpu", until))
+gpu_stages.stage_main(gpu_check.StageArgs("smoke", path, "toy", "cpu", until))
 """
 
 
@@ -180,7 +183,7 @@ def findings(tmp_path):
         path = tmp_path / "findings.jsonl"
         path.write_text("")
         args = gpu_check.StageArgs(stage, path, "toy", "cpu", until=0.0)
-        gpu_check.STAGES[stage](gpu_check.Stage(args, CPU))
+        gpu_stages.STAGES[stage](gpu_stages.Stage(args, CPU))
         return {row["check"]: row["verdict"] for row in gpu_check.read_findings(path)}
 
     return findings
@@ -209,48 +212,48 @@ def test_what_is_wrong_is_found(findings, monkeypatch):
     device, choose = CPU.device, sampler.sample_token
 
     def blind(qkv, rope, prefix, suffix, bias, t):  # does not see what the bias hides
-        return gpu_check.attention_twin(
+        return gpu_stages.attention_twin(
             qkv, rope, prefix, suffix, torch.where(bias < 0, 0.0, bias), t
         )
 
     def unwritten(qkv, rope, prefix, suffix, bias, t):  # does not write the cache
-        return gpu_check.attention_twin(qkv, rope, prefix, suffix.clone(), bias, t)
+        return gpu_stages.attention_twin(qkv, rope, prefix, suffix.clone(), bias, t)
 
     def shifted(logits, u, *rest):  # another random number
-        return gpu_check.append_token_twin(logits, (u + 0.5) % 1, *rest)
+        return gpu_stages.append_token_twin(logits, (u + 0.5) % 1, *rest)
 
     def rounded(x, w, real=torch.conv1d):  # as TF32 does, a little more
         return real(x.bfloat16().to(x) if x.dtype == torch.float32 else x, w)
 
-    assert gpu_check.attention_kernels(device)[1] and gpu_check.sampling_kernels(device)[1]
+    assert gpu_stages.attention_kernels(device)[1] and gpu_stages.sampling_kernels(device)[1]
     assert (
-        not gpu_check.attention_kernels(device, blind)[1]
-        and not gpu_check.attention_kernels(device, unwritten)[1]
+        not gpu_stages.attention_kernels(device, blind)[1]
+        and not gpu_stages.attention_kernels(device, unwritten)[1]
     )
-    assert not gpu_check.sampling_kernels(device, shifted)[1]
+    assert not gpu_stages.sampling_kernels(device, shifted)[1]
     with monkeypatch.context() as wrong:
-        wrong.setattr(gpu_check.F, "conv1d", rounded)
-        assert not gpu_check.products(device)[1]
+        wrong.setattr(gpu_stages.F, "conv1d", rounded)
+        assert not gpu_stages.products(device)[1]
     with monkeypatch.context() as wrong:
         wrong.setattr(
-            gpu_check, "causal_lower_right", lambda S, L: torch.ones(S, L, dtype=torch.bool).tril()
+            gpu_stages, "causal_lower_right", lambda S, L: torch.ones(S, L, dtype=torch.bool).tril()
         )
-        assert not gpu_check.training_attention(device)[1]
+        assert not gpu_stages.training_attention(device)[1]
     with monkeypatch.context() as wrong:
-        other = torch.zeros(2, gpu_check.GROUP, 48, dtype=torch.long)
-        wrong.setattr(gpu_check, "naive_tokens", lambda _: {"greedy": other, "sampled": other})
-        assert not gpu_check.path_equals_naive(device, "eager")[1]
+        other = torch.zeros(2, gpu_stages.GROUP, 48, dtype=torch.long)
+        wrong.setattr(gpu_stages, "naive_tokens", lambda _: {"greedy": other, "sampled": other})
+        assert not gpu_stages.path_equals_naive(device, "eager")[1]
     with monkeypatch.context() as wrong:
-        loss = gpu_check.grpo.grpo_loss
-        wrong.setattr(gpu_check.grpo, "grpo_loss", lambda *a, **k: loss(*a, **k | {"beta": 9.0}))
-        assert not gpu_check.reference_parity(device)[1]
+        loss = gpu_stages.grpo.grpo_loss
+        wrong.setattr(gpu_stages.grpo, "grpo_loss", lambda *a, **k: loss(*a, **k | {"beta": 9.0}))
+        assert not gpu_stages.reference_parity(device)[1]
     with monkeypatch.context() as wrong:  # a sampler that is not the trainer's policy
         wrong.setattr(sampler, "sample_token", lambda logits, *a: choose(logits * 3, *a))
         assert findings("full")["one GRPO step"] == "WRONG"
     monkeypatch.setitem(
         torch._dynamo.utils.counters["unimplemented"], "Dynamo recompile limit exceeded", 1
     )
-    assert not gpu_check.compiler_counters()[1]
+    assert not gpu_stages.compiler_counters()[1]
 
 
 def test_one_process_really_calls_the_collectives(monkeypatch, tmp_path):
@@ -264,16 +267,17 @@ def test_one_process_really_calls_the_collectives(monkeypatch, tmp_path):
             name,
             lambda *a, real=real, name=name: called.append(name) or real(*a),
         )
-    gpu_check.one_rank(0, 1, "gloo", "cpu", str(tmp_path / "store"))
+    gpu_stages.one_rank(0, 1, "gloo", "cpu", str(tmp_path / "store"))
     assert called == ["all_reduce", "all_gather_object", "barrier"]
 
 
 def test_nothing_but_reading_clips_needs_av():
     """Stops checks and benchmarks that cannot run on a GPU machine because it has no FFmpeg."""
     code = (
-        "import sys; sys.modules['av'] = None\nimport grpo, sft, eval, tools.bench, tools.gpu_check"
+        "import sys; sys.modules['av'] = None\nimport grpo, sft, eval"
+        "\nimport tools.bench, tools.gpu_check, gpu_stages"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
-    )
+    paths = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=paths)
     assert done.returncode == 0, done.stderr[-2000:]
