@@ -52,7 +52,7 @@ def check_first():
     """The prompt's last position scores the first token."""
     got, expected = score(world())[..., 0], world().exact()[0][..., 0]
     hint = "Which state has read the prompt and nothing else?"
-    expect_close("the first log-probability", got, expected, 1e-4, hint)
+    expect_close("the log-probability of a first token", got, expected, 1e-4, hint)
 
 
 def check_shift():
@@ -65,8 +65,8 @@ def check_temperature():
     """At --temperature 0.7, log-probability and entropy are those of softmax(logits / 0.7)."""
     (logps, entropies), expected = score(world(0.7), with_entropy=True), world(0.7).exact()
     hint = "What is divided by the temperature, and is it divided before or after the softmax?"
-    expect_close("a log-probability at 0.7", logps * INSIDE, expected[0], 1e-4, hint)
-    expect_close("an entropy at 0.7", entropies * INSIDE, expected[1], 1e-3, hint)
+    expect_close("a log-probability at temperature 0.7", logps * INSIDE, expected[0], 1e-4, hint)
+    expect_close("an entropy at temperature 0.7", entropies * INSIDE, expected[1], 1e-3, hint)
 
 
 def check_past_the_end():
