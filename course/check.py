@@ -190,8 +190,8 @@ def describe(error: BaseException) -> str:
     return f"{where}{type(error).__name__}: {error}"
 
 
-def passes(function, sentence: str) -> bool:
-    """Run a check and print its sentence, with the reason if it fails."""
+def watch(sentence: str) -> None:
+    """From now on, the end of the time limit ends the program, with this sentence as the reason."""
 
     def stop(signum, frame) -> None:
         place = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
@@ -199,6 +199,11 @@ def passes(function, sentence: str) -> bool:
         os._exit(1)  # an exception could be caught inside of the loop
 
     signal.signal(signal.SIGALRM, stop)
+
+
+def passes(function, sentence: str) -> bool:
+    """Run a check and print its sentence, with the reason if it fails."""
+    watch(sentence)
     try:
         function()
     except (Exception, SystemExit) as error:
@@ -213,6 +218,7 @@ def check(n: int, folders: list[Path]) -> bool:
     faulthandler.enable()  # a crash prints where it happened
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
+    watch("the scripts can be imported")
     signal.alarm(LIMIT)
     name = f"course.checks.ex{n:02}"
     try:
