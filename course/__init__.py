@@ -1,1 +1,1 @@
-"""The course: pages, checks, the states before and after each exercise."""
+"""The course: exercise pages, patches that begin and solve an exercise, and its checks."""

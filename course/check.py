@@ -1,45 +1,46 @@
-"""The exercises of course: begin one, check it, see its solution, go back.
+"""The exercises of the course: begin one, check it, put its solution in, restore the files.
 
-    python -m course.check 5 --begin         put the exercise's gap or bug into the scripts
-    python -m course.check 5                 is it solved?  A line for each thing that must
-                                                     hold; else exit status 1
-    python -m course.check 5 --runs runs/course/05    and do these run folders show it?
-    python -m course.check 5 --solution      put the solution in (after --begin)
-    python -m course.check 5 --back          put the files back; what was
-                                                     there is kept in runs/course
+    python -m course.check 5 --begin       put the gap or the bug of exercise 5 into the scripts
+    python -m course.check 5               check it; the exit status is 1 if a check fails
+    python -m course.check 5 --runs RUN    check run folders too; some exercises need several
+    python -m course.check 5 --solution    put the solution in (after --begin)
+    python -m course.check 5 --back        restore the files; runs/course keeps your work as a patch
 
-A check is every function check_* of course/checks/exNN.py.  They run in a process of their own:
-an endless loop or a crash is told like any other fault.
+The checks are the functions check_* of course/checks/exNN.py. An endless loop is stopped, and a
+crash prints its place.
 """
 
 import dataclasses
 import difflib
+import faulthandler
+import functools
 import importlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 from lib.args import UserError, printable, run_main
 from lib.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 COURSE, KEPT = ROOT / "course", ROOT / "runs" / "course"
-LIMIT = 120  # seconds for all checks of an exercise; they take a few
+OPEN = KEPT / "open"  # holds the number of the exercise that was begun
+LIMIT = 120  # seconds for all checks of an exercise, which take a few
 
 
 @dataclasses.dataclass
 class Args:
-    exercise: int  # its number; may stand first, without the flag
+    exercise: int  # number of the exercise; may stand first, without the flag
     begin: bool = False  # put the exercise's gap or bug into the scripts
     solution: bool = False  # put the solution in
-    back: bool = False  # put the files that the exercise touches back as git has them
-    runs: list[str] = dataclasses.field(default_factory=list)  # run folders to look at as well
-    here: bool = False  # check in this process, where nobody tells of a crash
+    back: bool = False  # restore the files that the exercise changes
+    runs: list[str] = dataclasses.field(default_factory=list)  # run folders to check as well
 
 
 # ------------------------------------------------------------------------------------------------
@@ -52,162 +53,122 @@ def numbers() -> list[int]:
 
 
 def patch(kind: str, n: int) -> Path:
-    """course/begin/05.patch; it need not exist."""
+    """Return course/begin/05.patch. Exercises 9 and 10 have none."""
     return COURSE / kind / f"{n:02}.patch"
 
 
 def touched(n: int) -> list[str]:
-    """The files that the exercise's own patches change or add."""
-    texts = [f.read_text() for f in (patch("begin", n), patch("solutions", n)) if f.exists()]
-    return sorted(
-        {
-            name
-            for text in texts
-            for name in re.findall(r"^(?:---|\+\+\+) [ab]/(\S+)", text, re.MULTILINE)
-        }
-    )
+    """Return the files that the patches of an exercise change or create."""
+    patches = patch("begin", n), patch("solutions", n)
+    text = "".join(file.read_text() for file in patches if file.exists())
+    return sorted(set(re.findall(r"^(?:---|\+\+\+) [ab]/(\S+)", text, re.MULTILINE)))
 
 
 def git(*words, **options) -> subprocess.CompletedProcess:
-    """git in the project's folder, which may be a repository, a part of one, or none."""
-    if not shutil.which("git"):
+    try:
+        command = ["git", *map(str, words)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+    except FileNotFoundError:
+        raise UserError("git is not installed. The exercises need it.") from None
+
+
+def changed(n: int) -> dict[str, tuple[str | None, str | None]]:
+    """Return the files of an exercise that differ from the last commit.
+
+    -> name -> (committed text, current text); None if there is no such file. Raises UserError.
+    """
+    if git("rev-parse", "HEAD:./").returncode:
         raise UserError(
-            "git is not installed; it applies the exercises' patches, "
-            "also where the project is no repository."
+            f"{ROOT} is not in a git repository, from which --back restores files. "
+            "Run once: git init && git add -A && git commit -m start"
         )
-    return subprocess.run(["git", *map(str, words)], cwd=ROOT, capture_output=True, **options)
-
-
-def apply(file: Path) -> None:
-    """Raises UserError, and changes nothing, where the patch does not fit."""
-    # Inside somebody else's repository git would take the patch's paths for those of that
-    # repository, and skip them.
-    alone = {"env": os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}}
-    done = git("apply", file, **alone)
-    if done.returncode:
-        raise UserError(
-            f"{file.relative_to(ROOT)} does not fit the files as they are now: put them back with "
-            f"--back and --begin anew ({done.stderr.decode().strip()})."
-        )
-
-
-def original(n: int, file: str) -> bytes | None:
-    """The file as git has it, or else as --begin found it; None if it is not the project's.
-    Raises UserError."""
-    if shutil.which("git") and git("rev-parse", "HEAD:./").returncode == 0:
-        done = git("show", f"HEAD:./{file}")
-        return done.stdout if done.returncode == 0 else None
-    kept = KEPT / f"{n:02}-original"
-    if not kept.exists():
-        raise UserError(
-            f"this folder is no git repository, and exercise {n} was not begun here with --begin: "
-            f"take {file} from where the project came from."
-        )
-    return (kept / file).read_bytes() if (kept / file).exists() else None
-
-
-def now(file: str) -> bytes | None:
-    return (ROOT / file).read_bytes() if (ROOT / file).exists() else None
-
-
-def opened() -> int | None:
-    """The exercise that was begun and not put back."""
-    file = KEPT / "open"
-    n = int(file.read_text()) if file.exists() else None
-    return (
-        n if n is not None and any(now(name) != original(n, name) for name in touched(n)) else None
-    )
+    found = {}
+    for name in touched(n):
+        committed, file = git("show", f"HEAD:./{name}"), ROOT / name
+        old = None if committed.returncode else committed.stdout
+        new = file.read_text() if file.exists() else None
+        if new != old:
+            found[name] = old, new
+    return found
 
 
 def refuse_other(n: int) -> None:
-    """Two exercises change the same scripts.  Raises UserError while another one is open."""
-    other = opened()
-    if other not in (None, n):
+    """Raise UserError while another exercise is open. Two exercises can change the same script."""
+    other = int(OPEN.read_text()) if OPEN.exists() else n
+    if other != n and changed(other):
         raise UserError(
-            f"exercise {other} is open: first put it back with python -m course.check "
-            f"{other} --back (what you wrote is kept in {KEPT.relative_to(ROOT)})."
+            f"exercise {other} is open. First restore its files with python -m course.check "
+            f"{other} --back (your work is kept in {KEPT.relative_to(ROOT)})."
+        )
+
+
+def apply(file: Path) -> None:
+    """Apply a patch. Raises UserError, and changes nothing, if it does not fit."""
+    # If the project is a folder of another repository, git would skip the patch without an error.
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
+    done = git("apply", file, env=env)
+    if done.returncode:
+        raise UserError(
+            f"{file.relative_to(ROOT)} does not fit the files as they are now. "
+            f"Restore them with --back, then use --begin again ({done.stderr.strip()})."
         )
 
 
 def begin(n: int) -> None:
     refuse_other(n)
-    files, kept = touched(n), KEPT / f"{n:02}-original"
-    if not kept.exists():
-        for file in files:  # for a project that is no repository
-            (kept / file).parent.mkdir(parents=True, exist_ok=True)
-            if now(file) is not None:
-                shutil.copy(ROOT / file, kept / file)
-    changed = [file for file in files if now(file) != original(n, file)]
-    if changed:
+    if changed(n):
         raise UserError(
-            f"{', '.join(changed)}: changed already. Put it back with python -m "
-            f"course.check {n} --back (what is there is kept in "
-            f"{KEPT.relative_to(ROOT)})."
+            f"{', '.join(changed(n))}: already changed. Restore with python -m course.check {n} "
+            f"--back (your work is kept in {KEPT.relative_to(ROOT)})."
         )
     if patch("begin", n).exists():
         apply(patch("begin", n))
-        done = re.findall(r"^[+]{3} b/(.+)", patch("begin", n).read_text(), re.MULTILINE)
-        yours = [name for name in files if name not in done]
-        sentence = f"Changed for exercise {n}: {', '.join(done)}."
-        if yours:
-            sentence += f" Yours to change too: {', '.join(yours)}."
-        print(sentence)
-    else:
-        print(
-            f"Exercise {n} begins with the scripts as they are; yours to write: {', '.join(files)}."
-        )
-    write_text(KEPT / "open", str(n))
-    print(f"What to do: {page(n).relative_to(ROOT)}. To go back: python -m course.check {n} --back")
+    write_text(OPEN, str(n))
+    page = next(COURSE.glob(f"{n:02}_*.md"))
+    print(
+        f"Exercise {n} has begun. Changed: {', '.join(changed(n)) or 'nothing'}. "
+        f"Files to work on: {', '.join(touched(n))}.\n"
+        f"What to do: {page.relative_to(ROOT)}. To restore: python -m course.check {n} --back"
+    )
 
 
-def solve(n: int) -> None:
-    if not patch("solutions", n).exists():
-        raise UserError(f"exercise {n} has no solution to put in: it is on its page.")
+def solution(n: int) -> None:
     apply(patch("solutions", n))
     print(
-        f"The solution of exercise {n} is in {', '.join(touched(n))}; read it in "
-        f"{patch('solutions', n).relative_to(ROOT)}. To go back: "
-        f"python -m course.check {n} --back"
+        f"The solution of exercise {n} is now in {', '.join(touched(n))}. "
+        f"Read it in {patch('solutions', n).relative_to(ROOT)}.\n"
+        f"To restore the files: python -m course.check {n} --back"
     )
 
 
-def difference(file: str, was: bytes | None, ours: bytes | None) -> str:
-    """What `git apply` makes `ours` of `was` with; None is a file that is not there."""
-    names = [os.devnull if x is None else f"{side}/{file}" for side, x in (("a", was), ("b", ours))]
-    lines = difflib.unified_diff(
-        *((x or b"").decode().splitlines(keepends=True) for x in (was, ours)), *names
-    )
-    return "".join(
-        line if line.endswith("\n") else line + "\n\\ No newline at end of file\n" for line in lines
-    )
+def difference(name: str, old: str | None, new: str | None) -> str:
+    """Return a patch that turns `old` into `new`. None is a file that does not exist."""
+    names = [os.devnull if old is None else f"a/{name}", os.devnull if new is None else f"b/{name}"]
+    texts = [(text or "").splitlines(keepends=True) for text in (old, new)]
+    lines = difflib.unified_diff(*texts, *names)
+    end = "\n\\ No newline at end of file\n"
+    return "".join(line if line.endswith("\n") else line + end for line in lines)
 
 
 def back(n: int) -> None:
     refuse_other(n)
-    changed = [
-        (file, was, now(file)) for file in touched(n) if (was := original(n, file)) != now(file)
-    ]
-    (KEPT / "open").unlink(missing_ok=True)  # or a mine.py of exercise 10 would count as one of 9's
-    if not changed:
-        print(f"Nothing to put back: {', '.join(touched(n))} as before.")
+    files = changed(n)
+    OPEN.unlink(missing_ok=True)
+    if not files:
+        print(f"Nothing to restore: {', '.join(touched(n))} did not change.")
         return
-    before, i = KEPT / f"{n:02}-before-back.patch", 1
-    while before.exists():
-        before, i = KEPT / f"{n:02}-before-back-{i + 1}.patch", i + 1
-    write_text(before, "".join(difference(*entry) for entry in changed))
-    for file, was, _ in changed:
-        if was is None:
-            (ROOT / file).unlink()
+    count = len(list(KEPT.glob(f"{n:02}-before-back*.patch")))
+    kept = KEPT / f"{n:02}-before-back{f'-{count + 1}' if count else ''}.patch"
+    write_text(kept, "".join(difference(name, *texts) for name, texts in files.items()))
+    for name, (old, _) in files.items():
+        if old is None:
+            (ROOT / name).unlink()
         else:
-            (ROOT / file).write_bytes(was)
+            (ROOT / name).write_text(old)
     print(
-        f"Put back: {', '.join(file for file, *_ in changed)}. "
-        f"To have it again, without --begin: git apply {before.relative_to(ROOT)}"
+        f"Restored: {', '.join(files)}. To get your work back, without --begin: "
+        f"git apply {kept.relative_to(ROOT)}"
     )
-
-
-def page(n: int) -> Path:
-    return next(COURSE.glob(f"{n:02}_*.md"), COURSE / "README.md")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -215,101 +176,83 @@ def page(n: int) -> Path:
 # ------------------------------------------------------------------------------------------------
 
 
-def told(error: BaseException) -> str:
-    """A check's own hint; for any other error what it was and where in the scripts it came from."""
+def describe(error: BaseException) -> str:
+    """Return the hint of a check. For another error return its type, text and place."""
     if isinstance(error, AssertionError | UserError) and str(error):
         return str(error)
-    frames = [
-        f
-        for f in traceback.extract_tb(error.__traceback__)
-        if Path(f.filename).is_relative_to(ROOT)
-    ]
-    mine = [
-        f for f in frames if "exercises" not in f.filename and Path(f.filename) != Path(__file__)
-    ]
-    where = f"{Path(mine[-1].filename).relative_to(ROOT)}, line {mine[-1].lineno}: " if mine else ""
-    if isinstance(error, SyntaxError):  # of a file that would be imported: it has no frame there
+    where = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        if file.is_relative_to(ROOT) and not file.is_relative_to(COURSE):
+            where = f"{file.relative_to(ROOT)}, line {frame.lineno}: "
+    if isinstance(error, SyntaxError):  # the file that cannot be imported has no frame
         where = f"{Path(error.filename or '?').name}, line {error.lineno}: "
     return f"{where}{type(error).__name__}: {error}"
 
 
-def check(n: int, folders: list[Path]) -> bool:
-    """Run every check in this process and tell each.  -> whether all hold"""
+def watch(sentence: str) -> None:
+    """From now on, the end of the time limit ends the program, with this sentence as the reason."""
+
+    def stop(signum, frame) -> None:
+        place = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+        print(f"not yet  {sentence}\n         no end after {LIMIT} seconds, in {place}", flush=True)
+        os._exit(1)  # an exception could be caught inside of the loop
+
+    signal.signal(signal.SIGALRM, stop)
+
+
+def passes(function, sentence: str) -> bool:
+    """Run a check and print its sentence, with the reason if it fails."""
+    watch(sentence)
     try:
-        exercise = importlib.import_module(f"course.checks.ex{n:02}")
+        function()
     except (Exception, SystemExit) as error:
-        print(
-            f"not yet  the scripts cannot be imported\n         {printable(told(error))}",
-            flush=True,
-        )
+        print(f"not yet  {sentence}\n         {printable(describe(error))}", flush=True)
+        return False
+    print(f"ok       {sentence}", flush=True)
+    return True
+
+
+def check(n: int, folders: list[Path]) -> bool:
+    """Run every check of an exercise and print its result. Return whether all pass."""
+    faulthandler.enable()  # a crash prints where it happened
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    watch("the scripts can be imported")
+    signal.alarm(LIMIT)
+    name = f"course.checks.ex{n:02}"
+    try:
+        exercise = importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        print(f"not yet  the scripts cannot be imported\n         {printable(describe(error))}")
         return False
     checks = [f for name, f in vars(exercise).items() if name.startswith("check_")]
     if folders:
         if not hasattr(exercise, "runs"):
-            raise UserError(
-                f"exercise {n} has nothing to look for in a run folder; leave --runs out."
-            )
-        checks.append(lambda: exercise.runs(folders))
-        checks[-1].__doc__ = exercise.runs.__doc__
-    held = 0
-    for f in checks:
-        sentence = " ".join(f.__doc__.split())
-        try:
-            f()
-        except (Exception, SystemExit) as error:
-            print(f"not yet  {sentence}\n         {printable(told(error))}", flush=True)
-        else:
-            held += 1
-            print(f"ok       {sentence}", flush=True)
-    solved = held == len(checks)
-    print(f"{held} of {len(checks)} hold." + (" Solved." if solved else ""), flush=True)
-    return solved
-
-
-def check_apart(args: Args) -> bool:
-    """`check` in a process of its own."""
-    words = ["--runs", *args.runs] if args.runs else []
-    done = subprocess.run(
-        [sys.executable, "-m", "course.check", str(args.exercise), "--here", *words],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
-    if done.returncode == -signal.SIGALRM:
-        print(
-            f"not yet  the check that comes next did not end within {LIMIT} seconds: "
-            "is there a loop that never ends?"
-        )
-    elif done.returncode < 0:
-        print(
-            "not yet  the check that comes next ended Python itself "
-            f"({signal.Signals(-done.returncode).name})."
-        )
-    return done.returncode == 0
+            raise UserError(f"exercise {n} has no check of run folders. Leave --runs out.")
+        checks.append(functools.wraps(exercise.runs)(lambda: exercise.runs(folders)))
+    passed = sum(passes(f, " ".join(f.__doc__.split())) for f in checks)
+    print(f"{passed} of {len(checks)} hold." + (" Solved." if passed == len(checks) else ""))
+    return passed == len(checks)
 
 
 def main(args: Args) -> None:
-    n, jobs = args.exercise, args.begin + args.solution + args.back
+    n = args.exercise
     if n not in numbers():
         raise UserError(f"there is no exercise {n}; there are {', '.join(map(str, numbers()))}.")
-    if jobs > 1 or (jobs and args.runs):
-        raise UserError("--begin, --solution, --back and --runs: give one of them.")
-    args.runs = [str(Path(run).resolve()) for run in args.runs]
+    if args.begin + args.solution + args.back + bool(args.runs) > 1:
+        raise UserError("--begin, --solution, --back and --runs: give only one of them.")
     for run in args.runs:
         if not (Path(run) / "config.json").exists():
-            raise UserError(
-                f"--runs {run}: no run folder, it has no config.json; give the --out of a run."
-            )
+            raise UserError(f"--runs {run} has no config.json. Give the --out folder of a run.")
     if args.begin:
         begin(n)
     elif args.solution:
-        solve(n)
+        solution(n)
     elif args.back:
         back(n)
-    elif args.here:
-        signal.alarm(LIMIT)  # as a default it ends the process, whatever that is doing
-        sys.exit(not check(n, [Path(run) for run in args.runs]))
     else:
-        sys.exit(not check_apart(args))
+        sys.exit(not check(n, [Path(run) for run in args.runs]))
 
 
 if __name__ == "__main__":

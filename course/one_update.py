@@ -1,6 +1,7 @@
 """The update of `grpo.train` on a given rollout, for checks and tests.
 
-The loop itself runs; what surrounds an update (sampling, rewards, logging, files) is replaced.
+The training loop itself runs. Everything around the update is replaced: sampling, rewards, logging
+and files.
 """
 
 from unittest import mock
@@ -11,28 +12,6 @@ import grpo
 from data import PromptBatch
 from lib.dist import Ranks
 from training import MasterAdamW, RunState
-
-
-class OneStep:
-    """Stands in for `training.Run`: one batch, one step, nothing on the disk."""
-
-    def __init__(self, model, optimizer: MasterAdamW, batch: PromptBatch, rollout, position: int):
-        self.model, self.optimizer, self.processor, self.cache = model, optimizer, None, None
-        self.reference = None if rollout.ref_logps is None else model
-        self.batches = iter([batch])
-        self.state = RunState(position=position)
-        self.max_steps = 1
-        self.folder = mock.Mock()
-        self.should_stop = False
-        self.updated = False
-
-    def start_progress(self, name: str) -> None: ...
-
-    def eval_is_due(self, args) -> bool:
-        return False
-
-    def save_is_due(self, args) -> bool:
-        return False
 
 
 def one_update(
@@ -46,12 +25,23 @@ def one_update(
     meter: grpo.Meter | None = None,
     position: int = 0,
 ) -> bool:
-    """Update `model` on a rollout that has its advantages (and ref_logps, if beta > 0).
+    """Update `model` on a rollout. Return whether the weights were updated.
 
-    Fills `meter`.  position: of the step in the run.  -> whether the weights were updated
+    The rollout must have its advantages, and its ref_logps if beta > 0. The numbers of the step go
+    into `meter`. `position` is that of the step in the run.
     """
-    run = OneStep(model, optimizer, batch, rollout, position)
     meter = meter or grpo.Meter()
+    run = mock.Mock(  # a stand-in for `training.Run`
+        model=model,
+        optimizer=optimizer,
+        reference=None if rollout.ref_logps is None else model,
+        batches=iter([batch]),
+        state=RunState(position=position),
+        max_steps=1,
+        should_stop=False,
+        updated=False,
+    )
+    run.eval_is_due.return_value = run.save_is_due.return_value = False
 
     def log_step(run, batch, rollout, meter, timer, lr, grad_norm, updated, args) -> dict:
         if grad_norm is not None:

@@ -1,161 +1,95 @@
-"""Exercise 6: one temperature, in the sampler, the trainer and the reference."""
+"""Exercise 6: the same temperature in the sampler, the trainer and the reference model."""
 
-import dataclasses
 import functools
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import torch
 
 import grpo
 import sampler
-from course.checks import config, ex04, metrics, unlike
-from course.one_update import one_update
-from lib.metrics import Meter
-from model import embed
+from course.checks import (
+    BUG_AND_FIX,
+    World,
+    compare_runs,
+    expect_above,
+    expect_below,
+    expect_close,
+    expect_gradient,
+    metrics,
+)
 
-TEMPERATURES = (1.0, 0.7, 1.3)
-GROUP = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)  # advantages
+ADVANTAGES = torch.tensor([[1.0, -1.0, 0.5, -0.5]]).repeat(4, 1)
+
+
+class SampledWorld(World):
+    """A world with the rollout that `grpo` samples. Its reference model is the policy."""
+
+    def __init__(self, temperature: float):
+        super().__init__(temperature)
+        self.name = f"temperature {temperature}"
+        self.rollout = self.sample()
+        self.rollout.ref_logps = grpo.rollout_logps(self.model, self.batch, self.rollout, self.args)
+        self.rollout.advantages = ADVANTAGES
+
+    def expect_exact(self, whose: str, logps: torch.Tensor, hint: str) -> None:
+        what = f"{self.name}: a log-probability of the {whose}"
+        expect_close(what, logps * self.rollout.mask, self.exact()[0], 1e-3, hint)
 
 
 @functools.cache
-def world(temperature: float):
-    """-> four questions and the cold start, the flags, the rollout that `grpo.sample_completions`
-    and `grpo.rollout_logps` make of them; the reference is the policy."""
-    w = ex04.World()
-    w.batch.samples = [SimpleNamespace(answer="happy", id="a", row={})] * 4
-    args = grpo.Args(
-        model="",
-        data="",
-        out="",
-        num_generations=4,
-        prompts_per_step=4,
-        max_new_tokens=12,
-        micro_batch=4,
-        temperature=temperature,
-    )
-    processor = SimpleNamespace(decode=lambda ids: "")
-    rollout = grpo.sample_completions(w.model, processor, w.batch, args)
-    rollout.ref_logps = grpo.rollout_logps(w.model, w.batch, rollout, args)
-    rollout.advantages = GROUP
-    return w, args, rollout
-
-
-def exact(temperature: float) -> torch.Tensor:
-    """(B, G, T) log softmax(logits / temperature) of what was sampled:
-    every completion alone behind its prompt."""
-    w, _, rollout = world(temperature)
-    embeds, mask = embed(w.model, w.batch)
-    logps = []
-    for b, g, n in (
-        (b, g, int(n)) for b, group in enumerate(rollout.lengths) for g, n in enumerate(group)
-    ):
-        ids, prompt = rollout.completions[b, g, :n], embeds[b, mask[b]]
-        x = torch.cat((prompt, w.model.model.embed_tokens(ids)))[None]
-        logits = w.model.logits(w.model.hidden(x, torch.ones(x.shape[:2], dtype=torch.bool)))[
-            0, len(prompt) - 1 : -1
-        ]
-        own = torch.log_softmax(logits / temperature, -1)[range(n), ids]
-        logps.append(torch.nn.functional.pad(own, (0, rollout.mask.shape[2] - n)))
-    return torch.stack(logps).view(rollout.mask.shape)
-
-
-def off(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> float:
-    return float(((a - b).abs() * mask).max())
+def worlds() -> list[SampledWorld]:
+    return [SampledWorld(temperature) for temperature in (1.0, 0.7, 1.3)]
 
 
 def check_sampler():
-    """The sampler draws from softmax(logits / temperature) and reports those log-probabilities."""
-    logits, u = (
-        torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1),
-        (torch.arange(4000) + 0.5) / 4000,
-    )
-    for t in TEMPERATURES:
-        token, _ = sampler.sample_token(logits, u.double(), t, False)
-        drawn = torch.bincount(token, minlength=4) / 4000
-        assert (drawn - torch.softmax(logits[0] / t, -1)).abs().max() < 2e-3, (
-            f"temperature {t}: other tokens are drawn."
-        )
-        with torch.no_grad():
-            error = off(world(t)[2].logps, exact(t), world(t)[2].mask)
-        assert error < 1e-3, (
-            f"temperature {t}: the sampler's log-probs are {error:.2f} off. It was right before: a "
-            "difference is not mended by making both sides wrong."
-        )
+    """The sampler draws from softmax(logits / temperature) and reports its log-probabilities."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
+    u = (torch.arange(4000).double() + 0.5) / 4000
+    hint = "The sampler was right at the beginning. Making both sides wrong fixes nothing."
+    for world in worlds():
+        token, _ = sampler.sample_token(logits, u, world.args.temperature, False)
+        what = f"{world.name}: the share of each token"
+        share = torch.bincount(token, minlength=4) / 4000
+        expect_close(what, share, torch.softmax(logits[0] / world.args.temperature, -1), 2e-3, hint)
+        world.expect_exact("sampler", world.rollout.logps, hint)
 
 
 def check_reference():
-    """The reference scores at the same temperature: where it is the policy, the KL is 0."""
-    for t in TEMPERATURES:
-        with torch.no_grad():
-            error = off(world(t)[2].ref_logps, exact(t), world(t)[2].mask)
-        assert error < 1e-3, (
-            f"temperature {t}: the reference's log-probs are {error:.2f} off. The KL would pull "
-            "the policy away from where it started."
-        )
-
-
-def updated(temperature: float, **flags) -> tuple[torch.Tensor, Meter]:
-    """One update of `grpo.train` that moves nothing.  -> the last gradient, what was measured"""
-    w, args, rollout = world(temperature)
-    optimizer, meter = ex04.Recorder(w.trained, 0.0), Meter()
-    args = dataclasses.replace(args, **flags)
-    with mock.patch.object(grpo, "MAX_LOGP_DIFF", 1e9):  # no step is refused
-        one_update(w.model, optimizer, w.batch, rollout, args, ex04.RANK, meter=meter)
-    return optimizer.seen, meter
+    """The reference model scores at the same temperature, so its KL from itself is 0."""
+    hint = "The KL would pull the policy away from its start."
+    for world in worlds():
+        world.expect_exact("reference model", world.rollout.ref_logps, hint)
 
 
 def check_trainer():
     """The first gradient is that of the log-probabilities under softmax(logits / temperature)."""
-    for t in TEMPERATURES:
-        w, rollout = world(t)[0], world(t)[2]
-        gradient, meter = updated(t, beta=0.0)
-        gap = meter.totals()["sampler_logp_diff/max"][1]
-        assert gap < 1e-3, (
-            f"temperature {t}: sampler and trainer are {gap:.2f} apart at a token. "
-            "Of which policy is this the loss?"
-        )
-        mean = exact(t).sum(-1) / rollout.lengths  # --agg seq
-        grads = torch.autograd.grad(-(GROUP * mean).mean(), w.trained)
-        expected = torch.cat([g.flatten() for g in grads])
-        error = float((gradient - expected).norm() / expected.norm())
-        assert error < 1e-2, (
-            f"temperature {t}: the gradient is {100 * error:.0f} % off that of these answers."
-        )
+    for world in worlds():
+        gradient, meter = world.update()
+        what = f"{world.name}: the largest difference of sampler and trainer"
+        difference = meter.totals()["sampler_logp_diff/max"][1]
+        expect_close(what, difference, 0, 1e-3, "Of which policy is this the loss?")
+        mean = world.exact()[0].sum(-1) / world.rollout.lengths  # --agg seq
+        expected = world.gradient(-(ADVANTAGES * mean).mean())
+        expect_gradient(world.name, gradient, expected, 1e-2)
 
 
 def check_old():
-    """With several mini-batches the ratio too is between two scores of the same policy:
-    1 where nothing has moved."""
-    for t in TEMPERATURES:
-        ratio = updated(t, beta=0.0, num_minibatches=2)[1].totals()["ratio/max"][1]
-        assert abs(ratio - 1) < 1e-3, (
-            f"temperature {t}, --num_minibatches 2: a ratio is {ratio:.2f}, and the policy has not "
-            "moved. Where do the old log-probabilities come from?"
-        )
+    """With several minibatches the ratio compares two scores of the same policy.
+    It is 1 as long as the policy has not moved."""
+    for world in worlds():
+        ratio = world.update(num_minibatches=2)[1].totals()["ratio/max"][1]
+        what = f"{world.name}, --num_minibatches 2, before any change: a ratio"
+        expect_close(what, ratio, 1, 1e-3, "How are the old log-probabilities computed?")
 
 
 def runs(folders: list[Path]) -> None:
-    """Sampler and trainer are apart in the first run and agree in the second;
-    nothing but the code differs."""
-    assert len(folders) == 2, "give two run folders: the one with the bug, then the mended one."
-    differ = unlike(*folders, grpo.Args)
-    assert not differ, f"the two runs differ in {', '.join(differ)}: only the code is to differ."
-    assert config(folders[0])["temperature"] != 1, (
-        "at --temperature 1 nothing can be seen; give 1.3 or 0.7."
-    )
-    gaps, kl = (
-        [metrics(folder, "sampler_logp_diff/mean") for folder in folders],
-        metrics(folders[1], "kl"),
-    )
-    assert min(map(len, gaps)) >= 10, "give both runs 10 steps or more."
-    assert min(gaps[0]) > 1e-2, (
-        f"sampler_logp_diff/mean of the first run falls to {min(gaps[0]):.5f}: no bug."
-    )
-    assert max(gaps[1]) < 1e-3, (
-        f"sampler_logp_diff/mean of the second run rises to {max(gaps[1]):.3f}: still the bug."
-    )
-    assert kl[0] < 1e-5, (
-        f"kl is {kl[0]:.5f} in step 1 of the second run, where the policy still is the reference."
-    )
+    """Sampler and trainer differ in the first run and agree in the second.
+    Only the code differs."""
+    flags = compare_runs(folders, BUG_AND_FIX, {}, {})
+    assert flags[0]["temperature"] != 1, "at --temperature 1 the bug has no effect: use 1.3 or 0.7."
+    name = "sampler_logp_diff/mean"
+    with_bug, fixed = (metrics(folder, name, least=10) for folder in folders)
+    expect_above(f"the smallest {name} of the first run", min(with_bug), 1e-2, "It has no bug.")
+    expect_below(f"the largest {name} of the second run", max(fixed), 1e-3, "It has the bug.")
+    hint = "In this step the policy is the reference model."
+    expect_below("kl in step 1 of the second run", metrics(folders[1], "kl")[0], 1e-5, hint)

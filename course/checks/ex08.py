@@ -1,153 +1,124 @@
-"""Exercise 8: a rollout used more than once: the clip, and one ratio for the whole answer."""
+"""Exercise 8: several updates per rollout: the clip, and one ratio for a whole completion."""
 
 import itertools
-import math
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 import grpo
-from course.checks import config, metrics
+from course.checks import compare_runs, expect_above, expect_close, metrics
 
 LOW, HIGH = 0.2, 0.28
+GSPO = {"clip_low": 3e-4, "clip_high": 4e-4}
 LENGTHS = torch.tensor([[4, 1], [2, 3]])
-SIGNS = torch.tensor([[1.2, -0.7], [-1.5, 0.4]])  # advantages
+ADVANTAGES = torch.tensor([[1.2, -0.7], [-1.5, 0.4]])
 MASK = torch.arange(4) < LENGTHS[..., None]  # (2, 2, 4)
-JUNK = 5.0  # what stands past an answer's end, in its log-probabilities now
+JUNK = 5.0  # log-ratio past the end of a completion, which must have no effect
 
 
-def step(log_rho: torch.Tensor, A: torch.Tensor, **flags) -> tuple[float, torch.Tensor, dict]:
-    """The loss of a second step whose tokens became exp(log_rho) times as likely.
-    -> value, gradient (B, G, T), metrics"""
+def loss_of(log_rho: torch.Tensor, A: torch.Tensor, **flags) -> tuple[float, torch.Tensor, dict]:
+    """Return value, gradient (B, G, T) and metrics of `grpo_loss` in a later update.
+
+    log_rho: the log of how many times more likely each token has become
+    """
     old = torch.full(MASK.shape, -1.5)
     logps = (old + torch.where(MASK, log_rho, JUNK)).requires_grad_()
-    loss, told = grpo.grpo_loss(
-        logps, old, None, A, MASK, beta=0.0, **{"clip_low": LOW, "clip_high": HIGH} | flags
-    )
-    slope = torch.autograd.grad(loss, logps)[0] if loss.requires_grad else torch.zeros_like(logps)
-    return float(loss.detach()), slope, {name: float(value) for name, value in told.items()}
+    flags = {"clip_low": LOW, "clip_high": HIGH} | flags
+    loss, logged = grpo.grpo_loss(logps, old, None, A, MASK, beta=0.0, **flags)
+    gradient = torch.zeros_like(logps)
+    if loss.requires_grad:
+        gradient = torch.autograd.grad(loss, logps)[0]
+    return float(loss.detach()), gradient, logged
 
 
-def expected(log_rho: torch.Tensor, A: torch.Tensor, sequence: bool, gate: str, low=LOW, high=HIGH):
-    """The same from the formulas, a token at a time in plain Python.
-    -> value, gradient, share clipped below, above"""
-    value, slope, below, above = 0.0, torch.zeros(MASK.shape), 0, 0
-    for b, g in itertools.product(range(2), range(2)):
-        n, a = int(LENGTHS[b, g]), float(A[b, g])
-        x = log_rho[b, g, :n].tolist()
-        for t in range(n):
-            rho = math.exp(sum(x) / n if sequence else x[t])
-            free, held = rho * a, min(max(rho, 1 - low), 1 + high) * a
-            # the smaller of the two is the one without clip
-            passes = gate == "none" or free <= held
-            value -= (free if passes else held) / n / 4
-            below, above = below + (not passes and a < 0), above + (not passes and a > 0)
-            # a sequence's rho depends on each of its tokens
-            for s in range(n) if sequence else [t]:
-                slope[b, g, s] -= passes * free / (n if sequence else 1) / n / 4
-    return value, slope, below / int(LENGTHS.sum()), above / int(LENGTHS.sum())
+def by_formula(log_rho, A, ratio="token", gate="clip", clip_low=LOW, clip_high=HIGH):
+    """Return value and gradient, and the shares of tokens that the clip stops below and above."""
+    A, n = A[..., None], LENGTHS[..., None]
+    if ratio == "sequence":
+        log_rho = ((log_rho * MASK).sum(-1, keepdim=True) / n).expand(MASK.shape)
+    rho = log_rho.exp()
+    free, clipped = rho * A, rho.clamp(1 - clip_low, 1 + clip_high) * A
+    passes = (free <= clipped) | (gate == "none")
+    weights = MASK / n / LENGTHS.numel()  # --agg seq
+    value = -(weights * torch.where(passes, free, clipped)).sum()
+    gradient = -weights * free * passes
+    if ratio == "sequence":  # the ratio depends on each token of the completion
+        gradient = MASK * gradient.sum(-1, keepdim=True) / n
+    below, above = ((~passes & MASK & side).sum() / MASK.sum() for side in (A < 0, A > 0))
+    return value, gradient, below, above
 
 
-def ratios(size: float, sign: int = 0) -> torch.Tensor:
-    """(2, 2, 4) log-ratios of up to `size`: at random, or all of one sign."""
+def log_ratios(size: float, sign: int = 0) -> torch.Tensor:
+    """Return (2, 2, 4) log-ratios of up to `size`: of random signs, or all of one sign."""
     x = (2 * torch.rand(MASK.shape, generator=torch.Generator().manual_seed(3)) - 1) * size
     return sign * x.abs() if sign else x
 
 
-def compare(log_rho, A, sequence: bool, gate: str, what: str, **clips) -> None:
-    flags = {f"clip_{name}": value for name, value in clips.items()}
-    loss, slope, _ = step(log_rho, A, ratio="sequence" if sequence else "token", gate=gate, **flags)
-    value, right, *_ = expected(log_rho, A, sequence, gate, **clips)
-    assert abs(loss - value) < 1e-5, f"{what}: the loss is {loss:.4f}, by the formula {value:.4f}."
-    passes, should = (slope[MASK] != 0).tolist(), (right[MASK] != 0).tolist()
-    assert passes == should, (
-        f"{what}: {sum(passes)} tokens have a gradient, by the formula {sum(should)}. "
-        "For which sign of A, and on which side of 1, may it go?"
-    )
-    assert torch.allclose(slope, right, atol=1e-5), (
-        f"{what}: the gradient is not that of the formula, though the loss is."
-    )
+LARGE = [log_ratios(0.6), log_ratios(0.6, 1), log_ratios(0.6, -1)]
+
+
+def compare(log_rho, A, **flags) -> None:
+    """Compare value and gradient of `grpo_loss` with the formulas."""
+    value, gradient, _ = loss_of(log_rho, A, **flags)
+    expected_value, expected, *_ = by_formula(log_rho, A, **flags)
+    what = " ".join(f"--{name} {flag}" for name, flag in flags.items())
+    expect_close(f"{what}: the loss", value, expected_value, 1e-5)
+    hint = "For which sign of A, and on which side of 1, does the clip stop the gradient?"
+    assert torch.equal(gradient[MASK] != 0, expected[MASK] != 0), f"{what}: {hint}"
+    hint = "The loss has the right value."
+    expect_close(f"{what}: the gradient", gradient, expected, 1e-5, hint)
 
 
 def check_positive():
-    """A > 0: above 1 + clip_high the gradient is 0, below 1 - clip_low it stays."""
-    for x in (ratios(0.6), ratios(0.6, 1), ratios(0.6, -1)):
-        compare(x, SIGNS.abs(), False, "clip", "token ratios, A > 0")
+    """A > 0: the gradient is 0 above 1 + clip_high, and it stays below 1 - clip_low."""
+    for log_rho in LARGE:
+        compare(log_rho, ADVANTAGES.abs(), ratio="token", gate="clip")
 
 
 def check_negative():
-    """A < 0: below 1 - clip_low the gradient is 0, above 1 + clip_high it stays."""
-    for x in (ratios(0.6), ratios(0.6, 1), ratios(0.6, -1)):
-        compare(x, -SIGNS.abs(), False, "clip", "token ratios, A < 0")
+    """A < 0: the gradient is 0 below 1 - clip_low, and it stays above 1 + clip_high."""
+    for log_rho in LARGE:
+        compare(log_rho, -ADVANTAGES.abs(), ratio="token", gate="clip")
 
 
 def check_sequence():
-    """--ratio sequence: one rho for an answer, the geometric mean of its tokens';
-    its gradient reaches each of them."""
-    for x in (ratios(0.6), ratios(0.6, 1)):
-        compare(x, SIGNS, True, "none", "sequence ratio, without gate")
-    _, slope, _ = step(torch.zeros(MASK.shape), SIGNS, ratio="sequence")
-    assert bool((slope != 0)[MASK].all()) and not slope[~MASK].any(), (
-        "at rho = 1 each token of each answer is to have a gradient, "
-        "and what stands past the end none."
+    """--ratio sequence: rho is the geometric mean of the ratios of a completion's tokens.
+    Its gradient reaches each of them."""
+    for log_rho in LARGE[:2]:
+        compare(log_rho, ADVANTAGES, ratio="sequence", gate="none")
+    gradient = loss_of(torch.zeros(MASK.shape), ADVANTAGES, ratio="sequence")[1]
+    assert torch.equal(gradient != 0, MASK), (
+        "at rho = 1 every token must have a gradient, and nothing past the end of a completion."
     )
 
 
 def check_sequence_is_clipped():
-    """A clipped sequence ratio stops all tokens of the answer, and with GSPO's tiny bounds."""
-    for x, low, high in (
-        (ratios(0.6), LOW, HIGH),
-        (ratios(2e-3), 3e-4, 4e-4),
-        (ratios(1e-3, 1), 3e-4, 4e-4),
-    ):
-        for A in (SIGNS, -SIGNS):
-            compare(
-                x,
-                A,
-                True,
-                "clip",
-                f"sequence ratio, clipped at {low} and {high}",
-                low=low,
-                high=high,
-            )
+    """A clipped sequence ratio stops all tokens of the completion, also with GSPO's small clips."""
+    for A in (ADVANTAGES, -ADVANTAGES):
+        compare(log_ratios(0.6), A, ratio="sequence", gate="clip")
+        for log_rho in (log_ratios(2e-3), log_ratios(1e-3, 1)):
+            compare(log_rho, A, ratio="sequence", gate="clip", **GSPO)
 
 
 def check_what_is_logged():
-    """clip_ratio/low_mean and high_mean: the share of tokens whose gradient the clip stops,
-    on either side."""
-    for sequence, A in itertools.product((False, True), (SIGNS, -SIGNS)):
-        for x in (ratios(1.2), ratios(0.6, 1), ratios(0.6, -1)):
-            _, _, told = step(x, A, ratio="sequence" if sequence else "token")
-            *_, below, above = expected(x, A, sequence, "clip")
-            got = told["clip_ratio/low_mean"], told["clip_ratio/high_mean"]
-            assert all(abs(a - b) < 1e-6 for a, b in zip(got, (below, above))), (
-                f"logged {got[0]:.2f} and {got[1]:.2f}; the clip stops the gradient of {below:.2f} "
-                f"of the tokens below and of {above:.2f} above. "
-                "A token past a bound that goes back towards 1 is not stopped."
-            )
+    """clip_ratio/low_mean and high_mean are the shares of tokens whose gradient the clip stops."""
+    hint = "The clip does not stop a token past a bound that moves back towards 1."
+    for ratio, A in itertools.product(("token", "sequence"), (ADVANTAGES, -ADVANTAGES)):
+        for log_rho in (log_ratios(1.2), *LARGE[1:]):
+            logged = loss_of(log_rho, A, ratio=ratio)[2]
+            got = [logged["clip_ratio/low_mean"], logged["clip_ratio/high_mean"]]
+            expected = by_formula(log_rho, A, ratio)[2:]
+            expect_close(f"--ratio {ratio}: [low_mean, high_mean]", got, expected, 1e-6, hint)
 
 
 def runs(folders: list[Path]) -> None:
-    """Three runs from one start: without bound it ends further from the
-    start than with either clip."""
-    assert len(folders) == 3, (
-        "give three run folders: --gate none, --gate clip, and --ratio sequence with its own clips."
-    )
-    flags = [config(folder) for folder in folders]
-    assert [(f["gate"], f["ratio"]) for f in flags] == [
-        ("none", "token"),
-        ("clip", "token"),
-        ("clip", "sequence"),
-    ], "the first is --gate none, the second --gate clip, the third --ratio sequence."
-    assert (flags[2]["clip_low"], flags[2]["clip_high"]) == (3e-4, 4e-4), (
-        "the third: --clip_low 3e-4 --clip_high 4e-4."
-    )
-    assert all(f["num_minibatches"] == 4 for f in flags), "give all three --num_minibatches 4."
-    assert len({f["seed"] for f in flags}) == 1, "give all three the same --seed."
-    kls = [metrics(folder, "kl") for folder in folders]
-    assert min(map(len, kls)) >= 60, "let all three run 60 steps."
-    naive, clipped, whole = (sum(kl[-20:]) / 20 for kl in kls)
-    assert naive > 1.5 * max(clipped, whole), (
-        f"kl over the last 20 steps: {naive:.3f} without bound, "
-        f"{clipped:.3f} and {whole:.3f} with; 1.5 times is expected."
-    )
+    """Without a bound the policy ends further from its start than with either clip."""
+    order = "first --gate none, then --gate clip, then --ratio sequence with clips of its own"
+    token = {"num_minibatches": 4, "ratio": "token"}
+    sequence = {"num_minibatches": 4, "ratio": "sequence", "gate": "clip"} | GSPO
+    compare_runs(folders, order, {"gate": "none"} | token, {"gate": "clip"} | token, sequence)
+    naive, *clipped = (fmean(metrics(folder, "kl", least=60)[-20:]) for folder in folders)
+    hint = "The bound is 1.5 times the larger kl of the runs with a clip."
+    what = "kl without a bound, mean of the last 20 steps,"
+    expect_above(what, naive, 1.5 * max(clipped), hint)

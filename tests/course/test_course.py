@@ -106,7 +106,7 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
         for state, patches in pair:
             place = copy_of(sources, tmp_path / state)
             apply(place, *patches)
-            jobs.append((state, start(place, n, "--here")))
+            jobs.append((state, start(place, n)))
         for state, job in jobs:
             done = forkserver.shared().wait(job)
             said = done.stdout + done.stderr
@@ -123,26 +123,28 @@ def test_a_check_passes_only_when_solved(n, sources, tmp_path):
 # ---- the tool ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("git", ["repository", "part of one", "none"])
+def commit(folder: Path) -> None:
+    (folder / ".gitignore").write_text("runs/\n")
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"],
+    ):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+
+
+@pytest.mark.parametrize("git", ["repository", "part of one"])
 def test_there_and_back(git, sources, tmp_path):
-    """Stops work that is lost on the way back, a patch that git skips in silence,
+    """Stops work that is lost by --back, a patch that git skips without an error,
     changes that are overwritten."""
     place = copy_of(sources, tmp_path / "ours")
-    if git != "none":
-        whole = place if git == "repository" else tmp_path
-        (place / ".gitignore").write_text("runs/\n")
-        for words in (
-            ["init", "-q"],
-            ["add", "-A"],
-            ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "all"],
-        ):
-            subprocess.run(["git", *words], cwd=whole, check=True)
+    commit(place if git == "repository" else tmp_path)
     before = {name: (place / name).read_text() for name in ("grpo.py", "sampler.py")}
 
-    assert "Changed for exercise 5: sampler.py" in tool(place, 5, "--begin").stdout
+    assert "Changed: sampler.py. Files to work on: sampler.py." in tool(place, 5, "--begin").stdout
     assert (place / "sampler.py").read_text() != before["sampler.py"]
     refused = tool(place, 5, "--begin")
-    assert refused.returncode == 1 and "sampler.py: changed already" in refused.stderr
+    assert refused.returncode == 1 and "sampler.py: already changed" in refused.stderr
     assert tool(place, 5, "--solution").returncode == 0
     assert "does not fit" in tool(place, 5, "--solution").stderr
     mine = (place / "sampler.py").read_text() + "# mine, without an end of line"
@@ -151,15 +153,15 @@ def test_there_and_back(git, sources, tmp_path):
     assert (place / "sampler.py").read_text() == before["sampler.py"]
     apply(place, place / "runs" / "course" / "05-before-back.patch")
     assert (place / "sampler.py").read_text() == mine
-    # the first one is still there
+    # The first patch is still there.
     assert "05-before-back-2.patch" in tool(place, 5, "--back").stdout
-    assert "Nothing to put back" in tool(place, 5, "--back").stdout
+    assert "Nothing to restore" in tool(place, 5, "--back").stdout
 
     own = place / "runs" / "course" / "ex03.py"  # an exercise that adds a file
-    assert "Yours to change too: grpo.py." in tool(place, 3, "--begin").stdout
-    for flag in ("--begin", "--back"):  # half of 3 would go, or stay
+    assert "Files to work on: grpo.py, runs/course/ex03.py." in tool(place, 3, "--begin").stdout
+    for flag in ("--begin", "--back"):  # half of exercise 3 would be lost, or stay
         done = tool(place, 4, flag)
-        assert done.returncode == 1 and "exercise 3 is open: first put it back with" in done.stderr
+        assert done.returncode == 1 and "exercise 3 is open. First restore" in done.stderr
     own.write_text(own.read_text() + "\nmine = 1\n")
     mine = own.read_text()
     assert tool(place, 3, "--back").returncode == 0 and not own.exists()
@@ -167,62 +169,72 @@ def test_there_and_back(git, sources, tmp_path):
     assert own.read_text() == mine and (place / "grpo.py").read_text() == before["grpo.py"]
     own.unlink()
 
-    mine = place / "mine.py"  # 9 and 10 both ask for one
+    mine = place / "mine.py"  # exercises 9 and 10 both need one
     for n in (9, 10):
-        assert tool(place, n, "--begin").returncode == 0
+        assert "Changed: nothing. Files to work on: mine.py." in tool(place, n, "--begin").stdout
         mine.write_text("# mine\n")
         assert tool(place, n, "--back").returncode == 0 and not mine.exists()
-        if git != "none":
-            mine.write_text("# of the other one, without --begin\n")
-            assert tool(place, 19 - n, "--back").returncode == 0 and not mine.exists()
+        mine.write_text("# for the other exercise, without --begin\n")
+        assert tool(place, 19 - n, "--back").returncode == 0 and not mine.exists()
 
 
-def test_without_git_nothing_is_guessed(sources, tmp_path):
-    """Stops --back emptying files of which nobody knows what they were."""
+@pytest.mark.parametrize("where", ["no repository", "a folder that is not committed"])
+def test_without_a_commit_nothing_is_changed(where, sources, tmp_path):
+    """Stops --begin from changing files that --back cannot restore, and --back from removing files
+    because git does not have them."""
+    if where != "no repository":
+        commit(tmp_path)
     place = copy_of(sources, tmp_path / "ours")
-    done = tool(place, 5, "--back")
-    assert (
-        done.returncode == 1 and "no git repository" in done.stderr and "sampler.py" in done.stderr
-    )
+    before = (place / "sampler.py").read_text()
+    for flag in ("--begin", "--back"):
+        done = tool(place, 5, flag)
+        assert done.returncode == 1 and "is not in a git repository" in done.stderr
+        assert (place / "sampler.py").read_text() == before
 
 
 FAULTY = {
-    "loop": ("while True:\n        pass", "did not end within 1 seconds"),
-    "crash": ("import os\n    os.kill(os.getpid(), 11)", "ended Python itself (SIGSEGV)"),
-    "leaves": ("raise SystemExit(0)", "SystemExit"),
-    "error": ("import mine\n    mine.f()", "mine.py, line 2: ZeroDivisionError"),
-    "silent": ("pass", ""),
+    "loop": ("while True:\n        pass", "no end after 1 seconds, in ", 1),
+    "caught": (
+        "while True:\n        try:\n            list(range(10))\n        except BaseException:\n"
+        "            pass",
+        "no end after 1 seconds, in ",
+        1,
+    ),
+    "crash": ("import os\n    os.kill(os.getpid(), 11)", "", -11),
+    "leaves": ("raise SystemExit(0)", "SystemExit", 1),
+    "error": ("import mine\n    mine.f()", "mine.py, line 2: ZeroDivisionError", 1),
+    "silent": ("pass", "2 of 2 hold. Solved.", 0),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTY)
-def test_what_goes_wrong_in_a_check_is_told(fault, sources, tmp_path):
+def test_faults_in_a_check_are_reported(fault, sources, tmp_path):
     """Stops an endless loop that hangs the terminal, a crash that looks solved,
-    a student's exit(0) that is a pass."""
+    a student's exit(0) that passes."""
     place = copy_of(sources, tmp_path / "ours")
-    body, told = FAULTY[fault]
+    body, message, status = FAULTY[fault]
     (place / "course" / "checks" / "ex90.py").write_text(
         'def check_first():\n    """First."""\n\n\ndef check_second():\n    """Second."""\n'
         f"    {body}\n"
     )
     (place / "mine.py").write_text("def f():\n    return 1 / 0\n")
     file = place / "course" / "check.py"
-    file.write_text(
-        file.read_text().replace("LIMIT = 120 ", "LIMIT = 1 " if fault == "loop" else "LIMIT = 60 ")
-    )
-    # imports nothing: the limit is for the loop alone
+    limit = 1 if status and "no end" in message else 60
+    file.write_text(file.read_text().replace("LIMIT = 120 ", f"LIMIT = {limit} "))
+    # Imports nothing, so that the limit counts the loop alone.
     (place / "course" / "checks" / "__init__.py").write_text("")
     done = tool(place, 90)
-    assert "ok       First." in done.stdout and told in done.stdout, done.stdout + done.stderr
-    assert done.returncode == (0 if fault == "silent" else 1)
-    assert ("2 of 2 hold. Solved." in done.stdout) == (fault == "silent")
+    assert "ok       First." in done.stdout and message in done.stdout, done.stdout + done.stderr
+    assert done.returncode == status and ("Solved" in done.stdout) == (fault == "silent")
+    if fault == "crash":
+        assert "Segmentation fault" in done.stderr and "ex90.py" in done.stderr
 
 
 def test_scripts_that_cannot_be_imported(sources, tmp_path):
-    """Stops a traceback where a student's typing error is to be told with its line."""
+    """Stops a traceback where a student's typing error must be reported with its line."""
     place = copy_of(sources, tmp_path / "ours")
     (place / "sampler.py").write_text("def broken(:\n" + (place / "sampler.py").read_text())
-    done = tool(place, 5, "--here")
+    done = tool(place, 5)
     assert done.returncode == 1 and "not yet  the scripts cannot be imported" in done.stdout
     assert (
         "sampler.py, line 1: SyntaxError" in done.stdout
@@ -231,20 +243,20 @@ def test_scripts_that_cannot_be_imported(sources, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         ((0,), "there is no exercise 0; there are 1, 2"),
-        ((2, "--begin", "--back"), "give one of"),
-        ((5, "--runs", "docs"), "no run folder"),
-        ((2, "--here", "--runs", "."), "leave --runs out"),
+        ((2, "--begin", "--back"), "give only one of"),
+        ((5, "--runs", "docs"), "--runs docs has no config.json"),
+        ((2, "--runs", "."), "Leave --runs out"),
     ],
 )
-def test_wrong_flags_are_told(words, told, sources, tmp_path):
-    """Stops a traceback, or a grade, for what was not asked rightly."""
+def test_wrong_flags_are_refused(words, message, sources, tmp_path):
+    """Stops a traceback, or a grade, for flags that do not belong together."""
     place = copy_of(sources, tmp_path / "ours")
     (place / "config.json").write_text("{}")
     done = tool(place, *words)
-    assert done.returncode == 1 and told in done.stdout + done.stderr, done.stdout + done.stderr
+    assert done.returncode == 1 and message in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 # ---- the pages -----------------------------------------------------------------------------------

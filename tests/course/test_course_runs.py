@@ -1,4 +1,4 @@
-"""What the exercises ask of run folders: such folders pass, and the usual wrong ones do not."""
+"""The checks of run folders: right folders pass, and the usual wrong ones do not."""
 
 import dataclasses
 import importlib
@@ -15,8 +15,10 @@ REWARDS = [2.0, 1.0, 0.0, 1.0]
 def folder(
     place: Path, name: str, flags: dict, rows: list[dict], advantages: list[float] = ()
 ) -> Path:
-    """A run folder with these flags, and these numbers of each step;
-    with `advantages` also a group of answers a step."""
+    """Make a run folder with these flags and these numbers of each step.
+
+    With `advantages` it also has one group of completions per step.
+    """
     out = place / name
     out.mkdir()
     args = dataclasses.asdict(grpo.Args(model="m", data="d", out=str(out), **flags))
@@ -78,7 +80,7 @@ ALONE = STILL | {"baseline": "none"}
 CUT = [{"agg": "token", "micro_batch": m} for m in (8, 1)]
 BY_MEAN = {"scale": "mean"}
 RIGHT = [round((r - 1) / (1 + 1e-4), 6) for r in REWARDS]
-CASES = {  # exercise: what passes, then what does not, with a word of what is told
+CASES = {  # exercise: runs that pass, then runs that do not, with a part of the hint
     1: (
         [(ALONE, norms(0.2)), (STILL, norms(0.1))],
         [
@@ -87,10 +89,10 @@ CASES = {  # exercise: what passes, then what does not, with a word of what is t
             (
                 "it moves",
                 [(ALONE | {"lr": 1e-4}, norms(0.2)), (STILL | {"lr": 1e-4}, norms(0.1))],
-                "stand still",
+                "must not move",
             ),
-            ("turned", [(STILL, norms(0.2)), (ALONE, norms(0.1))], "first run"),
-            ("short", [(ALONE, norms(0.2, n=5)), (STILL, norms(0.1, n=5))], "20 steps"),
+            ("turned", [(STILL, norms(0.2)), (ALONE, norms(0.1))], "must have --baseline none"),
+            ("short", [(ALONE, norms(0.2, n=5)), (STILL, norms(0.1, n=5))], "run 20 steps"),
         ],
     ),
     3: (
@@ -100,9 +102,9 @@ CASES = {  # exercise: what passes, then what does not, with a word of what is t
             (
                 "the std's advantages",
                 [(BY_MEAN, norms(0.1), [1.2246, 0, -1.2246, 0])],
-                "got 1.2246",
+                "got the advantage 1.2246",
             ),
-            ("short", [(BY_MEAN, norms(0.1, n=9), RIGHT)], "30 steps"),
+            ("short", [(BY_MEAN, norms(0.1, n=9), RIGHT)], "run 30 steps"),
         ],
     ),
     4: (
@@ -113,7 +115,7 @@ CASES = {  # exercise: what passes, then what does not, with a word of what is t
                 [(CUT[0], norms(0.225)), (CUT[1], norms(0.226))],
                 "grad_norm of step 1",
             ),
-            ("the same", [({"agg": "token"}, norms(0.3))] * 2, "nothing"),
+            ("the same", [({"agg": "token"}, norms(0.3))] * 2, "must differ in --micro_batch"),
             (
                 "seq",
                 [({"micro_batch": 8}, norms(0.3)), ({"micro_batch": 1}, norms(0.3))],
@@ -124,25 +126,29 @@ CASES = {  # exercise: what passes, then what does not, with a word of what is t
     5: (
         [({}, siblings(1 / 8, 1.0)), ({}, siblings(0.99, 0.2))],
         [
-            ("still copies", [({}, siblings(1 / 8, 1.0))] * 2, "still copies"),
-            ("turned", [({}, siblings(0.99, 0.2)), ({}, siblings(1 / 8, 1.0))], "it has no bug"),
+            ("still copies", [({}, siblings(1 / 8, 1.0))] * 2, "still has copies"),
+            ("turned", [({}, siblings(0.99, 0.2)), ({}, siblings(1 / 8, 1.0))], "It has no bug"),
             (
                 "another seed",
                 [({}, siblings(1 / 8, 1.0)), ({"seed": 1}, siblings(0.99, 0.2))],
                 "seed",
             ),
-            ("short", [({}, siblings(1 / 8, 1.0, n=5)), ({}, siblings(0.99, 0.2))], "10 steps"),
+            ("short", [({}, siblings(1 / 8, 1.0, n=5)), ({}, siblings(0.99, 0.2))], "run 10 steps"),
         ],
     ),
     6: (
         [(HOT, gaps(0.1)), (HOT, gaps(2e-7))],
         [
-            ("still the bug", [(HOT, gaps(0.1))] * 2, "still the bug"),
-            ("never the bug", [(HOT, gaps(2e-7))] * 2, "no bug"),
-            ("at 1", [({}, gaps(0.1)), ({}, gaps(2e-7))], "nothing can be seen"),
-            ("reference", [(HOT, gaps(0.1)), (HOT, gaps(2e-7, kl=0.2))], "kl is 0.2"),
+            ("still the bug", [(HOT, gaps(0.1))] * 2, "It has the bug"),
+            ("never the bug", [(HOT, gaps(2e-7))] * 2, "It has no bug"),
+            ("at 1", [({}, gaps(0.1)), ({}, gaps(2e-7))], "has no effect"),
+            (
+                "reference",
+                [(HOT, gaps(0.1)), (HOT, gaps(2e-7, kl=0.2))],
+                "kl in step 1 of the second run is 0.2",
+            ),
             ("another seed", [(HOT, gaps(0.1)), (HOT | {"seed": 1}, gaps(2e-7))], "seed"),
-            ("short", [(HOT, gaps(0.1, n=5)), (HOT, gaps(2e-7))], "10 steps"),
+            ("short", [(HOT, gaps(0.1, n=5)), (HOT, gaps(2e-7))], "run 10 steps"),
         ],
     ),
     8: (
@@ -152,34 +158,34 @@ CASES = {  # exercise: what passes, then what does not, with a word of what is t
             (
                 "turned",
                 [(flags, kls(0.1)) for flags in reversed(REUSED)],
-                "the first is --gate none",
+                "must have --gate none",
             ),
-            ("one batch", [(flags, kls(0.1)) for flags in GATES], "--num_minibatches 4"),
+            ("one batch", [(flags, kls(0.1)) for flags in GATES], "must have --num_minibatches 4"),
             (
                 "wide",
                 [
                     *((flags, kls(0.5)) for flags in REUSED[:2]),
                     (REUSED[2] | {"clip_low": 0.2}, kls(0.06)),
                 ],
-                "3e-4",
+                "must have --clip_low 0.0003",
             ),
             (
                 "seeds",
                 [(flags | {"seed": i}, kls(0.5)) for i, flags in enumerate(REUSED)],
-                "same --seed",
+                "differ in --seed",
             ),
-            ("short", [(flags, kls(0.5, n=59)) for flags in REUSED], "60 steps"),
+            ("short", [(flags, kls(0.5, n=59)) for flags in REUSED], "run 60 steps"),
         ],
     ),
     9: (
         [(SEEN[0], cues(0.9)), (SEEN[1], cues(0.25))],
         [
-            ("turned", [(SEEN[1], cues(0.25)), (SEEN[0], cues(0.9))], "first --beta 0.04"),
-            ("they stay", [(SEEN[0], cues(0.9)), (SEEN[1], cues(0.85))], "they did not go"),
+            ("turned", [(SEEN[1], cues(0.25)), (SEEN[0], cues(0.9))], "must have --beta 0.04"),
+            ("they stay", [(SEEN[0], cues(0.9)), (SEEN[1], cues(0.85))], "the cues must fall"),
             (
                 "accuracy goes too",
                 [(SEEN[0], cues(0.9, accuracy=0.9)), (SEEN[1], cues(0.25, accuracy=0.7))],
-                "it did not stay",
+                "the accuracy must stay",
             ),
             (
                 "paid",
@@ -189,30 +195,30 @@ CASES = {  # exercise: what passes, then what does not, with a word of what is t
                 ],
                 "only logged",
             ),
-            ("short", [(flags, cues(0.25, n=80)) for flags in SEEN], "100 steps"),
+            ("short", [(flags, cues(0.25, n=80)) for flags in SEEN], "run 100 steps"),
         ],
     ),
 }
 
 
 @pytest.mark.parametrize("n", CASES)
-def test_such_folders_pass(n, tmp_path):
-    """Stops a grade that nobody can get."""
+def test_right_folders_pass(n, tmp_path):
+    """Stops a check that refuses the runs of the page."""
     exercise = importlib.import_module(f"course.checks.ex{n:02}")
     exercise.runs([folder(tmp_path, str(i), *run) for i, run in enumerate(CASES[n][0])])
 
 
 @pytest.mark.parametrize(
-    "n, runs, told",
+    "n, runs, hint",
     [
-        pytest.param(n, runs, told, id=f"{n} {name}")
+        pytest.param(n, runs, hint, id=f"{n} {name}")
         for n, (_, bad) in CASES.items()
-        for name, runs, told in bad
+        for name, runs, hint in bad
     ],
 )
-def test_others_are_told_why_not(n, runs, told, tmp_path):
-    """Stops a grade for runs that show nothing: of another seed, too short, in the wrong order,
-    of the bug still."""
+def test_wrong_folders_fail(n, runs, hint, tmp_path):
+    """Stops a grade for runs that do not show the effect: with another seed, too short, in the
+    wrong order, or still with the bug."""
     exercise = importlib.import_module(f"course.checks.ex{n:02}")
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=hint):
         exercise.runs([folder(tmp_path, str(i), *run) for i, run in enumerate(runs)])
