@@ -37,9 +37,8 @@ from model import HumanOmni, embed, encode_media, frozen_reference, sdpa
 from ops import decode_attention
 from ops.logprob_head import add_product_, fp32_product
 from tools import bench
+from tools.bench import GIB, SIZES, build_model, decode_floor, machine_rates, peak, random_batch
 from tools.gpu_check import LIMITS, add_finding
-from tools.memory import GIB, peak
-from tools.sizes import SIZES, build_model, decode_floor, machine_rates, random_batch
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -368,7 +367,7 @@ def profile(stage: Stage, model: HumanOmni, N: int) -> tuple[str, str]:
 def whole_step(stage: Stage, model: HumanOmni) -> tuple[str, bool]:
     """One GRPO step.  The gradient is finite, the trainer's probability over the sampler's is
     within 0.1 of 1 at three quantiles, and the update's peak memory is at most 1.15 times the
-    estimate of tools.memory."""
+    estimate of tools.bench.peak."""
     size, device, B, T = SIZES[stage.args.size], stage.device, 2, SHAPES[stage.args.size][0]
     reference, optimizer = frozen_reference(model), MasterAdamW(model.set_trained(), 1e-6)
     flags = grpo.Args(
