@@ -35,9 +35,16 @@ from model import HumanOmni, encode_media, frozen_reference, sdpa
 from ops import decode_attention
 from ops.logprob_head import add_product_, fp32_product
 from tools import bench
+from tools.bench import (
+    GIB,
+    SIZES,
+    build_model,
+    decode_floor,
+    machine_rates,
+    peak,
+    random_batch,
+)
 from tools.gpu_check import StageArgs, add_finding
-from tools.memory import GIB, peak
-from tools.sizes import SIZES, build_model, decode_floor, machine_rates, random_batch
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]

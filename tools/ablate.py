@@ -29,7 +29,7 @@ import torch
 from lib.args import UserError, list_of, run_main
 from lib.files import write_json, write_text
 from lib.run_folder import read_rows
-from tools.sizes import machine_name
+from tools.bench import circumstances
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("toy_dfew", "toy_mafw", "toy_ravdess")
@@ -350,7 +350,7 @@ def main(args: Args) -> None:
         train_label_start(Path(args.toy))
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    origin = {"commit": commit, "machine": machine_name(torch.device("cpu"))}
+    origin = {"commit": commit, "machine": circumstances(torch.device("cpu"))["machine"]}
 
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(measure, *job, args): job for job in jobs}

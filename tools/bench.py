@@ -1,45 +1,42 @@
-"""Speed, side by side: one GRPO step as the public reference does it,
-and as this repository does it.
+"""Speed, memory and full size, measured or computed on random weights.
 
-    python -m tools.bench                                  the miniature's model, all arms,
-                                                           about two minutes
-    python -m tools.bench --size mid                       half HumanOmni's width and depth;
-                                                           some ten minutes on two cores
-    python -m tools.bench --size full --device cuda        the true geometry with random weights;
-                                                           judges every target
-    python -m tools.bench --size mid --ranks               two prompts on one process and on two
+    python -m tools.bench                            one GRPO step of the toy model, every arm:
+                                                     two minutes
+    python -m tools.bench --size mid                 half of HumanOmni's width and depth: ten
+                                                     minutes on two cores
+    python -m tools.bench --size full --device cuda  HumanOmni's geometry; judges every target
+    python -m tools.bench --size mid --ranks         two prompts on one process and on two
+    python -m tools.bench memory                     GPU memory of a training step at full size
+    python -m tools.bench rehearsal                  the real commands on a random checkpoint of
+                                                     full size: 14 GB of disk, 18 GB of memory
 
-    A  the faithful loop, from public transformers parts: both towers run on every copy of a clip,
-       for the policy and for the reference (2G+1 times a clip and step);
-       generate(num_return_sequences=G); the prompt G times; logits of the whole vocabulary over the
-       whole prompt; one prompt at a time
+All arms run in turn in one process, on the same weight tensors, clips, completions' lengths and
+advantages. There is no end token, so every arm samples T tokens. Media are not read.
+    A  the public reference's loop, from transformers parts: for every completion, policy and
+       reference model run the towers, the prompt and the head at every position; one prompt at a
+       time
     B  Hugging Face generate with a static cache (compiled on CUDA), all prompts in one batch;
        sampling only
-    C  ours without sharing: towers once a clip, the head on completions only,
-       but the prompt once per completion
+    C  ours without sharing: towers once per clip, head on completions only, but the prompt once
+       per completion
     D  ours: the prompt once per group, in sampling and in training
-    E  D, compiled (not at size mid unless asked for: on a CPU the compiler
-       takes longer than it saves)
+    E  D compiled (not a default at size mid: on a CPU, compiling takes longer than it saves)
 
-All arms run in turn, in one process, on the very same weight tensors, clips, completions' lengths
-and advantages: end tokens are ignored, everybody samples T tokens, and a seeded list says how many
-of them count.  A speed is worth nothing if the result is another one, so beside every speed stand
-its gates; one that fails ends in exit status 1:
-    greedy   the same greedy tokens as arm A's, in fp32
-    dlogp    largest difference of a token's log-probability from arm A's, same completions, fp32
-    dgrad    |gradient - arm A's| / |arm A's|, same loss, same completions, fp32
-    ratio    exp(trainer's - sampler's log-probability) at the 1st, 50th and 99th percentile,
-             in the working dtype
+Gates compare each arm with A on one prompt. If one fails, the exit status is 1.
+    greedy   the greedy tokens are equal, in fp32
+    dlogp    largest difference of a token's log-probability, same completions, fp32
+    dgrad    |gradient - A's| / |A's|, same loss and completions, fp32
+    ratio    exp(trainer's - sampler's log-probability) at the 1st, 50th and 99th percentile of the
+             timed step, in the dtype of the weights
 
-Read downwards, `decode` and `train` are the ladders: what each technique adds, `x_first` times the
-first arm's speed.  Floors are what the job needs at least (towers and prompt once, weights once per
-decode step), not what an arm does, at this machine's rates; a model that fits into the processor's
-cache can beat its own.  Not in here: reading media.
+`x_first` is the speed-up over the first arm, a floor the least time of the work at this machine's
+measured rates; see docs/speed.md.
 
-Legend   B prompts   G completions per prompt   P prompt length
-         T completion length   D width   V vocabulary
+Legend   B prompts   G completions per prompt   P prompt length   T completion length
+         D width   V vocabulary   d head size   S = T - 1 tokens that are read
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import ctypes
@@ -50,10 +47,14 @@ import gc
 import json
 import math
 import os
+import platform
 import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -62,36 +63,30 @@ from unittest import mock
 import torch
 import transformers
 from tokenizers import Tokenizer, models
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import rewards
-from data import PromptBatch
+from data import QUESTION, THINK, PromptBatch, chunks
 from grpo import advantages, grpo_loss
-from lib.args import UserError, run_main
+from lib.args import UserError, list_of, run_main
+from lib.checkpoint import read_json
 from lib.dist import Ranks, dtype_of, start_ranks
-from lib.files import write_json
-from model import PARTS, HumanOmni, embed, encode_media, frozen_reference
+from lib.files import write_json, write_text
+from lib.metrics import Timer
+from lib.modalities import AUDIO, VIDEO
+from model import PARTS, Config, HumanOmni, embed, encode_media, frozen_reference
 from sampler import generate
-from tools.sizes import (
-    SEED,
-    SIZES,
-    Laps,
-    Size,
-    build_model,
-    decode_floor,
-    floors,
-    machine_name,
-    machine_rates,
-    random_batch,
-)
 from training import MasterAdamW
 
 ROOT = Path(__file__).resolve().parents[1]
-# the paper's weight of the KL; so small that every repetition meets the same weights
-BETA, LR = 0.04, 1e-6
-MICRO_BATCH = 4  # prompts per forward and backward in C, D and E
-# What a correct arm stays under, in fp32; the ratio also in bf16,
-# where sampler and trainer round at different places.
+GIB = 2**30
+SEED = 0  # of weights, clips, lengths and sampled tokens
+RATES_SECONDS = 3.0  # `machine_rates` starts no further try after this time
+BETA = 0.04  # the paper's weight of the KL
+LR = 1e-6  # so small that the weights are nearly the same in every repetition
+MICRO_BATCH = 4  # prompts per forward and backward pass in C, D and E
+# Limits of the gates. In bf16 the ratio's is wider: sampler and trainer round at different places.
 MOST = {"max_dlogp": 1e-4, "relative_gradient_error": 1e-5}
 MOST_RATIO = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 ARMS = {
@@ -101,60 +96,344 @@ ARMS = {
     "D": "ours",
     "E": "ours, compiled",
 }
-# In the order of a step.  `prefill` and `decode` are the two halves of sampling.
+TOWERS = PARTS["vision"] + PARTS["audio"]
+# In the order of a step. `prefill` and `decode` are the two halves of sampling.
 SECTIONS = ("encode", "prefill", "decode", "reward", "reference", "train", "optimiser", "step")
 
 
 @dataclasses.dataclass
 class Args:
     size: Literal["toy", "mid", "full"] = "toy"  # geometry of the model and shape of the step
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda where there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # working weights; auto: float32 on cpu, bfloat16 on cuda
-    arms: list[str] = dataclasses.field(default_factory=list)
-    # which to run; none given: the size's
-    repeats: int = 5  # after a round to warm up; A, B and C at most as often as the size says
-    ranks: bool = False  # instead: two prompts on one process and on two, a thread each
+    # dtype of the weights; auto: float32 on cpu, bfloat16 on cuda
+    arms: list[str] = list_of()  # which arms; default: those of the size
+    repeats: int = 5  # timed repetitions; fewer for A, B and C at the larger sizes
+    ranks: bool = False  # instead: two prompts on one process and on two, one thread each
     out: str | None = None  # json file; default: results/bench_MACHINE.json
 
 
-# ------------------------------------------------------------------------------------------------
-# What every arm is given, and the arms
-# ------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class MemoryArgs:
+    prompt_length: int = 976  # P, in embeddings; 892 of them are the clip
+    num_generations: int = 8  # G, completions per prompt
+
+
+@dataclasses.dataclass
+class RehearsalArgs:
+    out: str = "runs/rehearsal"  # folder of the model, the logs and report.md
+    dtype: Literal["both", "bfloat16", "float32"] = "both"  # dtype of the weights; both: a run each
+    keep: bool = False  # keep OUT/model
+
+
+# ---- The model at three sizes, and the floors ---------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    decoder: dict  # fields of model.Config
+    vision: dict  # of transformers.SiglipVisionConfig
+    audio: dict  # of transformers.WhisperConfig
+    bert: dict  # of transformers.BertConfig
+    B: int
+    T: int
+    slow: int  # most repetitions of the arms that run the prompt once per completion (A, B, C)
+    rows: tuple[int, ...]  # numbers of completions in the decode table
+    copied_rows: int  # largest of them for A, B and C
+    sweep: int = 16  # T in the decode table
+    gate: int = 8  # completions of the prompt on which the gates are checked
+    arms: str = "ABCDE"
+    text: int = 58  # text ids in the prompt
+    G: int = 8
+
+
+def layers(width: int, depth: int, heads: int, inner: int, **others) -> dict:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "intermediate_size": inner,
+        **others,
+    }
+
+
+def whisper(width: int, depth: int, heads: int, inner: int, bins: int, states: int) -> dict:
+    return {
+        "d_model": width,
+        "encoder_layers": depth,
+        "encoder_attention_heads": heads,
+        "encoder_ffn_dim": inner,
+        "num_mel_bins": bins,
+        "max_source_positions": states,
+    }
+
+
+SIZES = {
+    "toy": Size(  # the model of the toy setup
+        layers(128, 4, 4, 384, num_key_value_heads=2, vocab_size=703, rope_theta=1e4),
+        layers(96, 4, 4, 192, image_size=64),
+        whisper(96, 2, 4, 192, 80, 100),
+        layers(32, 1, 2, 64, vocab_size=128),
+        text=60,
+        B=2,
+        T=80,
+        slow=5,
+        rows=(8, 32, 128, 512),
+        copied_rows=128,
+    ),
+    # half of the full width and depth, a quarter of its vocabulary: an eighth of its parameters
+    "mid": Size(
+        layers(448, 12, 7, 2432, num_key_value_heads=1, vocab_size=37984, rope_theta=1e6),
+        layers(384, 6, 6, 1536, image_size=224),
+        whisper(640, 16, 10, 2560, 128, 1500),
+        layers(384, 6, 6, 1536, vocab_size=7630),
+        arms="ABCD",
+        B=1,
+        T=200,
+        gate=2,
+        slow=2,
+        rows=(8, 32),
+        copied_rows=0,
+    ),
+    "full": Size(
+        layers(896, 24, 14, 4864, num_key_value_heads=2, vocab_size=151936, rope_theta=1e6),
+        layers(768, 12, 12, 3072, image_size=224),
+        whisper(1280, 32, 20, 5120, 128, 1500),
+        layers(768, 12, 12, 3072, vocab_size=30522),
+        B=8,
+        T=200,
+        slow=3,
+        rows=(8, 16, 32, 64, 128, 256, 512),
+        copied_rows=512,
+        sweep=64,
+    ),
+}
+
+
+def build_model(size: Size, device, dtype: torch.dtype) -> HumanOmni:
+    """Return a model with random weights, its default parts trained, and without an end token."""
+    torch.manual_seed(SEED)
+    config = Config(
+        **size.decoder,
+        mm_vision_tower="",
+        mm_audio_tower="",
+        mm_hidden_size=size.vision["hidden_size"],
+        audio_hidden_size=size.audio["d_model"],
+        tie_word_embeddings=True,
+        head_dim=size.decoder["hidden_size"] // size.decoder["num_attention_heads"],
+    )
+    with torch.device(device):
+        model = HumanOmni(
+            config,
+            transformers.SiglipVisionConfig(**size.vision),
+            transformers.WhisperConfig(**size.audio),
+            transformers.BertConfig(**size.bert),
+        )
+    for name, p in model.named_parameters():
+        if name.startswith(PARTS["decoder"]) and p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    model.set_trained()
+    model.eos_ids = [config.vocab_size]
+    return model.to(dtype)
+
+
+def random_batch(size: Size, B: int, gen: torch.Generator, dtype: torch.dtype) -> PromptBatch:
+    """Return B random prompts with a clip each, on the CPU: the same ones for every device."""
+    side, bins = size.vision["image_size"], size.audio["num_mel_bins"]
+    states = size.audio["max_source_positions"]
+    text = torch.randint(size.decoder["vocab_size"], (B, size.text), generator=gen).tolist()
+    return PromptBatch(
+        indices=list(range(B)),
+        samples=[None] * B,
+        questions=[""] * B,
+        targets=[[]] * B,
+        bad=[],
+        notes=[],
+        input_ids=[[*ids[:-24], VIDEO, *ids[-24:-20], AUDIO, *ids[-20:]] for ids in text],
+        media={
+            "video": (torch.rand(B, 8, 3, side, side, generator=gen) * 2 - 1).to(dtype),
+            "audio": torch.randn(B, bins, 2 * states, generator=gen).to(dtype),
+        },
+        features={"video": [None] * B, "audio": [None] * B},
+        feature_keys=[{"video": "", "audio": ""}] * B,  # there is no feature cache
+        question_ids=torch.randint(size.bert["vocab_size"], (B, 40), generator=gen),
+        question_mask=torch.ones(B, 40, dtype=torch.long),
+    )
+
+
+def count(model: HumanOmni, prefixes: str | tuple[str, ...] = "") -> int:
+    """Return the number of parameters whose names start with one of the prefixes."""
+    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
+
+
+def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:
+    """Return the FLOP of a forward pass of the decoder.
+
+    pairs: attended (query, key) pairs per layer and head. predicted: positions that get logits.
+    """
+    V, D = model.head_weight.shape
+    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    return 2 * matrices * tokens + 4 * pairs * D * len(model.model.layers) + 2 * D * V * predicted
+
+
+def decode_floor(model: HumanOmni, P: int, B: int, G: int, T: int, rates: dict) -> float:
+    """Return the least seconds of T - 1 decode steps, from the longer of two times for each.
+
+    One is the time to read every weight and every cached key and value once, the other that of the
+    products.
+    """
+    c, weights, seconds = model.config, flops(model, 1, 0, 1) // 2, 0.0
+    for t in range(1, T):  # t tokens follow the prompt
+        cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * B * (P + G * t)
+        seconds += max(
+            model.dtype.itemsize * (weights + cached) / rates["bytes_per_second"],
+            flops(model, B * G, B * G * (P + t), B * G) / rates["flops_per_second"],
+        )
+    return seconds
+
+
+def media_flops(size: Size, batch: PromptBatch) -> tuple[int, int]:
+    """Return the FLOP of (towers, projectors) in a batch's forward pass, from shapes alone."""
+    model, batch = build_model(size, "meta", torch.float32), batch.to("meta")
+    with FlopCounterMode(display=False) as towers:
+        batch = encode_media(model, batch)
+    with FlopCounterMode(display=False) as projectors:
+        model.model.audio_projector(batch.features["audio"])
+        model.model.mm_projector(batch.features["video"], torch.ones(len(batch), 3, device="meta"))
+    return towers.get_total_flops(), projectors.get_total_flops()
+
+
+def floors(size: Size, b: "Bench", lengths: list[list[int]], P: int, rates: dict) -> dict:
+    """Return section of a step -> least seconds. lengths: B x G"""
+    model, B, G, T = b.models["D"][0], len(lengths), len(lengths[0]), max(map(max, lengths))
+    towers, projectors = media_flops(size, b.batch)
+    prompt_pairs = P * (P + 1) // 2
+    forward = projectors
+    for ns in lengths:  # [prompt | completions]; the last token of each is not read
+        pairs = prompt_pairs + sum((n - 1) * P + n * (n - 1) // 2 for n in ns)
+        forward += flops(model, P + sum(ns) - G, pairs, sum(ns))
+    products = {
+        "encode": towers,
+        "prefill": projectors + flops(model, B * P, B * prompt_pairs, B),
+        "reference": forward,
+        "train": 3 * forward,
+    }
+    parts = {name: n / rates["flops_per_second"] for name, n in products.items()}
+    parts["decode"] = decode_floor(model, P, B, G, T, rates)
+    # AdamW reads weight, gradient and both moments, and writes all but the gradient, in fp32.
+    # bf16 weights are written too.
+    moved = len(b.optimizer.flat) * (7 * 4 + model.dtype.itemsize % 4)
+    parts["optimiser"] = moved / rates["bytes_per_second"]
+    return parts | {"step": sum(parts.values())}
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+
+
+def proc(file: str, name: str) -> str:
+    """Return the value of `name` in Linux's /proc/FILE, or "" if there is none."""
+    path = Path("/proc", file)
+    text = path.read_text() if path.exists() else ""
+    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
+
+
+def circumstances(device: torch.device) -> dict:
+    """Return what is needed to read a measured number. The host's name is not in it."""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        processor = proc("cpuinfo", "model name") or platform.machine()
+        machine = f"{processor}, {os.cpu_count()} cores"
+    return {
+        "command": shlex.join(("python", *sys.orig_argv[1:])),
+        "machine": machine,
+        "date": datetime.date.today().isoformat(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+class Laps(Timer):
+    """Seconds and peak memory of each part of a step.
+
+    Memory is in bytes, weights included. On a CPU it is resident memory, on Linux only.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.peaks = device, {}
+        self.lap("")
+
+    def lap(self, name: str) -> None:
+        super().lap(name)
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            peak = 1024 * int((proc("self/status", "VmHWM") or "0").split()[0])
+            with contextlib.suppress(OSError):  # resets VmHWM
+                Path("/proc/self/clear_refs").write_text("5")
+        self.peaks[name] = max(peak, self.peaks.get(name, 0))
+        self.last = time.perf_counter()
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Return bytes per second of a copy (read and written) and FLOP per second of a product.
+
+    Each is the best of up to six tries. Their time is limited, because a processor without bf16
+    needs a thousand times as long for its products.
+    """
+    n, megabytes = (8192, 1024) if device.type == "cuda" else (1024, 256)
+    a = torch.randn(n, n, device=device).to(dtype)
+    source = torch.ones(megabytes << 18, device=device)
+    target, tries, start = torch.empty_like(source), [], time.perf_counter()
+    while not tries or (len(tries) < 6 and time.perf_counter() - start < RATES_SECONDS):
+        tries.append(Laps(device))
+        target.copy_(source)
+        tries[-1].lap("copy")
+        a @ a
+        tries[-1].lap("product")
+    copied, multiplied = (min(laps.seconds[name] for laps in tries) for name in ("copy", "product"))
+    return {
+        "bytes_per_second": 2 * source.nbytes / copied,
+        "flops_per_second": 2 * n**3 / multiplied,
+    }
+
+
+# ---- The arms ------------------------------------------------------------------------------------
 
 
 def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
-    """transformers' own Qwen2 around the same weight tensors: one update moves both,
-    one backward fills the same .grad."""
+    """Return transformers' Qwen2 on the same weight tensors, so that one update moves both."""
+    config = transformers.Qwen2Config(**size.decoder, tie_word_embeddings=True)
     with torch.device(model.device):  # not .to(dtype): the rotary frequencies stay in fp32
-        hf = transformers.Qwen2ForCausalLM(
-            transformers.Qwen2Config(**size.decoder, tie_word_embeddings=True)
-        )
+        hf = transformers.Qwen2ForCausalLM(config)
     weights = {name: p for name, p in model.named_parameters() if name.startswith(PARTS["decoder"])}
-    trained = model.head_weight.requires_grad  # `assign` makes them all trained
+    trained = model.head_weight.requires_grad  # `assign` sets it on every tensor
     hf.load_state_dict(weights | {"lm_head.weight": model.head_weight}, assign=True)
     return hf.requires_grad_(trained).eval()
 
 
 @dataclasses.dataclass
 class Bench:
-    # arm -> its view of (policy, reference): ours, or in A and B Hugging Face's
-    models: dict[str, tuple]
+    models: dict[str, tuple]  # arm -> (policy, reference); of A and B they are transformers' Qwen2
     optimizer: MasterAdamW
     tokenizer: Tokenizer
     ranks: Ranks
-    batch: PromptBatch  # of B prompts
-    mask: torch.Tensor  # (B, G, T) True on the tokens that count; the first of a group has them all
+    batch: PromptBatch  # B prompts
+    mask: torch.Tensor  # (B, G, T) True on the tokens that count: all of a group's first completion
     advantages: torch.Tensor  # (B, G)
-    completions: int  # of the whole step, on every rank: what the loss is divided by
+    completions: int  # on all ranks: the denominator of the loss
 
 
 def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
-    """Models and one step's work.  Drawn on the CPU, so that the work is
-    the same on every device."""
+    """Return the models and the work of one step, which is the same on every device."""
     model = build_model(size, ranks.device, dtype)
     reference = frozen_reference(model)
-    # drifted: else the KL and its gradient are zero in every arm
+    # The reference model is moved, because otherwise the KL and its gradient would be 0.
     for name, p in reference.named_parameters():
         if name.startswith(PARTS["decoder"]) and p.dim() == 2:
             p.add_(torch.randn_like(p) * 5e-3)
@@ -167,41 +446,38 @@ def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
 
     gen, B, G, T = torch.Generator().manual_seed(SEED), size.B, size.G, size.T
     lengths = torch.randint(max(1, T // 2), T + 1, (B, G), generator=gen)
-    lengths[:, 0] = T  # somebody always needs the last step
-    batch = random_batch(size, B, gen, dtype).to(ranks.device)
-    A = advantages(torch.rand(B, G, generator=gen)).to(ranks.device)
-    words = models.WordLevel(
-        {f"w{i}": i for i in range(size.decoder["vocab_size"])}, unk_token="w0"
-    )
+    lengths[:, 0] = T  # every group needs the last decode step
+    batch = random_batch(size, B, gen, dtype)
+    words = {f"w{i}": i for i in range(size.decoder["vocab_size"])}
     return Bench(
         views,
         MasterAdamW([p for p in model.parameters() if p.requires_grad], LR),
-        Tokenizer(words),
+        Tokenizer(models.WordLevel(words, unk_token="w0")),
         ranks,
-        batch,
+        batch.to(ranks.device),
         (torch.arange(T) < lengths[..., None]).to(ranks.device),
-        A,
+        advantages(torch.rand(B, G, generator=gen)).to(ranks.device),
         B * G,
     )
 
 
 def sample(
-    b: Bench,
-    arm: str,
-    embeds: torch.Tensor,
-    G: int,
-    T: int,
-    laps: Laps,
-    *,
-    greedy=False,
-    top_k=0,
-    prompts=None,
+    b: Bench, arm: str, embeds, G: int, T: int, laps: Laps, greedy=False, top_k=0, prompts=None
 ):
-    """embeds (B, P, D), `prompts` their identities -> ids (B, G, T),
-    and where our sampler ran their log-probabilities."""
+    """Return completions (B, G, T) and the sampler's log-probabilities, which are None in A and B.
+
+    embeds (B, P, D). prompts: their numbers, which key the random numbers.
+    """
     model, B, logps = b.models[arm][0], len(embeds), None
+    mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
     if arm in "AB":
-        asked = transformers.GenerationConfig(
+
+        def end_prefill(ids, logits):  # called for every token, at the first one without ids
+            if ids.shape[1] == 0:
+                laps.lap("prefill")
+            return logits
+
+        config = transformers.GenerationConfig(
             max_new_tokens=T,
             num_return_sequences=G,
             do_sample=not greedy,
@@ -211,157 +487,122 @@ def sample(
             pad_token_id=0,
             cache_implementation="static" if arm == "B" else None,
         )
-
-        def watch(ids, logits):  # called at every token, the first time without ids
-            if ids.shape[1] == 0:
-                laps.lap("prefill")
-            return logits
-
         ids = model.generate(
             inputs_embeds=embeds,
-            attention_mask=embeds.new_ones(embeds.shape[:2], dtype=torch.long),
-            generation_config=asked,
-            logits_processor=transformers.LogitsProcessorList([watch]),
+            attention_mask=mask.long(),
+            generation_config=config,
+            logits_processor=transformers.LogitsProcessorList([end_prefill]),
         )
     else:
-        copies = G if arm == "C" else 1  # in C every completion is a prompt of its own
-        embeds = embeds.repeat_interleave(copies, 0)
+        copies = G if arm == "C" else 1  # in C every completion has a prompt of its own
+        embeds, mask = (x.repeat_interleave(copies, 0) for x in (embeds, mask))
         prompts = [i * copies + g for i in prompts or range(B) for g in range(copies)]
 
-        def prefill(*args):  # `generate` calls it once, before the first token
-            result = HumanOmni.prefill(model, *args)
+        def prefill(*given):  # `generate` calls it once, before the first token
+            result = HumanOmni.prefill(model, *given)
             laps.lap("prefill")
             return result
 
         with mock.patch.object(model, "prefill", prefill):
             ids, _, logps = generate(
-                model,
-                embeds,
-                embeds.new_ones(embeds.shape[:2], dtype=torch.bool),
-                G // copies,
-                T,
-                seed=SEED,
-                greedy=greedy,
-                prompt_ids=prompts,
+                model, embeds, mask, G // copies, T, seed=SEED, greedy=greedy, prompt_ids=prompts
             )
+        logps = logps.view(B, G, T)
     laps.lap("decode")
-    return ids.view(B, G, T), None if logps is None else logps.view(B, G, T)
+    return ids.view(B, G, T), logps
 
 
 def faithful_embeds(model: HumanOmni, batch: PromptBatch, laps: Laps) -> torch.Tensor:
-    """(rows, P, D): every row through the towers, also when all are copies of one."""
+    """Return (rows, P, D). Every row runs through the towers, also if all are copies of one."""
     batch = encode_media(model, batch)
     laps.lap("encode")
     return embed(model, batch)[0]
 
 
 def faithful_logps(hf, embeds: torch.Tensor, completions: torch.Tensor) -> torch.Tensor:
-    """embeds (G, P, D), completions (1, G, T) -> (1, G, T), from the logits of every position,
-    also of the prompt's."""
+    """embeds (G, P, D), completions (1, G, T) -> (1, G, T), from the logits of every position."""
     P, text = embeds.shape[1], hf.get_input_embeddings()(completions[0])
-    logits = hf(
-        inputs_embeds=torch.cat((embeds, text.to(embeds.dtype)), 1), use_cache=False
-    ).logits  # (G, P + T, V)
+    inputs = torch.cat((embeds, text.to(embeds.dtype)), 1)
+    logits = hf(inputs_embeds=inputs, use_cache=False).logits  # (G, P + T, V)
     rows = zip(logits[:, P - 1 : -1], completions[0])
-    return torch.stack(
-        [row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in rows]
-    )[None]
+    logps = [row.float().log_softmax(-1).gather(-1, ids[:, None])[:, 0] for row, ids in rows]
+    return torch.stack(logps)[None]
 
 
 def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
-    """All (B, G, T) but A (B, G).  The ratio is taken against itself,
-    so it is 1 and only carries the gradient; k3 KL."""
+    """Return the loss, summed over completions, with the k3 KL. A (B, G), the others (B, G, T).
+
+    The ratio is exactly 1; it only carries the gradient.
+    """
     ratio = (logps - logps.detach()).exp()
     x = ref_logps - logps
     loss = -(ratio * A[..., None] - BETA * (x.exp() - x - 1))
     return ((loss * mask).sum(-1) / mask.sum(-1)).sum()
 
 
-def log_probs(
-    b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_logps: torch.Tensor | None = None
-):
-    """Completions (B, G, T) -> their log-probabilities: the reference's;
-    or, where those are given, the policy's.
+def log_probs(b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_logps=None):
+    """Return the reference model's log-probabilities (B, G, T) of completions (B, G, T).
 
-    The policy's come with a backward pass: the gradient goes into the optimiser's sum.
+    With `ref_logps` they are the policy's, and the optimiser's sum gets the gradient of the loss.
     """
     learn, done, (B, G, T) = ref_logps is not None, [], completions.shape
     model, mine = (b.models[view][0 if learn else 1] for view in ("D", arm))
-    size, copies = 1 if arm == "A" else MICRO_BATCH, G if arm == "C" else 1
-    for rows in (list(range(B))[i : i + size] for i in range(0, B, size)):
+    copies = G if arm == "C" else 1
+    for rows in chunks(list(range(B)), 1 if arm == "A" else MICRO_BATCH):
         ids, mask = completions[rows], b.mask[rows]
         with torch.set_grad_enabled(learn):
             if arm == "A":
-                logps = faithful_logps(
-                    mine, faithful_embeds(model, b.batch.select(rows * G), laps), ids
-                )
+                embeds = faithful_embeds(model, b.batch.select(rows * G), laps)
+                logps = faithful_logps(mine, embeds, ids)
             else:
-                embeds, real = (
-                    x.repeat_interleave(copies, 0) for x in embed(model, b.batch.select(rows))
-                )
-                lengths = mask.sum(-1).view(-1, G // copies)
-                logps = mine.completion_logps(
-                    embeds, real, ids.reshape(-1, G // copies, T), lengths
-                ).view(-1, G, T)
+                prompts = embed(model, b.batch.select(rows))
+                prompts = (x.repeat_interleave(copies, 0) for x in prompts)
+                groups = ids.reshape(-1, G // copies, T), mask.sum(-1).view(-1, G // copies)
+                logps = mine.completion_logps(*prompts, *groups).view(-1, G, T)
         done.append(logps.detach())
         if learn:
             given = ref_logps[rows], b.advantages[rows], mask
-            (
-                faithful_loss(logps, *given) / b.completions
-                if arm == "A"
-                else grpo_loss(
+            if arm == "A":
+                loss = faithful_loss(logps, *given) / b.completions
+            else:
+                loss, _ = grpo_loss(
                     logps, done[-1], *given, beta=BETA, kl="k3", denominator=b.completions
-                )[0]
-            ).backward()
+                )
+            loss.backward()
             b.optimizer.accumulate_grads()
         laps.lap("train" if learn else "reference")
     return torch.cat(done)
 
 
 def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> tuple:
-    """One GRPO step; in B the sampling alone.  -> log-probabilities of policy,
-    reference and (ours) sampler; gradient's norm
+    """Run one GRPO step, of arm B only the sampling.
 
-    forced: completions (B, G, T) instead of sampled ones.  Then the weights stay,
-    and the gradient is left in the sum.
+    Returns the log-probabilities of policy, reference model and our sampler, and the gradient's
+    norm. forced: completions (B, G, T) instead of sampled ones. With them the weights stay, and the
+    gradient stays in the optimiser's sum.
     """
     model, ids, sampled, norm, (B, G, T) = b.models["D"][0], forced, None, 0.0, b.mask.shape
     with torch.no_grad():
         if arm != "A":
             b = dataclasses.replace(b, batch=encode_media(model, b.batch))
             laps.lap("" if arm == "B" else "encode")
-        # top_k: generate's default, which the reference leaves alone
         if ids is None and arm == "A":
-            ids = torch.cat(
-                [
-                    sample(
-                        b,
-                        "A",
-                        faithful_embeds(model, b.batch.select([i]), laps),
-                        G,
-                        T,
-                        laps,
-                        top_k=50,
-                    )[0]
-                    for i in range(B)
-                ]
-            )
-        elif ids is None:  # projectors and gate are part of the prefill, as they are in arm A
-            ids, sampled = sample(
-                b, arm, embed(model, b.batch)[0], G, T, laps, prompts=b.batch.indices
-            )
+            ids = []
+            for i in range(B):
+                embeds = faithful_embeds(model, b.batch.select([i]), laps)
+                # top_k: the default of generate, which the public reference leaves alone
+                ids.append(sample(b, arm, embeds, G, T, laps, top_k=50)[0])
+            ids = torch.cat(ids)
+        elif ids is None:  # projectors and gate are part of the prefill, as in arm A
+            embeds = embed(model, b.batch)[0]
+            ids, sampled = sample(b, arm, embeds, G, T, laps, prompts=b.batch.indices)
     if arm == "B":
         return None, None, None, norm
-    texts = [
-        b.tokenizer.decode_batch([row[:n] for row, n in zip(group, ns)])
-        for group, ns in zip(ids.tolist(), b.mask.sum(-1).tolist())
-    ]
-    # thrown away
-    _ = [
-        rewards.accuracy_reward(t, "happy") + rewards.format_reward(t)
-        for group in texts
-        for t in group
-    ]
+    lengths = b.mask.sum(-1).flatten().tolist()
+    rows = [row[:n] for row, n in zip(ids.flatten(0, 1).tolist(), lengths)]
+    for text in b.tokenizer.decode_batch(rows):
+        rewards.accuracy_reward(text, "happy")  # only timed
+        rewards.format_reward(text)
     laps.lap("reward")
     ref_logps = log_probs(b, arm, ids, laps)
     logps = log_probs(b, arm, ids, laps, ref_logps)
@@ -371,54 +612,48 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
     return logps, ref_logps, sampled, norm
 
 
-# ------------------------------------------------------------------------------------------------
-# Gates: the same result, or the speed means nothing
-# ------------------------------------------------------------------------------------------------
+# ---- The gates: every arm computes the same ------------------------------------------------------
 
 
 def check(b: Bench, arms: list[str]) -> dict[str, dict]:
-    """arm -> its gates, against arm A.  `b` in fp32."""
-    laps, results, gates, (_, G, T) = Laps(b.ranks.device), {}, {}, b.mask.shape
+    """Return arm -> its gates, against arm A. The weights of `b` must be fp32."""
+    laps, gates, (_, G, T) = Laps(b.ranks.device), {}, b.mask.shape
     with torch.no_grad():
         embeds = faithful_embeds(b.models["D"][0], b.batch, laps)  # (B, P, D)
         completions, _ = sample(b, "D", embeds, G, T, laps)  # (B, G, T)
+    expected = None
     for arm in ("A", *(arm for arm in arms if arm != "A")):
-        with torch.no_grad():  # a group of two, where the prompt may be shared
-            tokens, _ = sample(
-                b, arm, embeds, 1 if arm in "AB" else 2, min(T, 32), laps, greedy=True
-            )
+        with torch.no_grad():  # in our arms a group of two, which can share the prompt
+            group = 1 if arm in "AB" else 2
+            tokens, _ = sample(b, arm, embeds, group, min(T, 32), laps, greedy=True)
         logps, ref_logps, *_ = step(b, arm, laps, completions)
-        results[arm] = tokens, logps, ref_logps, b.optimizer.flat.clone()
+        grads = b.optimizer.flat.clone()
         b.optimizer.zero_grads()
-        yardstick = results["A"]
-        gates[arm] = {"greedy_equal": bool((tokens == yardstick[0]).all())}
+        if arm == "A":
+            expected = tokens, logps, ref_logps, grads
+            continue
+        gates[arm] = {"greedy_equal": bool((tokens == expected[0]).all())}
         if arm != "B":
-            off = [
-                (mine - theirs)[b.mask].abs().max()
-                for mine, theirs in zip(results[arm][1:3], yardstick[1:3])
-            ]
-            error = (results[arm][3] - yardstick[3]).norm() / yardstick[3].norm()
-            gates[arm] |= {
-                "max_dlogp": float(torch.stack(off).max()),
-                "relative_gradient_error": float(error),
-            }
+            off = torch.stack((logps - expected[1], ref_logps - expected[2]))[:, b.mask]
+            gates[arm]["max_dlogp"] = float(off.abs().max())
+            error = (grads - expected[3]).norm() / expected[3].norm()
+            gates[arm]["relative_gradient_error"] = float(error)
         print(f"gates: arm {arm} {gate_text(gates[arm])}", flush=True)
-    return {arm: gate for arm, gate in gates.items() if arm != "A"}
+    return gates
 
 
 def gates_hold(gates: dict[str, dict], dtype: torch.dtype) -> bool:
     return all(
-        g["greedy_equal"]
-        and all(g.get(name, 0.0) < most for name, most in MOST.items())
-        and all(abs(r - 1) < MOST_RATIO[dtype] for r in g.get("ratio", ()))
-        for g in gates.values()
+        gate["greedy_equal"]
+        and all(gate.get(name, 0.0) < most for name, most in MOST.items())
+        and all(abs(r - 1) < MOST_RATIO[dtype] for r in gate.get("ratio", ()))
+        for gate in gates.values()
     )
 
 
 def gate_text(gate: dict) -> str:
-    """One line, to stand beside a speed."""
     if not gate:
-        return "the yardstick"
+        return ""
     words = "greedy equal" if gate["greedy_equal"] else "greedy DIFFERS"
     if "max_dlogp" in gate:
         words += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
@@ -427,63 +662,51 @@ def gate_text(gate: dict) -> str:
     return words
 
 
-# ------------------------------------------------------------------------------------------------
-# Running the arms in turn, and telling
-# ------------------------------------------------------------------------------------------------
+# ---- Timing --------------------------------------------------------------------------------------
 
 
-def take_turns(
-    runs: dict, repeats: dict[str, int], floor: dict[str, float], device: torch.device
-) -> dict[str, dict]:
-    """arm -> function of Laps  ->  section -> arm -> the numbers of a table row.  Round 0 warms up.
+def take_turns(runs: dict, repeats: dict[str, int], floor: dict, device: torch.device) -> dict:
+    """Time arm -> function of Laps. Return section -> arm -> the numbers of a table row.
 
-    The arms take turns so that a slow minute of the machine falls on all of them.  On a CPU the
-    arms with fewer repeats, minutes long each, are left out of round 0: the gates have warmed them.
-    Peaks of memory are those of an arm's first run, before which what nobody holds is given back
-    (to fetch it again costs time): else they would be the predecessor's.
+    The arms take turns, so that a slow minute of the machine falls on all of them. Round 0 warms
+    up. On a CPU, arms with fewer repetitions skip it: they take minutes and ran for the gates.
+    Peak memory is that of an arm's first run. Free memory is returned to the system before it, and
+    not before the others, because fetching it again costs time.
     """
-    turns, rows, most = {arm: [] for arm in runs}, {}, max(repeats.values(), default=0)
-    plan = [(turn, arm) for turn in range(most + 1) for arm in runs if turn <= repeats[arm]]
-    for turn, arm in tqdm(plan, disable=None, desc=" ".join(runs), mininterval=1):
-        if turn == 0 and device.type == "cpu" and repeats[arm] < most:
-            continue
+    most = max(repeats.values(), default=0)
+    first = {arm: int(device.type == "cpu" and repeats[arm] < most) for arm in runs}
+    plan = [arm for turn in range(most + 1) for arm in runs if first[arm] <= turn <= repeats[arm]]
+    turns, table = {arm: [] for arm in runs}, {}
+    for arm in tqdm(plan, disable=None, desc=" ".join(runs)):
         if not turns[arm]:
             gc.collect()
-            with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+            with contextlib.suppress(OSError, AttributeError):  # only glibc has it
                 ctypes.CDLL(None).malloc_trim(0)
         laps = Laps(device)
         runs[arm](laps)
-        parts = {
-            name: (laps.seconds[name], laps.peaks[name])
-            for name in SECTIONS
-            if name in laps.seconds
-        }
-        if "optimiser" in parts:
-            parts["step"] = (
-                sum(s for s, _ in parts.values()),
-                max(peak for _, peak in parts.values()),
-            )
-        turns[arm].append(parts)
+        del laps.seconds[""], laps.peaks[""]
+        if "optimiser" in laps.seconds:
+            laps.seconds["step"] = sum(laps.seconds.values())
+            laps.peaks["step"] = max(laps.peaks.values())
+        turns[arm].append(laps)
     for name in SECTIONS:
-        for arm, done in turns.items():
-            if name in done[0]:
-                ms = [1e3 * parts[name][0] for parts in done[-repeats[arm] :]]
-                rows.setdefault(name, {})[arm] = {
-                    "median_ms": statistics.median(ms),
-                    "min_ms": min(ms),
-                    "repeats": len(ms),
-                    "peak_mb": done[0][name][1] / 2**20,
-                    "percent_of_floor": 1e5 * floor[name] / statistics.median(ms)
-                    if floor.get(name)
-                    else None,
-                }
-    return rows
+        timed = {arm: done for arm, done in turns.items() if name in done[0].seconds}
+        for arm, done in timed.items():
+            ms = [1e3 * laps.seconds[name] for laps in done[-repeats[arm] :]]
+            rows, median = table.setdefault(name, {}), statistics.median(ms)
+            rows[arm] = {
+                "median_ms": median,
+                "min_ms": min(ms),
+                "repeats": len(ms),
+                "peak_mb": done[0].peaks[name] / 2**20,
+                "percent_of_floor": 1e5 * floor[name] / median if name in floor else None,
+            }
+            rows[arm]["x_first"] = next(iter(rows.values()))["median_ms"] / median
+    return table
 
 
-def sweep(
-    b: Bench, size: Size, arms: list[str], repeats: int, rates: dict, gates: dict
-) -> list[dict]:
-    """Decode alone, over the number of rows.  -> rows of a table"""
+def sweep(b: Bench, size: Size, arms: list[str], repeats: int, rates: dict) -> list[dict]:
+    """Time decoding alone, over the number of rows. Return table rows, per decode step."""
     model, T, table = b.models["D"][0], min(size.sweep, size.T), []
     with torch.no_grad():
         prompt = faithful_embeds(model, b.batch.select([0]), Laps(b.ranks.device))  # (1, P, D)
@@ -498,192 +721,120 @@ def sweep(
             floor = {"decode": decode_floor(model, embeds.shape[1], B, G, T, rates)}
             timed = take_turns(runs, dict.fromkeys(runs, repeats), floor, b.ranks.device)
             for arm, row in timed.get("decode", {}).items():
-                # of one decode step
                 row |= {name: row[name] / (T - 1) for name in ("median_ms", "min_ms")}
-                table.append(
-                    {
-                        "rows": B * G,
-                        "arm": arm,
-                        **row,
-                        "tokens_per_second": 1e3 * B * G / row["median_ms"],
-                        "gates": gates.get(arm, {}),
-                    }
-                )
+                row["tokens_per_second"] = 1e3 * B * G / row["median_ms"]
+                table.append({"rows": B * G, "arm": arm} | row)
     return table
 
 
-# (size, device) -> what was aimed at: words, limit, and what over what: a number, or the
-# fewest milliseconds that these arms take for this section (or a step of the decode table
-# with so many rows).
+# (size, device) -> targets of the faster of D and E: a section, or a decode step at that many rows;
+# arms, and the least speed-up over the faster one; or no arms, and the most milliseconds.
 TARGETS = {
-    ("mid", "cpu"): (
-        ("whole step, times arm A's speed, at least", 4.0, ("step", "A"), ("step", "DE")),
-        (
-            "decode, times the better Hugging Face generate's, at least",
-            1.5,
-            ("decode", "AB"),
-            ("decode", "DE"),
-        ),
-        (
-            "forward and backward, times the repeated form's (C), at least",
-            2.0,
-            ("train", "C"),
-            ("train", "DE"),
-        ),
-    ),
+    ("mid", "cpu"): (("step", "A", 4.0), ("decode", "AB", 1.5), ("train", "C", 2.0)),
     ("full", "cuda"): (
-        ("decode ms a step at 16 rows, at most", 1.3, (16, "DE"), 1),
-        ("decode ms a step at 64 rows, at most", 1.3, (64, "DE"), 1),
-        ("decode tokens a second at 512 rows, at least", 140e3, 512e3, (512, "DE")),
-        (
-            "decode at 64 rows, times Hugging Face generate's (A), at least",
-            10.0,
-            (64, "A"),
-            (64, "DE"),
-        ),
-        (
-            "forward and backward, times repeated prompts and all logits (A), at least",
-            2.5,
-            ("train", "A"),
-            ("train", "DE"),
-        ),
-        ("whole step of 8 x 8, seconds, at most", 0.75, ("step", "DE"), 1e3),
-        ("whole step, times arm A's speed, at least", 15.0, ("step", "A"), ("step", "DE")),
+        (16, "", 1.3),
+        (64, "", 1.3),
+        (512, "", 512 / 140),  # 140,000 tokens per second
+        (64, "A", 10.0),
+        ("train", "A", 2.5),
+        ("step", "", 750.0),
+        ("step", "A", 15.0),
     ),
 }
 
 
 def judge(size: str, device: str, sections: dict, decode: list[dict]) -> list[dict]:
-    """The targets of this size and device, met or not.  One whose arms
-    were left out is not judged."""
-    ms = {
-        (name, arm): row["median_ms"]
-        for name, arms in sections.items()
-        for arm, row in arms.items()
-    }
+    """Return the targets of this size and device, except those whose arms did not run."""
+    ms = {(name, arm): row["median_ms"] for name in sections for arm, row in sections[name].items()}
     ms |= {(row["rows"], row["arm"]): row["median_ms"] for row in decode}
-    fewest = lambda x: (
-        min((ms.get((x[0], arm), math.inf) for arm in x[1]), default=0)
-        if isinstance(x, tuple)
-        else x
-    )
-    told = [
-        {"target": words, "limit": limit, "value": fewest(over) / fewest(under)}
-        for words, limit, over, under in TARGETS.get((size, device), ())
-    ]
-    return [
-        t
-        | {
-            "met": t["value"] >= t["limit"]
-            if t["target"].endswith("at least")
-            else t["value"] <= t["limit"]
-        }
-        for t in told
-        if 0 < t["value"] < math.inf
-    ]
+    judged = []
+    for part, others, limit in TARGETS.get((size, device), ()):
+        fastest = lambda arms, part=part: min(ms.get((part, arm), math.inf) for arm in arms)
+        if others:
+            value, words = fastest(others) / fastest("DE"), f"speed-up over {others}, at least"
+        else:
+            value, words = fastest("DE"), "ms, at most"
+        name = part if part in SECTIONS else f"decode step of {part} rows"
+        found = {"target": f"{name}: {words}", "limit": limit, "value": value}
+        if 0 < value < math.inf:
+            judged.append(found | {"met": value >= limit if others else value <= limit})
+    return judged
 
 
-def table(rows: list[dict]) -> None:
-    """On the screen, numbers to the right."""
-
-    def text(x) -> str:
-        if x is None:
-            return "-"
-        return f"{x:.2f}" if isinstance(x, float) else str(x)
-
-    width = {key: max(len(text(x)) for x in (key, *(row[key] for row in rows))) for key in rows[0]}
-    for row in [dict(zip(width, width)), *rows]:
-        print(
-            "  ".join(
-                text(row[key]).ljust(n)
-                if isinstance(rows[0][key], str)
-                else text(row[key]).rjust(n)
-                for key, n in width.items()
-            ).rstrip()
-        )
-    print()
+# ---- The report ----------------------------------------------------------------------------------
 
 
-def tell(report: dict) -> None:
-    named = lambda arm: {"arm": f"{arm} {ARMS[arm]}"}
-    gates = lambda arm: {"gates": gate_text(report["gates"].get(arm, {}))}
+def markdown(rows: list[dict]) -> str:
+    """Return dicts with the same keys as a Markdown table, with numbers to the right."""
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    for row in rows:
+        values = ["" if x is None else x for x in row.values()]
+        lines.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in values])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    align = lambda cell, n: cell.rjust(n) if cell[:1].isdigit() else cell.ljust(n)
+    text = (" | ".join(map(align, line, widths)) for line in lines)
+    return "\n".join(f"| {line} |" for line in text) + "\n"
+
+
+def print_report(report: dict) -> None:
+    rates = report["rates"]
     print(
         f"\n{report['what']}\n{report['machine']}, {report['threads']} threads, "
         f"torch {report['torch']}, {report['dtype']}; "
-        f"copy {report['rates']['bytes_per_second'] / 1e9:.1f} GB/s, matrix product "
-        f"{report['rates']['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
+        f"copy {rates['bytes_per_second'] / 1e9:.1f} GB/s, "
+        f"matrix product {rates['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
     )
-    table(
+
+    def print_rows(rows: list[dict]) -> None:
+        for row in rows:
+            row["gates"] = gate_text(report["gates"].get(row["arm"], {}))
+            row["arm"] += f" {ARMS[row['arm']]}"
+        if rows:
+            print(markdown(rows))
+
+    sections = report["sections"].items()
+    print_rows(
         [
-            {
-                "section": name,
-                **named(arm),
-                **row,
-                "x_first": next(iter(arms.values()))["median_ms"] / row["median_ms"],
-                **gates(arm),
-            }
-            for name, arms in report["sections"].items()
-            for arm, row in arms.items()
+            {"section": name, "arm": arm, **row}
+            for name, rows in sections
+            for arm, row in rows.items()
         ]
     )
-    if report["decode"]:
-        table([row | named(row["arm"]) | gates(row["arm"]) for row in report["decode"]])
+    print_rows([dict(row) for row in report["decode"]])
     for t in report["targets"]:
-        print(f"{'PASS' if t['met'] else 'FAIL'}  {t['target']} {t['limit']:g}: {t['value']:.3g}")
-    print(
-        f"{'PASS' if report['gates_hold'] else 'FAIL'}  correctness gates; "
-        f"{report['seconds']:.0f} s in all"
-    )
+        print(f"{'PASS' if t['met'] else 'FAIL'}  {t['target']} {t['limit']:.3g}: {t['value']:.3g}")
+    verdict = "PASS" if report["gates_hold"] else "FAIL"
+    print(f"{verdict}  correctness gates; {report['seconds']:.0f} s in total")
 
 
 def save(args: Args, device: torch.device, dtype: torch.dtype, key: str, found: dict) -> dict:
-    """What was found, with its circumstances, into the machine's json file;
-    what that holds of other sizes stays."""
-    report = {
-        "command": " ".join(("python", "-m", "tools.bench", *sys.argv[1:])),
-        "machine": machine_name(device),
-        "date": datetime.date.today().isoformat(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": SEED,
-    } | found
+    """Write what was found under `key` in the machine's json file, beside its other keys."""
+    report = circumstances(device) | {"dtype": str(dtype).removeprefix("torch."), "seed": SEED}
+    report |= found
     slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
-    path = Path(args.out) if args.out else ROOT / "results" / f"bench_{slug}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | {key: report})
+    path = Path(args.out or ROOT / "results" / f"bench_{slug}.json")
+    write_json(path, (read_json(path) if path.exists() else {}) | {key: report})
     print(f"written to {path}")
     return report
 
 
-# ------------------------------------------------------------------------------------------------
-# The programs: all arms; one process and two
-# ------------------------------------------------------------------------------------------------
-
-
 def bench(args: Args, size: Size) -> dict:
+    """Check and time the arms. Return the report."""
     start, ranks = time.perf_counter(), start_ranks(args.device)
     dtype = dtype_of(args.dtype, ranks.device)
     arms = [arm for arm in ARMS if arm in (args.arms or size.arms)]
     rates = machine_rates(ranks.device, dtype)
-    # The gates need fp32, the clock wants the working dtype.
-    gates = check(
-        set_up(dataclasses.replace(size, B=1, G=size.gate), arms, ranks, torch.float32), arms
-    )
-    gc.collect()  # modules know each other in circles
+    one_prompt = dataclasses.replace(size, B=1, G=size.gate)
+    gates = check(set_up(one_prompt, arms, ranks, torch.float32), arms)
+    gc.collect()  # modules refer to each other in cycles
     b = set_up(size, arms, ranks, dtype)
     model, (B, G, T) = b.models["D"][0], b.mask.shape
-    P = model.prompt_length(b.batch.input_ids)
-    count = lambda parts: (
-        sum(p.numel() for name, p in model.named_parameters() if name.startswith(parts)) / 1e6
-    )
+    P, lengths = model.prompt_length(b.batch.input_ids), b.mask.sum(-1).tolist()
+    millions = [count(model, parts) / 1e6 for parts in (PARTS["decoder"], TOWERS)]
     what = (
-        f"{args.size}: decoder {count(PARTS['decoder']):.1f} M, "
-        f"towers {count(PARTS['vision'] + PARTS['audio']):.1f} M parameters; {B} prompts of {P} "
-        f"embeddings x {G} completions of {T} tokens"
+        f"{args.size}: decoder {millions[0]:.1f} M, towers {millions[1]:.1f} M parameters; "
+        f"{B} prompts of {P} embeddings x {G} completions of {T} tokens"
     )
-    print(what, flush=True)
 
     def run(arm: str, laps: Laps) -> None:
         logps, _, sampled, _ = step(b, arm, laps)
@@ -691,131 +842,71 @@ def bench(args: Args, size: Size) -> dict:
             ratio = (logps - sampled)[b.mask].double().exp()
             gates[arm]["ratio"] = ratio.quantile(ratio.new_tensor([0.01, 0.5, 0.99])).tolist()
 
-    slow, lengths = min(args.repeats, size.slow), b.mask.sum(-1).tolist()
-    floor = floors(size, model, b.batch, lengths, P, len(b.optimizer.flat), rates)
-    sections = take_turns(
-        {arm: functools.partial(run, arm) for arm in arms},
-        {arm: slow if arm in "ABC" else args.repeats for arm in arms},
-        floor,
-        ranks.device,
-    )
-    decode = sweep(b, size, arms, slow, rates, gates)
-    ladders = {
-        name: [
-            {
-                "rung": ARMS[arm],
-                "arm": arm,
-                "ms": row["median_ms"],
-                "ratio": next(iter(sections[name].values()))["median_ms"] / row["median_ms"],
-            }
-            for arm, row in sections[name].items()
-        ]
-        for name in ("decode", "train")
-        if name in sections
+    runs, slow = {arm: functools.partial(run, arm) for arm in arms}, min(args.repeats, size.slow)
+    repeats = {arm: slow if arm in "ABC" else args.repeats for arm in arms}
+    floor = floors(size, b, lengths, P, rates)
+    sections = take_turns(runs, repeats, floor, ranks.device)
+    decode = sweep(b, size, arms, slow, rates)
+    found = {
+        "what": what,
+        "rates": rates,
+        "floors_ms": {name: 1e3 * s for name, s in floor.items()},
+        "gates": gates,
+        "shape": {"prompts": B, "generations": G, "tokens": T, "prefix": P, "lengths": lengths},
+        "gates_hold": gates_hold(gates, dtype),
+        "sections": sections,
+        "decode": decode,
+        "targets": judge(args.size, ranks.device.type, sections, decode),
+        "seconds": time.perf_counter() - start,
     }
-    report = save(
-        args,
-        ranks.device,
-        dtype,
-        args.size,
-        {
-            "what": what,
-            "rates": rates,
-            "floors_ms": {name: 1e3 * s for name, s in floor.items()},
-            "gates": gates,
-            "shape": {"prompts": B, "generations": G, "tokens": T, "prefix": P, "lengths": lengths},
-            "gates_hold": gates_hold(gates, dtype),
-            "sections": sections,
-            "decode": decode,
-            "ladders": ladders,
-            "targets": judge(args.size, ranks.device.type, sections, decode),
-            "seconds": time.perf_counter() - start,
-        },
-    )
-    tell(report)
+    report = save(args, ranks.device, dtype, args.size, found)
+    print_report(report)
     return report
 
 
+# ---- One process and two -------------------------------------------------------------------------
+
+
 def one_of_ranks(args: Args, size: Size) -> None:
-    """One of torchrun's processes: its share of two prompts,
-    whole steps of arm D.  Rank 0 prints one line of json."""
+    """Time steps of arm D on this rank's share of two prompts, and write a row to --out."""
+    torch.set_num_threads(1)
     ranks, norms = start_ranks("cpu"), []
-    b, rows = (
-        set_up(dataclasses.replace(size, B=2), "D", ranks, torch.float32),
-        [0, 1][ranks.rank :: ranks.world],
-    )
-    b = dataclasses.replace(
-        b, batch=b.batch.select(rows), mask=b.mask[rows], advantages=b.advantages[rows]
-    )
+    b = set_up(dataclasses.replace(size, B=2), "D", ranks, torch.float32)
+    rows = [0, 1][ranks.rank :: ranks.world]
+    b.batch, b.mask, b.advantages = b.batch.select(rows), b.mask[rows], b.advantages[rows]
 
     def run(laps: Laps) -> None:
         norms.append(step(b, "D", laps)[3])
-        ranks.barrier()  # the next step starts together
+        ranks.barrier()  # the ranks start the next step together
 
-    row = take_turns({"D": run}, {"D": min(args.repeats, size.slow)}, {}, ranks.device)["step"]["D"]
-    ranks.print0(
-        json.dumps(
-            {
-                "processes": ranks.world,
-                "median_ms": row["median_ms"],
-                "min_ms": row["min_ms"],
-                "grad_norm": norms[-1],
-            }
-        )
-    )
+    timed = take_turns({"D": run}, {"D": min(args.repeats, size.slow)}, {}, ranks.device)
+    row = {"processes": ranks.world, **timed["step"]["D"], "grad_norm": norms[-1]}
+    if ranks.is_main:
+        write_json(Path(args.out), row)
 
 
 def scaling(args: Args) -> dict:
-    """The same two prompts on one process and on two, one thread each."""
-    runs, flags = (
-        [],
-        ("-m", "tools.bench", "--ranks", "--size", args.size, "--repeats", str(args.repeats)),
-    )
-    for n in (1, 2):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={n}",
-            *flags,
-        ]
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        if done.returncode:
-            raise UserError(
-                f"tools.bench --ranks: {n} process(es) ended with {done.returncode}; "
-                "see their words above."
-            )
-        runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
-    table(runs)
-    (one, two), (norm, again) = ([run[key] for run in runs] for key in ("median_ms", "grad_norm"))
+    """Time the same two prompts on one process and on two, one thread each."""
+    rows, flags = [], ("--ranks", "--size", args.size, "--repeats", args.repeats)
+    with tempfile.TemporaryDirectory() as folder:
+        for n in (1, 2):
+            log, row = Path(folder, f"{n}.log"), Path(folder, f"{n}.json")
+            launcher = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"
+            measure(log, *launcher, "-m", "tools.bench", *flags, "--out", row)
+            rows.append(read_json(row))
+    print(markdown(rows))
+    (one, two), (norm, again) = ([row[key] for row in rows] for key in ("median_ms", "grad_norm"))
     same = abs(norm - again) <= 1e-4 * norm
     print(
-        f"{'PASS' if same else 'FAIL'}  the same gradient; "
+        f"{'PASS' if same else 'FAIL'}  the same gradient norm; "
         f"efficiency {50 * one / two:.1f} % of two cores"
     )
-    return save(
-        args,
-        torch.device("cpu"),
-        torch.float32,
-        f"ranks_{args.size}",
-        {
-            "threads": 1,
-            "size": args.size,
-            "runs": runs,
-            "efficiency": one / (2 * two),
-            "gates_hold": same,
-        },
-    )
+    found = {"threads": 1, "size": args.size, "runs": rows, "efficiency": one / (2 * two)}
+    found["gates_hold"] = same
+    return save(args, torch.device("cpu"), torch.float32, f"ranks_{args.size}", found)
 
 
-def main(args: Args) -> None:
+def bench_arms(args: Args) -> None:
     if set(args.arms) - set(ARMS):
         raise UserError(f"--arms {' '.join(args.arms)}: choose from {' '.join(ARMS)}.")
     if args.repeats < 1:
@@ -823,9 +914,240 @@ def main(args: Args) -> None:
     transformers.logging.set_verbosity_error()
     if args.ranks and "RANK" in os.environ:
         return one_of_ranks(args, SIZES[args.size])
-    if not (scaling(args) if args.ranks else bench(args, SIZES[args.size]))["gates_hold"]:
+    report = scaling(args) if args.ranks else bench(args, SIZES[args.size])
+    if not report["gates_hold"]:
         sys.exit(1)
 
 
+# ---- python -m tools.bench memory ----------------------------------------------------------------
+
+
+def kept_by_a_layer(c: Config, B, G, P, S, itemsize: int, masked: bool, repeated: int = 1) -> int:
+    """Return the bytes that one layer keeps for its backward pass.
+
+    `model.shared_prefix_attend` explains the two copies of the keys. masked: a prompt is padded, so
+    attention has a mask, and its kernel needs each key `repeated` times, once for each head.
+    """
+    N, own, d = B * (P + G * S), B * G * S, c.head_dim
+    # Two residuals, two norms, queries, attention in parts and as a whole; keys, values;
+    # gate, up, silu, their product.
+    elements = N * (7 * c.hidden_size + 2 * c.num_key_value_heads * d + 4 * c.intermediate_size)
+    if B > 1:
+        elements += own * c.hidden_size  # the completions' queries, no longer contiguous
+    # [prompt | own], once per completion
+    elements += 2 * B * G * (P + S) * c.num_key_value_heads * d * repeated
+    if masked:
+        elements += own * (P + S)
+    # fp32: the log-sum-exp of each head, norms
+    return elements * itemsize + 4 * N * (c.num_attention_heads + 2)
+
+
+def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dict[str, int]:
+    """Return part -> bytes of live tensors at the peak of a training step, from shapes alone.
+
+    The peak is the head's backward pass, when every layer still keeps what its own needs. Not
+    counted: about 2 GiB for CUDA and NCCL, and what sampling keeps, which is 0.4 GiB of packed
+    weights and buffers of at most sampler.CACHE_MEM_FRACTION of the card.
+    """
+    c, size, S = model.config, dtype.itemsize, T - 1
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    repeated = c.num_attention_heads // c.num_key_value_heads if masked else 1
+    layer = kept_by_a_layer(c, B, G, P, S, size, masked, repeated)
+    chunk = min(B * G * T, max(64, 2**27 // c.vocab_size))
+    # Logits, also rounded; the gradient of the weight in fp32.
+    logit = 4 + size if size < 4 else 4
+    most = chunk * c.vocab_size * logit + 4 * c.vocab_size * c.hidden_size
+    if checkpoint_layers:  # or later, while one layer runs again
+        most = max(most, layer + trained * size)
+        layer = B * (P + G * S) * c.hidden_size * size  # its input
+    return {
+        "weights": size * count(model),
+        "reference": size * trained,
+        "masters and gradient": trained * (8 if size < 4 else 4),
+        "Adam": trained * 8,
+        "activations": c.num_hidden_layers * layer + most,
+    }
+
+
+def memory(args: MemoryArgs) -> None:
+    """Print the estimated memory of some micro-batches."""
+    model = build_model(SIZES["full"], "meta", torch.float32)
+    G, P = args.num_generations, args.prompt_length
+    rows = []
+    for name, B, T in (
+        ("bfloat16", 1, 512),
+        ("bfloat16", 2, 512),
+        ("bfloat16", 4, 512),
+        ("bfloat16", 4, 200),
+        ("float32", 1, 512),
+    ):
+        row = {"dtype": name, "prompts per micro-batch": B, "tokens": T}
+        for column, again in (("all of it", False), ("with --checkpoint_layers", True)):
+            plain, padded = (
+                sum(peak(model, B, G, P, T, getattr(torch, name), again, masked).values()) / GIB
+                for masked in (name == "float32", True)  # attention in fp32 always has a mask
+            )
+            row[column] = f"{plain:.1f} ({padded:.1f})"
+        rows.append(row)
+    print(f"GiB at the peak; P {P}, G {G}; in brackets with a padded prompt\n\n{markdown(rows)}")
+    parts = peak(model, 1, G, P, 512, torch.bfloat16)
+    print("the first row: " + ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items()))
+
+
+# ---- python -m tools.bench rehearsal -------------------------------------------------------------
+
+# Holds a config.json of the public reference, and the only tokenizers in the repository.
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def write_model(out: Path, size: Size) -> None:
+    """Write a random checkpoint in the released layout, and its towers as they are on the hub."""
+    transformers.logging.set_verbosity_error()  # it would warn of its own defaults
+    for name in ("humanomni", "bert", "siglip"):
+        shutil.copytree(GOLDEN / name, out / name, ignore=shutil.ignore_patterns("*.safetensors"))
+    model = build_model(size, "cpu", torch.bfloat16)
+    model.config.raw = read_json(out / "humanomni" / "config.json") | size.decoder  # has the towers
+    model.config.raw |= {
+        "max_position_embeddings": 32768,
+        "max_window_layers": size.decoder["num_hidden_layers"],
+        "mm_hidden_size": size.vision["hidden_size"],
+        "audio_hidden_size": size.audio["d_model"],
+    }
+    model.save_pretrained(out / "humanomni")
+    transformers.BertConfig(**size.bert).save_pretrained(out / "bert")
+    # SigLIP's text half has the geometry of its vision half, Whisper's decoder that of its encoder.
+    text = size.vision | {"bos_token_id": 1, "eos_token_id": 1}
+    config = transformers.SiglipConfig(vision_config=size.vision, text_config=text)
+    transformers.SiglipModel(config).save_pretrained(out / "siglip")
+    side, file = size.vision["image_size"], out / "siglip" / "preprocessor_config.json"
+    write_json(file, read_json(file) | {"size": {"height": side, "width": side}})
+    decoder = {key.replace("encoder", "decoder"): n for key, n in size.audio.items()}
+    config = transformers.WhisperConfig(**size.audio | decoder, vocab_size=51866)
+    whisper = transformers.WhisperForConditionalGeneration(config)
+    whisper.half().save_pretrained(out / "whisper")
+    bins, seconds = size.audio["num_mel_bins"], size.audio["max_source_positions"] // 50
+    extractor = transformers.WhisperFeatureExtractor(bins, chunk_length=seconds)
+    extractor.save_pretrained(out / "whisper")
+
+
+def check_room(out: Path) -> None:
+    """Raise UserError if disk or memory are too small. The factors were found at full size."""
+    parameters = count(build_model(SIZES["full"], "meta", torch.float32))
+    memory = 1024 * int(proc("meminfo", "MemAvailable").split()[0])
+    for what, factor, free in (("disk", 10, shutil.disk_usage(out).free), ("memory", 13, memory)):
+        needed = factor * parameters
+        if free < needed:
+            raise UserError(
+                f"{out}: the rehearsal needs {needed / 1e9:.0f} GB of {what} and "
+                f"{free / 1e9:.0f} GB are free. Free some, or use a larger machine."
+            )
+
+
+def measure(log: Path, *words) -> dict:
+    """Run a program of this repository on the CPU. Return its command, times and peak memory.
+
+    The seconds are those of the whole process, with start and imports. The CPU seconds of all its
+    threads depend less on other programs.
+    """
+    words = [str(word) for word in words]
+    command, started = "python " + shlex.join(words), time.perf_counter()
+    print(command, flush=True)
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with open(log, "w") as file:
+        child = subprocess.Popen([sys.executable, *words], stdout=file, stderr=file, env=env)
+        # wait4 returns this child's own peak. Linux starts it at the peak of the parent.
+        _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        end = log.read_text()[-2000:]
+        raise UserError(f"{command} failed ({child.returncode}). The end of {log}: {end}")
+    return {
+        "command": f"`{command}`",
+        "seconds": time.perf_counter() - started,
+        "CPU seconds": usage.ru_utime + usage.ru_stime,
+        "peak memory (GiB)": usage.ru_maxrss / 2**20,
+        "": "",
+    }
+
+
+def build(out: Path) -> None:
+    """Write what the commands read."""
+    check_room(out)
+    # In another process, because a command's peak starts at that of this one (see `measure`).
+    spawn = torch.multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
+        pool.submit(write_model, out, SIZES["full"]).result()
+    shutil.copy(GOLDEN / "media" / "wide.mp4", out / "clip.mp4")
+    prompt = {"from": "human", "value": f"<video>\n<audio>\n{QUESTION}{THINK}"}
+    row = {"video": "clip.mp4", "conversations": [prompt, {"from": "gpt", "value": "happy"}]}
+    write_json(out / "rows.json", [row])
+
+
+def run_commands(out: Path, dtypes: list[str]) -> list[dict]:
+    """Run the commands on OUT/model. Return the rows of the report."""
+    model = out / "model"
+    checkpoint = model / "humanomni"
+    rows = [measure(out / "inspect.log", "-m", "tools.convert", "inspect", checkpoint)]
+    for dtype in dtypes:
+        run = model / f"grpo_{dtype}"
+        given = "--model", checkpoint, "--dtype", dtype, "--max_new_tokens", 8
+        rows.append(
+            measure(out / f"eval_{dtype}.log", "eval.py", *given, "--clip", model / "clip.mp4")
+        )
+        step = "--max_steps 1 --prompts_per_step 1 --micro_batch 1 --num_generations 2".split()
+        files = "--data", model / "rows.json", "--out", run
+        rows.append(measure(out / f"grpo_{dtype}.log", "grpo.py", *given, *files, *step))
+        logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        skipped = logged["skipped_samples"] + logged["skipped_steps"]
+        assert skipped == 0 and math.isfinite(logged["loss"]), logged
+        parts = (f"{name} {logged[f'time/{name}']:.1f}" for name in ("encode", "generate", "train"))
+        difference = logged["sampler_logp_diff/max"]
+        rows[-1][""] = f"{', '.join(parts)} s; sampler and loss differ by {difference:.1e}"
+        shutil.rmtree(run / "checkpoints")  # some GB
+    return rows
+
+
+def rehearsal(args: RehearsalArgs) -> None:
+    """Run the real commands on a random checkpoint of full size, and write OUT/report.md.
+
+    OUT/model has the released layout: `humanomni/` (bf16, without towers and the tied head); as on
+    the hub `siglip/` (the whole model, fp32), `whisper/` (the whole model, fp16) and `bert/`
+    (configuration and tokenizer). `tools.convert inspect` reports its parameters. The answers mean nothing:
+    weights are random, and the tokenizer is that of the tests, which has few words.
+    """
+    out, model = Path(args.out), Path(args.out) / "model"
+    dtypes = ["bfloat16", "float32"] if args.dtype == "both" else [args.dtype]
+    if model.exists():
+        raise UserError(f"{model} already exists: delete it, or choose another --out.")
+    model.mkdir(parents=True)
+    try:
+        build(model)
+        rows = run_commands(out, dtypes)
+    finally:
+        if not args.keep:
+            shutil.rmtree(model)
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    machine = circumstances(torch.device("cpu")) | {"memory": f"{gib:.0f} GiB"}
+    lines = [f"{name}: {value}" for name, value in machine.items()]
+    parts = (out / "inspect.log").read_text()
+    report = f"{'; '.join(lines)}\n\n{markdown(rows)}\n```\n{parts}```\n"
+    write_text(out / "report.md", report)
+    print(f"\n{report}\nwritten to {out / 'report.md'}")
+
+
+# ---- The command line ----------------------------------------------------------------------------
+
+COMMANDS = {"memory": (memory, MemoryArgs), "rehearsal": (rehearsal, RehearsalArgs)}
+
+
+def main() -> None:
+    """Run the command that the first word names, or the arms if there is none."""
+    prog, function, args_cls = "python -m tools.bench", bench_arms, Args
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        function, args_cls = COMMANDS[sys.argv[1]]
+        prog += f" {sys.argv.pop(1)}"
+    run_main(function, args_cls, prog=prog)
+
+
 if __name__ == "__main__":
-    run_main(main, Args)
+    main()

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from data import Processor
 from lib import checkpoint
 from lib.args import UserError
-from lib.checkpoint import read_tensors, stored_name, weight_index
-from model import PARTS, HumanOmni
+from lib.checkpoint import read_tensors, stored_name, tower_config, weight_index
+from model import PARTS, Config, HumanOmni
 from tools import convert
-from tools.rehearsal import meta_model
 
 VISION, AUDIO, BERT = "model.vision_tower.", "model.audio_tower.", "model.bert_model."
 
@@ -347,7 +346,10 @@ def test_loading_holds_the_weights_once(home, dtype):
         vocab_size=32768,
     )
     (home / "peak.py").write_text(PEAK)
-    model = meta_model(home)
+    towers = (("vision", "siglip"), ("audio", "whisper"), ("bert", "bert"))
+    configs = [tower_config(kind, str(home / tower)) for kind, tower in towers]
+    with torch.device("meta"):
+        model = HumanOmni(Config.read(folder / "config.json"), *configs)
     write_weights(
         folder,
         {stored_name(key): torch.randn(x.shape).to(dtype) for key, x in model.state_dict().items()},

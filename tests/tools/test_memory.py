@@ -1,5 +1,4 @@
-"""The memory table against figures traced on the whole step,
-and against what a layer really keeps."""
+"""The memory table equals what was traced on a whole step, and what a layer keeps."""
 
 import dataclasses
 
@@ -10,12 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import HumanOmni, shared_prefix_attend
-from tools.memory import GIB, kept_by_a_layer, peak
-from tools.sizes import SIZES, build_model
+from tools.bench import GIB, SIZES, MemoryArgs, build_model, kept_by_a_layer, memory, peak
 
 
 class Live(TorchDispatchMode):
-    """Which storages were made, and how many of their bytes are still there."""
+    """Records every storage that is made, and counts the bytes of those that still exist."""
 
     def __init__(self):
         super().__init__()
@@ -44,9 +42,8 @@ class Live(TorchDispatchMode):
         (torch.float32, 1, 512, 29.0),
     ],
 )
-def test_the_table_is_what_was_traced(dtype, B, T, traced):
-    """Stops a part of the step that the table forgets.  Traced at full size with a mask,
-    G 8, P 976."""
+def test_the_estimate_is_what_was_traced(dtype, B, T, traced):
+    """Stops an estimate without a part of the step. Traced at full size with a mask, G 8, P 976."""
     model = build_model(SIZES["full"], "meta", torch.float32)
     assert sum(peak(model, B, 8, 976, T, dtype, masked=True).values()) / GIB == pytest.approx(
         traced, rel=0.03
@@ -55,8 +52,8 @@ def test_the_table_is_what_was_traced(dtype, B, T, traced):
 
 @pytest.mark.parametrize("B, G, P, S", [(2, 3, 37, 11), (1, 4, 20, 30)])
 def test_what_a_layer_keeps(model, B, G, P, S):
-    """Stops a tensor more per layer that nobody counted, and checkpointing that keeps more than
-    what enters a layer."""
+    """Stops an additional tensor per layer that is not counted, and checkpointing that keeps more
+    than the layer's input."""
     towers = (
         model.model.vision_tower.config,
         model.model.audio_tower.config,
@@ -85,3 +82,13 @@ def test_what_a_layer_keeps(model, B, G, P, S):
     assert (kept[4, True] - kept[2, True]) / 2 == pytest.approx(
         x.nbytes, rel=0.02
     ) and x.nbytes < expected / 10
+
+
+def test_the_printed_table(capsys):
+    """Stops a table whose brackets, columns or first row are those of another case."""
+    memory(MemoryArgs())
+    text = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0] == "GiB at the peak; P 976, G 8; in brackets with a padded prompt"
+    assert lines[4] == "| bfloat16 | 1 | 512 | 18.8 (19.9) | 13.0 (13.0) |"
+    assert lines[-1].startswith("the first row: weights 2.56, reference 0.99, ")

@@ -1,5 +1,4 @@
-"""The rehearsal at the true size: its geometry without memory,
-and the whole of it on a tiny geometry."""
+"""The rehearsal at full size: its geometry on the meta device, and all of it on a tiny geometry."""
 
 import json
 import math
@@ -13,157 +12,152 @@ from conftest import GOLDEN
 from safetensors.torch import load_file
 from test_bench import TINY
 
+from data import Processor
 from lib.args import UserError
-from tools import rehearsal
-from tools.rehearsal import (
-    PUBLISHED,
-    Args,
-    check_geometry,
-    count,
-    measure,
-    meta_model,
-    rehearse,
-    write_configs,
-)
+from model import PARTS, HumanOmni
+from tools import bench
+from tools.bench import RehearsalArgs, build_model, count, measure, rehearsal
+
+FULL = bench.SIZES["full"]  # a fixture replaces it
+# part -> the prefixes of its keys, and its published number of parameters in millions
+PUBLISHED = {
+    "decoder": (PARTS["decoder"], 494.0),
+    "video projector": (PARTS["projectors"][0], 34.8),
+    "audio projector": (PARTS["projectors"][1], 2.0),
+    "gate": (PARTS["gate"], 2.8),
+    "bert": (PARTS["bert"], 109.5),
+    "vision": (PARTS["vision"], 92.9),
+    "audio": (PARTS["audio"], 637),
+}
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory):
-    """-> (folder with the configurations of the true size, the model without memory)"""
-    out = tmp_path_factory.mktemp("released")
-    write_configs(out)
-    return out, meta_model(out)
+def released() -> HumanOmni:
+    """The model of full size on the meta device."""
+    return build_model(FULL, "meta", torch.float32)
 
 
 @pytest.fixture(scope="module")
 def tiny(released):
-    """Another size is published from now on, for the whole module."""
+    """The rehearsal's size is tiny from now on, for the rest of the module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(rehearsal.SIZES, "full", TINY)
-        # 8 frames of 2 x 2 patches, halved; 50 states, three a token
-        patch.setattr(rehearsal, "TOKENS", (8, 16))
-        millions = {
-            "decoder": 0.0882,
-            "video projector": 0.177,
-            "audio projector": 0.006,
-            "gate": 0.0717,
-            "bert": 0.0107,
-            "vision": 0.06,
-            "audio": 0.01,
-        }
-        patch.setattr(
-            rehearsal, "PUBLISHED", {part: (PUBLISHED[part][0], n) for part, n in millions.items()}
-        )
+        patch.setitem(bench.SIZES, "full", TINY)
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 
 
 def test_the_released_geometry(released):
-    """Stops a part that is smaller or larger than the published one,
-    and a prompt of another length."""
-    out, model = released
-    assert all(p.is_meta for p in model.parameters())
-    parts = count(model)
+    """Stops a part that is smaller or larger than the published one, and a prompt of another
+    length."""
+    assert all(p.is_meta for p in released.parameters())
+    parts = {part: count(released, prefixes) for part, (prefixes, _) in PUBLISHED.items()}
     D, inner, L, V, Q, KV = 896, 4864, 24, 151936, 14 * 64, 2 * 64
     layer = D * (Q + 2 * KV) + Q + 2 * KV + Q * D + 3 * D * inner + 2 * D
     assert parts["decoder"] == V * D + L * layer + D == 494_032_768  # Qwen2.5-0.5B's own count
     assert parts["audio projector"] == 1280 * D + D + D * D + D
     assert parts["gate"] == 768 * 3584 + 3584 + 3584 * 3 + 3
-    published = {"video projector": 34.8, "bert": 109.5, "vision": 92.9, "audio": 637}
-    for part, said in published.items():
-        assert (
-            float(f"{parts[part] / 1e6:.{0 if part == 'audio' else 1}f}")
-            == said
-            == PUBLISHED[part][1]
-        ), part
-    # no parameter in none, none in two
-    assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert sum(key.startswith("model.mm_projector.") for key in model.state_dict()) == 126
-    assert (model.video_tokens, model.audio_tokens) == (392, 500) == rehearsal.TOKENS
-    check_geometry(model, out)  # 392 and 500 as the modules make them, too
+    for part, (_, published) in PUBLISHED.items():
+        digits = 0 if part == "audio" else 1
+        assert round(parts[part] / 1e6, digits) == published, part
+    # every parameter is in exactly one part
+    assert sum(parts.values()) == sum(p.numel() for p in released.parameters())
+    assert sum(key.startswith("model.mm_projector.") for key in released.state_dict()) == 126
+    assert (released.video_tokens, released.audio_tokens) == (392, 500)
+    # the modules make that many, too
+    batch = bench.random_batch(FULL, 1, torch.Generator(), torch.float32).to("meta")
+    with torch.device("meta"):
+        video = released.encode_video(batch.media["video"])
+        video = released.model.mm_projector(video, torch.empty(1, 3))
+        audio = released.model.audio_projector(released.encode_audio(batch.media["audio"]))
+    assert (video.shape[1], audio.shape[1]) == (392, 500)
 
 
-def test_the_check_of_the_geometry_can_fail(released, tmp_path):
-    """Stops a rehearsal of another model being reported as the released one's."""
-    out = tmp_path / "out"
-    shutil.copytree(released[0], out)
-    file = out / "humanomni" / "config.json"
-    config = json.loads(file.read_text())
-    for change, said in (({"num_hidden_layers": 23}, "decoder"), ({"num_frames": 16}, "784")):
-        file.write_text(json.dumps(config | change))
-        with pytest.raises(AssertionError, match=said):
-            check_geometry(meta_model(out), out)
+@pytest.fixture(scope="module")
+def rehearsed(tiny, tmp_path_factory):
+    """The folder of a tiny rehearsal in bf16, in which everything is kept."""
+    out = tmp_path_factory.mktemp("rehearsed") / "run"
+    rehearsal(RehearsalArgs(str(out), "bfloat16", keep=True))
+    return out
 
 
-def test_released_configuration(released):
+def test_released_configuration(rehearsed):
     """Stops a config.json that the reference code would not read as the released one."""
-    config = json.loads((released[0] / "humanomni" / "config.json").read_text())
+    model = rehearsed / "model"
+    config = json.loads((model / "humanomni" / "config.json").read_text())
     golden = json.loads((GOLDEN / "humanomni" / "config.json").read_text())
-    # The golden one was written by the reference code itself; it has another geometry,
-    # and nothing else is changed.
-    stated = {
+    # The golden file was written by the reference code. It has another geometry, and nothing else
+    # is changed.
+    stated = TINY.decoder | {
+        "max_position_embeddings": 32768,
+        "max_window_layers": 2,
+        "torch_dtype": "bfloat16",
+        "mm_hidden_size": 32,
+        "audio_hidden_size": 32,
+    }
+    assert config == golden | stated
+    siglip, whisper, bert = (
+        json.loads((model / name / "config.json").read_text())
+        for name in ("siglip", "whisper", "bert")
+    )
+    for half in ("vision_config", "text_config"):
+        assert siglip[half]["hidden_size"] == 32 and siglip[half]["num_hidden_layers"] == 3
+    assert whisper["encoder_layers"] == whisper["decoder_layers"] == 1 and bert["hidden_size"] == 16
+    # what the processors make is what the towers take
+    processor = Processor.from_pretrained(model / "humanomni")
+    assert processor.image_size == 32
+    assert processor.log_mel(torch.zeros(16000).numpy()).shape == (20, 100)
+
+
+def test_the_full_size_is_the_released_one():
+    """Stops another geometry than the released one: numbers of the released config.json files."""
+    assert FULL.decoder == {
         "hidden_size": 896,
         "num_hidden_layers": 24,
         "num_attention_heads": 14,
         "num_key_value_heads": 2,
         "intermediate_size": 4864,
         "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "max_window_layers": 24,
-        "torch_dtype": "bfloat16",
-        "mm_hidden_size": 768,
-        "audio_hidden_size": 1280,
+        "rope_theta": 1e6,
     }
-    assert config == golden | stated and config["rope_theta"] == 1e6
-    for name, said in (
-        ("siglip", {"text_config": 768, "vision_config": 768}),
-        ("whisper", {"decoder_layers": 32}),
-    ):
-        tower = json.loads((released[0] / name / "config.json").read_text())
-        assert {
-            key: tower[key]["hidden_size"] if name == "siglip" else tower[key] for key in said
-        } == said
+    assert FULL.vision["hidden_size"] == 768 and FULL.vision["image_size"] == 224
+    assert FULL.audio["d_model"] == 1280 and FULL.audio["encoder_layers"] == 32
+    assert FULL.audio["num_mel_bins"] == 128
 
 
-@pytest.fixture(scope="module")
-def rehearsed(tiny, tmp_path_factory):
-    """A tiny rehearsal in bf16 with everything kept."""
-    out = tmp_path_factory.mktemp("rehearsed") / "run"
-    rehearse(Args(str(out), "bfloat16", keep=True))
-    return out
-
-
-def test_the_report_tells_what_ran(rehearsed):
-    """Stops a report without a command or with numbers of none, and a command that does nothing."""
+def test_the_report_lists_what_ran(rehearsed):
+    """Stops a report without a command or with numbers that are none, and a command that does
+    nothing."""
+    report = (rehearsed / "report.md").read_text()
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]]
-        for line in (rehearsed / "report.md").read_text().splitlines()
+        for line in report.splitlines()
         if line.startswith("|")
     ]
-    parts = {row[0]: float(row[1]) for row in lines if row[0] in PUBLISHED}
-    assert parts.keys() == PUBLISHED.keys() and parts["gate"] == 0.07
     runs = [row for row in lines if row[0].startswith("`python")]
     assert [row[0].split()[1:3] for row in runs] == [
         ["-m", "tools.convert"],
         ["eval.py", "--model"],
         ["grpo.py", "--model"],
     ]
-    assert [row[1] for row in runs] == ["unread", "bfloat16", "bfloat16"]
+    assert ["--dtype bfloat16" in row[0] for row in runs] == [False, True, True]
     for row in runs:
         # torch alone takes 0.3 GiB
-        assert float(row[2]) > 1 and float(row[3]) > 1 and 0.2 < float(row[4]) < 4
+        assert float(row[1]) > 1 and float(row[2]) > 1 and 0.2 < float(row[3]) < 4
     row = json.loads((rehearsed / "model" / "grpo_bfloat16" / "metrics.jsonl").read_text())
     assert row["step"] == 1 and row["completions/max_length"] <= 8 and math.isfinite(row["loss"])
-    assert f"sampler and loss differ by {row['sampler_logp_diff/max']:.1e}" in runs[2][5]
+    assert f"sampler and loss differ by {row['sampler_logp_diff/max']:.1e}" in runs[2][4]
     rollouts = (rehearsed / "model" / "grpo_bfloat16" / "rollouts.jsonl").read_text().splitlines()
     assert len(rollouts) == 2 and json.loads(rollouts[0])["clip"] == "clip.mp4"
-    assert "8 video tokens, 16 audio tokens" in (rehearsed / "report.md").read_text()
-    assert "unused: 0 tensors" in (rehearsed / "inspect_unread.log").read_text()
+    words = report.split()  # what tools.convert inspect prints: parameters and tokens
+    gate = build_model(TINY, "meta", torch.float32)
+    assert words[words.index("gate") + 1] == f"{count(gate, PARTS['gate']):,}"
+    assert "8 video tokens" in report and "16 audio tokens" in report
+    assert "unused: 0 tensors" in report
 
 
 def test_released_layout(rehearsed):
-    """Stops a rehearsal of files that look unlike the released ones: towers inside, fp32,
-    a stored head."""
+    """Stops a rehearsal of files that differ from the released ones: towers inside, fp32, a stored
+    head."""
     ours = {
         "embed_tokens",
         "layers",
@@ -191,62 +185,63 @@ def test_released_layout(rehearsed):
     assert own["model.embed_tokens.weight"].float().std() == pytest.approx(0.02, rel=0.02)
 
 
-def test_what_is_tidied_up(tiny, tmp_path, monkeypatch):
-    """Stops gigabytes left behind, also after a failure, and logs or report, or anybody's files,
-    that go with them."""
+def test_what_is_deleted(tmp_path, monkeypatch):
+    """Stops gigabytes that stay, also after a failure, and the deletion of logs, report or other
+    files."""
 
     def run_commands(out, dtypes):
+        (out / "inspect.log").write_text("decoder\n")
         assert dtypes == ["bfloat16", "float32"]
         (out / "eval_float32.log").write_text("said")
         if "b" in out.name:
             raise UserError("no")
-        return []
+        return [{"command": "eval.py"}]
 
-    monkeypatch.setattr(rehearsal, "build", lambda out: (write_configs(out), meta_model(out))[1])
-    monkeypatch.setattr(rehearsal, "run_commands", run_commands)
-    rehearse(Args(str(tmp_path / "a")))
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["eval_float32.log", "report.md"]
+    def build(out):
+        (out / "model.safetensors").write_text("large")
+
+    monkeypatch.setattr(bench, "build", build)
+    monkeypatch.setattr(bench, "run_commands", run_commands)
+    rehearsal(RehearsalArgs(str(tmp_path / "a")))
+    logs = ["eval_float32.log", "inspect.log"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [*logs, "report.md"]
     with pytest.raises(UserError, match="no"):
-        rehearse(Args(str(tmp_path / "b")))
-    assert [p.name for p in (tmp_path / "b").iterdir()] == ["eval_float32.log"]
+        rehearsal(RehearsalArgs(str(tmp_path / "b")))
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == logs
     (tmp_path / "c" / "model" / "mine").mkdir(parents=True)
-    with pytest.raises(UserError, match="is there already"):
-        rehearse(Args(str(tmp_path / "c")))
+    with pytest.raises(UserError, match="already exists"):
+        rehearsal(RehearsalArgs(str(tmp_path / "c")))
     assert (tmp_path / "c" / "model" / "mine").is_dir()
 
 
 @pytest.mark.parametrize(
     "lacks, said", [("disk", "14 GB of disk and 13 GB"), ("memory", "18 GB of memory and 9 GB")]
 )
-def test_too_little_room(released, monkeypatch, lacks, said):
-    """Stops a full disk or a killed process after minutes of writing: one sentence at the start,
-    with README's numbers."""
-    out, model = released
+def test_too_little_room(tmp_path, monkeypatch, lacks, said):
+    """Stops a full disk or a killed process after minutes of writing. The error message comes
+    first, with the numbers of the documentation."""
+    monkeypatch.setitem(bench.SIZES, "full", FULL)
     disk, memory = (
         SimpleNamespace(free=13e9 if lacks == "disk" else 14e9),
         "9000000" if lacks == "memory" else "18000000",
     )
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
-    monkeypatch.setattr(rehearsal, "proc", lambda file, name: f"{memory} kB")
+    monkeypatch.setattr(bench, "proc", lambda file, name: f"{memory} kB")
     with pytest.raises(UserError, match=said):
-        rehearsal.check_room(out, model)
+        bench.check_room(tmp_path)
     disk.free, memory = 14e9, "18000000"
-    rehearsal.check_room(out, model)
+    bench.check_room(tmp_path)
 
 
 def test_peak_memory_is_the_childs(tmp_path):
     """Stops a peak that is this process's, or that is read before the child has ended."""
     script = tmp_path / "child.py"
-    # More than this process ever had: Linux starts a child's peak at that of the process which it
-    # was forked from.
+    # More than this process ever had, because Linux starts a child's peak at that of its parent.
     large = int(max(1.5e9, 1.2 * 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
     script.write_text(f"x = bytearray({large}); del x\nprint('large')")
-    _, seconds, _, peak = measure(tmp_path / "child.log", script)
-    assert (
-        large < peak * 2**30 < large + 1e8
-        and seconds > 0
-        and (tmp_path / "child.log").read_text() == "large\n"
-    )
+    measured = measure(tmp_path / "child.log", script)
+    assert large < measured["peak memory (GiB)"] * 2**30 < large + 1e8 and measured["seconds"] > 0
+    assert (tmp_path / "child.log").read_text() == "large\n"
     script.write_text("raise SystemExit('last words')")
     with pytest.raises(UserError, match="last words"):
         measure(tmp_path / "child.log", script)
