@@ -1112,8 +1112,8 @@ def rehearsal(args: RehearsalArgs) -> None:
 
     OUT/model has the released layout: `humanomni/` (bf16, without towers and the tied head); as on
     the hub `siglip/` (the whole model, fp32), `whisper/` (the whole model, fp16) and `bert/`
-    (configuration and tokenizer). `tools.convert inspect` reports its parameters. The answers mean nothing:
-    weights are random, and the tokenizer is that of the tests, which has few words.
+    (configuration and tokenizer). `tools.convert inspect` reports its parameters. The answers mean
+    nothing: weights are random, and the tokenizer is that of the tests, which has few words.
     """
     out, model = Path(args.out), Path(args.out) / "model"
     dtypes = ["bfloat16", "float32"] if args.dtype == "both" else [args.dtype]
