@@ -94,7 +94,7 @@ def join_records(records: list[tuple]) -> dict[str, tuple[str, float, float]]:
 
 
 def measure_rollout(meter: Meter, rollout) -> None:
-    """Add the numbers of a rollout to the meter. An empty rollout adds nothing."""
+    """Add the numbers of a rollout to the meter, none if it is empty."""
     B = len(rollout)
     if B == 0:
         return

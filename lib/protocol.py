@@ -36,8 +36,7 @@ from lib.reasoning import RESAMPLES, VOCABULARY, lower, normalise
 OTHER = "other"  # column of the confusion matrix for answers that are no label of the data set
 RATES = ("war", "uar", "war_normalised", "uar_normalised")
 
-# The paper's 300 clips are the clips of 5 of RAVDESS's 24 actors, 60 clips each. The paper does not
-# name the actors.
+# The paper's 300 clips are those of 5 of RAVDESS's 24 actors, 60 clips each. It does not name them.
 ACTORS_PER_DRAW = 5
 
 # R1-Omni (arXiv 2503.05379), Table 1: WAR, UAR.
@@ -49,7 +48,7 @@ PAPER = {
     "R1-Omni": {"dfew": (65.83, 56.27), "mafw": (57.68, 40.04), "ravdess": (43.00, 44.69)},
 }
 # A run is compared with a row of the paper if its name contains one of these keys. The released
-# model that was trained on labels is called MAFW-DFEW-0.5B.
+# MAFW-DFEW-SFT is called MAFW-DFEW-0.5B.
 PAPER_NAMES = {row.lower(): row for row in PAPER} | {"mafw-dfew-0.5b": "MAFW-DFEW-SFT"}
 # The paper does not name the splits. WAR / 100 times the number of clips must be a whole number, up
 # to rounding, which limits the possible splits.
@@ -254,7 +253,7 @@ def resample(
     if n == 0:
         return np.zeros((M, resamples, 2))
 
-    # The number of a clip's kind: the class, followed by one bit per model.
+    # A clip's kind is a number: the class, followed by one bit per model.
     classes = {c: i for i, c in enumerate(sorted(set(truth)))}
     kind = np.array([classes[label] for label in truth]) << M  # (n,)
     for m, words in enumerate(models):
@@ -514,8 +513,11 @@ def modality_table(results: dict[str, dict], seed: int = 0) -> str:
     heard something, whether or not the modality was present. If the sample file has cues, it is the
     number of stated cues per cue of that sense instead.
     """
-    titles = "setting, clips, WAR/UAR, normalised, WAR - full, UAR - full, EPC/EEA/FCR, "
-    rows = [(titles + "claims seen/heard").split(", ")]
+    headings = (
+        "setting, clips, WAR/UAR, normalised, WAR - full, UAR - full, EPC/EEA/FCR, "
+        "claims seen/heard"
+    )
+    rows = [headings.split(", ")]
     full = {p["index"]: p for p in results["full"]["predictions"]}
     for name, r in results.items():
         changes = ["", ""]
@@ -649,7 +651,7 @@ def table(paths: list[str]) -> str:
     """
     results_of_row = table_rows(paths)
     sets = {name for results in results_of_row.values() for name in results}
-    # One of the paper's data sets is enough to give the table all three columns of the paper.
+    # If there is one of the paper's data sets, the table has all three columns of the paper.
     paper_columns = PAPER_SETS if sets & set(PAPER_SETS) else ()
     columns = [*paper_columns, *sorted(sets - set(paper_columns))]
 

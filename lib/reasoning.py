@@ -92,8 +92,7 @@ _CLAUSE_END = re.compile(r"[.,;:!?()\n\u2013\u2014]|--|\bbut\b|\byet\b|\bhowever
 def clauses(text: str) -> list[str]:
     """Return the clauses of a text in lower case, with straight apostrophes, without quotations.
 
-    A quotation holds the words of somebody in the clip. If the text quotes "I fear nothing", the
-    text itself does not state fear.
+    A quotation holds words spoken in the clip: a text that quotes "I fear nothing" states no fear.
     """
     return _CLAUSE_END.split(_QUOTED.sub(" ", text).lower().replace("\u2019", "'"))
 
