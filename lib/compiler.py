@@ -1,8 +1,4 @@
-"""torch.compile with the settings of this repository.
-
-`compiled` wraps a function once per process, and prints a warning when the function reaches its
-limit of graphs.
-"""
+"""torch.compile with the settings of this repository."""
 
 import functools
 import logging
@@ -10,14 +6,13 @@ import sys
 
 import torch
 
-# Number of graphs that torch.compile may build for one function; torch's own limit is 8. Where the
-# numbers of prompts, completions and tokens vary, a decode step without the fused kernels needs up
-# to 12 (tests/commands/test_compiled.py).
+# Number of graphs that torch.compile may build for one function; torch's own limit is 8. A decode
+# step without the fused kernels needs up to 12 (tests/commands/test_compiled.py).
 RECOMPILE_LIMIT = 64
 
 
 class RecompileLimitNotice(logging.Handler):
-    """Follow torch's log record about the limit with a warning: what it means, and what to do."""
+    """Print a warning after torch's log record about the limit of graphs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if "config.recompile_limit" not in record.getMessage():
@@ -38,9 +33,8 @@ logging.getLogger("torch._dynamo.convert_frame").addHandler(RecompileLimitNotice
 def compiled(function):
     """Return `function` compiled by torch.compile, once per process.
 
-    Only plain functions are compiled, never the bound methods of a model. A bound method that is
-    stored in a module is not copied with the module, so a copy of the model would compute with the
-    weights of the original.
+    Never compile a bound method of a model. If it is stored in a module, a copy of the model
+    computes with the weights of the original.
     """
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     return torch.compile(function)

@@ -1,8 +1,9 @@
-"""Numbers of a step: timer, meter, and the rows that they become.  docs/metrics.md explains each.
+"""The measurements of a step, and the rows of the logs. docs/metrics.md explains each number.
 
 Legend   B prompts on this rank   G completions per prompt   T completion length
 """
 
+import operator
 import resource
 import time
 
@@ -21,7 +22,7 @@ class Timer:
     def lap(self, name: str) -> None:
         """Add the time since the last lap to `name`.
 
-        Work on a GPU is queued, so a lap waits for it: otherwise the next lap would count it.
+        Work on a GPU is queued. A lap waits for it, because otherwise the next lap would count it.
         """
         if torch.cuda.is_initialized():  # is_available is also true for a run on the CPU
             torch.cuda.synchronize()
@@ -30,12 +31,15 @@ class Timer:
         self.last = now
 
 
-class Meter:
-    """Numbers of one step, joined over micro-batches and ranks: weighted means, sums, extremes.
+# How the values of one name are joined. The value of a mean is its weighted sum.
+JOIN = {"mean": operator.add, "sum": operator.add, "max": max, "min": min}
 
-    A number may be a scalar tensor.  It stays on its device until `totals` fetches all of them at
-    once: with float() of each, the host would wait for a GPU dozens of times per
-    micro-batch.
+
+class Meter:
+    """Numbers of one step, joined over micro-batches and ranks.
+
+    A number may be a scalar tensor. It stays on its device until `totals` fetches all of them at
+    once: with float() of each, the host would wait for a GPU dozens of times per micro-batch.
     """
 
     def __init__(self):
@@ -54,7 +58,7 @@ class Meter:
         self.records.append((name, "min", value, 1.0))
 
     def totals(self) -> dict[str, tuple[str, float, float]]:
-        """name -> (how, value, weight) as plain numbers; the value of a mean is the weighted sum"""
+        """Return name -> (how to join, value, weight) as plain numbers."""
         tensors = [x for record in self.records for x in record[2:] if torch.is_tensor(x)]
         numbers = torch.stack([x.detach().double() for x in tensors]).tolist() if tensors else []
         fetched = iter(numbers)
@@ -70,10 +74,7 @@ class Meter:
 
     @staticmethod
     def join(ranks: list[dict]) -> dict[str, float]:
-        """Join every rank's totals.  -> name -> value
-
-        A rank without prompts has fewer names and adds nothing.
-        """
+        """Return name -> value from the totals of all ranks. A rank may lack names."""
         records = [(name, *total) for totals in ranks for name, total in totals.items()]
         joined = {}
         for name, (how, value, weight) in join_records(records).items():
@@ -82,24 +83,18 @@ class Meter:
 
 
 def join_records(records: list[tuple]) -> dict[str, tuple[str, float, float]]:
-    """(name, how, value, weight) ... -> the joined value and the summed weight of each name"""
+    """Return name -> (how to join, joined value, summed weight)."""
     joined: dict[str, tuple[str, float, float]] = {}
     for name, how, value, weight in records:
         if name in joined:
             _, other, other_weight = joined[name]
-            if how == "max":
-                value = max(other, value)
-            elif how == "min":
-                value = min(other, value)
-            else:
-                value = other + value
-            weight += other_weight
+            value, weight = JOIN[how](other, value), weight + other_weight
         joined[name] = (how, value, weight)
     return joined
 
 
 def measure_rollout(meter: Meter, rollout) -> None:
-    """Add the numbers of a rollout to the meter.  An empty one adds nothing."""
+    """Add the numbers of a rollout to the meter, none if it is empty."""
     B = len(rollout)
     if B == 0:
         return
@@ -110,7 +105,7 @@ def measure_rollout(meter: Meter, rollout) -> None:
     meter.mean("reward", total.mean(), B)
     meter.mean("reward_std", total.std(1).mean(), B)
 
-    # Zero-variance groups, and whether the first reward, which should be accuracy, is above 0.
+    # Zero-variance groups, split by the first reward, which should be accuracy.
     zero_variance = total.amax(1) == total.amin(1)  # (B,)
     first = next(iter(rollout.rewards.values()))  # (B, G)
     all_right, all_wrong = first.amin(1) > 0, first.amax(1) <= 0  # (B,)
@@ -129,32 +124,31 @@ def measure_rollout(meter: Meter, rollout) -> None:
 
 
 def rollout_rows(batch, rollout, step: int, decode=None) -> list[dict]:
-    """Every completion of this rank as a row of rollouts.jsonl.
+    """Return a row of rollouts.jsonl for every completion of this rank.
 
-    With `decode` (ids -> text) a row has "tokens": [text, log-prob when it was sampled, k3 to the
-    reference (of that log-prob) or None] for each sampled token, the end token included.
+    With `decode` (ids -> text) a row has "tokens": for each sampled token, the end token included,
+    [text, log-prob when it was sampled, k3 to the reference (of that log-prob) or None].
     """
-    # Whole tensors to lists: fetching a number at a time, the host would wait for a GPU each time.
+    # Fetching one number at a time, the host would wait for a GPU each time.
     advantages = rollout.advantages.tolist()
     lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
     rewards = {name: values.tolist() for name, values in rollout.rewards.items()}
-    rows = []
-    for b, sample in enumerate(batch.samples):
-        for g, text in enumerate(rollout.texts[b]):
-            rows.append(
-                {
-                    "step": step,
-                    "clip": sample.id,
-                    "prompt": batch.questions[b],
-                    "answer": sample.answer,
-                    "completion": g,
-                    "text": text,
-                    "rewards": {name: values[b][g] for name, values in rewards.items()},
-                    "advantage": round(advantages[b][g], 6),
-                    "length": lengths[b][g],
-                    "finished": finished[b][g],
-                }
-            )
+    rows = [
+        {
+            "step": step,
+            "clip": sample.id,
+            "prompt": batch.questions[b],
+            "answer": sample.answer,
+            "completion": g,
+            "text": text,
+            "rewards": {name: values[b][g] for name, values in rewards.items()},
+            "advantage": round(advantages[b][g], 6),
+            "length": lengths[b][g],
+            "finished": finished[b][g],
+        }
+        for b, sample in enumerate(batch.samples)
+        for g, text in enumerate(rollout.texts[b])
+    ]
     if decode:
         add_tokens(rows, rollout, decode)
     return rows
@@ -180,7 +174,7 @@ def add_tokens(rows: list[dict], rollout, decode) -> None:
 
 
 def best_and_worst(rows: list[dict], step: int) -> str:
-    """The best and the worst completion of one clip, for the terminal.
+    """Return the best and the worst completion of one clip as text for the terminal.
 
     The clip is the one whose group has the largest spread of advantages.
     """
@@ -196,10 +190,12 @@ def best_and_worst(rows: list[dict], step: int) -> str:
 
     group = sorted(max(groups.values(), key=spread), key=lambda row: -row["advantage"])
     title = f"step {step}, {printable(group[0]['clip'])}, label {printable(group[0]['answer'])}"
+    lines = [title, completion_line("+", group[0])]
     if spread(group) == 0:
-        title += ": in every group of this step all rewards are equal"
-        return "\n".join([title, completion_line("+", group[0])])
-    return "\n".join([title, completion_line("+", group[0]), completion_line("-", group[-1])])
+        lines[0] += ": in every group of this step all rewards are equal"
+    else:
+        lines.append(completion_line("-", group[-1]))
+    return "\n".join(lines)
 
 
 def completion_line(sign: str, row: dict) -> str:
@@ -210,7 +206,7 @@ def completion_line(sign: str, row: dict) -> str:
 def step_row(
     step: int, epoch: float, lr: float, meters: list[dict], timer: Timer, counts: dict
 ) -> dict:
-    """One row of metrics.jsonl.  meters: every rank's `Meter.totals`"""
+    """Return one row of metrics.jsonl. meters: the `Meter.totals` of all ranks"""
     row = {"step": step, "epoch": epoch, "lr": lr}
     row |= Meter.join(meters) | counts
     row |= {f"time/{name}": round(seconds, 4) for name, seconds in timer.seconds.items()}
@@ -221,7 +217,7 @@ def step_row(
 
 
 def peak_memory() -> int:
-    """Bytes: of the GPU if there is one in use, else of this process."""
+    """Return bytes: of the GPU if one is in use, else of this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,8 +6,8 @@ A new modality is one entry here, the methods that it names, and a tower (docs/a
 import dataclasses
 from typing import Literal
 
-# Placeholders in a prompt's ids: a clip's video tokens, its audio tokens, padding.  They are
-# outside every vocabulary, so no text can forge them.
+# Placeholders in a prompt's ids: a clip's video tokens, its audio tokens, padding. They are
+# outside every vocabulary, so no text can contain them.
 VIDEO, AUDIO, PAD = -201, -202, -100
 
 Modal = Literal["video_audio", "video", "audio"]  # the parts of a clip that are used
@@ -18,11 +18,11 @@ class Modality:
     name: str  # in --modal, in PromptBatch.media and .features; <name> marks it in a sample file
     placeholder: int  # the id that stands for its tokens in a prompt
     prompt: str  # its text in the prompt; <name> becomes the placeholder
-    stream: str  # what has to be read of a clip: "video" or "audio"
+    stream: str  # the stream of a clip that is read: "video" or "audio"
     prepare: str  # method of data.Processor: clip -> input of the tower
     encode: str  # method of model.HumanOmni: input of the tower -> features, once per clip
     project: str  # method of model.HumanOmni: features -> tokens of the prompt
-    num_tokens: str  # property of model.HumanOmni: how many
+    num_tokens: str  # property of model.HumanOmni: their number
     new_weights: str = ""  # prefix of weights that released checkpoints lack: they are initialised
 
     @property
@@ -58,5 +58,5 @@ PLACEHOLDERS = {modality.placeholder: modality for modality in TABLE}
 
 
 def parts(modal: str) -> list[str]:
-    """ "video_audio" -> ["video", "audio"], in the order of the table"""
+    """Return the names in a value of --modal, in the order of the table."""
     return [name for name in MODALITIES if name in modal.split("_")]

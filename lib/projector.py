@@ -1,12 +1,13 @@
 """The video projector: the patches of a clip become video tokens.
 
-Three branches of small networks (whole scene, body, face) process the same patches. The gate of the
-model weights their outputs. All layers are those of the released checkpoints, and the attribute
-names are the keys of those checkpoints.
+All layers are those of the released checkpoints, and the attribute names are the keys of those
+checkpoints.
 
 Legend   B prompts   F frames   n patches of a frame, on an h x h map
          C width of the vision tower   D width of the decoder   N maps in a batch (B * F)
 """
+
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +21,15 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class ConvNorm(nn.Module):
-    """A convolution and a layer norm: (N, c_in, h, w) -> (N, c_out, h, w)."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, groups: int = 1):
-        super().__init__()
-        self.conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
-        # The reference code names this layer `bn`, but it is a layer norm.
-        self.bn = ChannelNorm(c_out, eps=1e-5)
-
-    def forward(self, x):
-        return self.bn(self.conv(x))
+def conv_norm(c_in: int, c_out: int, kernel: int, groups: int = 1) -> nn.Sequential:
+    """Return a convolution and a layer norm: (N, c_in, h, w) -> (N, c_out, h, w)."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, groups=groups, bias=False)
+    # The reference code names the second layer `bn`, but it is a layer norm.
+    return nn.Sequential(OrderedDict(conv=conv, bn=ChannelNorm(c_out, eps=1e-5)))
 
 
 class SqueezeExcite(nn.Module):
-    """Scale every channel by a gate that is computed from the means of all channels."""
+    """Multiply every channel by a gate, which is computed from the means of all channels."""
 
     def __init__(self, channels: int, squeeze: int):
         super().__init__()
@@ -52,12 +47,12 @@ class RegBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
-        self.conv1 = ConvNorm(c_in, c_out, 1)
-        self.conv2 = ConvNorm(c_out, c_out, 3, groups=c_out)
+        self.conv1 = conv_norm(c_in, c_out, 1)
+        self.conv2 = conv_norm(c_out, c_out, 3, groups=c_out)
         # The squeeze width is a quarter of the block's input channels, not of its output channels.
         self.se = SqueezeExcite(c_out, round(c_in / 4))
-        self.conv3 = ConvNorm(c_out, c_out, 1)
-        self.downsample = ConvNorm(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.conv3 = conv_norm(c_out, c_out, 1)
+        self.downsample = conv_norm(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
         y = F.silu(self.conv1(x))
@@ -66,16 +61,9 @@ class RegBlock(nn.Module):
         return F.silu(y + self.downsample(x))
 
 
-class RegStage(nn.Module):
-    """Two RegNet-Y blocks: (N, c_in, h, w) -> (N, c_out, h, w)."""
-
-    def __init__(self, c_in: int, c_out: int):
-        super().__init__()
-        self.b1 = RegBlock(c_in, c_out)
-        self.b2 = RegBlock(c_out, c_out)
-
-    def forward(self, x):
-        return self.b2(self.b1(x))
+def reg_stage(c_in: int, c_out: int) -> nn.Sequential:
+    """Return two RegNet-Y blocks: (N, c_in, h, w) -> (N, c_out, h, w)."""
+    return nn.Sequential(OrderedDict(b1=RegBlock(c_in, c_out), b2=RegBlock(c_out, c_out)))
 
 
 def two_layers(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
@@ -84,25 +72,24 @@ def two_layers(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
 
 
 class VideoProjector(nn.Module):
-    """Three branches over the same patches (whole scene, body, face), mixed by the gate."""
+    """Three branches over the same patches (whole scene, body, face), weighted by the gate."""
 
     def __init__(self, c_in: int, width: int):
         super().__init__()
         for branch in ("video", "body"):
-            self.add_module(f"s1_{branch}", RegStage(c_in, width))
+            self.add_module(f"s1_{branch}", reg_stage(c_in, width))
             # The convolution sees frames t-1 and t, and halves the height and width of the map.
             convolution = nn.Conv3d(width, width, 2, stride=(1, 2, 2), padding=(1, 0, 0))
             # nn.Sequential gives the convolution the index 0, as in the checkpoint's keys.
             self.add_module(f"sampler_{branch}", nn.Sequential(convolution, nn.SiLU()))
-            self.add_module(f"s2_{branch}", RegStage(width, width))
+            self.add_module(f"s2_{branch}", reg_stage(width, width))
             self.add_module(f"readout_{branch}", two_layers(width, width, width))
         self.mlp_2xgelu_face = two_layers(c_in, width, width)
 
     def forward(self, patches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return video tokens (B, F * h/2 * h/2, D).
+        """Return video tokens: patches (B, F, n, C), weights (B, 3) -> (B, F * h/2 * h/2, D).
 
-        patches: (B, F, n, C), where the n patches are an h x h map.
-        weights: (B, 3), of the branches whole scene, body and face.
+        `weights` are the gate's, for the branches whole scene, body and face.
         """
         B, frames, n, C = patches.shape
         h = int(n**0.5)
@@ -120,7 +107,7 @@ class VideoProjector(nn.Module):
         x = self.get_submodule(f"s1_{name}")(maps)  # (B*F, D, h, h)
         x = x.unflatten(0, (B, -1)).transpose(1, 2)  # (B, D, F, h, h)
         # The convolution pads with a frame of zeros at both ends, so it returns F + 1 maps. The
-        # last map sees the last frame and zeros, and is dropped.
+        # last map, of the last frame and zeros, is dropped.
         x = self.get_submodule(f"sampler_{name}")(x)[:, :, :-1]  # (B, D, F, h/2, h/2)
         x = x.transpose(1, 2).flatten(0, 1)  # (B*F, D, h/2, h/2)
         x = self.get_submodule(f"s2_{name}")(x)

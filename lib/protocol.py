@@ -2,21 +2,19 @@
 
     measures       WAR, UAR, the recall of each class, the confusion matrix: `summarise`
     intervals      bootstrap over clips, computed from counts
-    result files   two models compared (`compare`), one model with and without each modality
-                   (`modality_table`), the mean over folds, as the literature reports DFEW and MAFW
-                   (`folds`), the paper's Table 1 beside our results (`table`)
-    RAVDESS        three ways to treat the label "calm", and the spread over all choices of 5 of its
-                   24 actors: `readings`
+    RAVDESS        three treatments of the label "calm", all choices of 5 of 24 actors: `readings`
+    result files   two models (`compare`), one model without each modality (`modality_table`), the
+                   mean over folds (`folds`), the paper's Table 1 beside our results (`table`)
 
-A prediction is a row {"id", "answer", "predicted"}: the clip, its label, and the answer of the
-model. "predicted" is None if no answer can be read from the output. A result file is the file that
-`eval.py --out` writes. All rates are in percent.
+A prediction is a row {"id", "answer", "predicted"}: the clip, its label, and the model's answer, or
+None if the completion has no answer. A result file is what `eval.py --data --out` writes. All rates
+are in percent.
 
-An answer is scored in two ways. The strict score compares the answer with the label. The normalised
-score first maps the answer to a word of the vocabulary by the alias table of lib/reasoning.py.
+The strict score compares the answer with the label. The normalised score first maps the answer to a
+word of the vocabulary by the alias table of lib/reasoning.py.
 
-    WAR   weighted average recall: the share of correct answers, which is the accuracy
-    UAR   unweighted average recall: the mean of the recalls of the classes
+    WAR = r / n = sum_c (n_c / n) (r_c / n_c)    weighted average recall: the accuracy
+    UAR = mean over the classes of r_c / n_c     unweighted average recall
 
 Legend   C classes among the labels   n clips, n_c of class c   r correct answers, r_c of class c
          R resamples or draws         M models
@@ -25,6 +23,7 @@ Legend   C classes among the labels   n clips, n_c of class c   r correct answer
 import contextlib
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -32,14 +31,12 @@ from pathlib import Path
 import numpy as np
 
 from lib.args import UserError, printable
-from lib.reasoning import VOCABULARY, normalise
+from lib.reasoning import RESAMPLES, VOCABULARY, lower, normalise
 
 OTHER = "other"  # column of the confusion matrix for answers that are no label of the data set
 RATES = ("war", "uar", "war_normalised", "uar_normalised")
-RESAMPLES = 1000  # of the bootstrap
 
-# The paper's 300 clips are the clips of 5 of RAVDESS's 24 actors, 60 clips each. The paper does not
-# name the actors.
+# The paper's 300 clips are those of 5 of RAVDESS's 24 actors, 60 clips each. It does not name them.
 ACTORS_PER_DRAW = 5
 
 # R1-Omni (arXiv 2503.05379), Table 1: WAR, UAR.
@@ -51,10 +48,10 @@ PAPER = {
     "R1-Omni": {"dfew": (65.83, 56.27), "mafw": (57.68, 40.04), "ravdess": (43.00, 44.69)},
 }
 # A run is compared with a row of the paper if its name contains one of these keys. The released
-# model that was trained on labels is called MAFW-DFEW-0.5B.
+# MAFW-DFEW-SFT is called MAFW-DFEW-0.5B.
 PAPER_NAMES = {row.lower(): row for row in PAPER} | {"mafw-dfew-0.5b": "MAFW-DFEW-SFT"}
-# The paper does not name the splits. Arithmetic limits which they can be, because WAR / 100 times
-# the number of clips must be a whole number, up to rounding.
+# The paper does not name the splits. WAR / 100 times the number of clips must be a whole number, up
+# to rounding, which limits the possible splits.
 PAPER_SPLIT = {
     "dfew": "its WARs fit the 2341 clips of test fold 1 or 2",
     "mafw": "its WARs fit no official test fold",
@@ -62,51 +59,32 @@ PAPER_SPLIT = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# The measures
-# ------------------------------------------------------------------------------------------------
-
-
-def label_of(prediction: dict) -> str:
-    """Return the label of a prediction, stripped and in lower case."""
-    return prediction["answer"].strip().lower()
+# ---- The measures --------------------------------------------------------------------------------
 
 
 def words_of(predictions: list[dict]) -> tuple[list[str], list[str | None], list[str | None]]:
-    """Return labels, strict answers and normalised answers, one of each per prediction.
+    """Return labels, answers and normalised answers in lower case, one of each per prediction.
 
-    All are in lower case. The strict answer is the word that the model gave. The normalised answer
-    is the word of the vocabulary that it means, or None.
+    A normalised answer is None if the answer is None or means no word of the vocabulary.
     """
-    labels = [label_of(p) for p in predictions]
-    answers = [
-        None if p["predicted"] is None else p["predicted"].strip().lower() for p in predictions
-    ]
+    labels = [lower(p["answer"]) for p in predictions]
+    answers = [lower(p["predicted"]) for p in predictions]
     # A label may be outside the vocabulary, such as calm. An answer that is such a label is kept as
     # it is, so that a model trained on this label can be correct.
-    classes = set(labels)
-    normalised = [
-        answer if answer is None or answer in classes else normalise(answer) for answer in answers
-    ]
-    return labels, answers, normalised
+    kept = {None, *labels}
+    return labels, answers, [word if word in kept else normalise(word) for word in answers]
 
 
 def war_uar(truth: list[str], predicted: list[str | None]) -> tuple[float, float]:
-    """Return the weighted and the unweighted average recall, in percent.
+    """Return WAR and UAR, in percent; 0 for empty lists.
 
-        WAR = r / n = sum_c (n_c / n) (r_c / n_c)
-        UAR = mean over classes of r_c / n_c
-
-    WAR is the accuracy. The classes are those that occur in the truth. An answer that is none of
-    them is wrong, but it does not add a class with recall 0. Raises ValueError for lists of
-    different length.
+    The classes are those that occur in the truth. An answer that is none of them is wrong, but it
+    does not add a class with recall 0. Raises ValueError for lists of different length.
     """
     recalls = class_recalls(truth, predicted)
-    if not truth:
-        return 0.0, 0.0
     num_correct = sum(label == answer for label, answer in zip(truth, predicted))
-    war = 100.0 * num_correct / len(truth)
-    uar = sum(r["recall"] for r in recalls.values()) / len(recalls)
+    war = 100.0 * num_correct / max(1, len(truth))
+    uar = sum(r["recall"] for r in recalls.values()) / max(1, len(recalls))
     return war, uar
 
 
@@ -122,52 +100,43 @@ def class_recalls(truth: list[str], predicted: list[str | None]) -> dict[str, di
 def confusion(truth: list[str], predicted: list[str | None]) -> dict[str, dict[str, int]]:
     """Return the confusion matrix: true class -> predicted class or OTHER -> number of clips."""
     classes = sorted(set(truth))
-    table = {label: dict.fromkeys([*classes, OTHER], 0) for label in classes}
-    for label, answer in zip(truth, predicted):
-        table[label][answer if answer in table else OTHER] += 1
-    return table
+    counts = Counter((c, a if a in classes else OTHER) for c, a in zip(truth, predicted))
+    return {c: {column: counts[c, column] for column in [*classes, OTHER]} for c in classes}
 
 
 def format_confusion(table: dict[str, dict[str, int]]) -> str:
-    """Return the confusion matrix as text.
-
-    Each row is a true class, each column an answer. The last column is the recall of the row.
-    """
+    """Return the confusion matrix as text: rows are true classes, columns are answers."""
     columns = [*table, OTHER]
-    width = max([len(label) for label in table] + [8])
+    width = max(8, *map(len, table))
     lines = [" " * width + "".join(f"{c[:8]:>9}" for c in columns) + "   recall"]
     for label, row in table.items():
         counts = "".join(f"{row[c] or '.':>9}" for c in columns)
         recall = 100 * row[label] / sum(row.values())
-        lines.append(f"{label:<{width}}" + counts + f"{recall:8.1f}%")
+        lines.append(f"{label:<{width}}{counts}{recall:8.1f}%")
     return "\n".join(lines)
 
 
 def summarise(predictions: list[dict], seed: int = 0) -> dict:
-    """Return the rates, intervals and tables of a result file.
+    """Return the rates, intervals and tables of a result file from one or more predictions.
 
-    `predictions` are one or more rows {"id", "answer", "predicted", "format"}. "format" is the
-    format reward of the output, 0 or 1.
+    A prediction also has "format", the format reward of the completion, 0 or 1.
     """
     truth, answers, normalised = words_of(predictions)
-    n = len(predictions)
-
     result = {}
     for suffix, words in (("", answers), ("_normalised", normalised)):
         result[f"war{suffix}"], result[f"uar{suffix}"] = war_uar(truth, words)
         war_ci, uar_ci = intervals(resample(truth, [words], seed)[0])
         result[f"war{suffix}_ci"], result[f"uar{suffix}_ci"] = war_ci, uar_ci
 
+    n = len(predictions)
     num_formatted = sum(p["format"] for p in predictions)
-    num_unparsable = sum(word is None for word in answers)
-    num_unknown = sum(word is not None and word not in VOCABULARY for word in answers)
-    unmatched = Counter(
-        word for word, meaning in zip(answers, normalised) if word is not None and meaning is None
-    )
+    parsed = [(word, meaning) for word, meaning in zip(answers, normalised) if word is not None]
+    num_unknown = sum(word not in VOCABULARY for word, _ in parsed)
+    unmatched = Counter(word for word, meaning in parsed if meaning is None)
     return result | {
         "n": n,
         "format_rate": 100.0 * num_formatted / n,
-        "unparsable_rate": 100.0 * num_unparsable / n,
+        "unparsable_rate": 100.0 * (n - len(parsed)) / n,
         "out_of_vocabulary_rate": 100.0 * num_unknown / n,
         "per_class": class_recalls(truth, answers),
         "confusion": confusion(truth, answers),
@@ -177,9 +146,9 @@ def summarise(predictions: list[dict], seed: int = 0) -> dict:
 
 
 # Rates that lib/reasoning.py adds to a result if it can compute them, and the text for each.
-SENSES = {
-    "claims_seen": "texts that claim to have seen something",
-    "claims_heard": "or to have heard something",
+REASONING_RATES = {
+    "claims_seen": "completions that claim to have seen something",
+    "claims_heard": "completions that claim to have heard something",
     "cue_recall": "true cues that are stated",
     "cue_precision": "stated cues that are true",
     "quote_error": "word error rate of quoted subtitles",
@@ -188,7 +157,7 @@ SENSES = {
 
 def format_result(result: dict, hint: str = "") -> str:
     """Return a result as text for the terminal. `hint` is printed below the rates."""
-    lines = [*format_rates(result)]
+    lines = format_rates(result)
     if hint:
         lines.append(hint)
     lines += ["", format_confusion(result["confusion"])]
@@ -206,54 +175,61 @@ def format_result(result: dict, hint: str = "") -> str:
         num_notes = len(result["notes"])
         lines += ["", f"{num_notes} notes on clips (silent, degraded) are in the result file"]
 
-    paper = paper_numbers(set_of(result))
-    if paper:
-        lines += ["", paper]
+    test_set = set_of(result)
+    if test_set in PAPER_SETS:
+        rows = ", ".join(f"{row} {slashed(*rates[test_set])}" for row, rates in PAPER.items())
+        lines += [
+            "",
+            f"the paper's Table 1, {test_set.upper()}: {rows}",
+            f"(it names no split; {PAPER_SPLIT[test_set]})",
+        ]
     return "\n".join(lines)
 
 
 def format_rates(result: dict) -> list[str]:
     """Return the lines of `format_result` that hold rates."""
-    strict = [with_interval(result, rate) for rate in ("war", "uar")]
-    normalised = [with_interval(result, rate, "_normalised") for rate in ("war", "uar")]
+
+    def line(keys: tuple[str, ...], text: str) -> str:
+        rates = [f"{key.split('_')[0].upper()} {with_interval(result, key)}" for key in keys]
+        return "   ".join([*rates, text])
+
     lines = [
-        "   ".join([*strict, f"strict, on {result['n']} clips"]),
-        "   ".join([*normalised, "normalised by the alias table"]),
+        line(RATES[:2], f"strict, on {result['n']} clips"),
+        line(RATES[2:], "normalised by the alias table"),
     ]
     if result.get("epc") is not None:
-        rates = [with_interval(result, rate) for rate in ("epc", "eea", "fcr")]
         lines += [
-            "   ".join([*rates, "the reasoning concludes the answer, the label, both"]),
-            f"no conclusion {result['unconcluded_rate']:.2f} %   right answers with a wrong or no "
-            f"conclusion {result['right_without_reason']:.2f} %",
+            line(("epc", "eea", "fcr"), "the reasoning supports the answer, the label, both"),
+            f"reasoning without a conclusion {result['unconcluded_rate']:.2f} %   correct answers "
+            f"with a wrong or no conclusion {result['right_without_reason']:.2f} %",
         ]
     lines += [
         "in brackets: 95 % intervals, bootstrap over clips",
         f"format {result['format_rate']:.2f} %   unparsable {result['unparsable_rate']:.2f} %   "
         f"out of vocabulary {result['out_of_vocabulary_rate']:.2f} %",
     ]
-    for key, title in SENSES.items():
+    for key, text in REASONING_RATES.items():
         if result.get(key) is not None:
-            lines.append(f"{title} {result[key]:.2f} %")
+            lines.append(f"{text} {result[key]:.2f} %")
     return lines
 
 
-def with_interval(result: dict, rate: str, suffix: str = "") -> str:
-    """Return the text of a rate with its 95 % interval: "WAR 70.00 [65.00, 75.00]"."""
-    low, high = result[f"{rate}{suffix}_ci"]
-    return f"{rate.upper()} {result[rate + suffix]:.2f} [{low:.2f}, {high:.2f}]"
+def with_interval(rates: dict, key: str, form: str = ".2f") -> str:
+    """Return the text of a rate and its 95 % interval: "70.00 [65.00, 75.00]"."""
+    low, high = rates[f"{key}_ci"]
+    return f"{rates[key]:{form}} [{low:{form}}, {high:{form}}]"
 
 
-# ------------------------------------------------------------------------------------------------
-# Intervals
-# ------------------------------------------------------------------------------------------------
+def slashed(*rates: float | None) -> str:
+    """Return the text of rates as in the paper: "65.83/56.27". "-" stands for a missing rate."""
+    return "/".join("-" if rate is None else f"{rate:.2f}" for rate in rates)
+
+
+# ---- Intervals -----------------------------------------------------------------------------------
 
 
 def rates_of_counts(right: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Return WAR and UAR, in percent, from counts per class. right, n (..., C) -> (..., 2)
-
-        WAR = sum_c r_c / sum_c n_c
-        UAR = mean over the classes c with n_c > 0 of r_c / n_c
 
     Resamples and small draws can lack a class. Such a class does not enter the UAR.
     """
@@ -269,17 +245,15 @@ def resample(
 ) -> np.ndarray:
     """Return WAR and UAR of M models on the same bootstrap resamples of the n clips, (M, R, 2).
 
-    `models` holds the answers of each model to the same clips.
-
-    Two clips are of the same kind if they have the same class and the same models are correct on
-    them. Drawing n clips with replacement is the same as drawing how many clips of each kind the
-    resample has. So a resample is one multinomial draw of C * 2^M counts, whatever n is.
+    `models` holds the answers of each model. Clips are of one kind if they have the same class and
+    the same models are correct on them. Drawing n clips with replacement is the same as drawing how
+    many clips of each kind the resample has: one multinomial draw of C * 2^M counts, for any n.
     """
     M, n = len(models), len(truth)
     if n == 0:
         return np.zeros((M, resamples, 2))
 
-    # The number of a clip's kind: the class, followed by one bit per model.
+    # A clip's kind is a number: the class, followed by one bit per model.
     classes = {c: i for i, c in enumerate(sorted(set(truth)))}
     kind = np.array([classes[label] for label in truth]) << M  # (n,)
     for m, words in enumerate(models):
@@ -295,10 +269,7 @@ def resample(
 
 
 def intervals(values: np.ndarray) -> list[list[float]]:
-    """Return the 95 % interval [low, high] of each column: its 2.5 and 97.5 percentiles.
-
-    values (R, K), one row per resample -> K intervals
-    """
+    """Return the 95 % interval [low, high] of each column, one row per resample: (R, K) -> K."""
     return np.percentile(values, [2.5, 97.5], axis=0).T.tolist()
 
 
@@ -309,23 +280,17 @@ def mcnemar(only_a: int, only_b: int) -> float:
     good, each of these clips is a fair coin toss. With k = min(only_a, only_b),
 
         p = min(1, 2 sum_{i=0..k} binomial(d, i) / 2^d)
-
-    The sum is computed in whole numbers, and only the last division is in floating point.
     """
     d, k = only_a + only_b, min(only_a, only_b)
-    term = tail = 1  # binomial(d, 0)
-    for i in range(k):
-        term = term * (d - i) // (i + 1)  # binomial(d, i + 1)
-        tail += term
+    tail = sum(math.comb(d, i) for i in range(k + 1))
     return min(1.0, 2 * tail / 2**d)
 
 
 def differences(truth: list[str], a: list[str | None], b: list[str | None], seed: int = 0) -> dict:
-    """Return the comparison of two models that answered the same clips.
+    """Return the comparison of the answers `a` and `b` of two models to the same clips.
 
-    `a` and `b` are the answers of the models. The result has the 2 x 2 counts of clips on which
-    both, only one, or none of them is correct, the WAR and UAR of each, the differences b - a with
-    paired 95 % intervals, and the p value of McNemar's test.
+    It has the numbers of clips on which both, only one, or none of them is correct, WAR and UAR of
+    each, the differences b - a with paired 95 % intervals, and the p value of McNemar's test.
     """
     counts = Counter(
         (label == word_a, label == word_b)
@@ -336,7 +301,6 @@ def differences(truth: list[str], a: list[str | None], b: list[str | None], seed
     resampled_a, resampled_b = resample(truth, [a, b], seed)
     war_ci, uar_ci = intervals(resampled_b - resampled_a)
     return {
-        "n": len(truth),
         "both": counts[True, True],
         "only_a": only_a,
         "only_b": only_b,
@@ -351,43 +315,33 @@ def differences(truth: list[str], a: list[str | None], b: list[str | None], seed
     }
 
 
-# ------------------------------------------------------------------------------------------------
-# RAVDESS
-# ------------------------------------------------------------------------------------------------
+# ---- RAVDESS -------------------------------------------------------------------------------------
 
 
 def actor_of(clip: str) -> int | None:
-    """Return the actor's number of a RAVDESS clip, None for any other file name.
-
-    It is the last of the seven numbers of a name such as 03-01-06-01-02-01-12.mp4.
-    """
+    """Return the actor's number, 12 for 03-01-06-01-02-01-12.mp4; None for no RAVDESS name."""
     name = re.fullmatch(r"(?:\d\d-){6}(\d\d)", Path(clip).stem)
     return int(name[1]) if name else None
-
-
-def merge_calm(word: str | None) -> str | None:
-    """Return "neutral" for "calm", and any other word unchanged."""
-    return "neutral" if word == "calm" else word
 
 
 def readings(predictions: list[dict]) -> dict[str, dict]:
     """Return the rates under each treatment of the label "calm", which the vocabulary lacks.
 
-    A reading is one such treatment: calm is kept as a class, counted as neutral, or dropped. If no
-    label is calm but all clips are RAVDESS's, the only reading is "as labelled". For any other
-    clips the result is empty.
+    -> reading -> {"n", *RATES, "draws": `actor_draws`}
 
-    Returns reading -> {"n", "war", "uar", "war_normalised", "uar_normalised", "draws"}, where
-    "draws" is the result of `actor_draws`.
+    Calm is kept as a class, counted as neutral, or dropped. If no label is calm but all clips are
+    RAVDESS's, the only reading is "as labelled". For any other clips the result is empty.
     """
     actors = [actor_of(p["id"]) for p in predictions]
     rows = list(zip(actors, *words_of(predictions)))  # actor, label, answer, normalised answer
 
     rows_of_reading = {}
-    if any(row[1] == "calm" for row in rows):
+    if any(label == "calm" for _, label, *_ in rows):
         rows_of_reading = {
             "calm kept": rows,
-            "calm counted as neutral": [(a, *map(merge_calm, words)) for a, *words in rows],
+            "calm counted as neutral": [
+                ["neutral" if value == "calm" else value for value in row] for row in rows
+            ],
             "calm dropped": [row for row in rows if row[1] != "calm"],
         }
     elif None not in actors:
@@ -397,38 +351,31 @@ def readings(predictions: list[dict]) -> dict[str, dict]:
     for name, selected in rows_of_reading.items():
         actors, truth, answers, normalised = ([row[i] for row in selected] for i in range(4))
         rates = (*war_uar(truth, answers), *war_uar(truth, normalised))
-        result[name] = {
-            "n": len(selected),
-            **dict(zip(RATES, rates)),
-            "draws": actor_draws(actors, truth, answers),
-        }
+        draws = actor_draws(actors, truth, answers)
+        result[name] = {"n": len(selected), **dict(zip(RATES, rates)), "draws": draws}
     return result
 
 
-def actor_draws(
-    actors: list[int | None], truth: list[str], words: list[str | None], size: int = ACTORS_PER_DRAW
-) -> dict | None:
-    """Return how WAR and UAR vary over all choices of `size` actors.
+def actor_draws(actors: list[int | None], truth: list[str], words: list[str | None]) -> dict | None:
+    """Return how WAR and UAR vary over all choices of ACTORS_PER_DRAW actors.
 
-    -> {"actors", "draws": binomial(actors, size), "war": {"mean", "std", "min", "max"}, "uar": the
-    same}, or None if a clip has no actor or there are fewer than `size` actors
+    -> {"actors", "draws": number of choices, "war": {"mean", "std", "min", "max"}, "uar": the same}
+    or None if a clip has no actor or there are too few actors
 
-    All choices are counted (42,504 for 24 actors), so "std" is the standard deviation of the
-    population. The counts per class of a choice are the sums over its actors.
+    All choices are counted (42,504 for 24 actors), so "std" is that of the population.
     """
-    names = sorted(set(actors) - {None})
-    classes = sorted(set(truth))
-    if None in actors or len(names) < size:
+    if None in actors or len(set(actors)) < ACTORS_PER_DRAW:
         return None
-
+    names, classes = sorted(set(actors)), sorted(set(truth))
     is_right = [label == word for label, word in zip(truth, words, strict=True)]
     counts = Counter(zip(actors, truth, is_right))
-    right = np.array([[counts[a, c, True] for c in classes] for a in names])  # (actors, C)
-    wrong = np.array([[counts[a, c, False] for c in classes] for a in names])  # (actors, C)
-    n = right + wrong
-
-    choices = np.array(list(itertools.combinations(range(len(names)), size)))  # (R, size)
-    rates = rates_of_counts(right[choices].sum(1), n[choices].sum(1))  # (R, 2)
+    # wrong and right answers (actors, C, 2)
+    table = np.array(
+        [[[counts[a, c, right] for right in (False, True)] for c in classes] for a in names]
+    )
+    choices = list(itertools.combinations(range(len(names)), ACTORS_PER_DRAW))
+    chosen = table[np.array(choices)].sum(1)  # (R, C, 2)
+    rates = rates_of_counts(chosen[..., 1], chosen.sum(-1))  # (R, 2)
     result = {"actors": len(names), "draws": len(choices)}
     for rate, x in zip(("war", "uar"), rates.T):
         result[rate] = {"mean": x.mean(), "std": x.std(), "min": x.min(), "max": x.max()}
@@ -437,69 +384,53 @@ def actor_draws(
 
 def format_readings(results: dict[str, dict]) -> str:
     """Return the result of `readings` as text: one or two lines per reading."""
+    spread = "{mean:.2f} +- {std:.2f} ({min:.2f} to {max:.2f})"
     lines = []
     for name, r in results.items():
-        strict = pair(r["war"], r["uar"])
-        normalised = pair(r["war_normalised"], r["uar_normalised"])
+        strict = slashed(r["war"], r["uar"])
+        normalised = slashed(r["war_normalised"], r["uar_normalised"])
         lines.append(f"{name}: WAR/UAR {strict}   normalised {normalised}   {r['n']} clips")
         draws = r["draws"]
         if draws:
-            spreads = "   ".join(format_spread(rate, draws[rate]) for rate in ("war", "uar"))
+            war, uar = spread.format(**draws["war"]), spread.format(**draws["uar"])
             lines.append(
-                f"  {ACTORS_PER_DRAW} of {draws['actors']} actors, "
-                f"{draws['draws']} draws: {spreads}"
+                f"  {ACTORS_PER_DRAW} of {draws['actors']} actors, {draws['draws']} draws: "
+                f"WAR {war}   UAR {uar}"
             )
     return "\n".join(lines)
 
 
-def format_spread(rate: str, spread: dict[str, float]) -> str:
-    """Return mean, standard deviation and range of a rate over the draws as text."""
-    return "{} {mean:.2f} +- {std:.2f} ({min:.2f} to {max:.2f})".format(rate.upper(), **spread)
-
-
-# ------------------------------------------------------------------------------------------------
-# Result files side by side
-# ------------------------------------------------------------------------------------------------
-
-
-class NoResult(UserError):
-    """The file is not a result file."""
+# ---- Result files side by side -------------------------------------------------------------------
 
 
 def read_result(file) -> dict:
-    """Return the content of a file that `eval.py --data ... --out FILE` wrote.
-
-    Raises NoResult for any other file, and UserError for a result without a scored clip.
-    """
+    """Return the content of a result file. Raises UserError for any other file."""
     try:
         result = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise NoResult(f"cannot read the result file {file}: {error}.") from None
+        raise UserError(f"cannot read the result file {file}: {error}.") from None
     if not is_result(result):
-        raise NoResult(f"{file} is no result file: give what eval.py --data ... --out FILE wrote.")
-    if not result["n"]:
         raise UserError(
-            f"{file}: not one clip was scored, so it is no result; evaluate again, with the "
-            "--media_root that the sample file's paths start from."
+            f"{file} is no result file with scored clips: give a file that eval.py --data ... "
+            "--out FILE wrote."
         )
     return result
 
 
 def is_result(value) -> bool:
-    """Return True if `value` has the entries of a result file that the functions here read."""
+    """Return True if `value` has the entries of a result file and at least one prediction."""
     if not isinstance(value, dict) or not {*RATES, "n", "predictions"} <= value.keys():
         return False
-    return all(
-        isinstance(p, dict) and {"id", "answer", "predicted"} <= p.keys()
-        for p in value["predictions"]
-    )
+    predictions = value["predictions"]
+    keys = {"id", "answer", "predicted"}
+    return bool(predictions) and all(isinstance(p, dict) and keys <= p.keys() for p in predictions)
 
 
 def dataset_of(names: set[str]) -> str:
     """Return one name for the data sets of the samples.
 
-    If all samples have the same name, this is the result. Names such as dfew/fold1/test and
-    dfew/fold2/test give their common first part, dfew. Different data sets give "".
+    Names such as dfew/fold1/test and dfew/fold2/test give their common first part, dfew. Different
+    data sets give "".
     """
     if len(names) == 1:
         return min(names)
@@ -508,23 +439,9 @@ def dataset_of(names: set[str]) -> str:
 
 
 def set_of(result: dict) -> str:
-    """Return the name of a result's data set: dfew for dfew/fold1/test.
-
-    A result without a data set gives the name of its sample file, such as dfew.json.
-    """
+    """Return the name of a result's data set, dfew for dfew/fold1/test, or else its sample file."""
     dataset = (result.get("dataset") or "").split("/")[0].lower()
     return dataset or Path(result.get("data") or "?").name
-
-
-def pair(war: float, uar: float) -> str:
-    """Return WAR/UAR in the form that the paper uses: "65.83/56.27"."""
-    return f"{war:.2f}/{uar:.2f}"
-
-
-def signed(d: dict, rate: str) -> str:
-    """Return the text of a difference and its interval. `d` is the result of `differences`."""
-    low, high = d[f"{rate}_difference_ci"]
-    return f"{d[f'{rate}_difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def paired(files: list[str]) -> tuple[list[dict], list[dict]]:
@@ -532,58 +449,59 @@ def paired(files: list[str]) -> tuple[list[dict], list[dict]]:
 
     Raises UserError unless both files have the same clips with the same labels.
     """
-    predictions_by_id = []
+    predictions_by_clip = []
     for file in files:
         predictions = read_result(file)["predictions"]
-        by_id = {p["id"]: p for p in predictions}
-        num_repeated = len(predictions) - len(by_id)
+        predictions_by_clip.append({(p["id"], lower(p["answer"])): p for p in predictions})
+        num_repeated = len(predictions) - len({p["id"] for p in predictions})
         if num_repeated:
             raise UserError(
-                f"{file}: {num_repeated} clips occur more than once, so they cannot be "
-                "matched by id; evaluate on a sample file that has every clip once."
+                f"{file}: {num_repeated} clips occur more than once, so they cannot be matched by "
+                "id; evaluate on a sample file that has every clip once."
             )
-        predictions_by_id.append(by_id)
 
-    first, second = predictions_by_id
-    only_first = first.keys() - second.keys()
-    only_second = second.keys() - first.keys()
-    relabelled = {
-        i for i in first.keys() & second.keys() if label_of(first[i]) != label_of(second[i])
-    }
-    unmatched = only_first | only_second | relabelled
-    if unmatched:
+    first, second = predictions_by_clip
+    only_first, only_second = first.keys() - second.keys(), second.keys() - first.keys()
+    if only_first or only_second:
+        clip, label = min(only_first | only_second)
         raise UserError(
-            f"{files[0]} and {files[1]} are not of the same clips: "
-            f"{len(only_first)} are only in the first, {len(only_second)} only in the second, "
-            f"{len(relabelled)} have two labels (say {min(unmatched)}); "
-            "evaluate both models on the same sample file."
+            f"{files[0]} and {files[1]} have different clips or labels: {len(only_first)} clips "
+            f"are only in the first file, {len(only_second)} only in the second (for example "
+            f"{clip}, label {label}); evaluate both models on the same sample file."
         )
-    return list(first.values()), [second[i] for i in first]
+    return list(first.values()), [second[clip] for clip in first]
 
 
 def compare(files: list[str], seed: int = 0) -> str:
-    """Return the comparison of two result files on the same clips as text.
-
-    It shows the rates of both models, the 2 x 2 counts, the differences with intervals, and the p
-    value of McNemar's test: for the strict and for the normalised answers.
-    """
+    """Return the `differences` of two result files as text, strict and normalised."""
     predictions_a, predictions_b = paired(files)
     truth, *words_a = words_of(predictions_a)
     _, *words_b = words_of(predictions_b)
     lines = [f"A  {files[0]}", f"B  {files[1]}", f"{len(truth)} clips"]
     for name, a, b in zip(("strict", "normalised"), words_a, words_b):
         d = differences(truth, a, b, seed)
+        war, uar = format_changes(d)
         lines += [
             "",
-            f"{name}: A {pair(*d['a'])}   B {pair(*d['b'])}   (WAR/UAR)",
+            f"{name}: A {slashed(*d['a'])}   B {slashed(*d['b'])}   (WAR/UAR)",
             f"  {'':<8}{'B right':>9}{'B wrong':>9}",
             f"  {'A right':<8}{d['both']:>9}{d['only_a']:>9}",
             f"  {'A wrong':<8}{d['only_b']:>9}{d['neither']:>9}",
-            f"  B - A: WAR {signed(d, 'war')}   UAR {signed(d, 'uar')}   "
-            "95 % intervals, paired bootstrap",
+            f"  B - A: WAR {war}   UAR {uar}   95 % intervals, paired bootstrap",
             f"  exact McNemar test: p = {d['p']:.3g}",
         ]
     return "\n".join(lines)
+
+
+def format_changes(d: dict) -> list[str]:
+    """Return the texts of the WAR and UAR differences, with signs and intervals."""
+    return [with_interval(d, f"{rate}_difference", "+.2f") for rate in ("war", "uar")]
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    """Return the lines of a markdown table. The first row holds the headings."""
+    heading, *lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return [heading, "|---" * len(rows[0]) + "|", *lines]
 
 
 def modality_table(results: dict[str, dict], seed: int = 0) -> str:
@@ -591,46 +509,38 @@ def modality_table(results: dict[str, dict], seed: int = 0) -> str:
 
     `results` maps each setting, "full" first, to its result: one model on one sample file. The
     differences are over the clips that both settings have, because a clip without sound is left out
-    of the setting "audio". The last two columns show EPC/EEA/FCR of lib/reasoning.py and the share
-    of outputs that claim to have seen or heard something, whether or not the modality was present.
-    If the sample file has cues, they show the cues stated per cue of that sense instead.
+    of the setting "audio". The last column is the share of completions that claim to have seen or
+    heard something, whether or not the modality was present. If the sample file has cues, it is the
+    number of stated cues per cue of that sense instead.
     """
-    lines = [
-        "| setting | clips | WAR/UAR | normalised | WAR - full | UAR - full | EPC/EEA/FCR | "
-        "claims seen/heard |",
-        "|---" * 8 + "|",
-    ]
+    headings = (
+        "setting, clips, WAR/UAR, normalised, WAR - full, UAR - full, EPC/EEA/FCR, "
+        "claims seen/heard"
+    )
+    rows = [headings.split(", ")]
     full = {p["index"]: p for p in results["full"]["predictions"]}
     for name, r in results.items():
-        war_change = uar_change = ""
+        changes = ["", ""]
         if name != "full":
-            rows = [p for p in r["predictions"] if p["index"] in full]
-            truth, answers, _ = words_of(rows)
-            _, full_answers, _ = words_of([full[p["index"]] for p in rows])
-            d = differences(truth, full_answers, answers, seed)
-            war_change, uar_change = signed(d, "war"), signed(d, "uar")
-
+            shared = [p for p in r["predictions"] if p["index"] in full]
+            truth, answers, _ = words_of(shared)
+            _, full_answers, _ = words_of([full[p["index"]] for p in shared])
+            changes = format_changes(differences(truth, full_answers, answers, seed))
         claims = [
-            f"cues_{sense}_claimed" if f"cues_{sense}_claimed" in r else f"claims_{sense}"
-            for sense in ("seen", "heard")
+            r.get(f"cues_{sense}_claimed", r.get(f"claims_{sense}")) for sense in ("seen", "heard")
         ]
-        cells = [
-            name,
-            str(r["n"]),
-            pair(r["war"], r["uar"]),
-            pair(r["war_normalised"], r["uar_normalised"]),
-            war_change,
-            uar_change,
-            join_rates(r, ["epc", "eea", "fcr"]),
-            join_rates(r, claims),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def join_rates(result: dict, keys: list[str]) -> str:
-    """Return the rates of these keys, separated by "/"; "-" stands for a missing rate."""
-    return "/".join("-" if result.get(key) is None else f"{result[key]:.2f}" for key in keys)
+        rows.append(
+            [
+                name,
+                str(r["n"]),
+                slashed(r["war"], r["uar"]),
+                slashed(r["war_normalised"], r["uar_normalised"]),
+                *changes,
+                slashed(*(r.get(rate) for rate in ("epc", "eea", "fcr"))),
+                slashed(*claims),
+            ]
+        )
+    return "\n".join(markdown(rows))
 
 
 def mean_of_folds(results: dict[str, dict]) -> tuple[np.ndarray, np.ndarray]:
@@ -638,24 +548,22 @@ def mean_of_folds(results: dict[str, dict]) -> tuple[np.ndarray, np.ndarray]:
 
         mean = sum_k x_k / K          std^2 = sum_k (x_k - mean)^2 / (K - 1), 0 for one fold
 
-    `results` maps the file of each fold to its result. As in the literature, each fold has the same
-    weight; this is not the rate over all clips. Test folds are disjoint: raises UserError if two
-    share a clip or belong to different data sets.
+    `results` maps the file of each fold to its result. Each fold has the same weight, as in the
+    literature. Raises UserError if two folds share a clip or belong to different data sets.
     """
     sets = sorted({set_of(result) for result in results.values() if result.get("dataset")})
     if len(sets) > 1:
         raise UserError(
             f"{', '.join(results)} are of different data sets ({', '.join(sets)}); "
-            "give the folds of one."
+            "give the folds of one data set."
         )
     for a, b in itertools.combinations(results, 2):
-        clips_a = {p["id"] for p in results[a]["predictions"]}
-        clips_b = {p["id"] for p in results[b]["predictions"]}
+        clips_a, clips_b = ({p["id"] for p in results[file]["predictions"]} for file in (a, b))
         shared = clips_a & clips_b
         if shared:
             raise UserError(
-                f"{a} and {b} share {len(shared)} clips (say {min(shared)}), so they are no two "
-                "folds of one data set; leave one of them out."
+                f"{a} and {b} share {len(shared)} clips (for example {min(shared)}), so they are "
+                "not two folds of one data set; leave one of them out."
             )
     values = np.array([[r[rate] for rate in RATES] for r in results.values()])  # (K, 4)
     return values.mean(0), values.std(0, ddof=min(1, len(values) - 1))
@@ -664,25 +572,20 @@ def mean_of_folds(results: dict[str, dict]) -> tuple[np.ndarray, np.ndarray]:
 def folds(files: list[str]) -> str:
     """Return one line per result file of a fold, and two lines with mean and standard deviation.
 
-    Each fold has its own training set. So the results of five folds come from five models, unless
-    the model was not trained on this data set at all.
+    Each fold has its own training set, so it needs its own model, unless the model was not trained
+    on this data set at all.
     """
     results = {file: read_result(file) for file in files}
     mean, std = mean_of_folds(results)
+    rows = [(file, r["n"], [r[rate] for rate in RATES]) for file, r in results.items()]
     width = max(map(len, files))
-
-    def line(name: str, values, n="") -> str:
-        return f"{name:<{width}}{n:>8}" + "".join(f"{v:>16.2f}" for v in values)
-
     lines = [f"{'':<{width}}{'clips':>8}" + "".join(f"{rate:>16}" for rate in RATES)]
-    for file, result in results.items():
-        lines.append(line(file, [result[rate] for rate in RATES], result["n"]))
-    return "\n".join([*lines, line("mean", mean), line("std", std)])
+    for name, n, rates in [*rows, ("mean", "", mean), ("std", "", std)]:
+        lines.append(f"{name:<{width}}{n:>8}" + "".join(f"{rate:>16.2f}" for rate in rates))
+    return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------
-# The paper's table
-# ------------------------------------------------------------------------------------------------
+# ---- The paper's table ---------------------------------------------------------------------------
 
 
 def paper_row(name: str) -> str | None:
@@ -692,44 +595,31 @@ def paper_row(name: str) -> str | None:
     return rows[0] if len(rows) == 1 else None
 
 
-def paper_numbers(test_set: str) -> str:
-    """Return the paper's results on one of its data sets as text; "" for any other data set."""
-    if test_set not in PAPER_SETS:
-        return ""
-    rows = ", ".join(f"{row} {pair(*numbers[test_set])}" for row, numbers in PAPER.items())
-    return (
-        f"the paper's Table 1, {test_set.upper()}: {rows}\n"
-        f"(it names no split; {PAPER_SPLIT[test_set]})"
-    )
-
-
 def read_results(path: Path) -> dict[Path, dict]:
-    """Return file -> result for one result file, or for every result file of a folder.
+    """Return file -> result for one result file, or for all result files of a folder.
 
-    A folder may hold other json files, which are ignored. Raises UserError for a folder without a
-    result file.
+    Other json files of the folder are ignored. Raises UserError if it has no result file.
     """
     if not path.is_dir():
         return {path: read_result(path)}
 
     results = {}
     for file in sorted(path.glob("*.json")):
-        with contextlib.suppress(NoResult):
+        with contextlib.suppress(UserError):
             results[file] = read_result(file)
     if not results:
         raise UserError(
-            f"--table {path}: the folder holds no result file "
-            "(NAME.json, written by eval.py --out)."
+            f"the folder {path} holds no result file: evaluate a model with eval.py --out "
+            "FOLDER/NAME.json."
         )
     return results
 
 
 def row_name(file: Path, result: dict) -> str:
-    """Return the name of the table row that a result file belongs to.
+    """Return the name of the table row that a result file belongs to: the name of its folder.
 
-    It is the name of the folder. But a file called NAME.SET.json, where SET.json is its sample
-    file, belongs to the row NAME. So one folder can hold the results of several models, as in the
-    toy setup.
+    But a file called NAME.SET.json, where SET.json is its sample file, belongs to the row NAME. So
+    one folder can hold the results of several models, as in the toy setup.
     """
     name = file.stem.removesuffix("." + Path(result.get("data") or "").stem)
     return file.resolve().parent.name if name == file.stem else name
@@ -746,8 +636,8 @@ def table_rows(paths: list[str]) -> dict[str, dict[str, dict]]:
             name, folder = row_name(file, result), file.resolve().parent
             if folders.setdefault(name, folder) != folder:
                 raise UserError(
-                    f"--table: {folder} and {folders[name]} both give the row {name}; "
-                    "no two may be alike."
+                    f"{folder} and {folders[name]} both give the table row {name}; rename one of "
+                    "them."
                 )
             rows.setdefault(name, {}).setdefault(set_of(result), {})[str(file)] = result
     return rows
@@ -757,39 +647,28 @@ def table(paths: list[str]) -> str:
     """Return a markdown table in the form of the paper's Table 1, followed by its sources.
 
     It has one row per model and one column per data set, with the strict WAR/UAR. Several folds of
-    a data set are averaged. For the paper's data sets, the paper's number stands beside ours if the
-    name of the row matches one of the paper's rows.
+    a data set are averaged. The paper's number stands beside ours if the row's name matches.
     """
-    rows = table_rows(paths)
-    sets = {name for results in rows.values() for name in results}
-    # One of the paper's data sets is enough to give the table all three columns of the paper.
+    results_of_row = table_rows(paths)
+    sets = {name for results in results_of_row.values() for name in results}
+    # If there is one of the paper's data sets, the table has all three columns of the paper.
     paper_columns = PAPER_SETS if sets & set(PAPER_SETS) else ()
     columns = [*paper_columns, *sorted(sets - set(paper_columns))]
-    headings = [c.upper() if c in paper_columns else c for c in columns]
 
-    lines = ["| WAR/UAR | " + " | ".join(headings) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = [["WAR/UAR", *(c.upper() if c in paper_columns else c for c in columns)]]
     sources = []
-    for name, results in rows.items():
-        cells = [name]
+    for name, results in results_of_row.items():
+        rows.append([name])
         for column in columns:
-            files = results.get(column, {})
+            cell = "-"
+            if column in results:
+                cell = slashed(*mean_of_folds(results[column])[0][:2])
+                sources.append(f"- {name}, {column}: {source_of(results[column])}")
             paper = PAPER.get(paper_row(name), {}).get(column)
-            cells.append(table_cell(files, paper))
-            if files:
-                sources.append(f"- {name}, {column}: {source_of(files)}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *sources])
-
-
-def table_cell(results: dict[str, dict], paper: tuple[float, float] | None) -> str:
-    """Return the text of one cell: the mean over the results, and the paper's numbers if given."""
-    cell = "-"
-    if results:
-        war, uar = mean_of_folds(results)[0][:2]
-        cell = pair(war, uar)
-    if paper:
-        cell += f" (paper {pair(*paper)})"
-    return cell
+            if paper:
+                cell += f" (paper {slashed(*paper)})"
+            rows[-1].append(cell)
+    return "\n".join([*markdown(rows), "", *sources])
 
 
 def source_of(results: dict[str, dict]) -> str:

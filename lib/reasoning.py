@@ -1,39 +1,34 @@
-"""The emotions that an output names, and whether its reasoning supports its answer.
-
-The first half of this file maps words to emotions. `concluded` returns the emotion that a reasoning
-supports. The second half computes rates from that:
+"""The emotions that a completion names, and whether its reasoning supports its answer.
 
     p   the answer
     g   the label
-    e   the emotion that the reasoning alone concludes, by `concluded`
+    e   the emotion that the reasoning concludes: `concluded`
 
     EPC = P(p = e)              the reasoning agrees with the answer
     EEA = P(e = g)              the reasoning supports the label
     FCR = P(p = g and e = g)    the answer is correct, and so is the reasoning
 
 The names are those of ERV (arXiv 2510.23506). All rates are in percent. A reasoning without a
-conclusion agrees with no answer and no label. The share of such reasonings is reported separately.
+conclusion agrees with no answer and no label.
 
 `normalise` is for evaluation only. It must not reward the answer, because a policy finds every hole
 in an alias table.
 """
 
 import re
+from collections import Counter
 
 import numpy as np
 
-# ------------------------------------------------------------------------------------------------
-# Words
-# ------------------------------------------------------------------------------------------------
+# ---- Words ---------------------------------------------------------------------------------------
 
 # The vocabulary of the training sets: the seven words of DFEW, and four more of MAFW.
 DFEW_WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
 VOCABULARY = (*DFEW_WORDS, "contemptuous", "disappointed", "helpless", "anxious")
 
-# Other words that people and models write for each word of the vocabulary. The table is written by
-# hand, and each alias has one target. Words that fit two targets are left out on purpose: upset,
-# frustrated, excited, hopeless, indifferent, horrified, tense. So is `calm`: it is a label of
-# RAVDESS, and it means none of the eleven words.
+# Other words for each word of the vocabulary, chosen by hand. Words that fit two targets are left
+# out on purpose: upset, frustrated, excited, hopeless, indifferent, horrified, tense. So is `calm`:
+# it is a label of RAVDESS, and it means none of the eleven words.
 ALIASES = {
     "happy": "happiness happily joy joyful joyous cheerful glad delighted delight pleased elated "
     "amused amusement gleeful overjoyed",
@@ -53,8 +48,7 @@ ALIASES = {
 }
 _TARGET = {alias: word for word, aliases in ALIASES.items() for alias in (word, *aliases.split())}
 
-# One of these words denies an emotion word that follows it directly or after one other word, as in
-# "not very happy".
+# One of these words denies an emotion word shortly after it, as in "not very happy".
 _NEGATIONS = frozenset(
     "not no non never neither nor without isn't aren't wasn't weren't don't doesn't didn't "
     "cannot can't hardly".split()
@@ -75,18 +69,18 @@ def stated(text: str, reach: int = 2, denials: frozenset[str] = _NEGATIONS) -> l
 
 
 def normalise(word: str) -> str | None:
-    """Return the word of the vocabulary that an answer means, or None.
+    """Return the word of the vocabulary that an answer means.
 
-    The result is None if no known word occurs, if every known word is denied ("not happy"), or if
-    two different emotions are named ("happy and sad"). An answer must commit to one emotion.
+    The result is None if the answer names no emotion, denies it ("not happy"), or names two
+    different ones ("happy and sad"). An answer must commit to one emotion.
     """
     emotions = set(stated(word))
     return emotions.pop() if len(emotions) == 1 else None
 
 
-# A quotation ends at its closing mark and contains no second opening mark. So the search takes
-# linear time even for a text of nothing but marks. Inside a word, the closing single mark is an
-# apostrophe and does not end a quotation.
+# A quotation, in straight double marks or in curly double or single marks. It contains no second
+# opening mark, so the search takes linear time even for a text of nothing but marks. Inside a word,
+# the closing single mark is an apostrophe and does not end a quotation.
 _QUOTED = re.compile(
     r"\"([^\"]*)\""
     r"|\u201c([^\u201c\u201d]*)\u201d"
@@ -95,39 +89,29 @@ _QUOTED = re.compile(
 _CLAUSE_END = re.compile(r"[.,;:!?()\n\u2013\u2014]|--|\bbut\b|\byet\b|\bhowever\b")
 
 
-def quotations(text: str) -> list[str]:
-    """Return the quotations of a text, in order, without their marks.
-
-    The marks are "...", \u201c...\u201d and \u2018...\u2019.
-    """
-    return ["".join(groups) for groups in _QUOTED.findall(text)]
-
-
 def clauses(text: str) -> list[str]:
     """Return the clauses of a text in lower case, with straight apostrophes, without quotations.
 
-    A quotation holds the words of somebody in the clip. If the text quotes "I fear nothing", the
-    text itself does not state fear.
+    A quotation holds words spoken in the clip: a text that quotes "I fear nothing" states no fear.
     """
     return _CLAUSE_END.split(_QUOTED.sub(" ", text).lower().replace("\u2019", "'"))
 
 
 def concluded(reasoning: str) -> str | None:
-    """Return the emotion that a reasoning concludes, or None if it states no emotion.
+    """Return the last emotion that a reasoning states outside of quotations, or None.
 
-    It is the last emotion that the reasoning states outside of quotations. A denial reaches four
-    words ahead in its clause: "no clear sign of anger", "sad rather than angry".
+    A denial reaches four words ahead in its clause: "no clear sign of anger", "sad rather than
+    angry".
     """
     denials = _NEGATIONS | {"than", "instead"}
     emotions = [word for clause in clauses(reasoning) for word in stated(clause, 4, denials)]
     return emotions[-1] if emotions else None
 
 
-# ------------------------------------------------------------------------------------------------
-# Measures
-# ------------------------------------------------------------------------------------------------
+# ---- Measures ------------------------------------------------------------------------------------
 
-RESAMPLES = 1000
+RESAMPLES = 1000  # of the bootstrap
+SENSES = ("seen", "heard")
 
 # A clause with one of these words claims that something was seen, or heard. A clause with a word of
 # _DENIED makes no claim: "no sound can be heard".
@@ -152,12 +136,16 @@ def lower(word: str | None) -> str | None:
     return None if word is None else word.strip().lower()
 
 
+def percent(values) -> float:
+    """Return the mean of numbers or truth values, times 100."""
+    return 100.0 * float(np.mean(values))
+
+
 def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int = 0) -> dict:
     """Return the rates of a result file that measure the reasoning.
 
-    `predictions` have "text" (the output), "answer" (the label), "predicted" (the answer) and
-    "concluded". `rows` are the rows of the sample file. They may have "cues" (see `cue_rates`) and
-    "transcript", the words spoken in the clip. With the prompt "label" the outputs have no
+    `rows` are the rows of the sample file, one per prediction. They may have "cues" (`cue_rates`)
+    and "transcript", the words spoken in the clip. With the prompt "label" the completions have no
     reasoning, so epc, eea and fcr are None.
     """
     if prompt == "label":
@@ -171,22 +159,15 @@ def summarise(predictions: list[dict], rows: list[dict], prompt: str, seed: int 
     )
     texts = [p["text"] for p in predictions]
     claims_of_texts = [claims(text) for text in texts]
-    for sense in ("seen", "heard"):
-        share = float(np.mean([claim[sense] for claim in claims_of_texts]))
-        result[f"claims_{sense}"] = 100.0 * share
-
+    for sense in SENSES:
+        result[f"claims_{sense}"] = percent([claim[sense] for claim in claims_of_texts])
     if all("cues" in row for row in rows):
         result |= cue_rates(texts, [row["cues"] for row in rows])
 
-    errors = [
-        quote_error(text, str(row["transcript"]))
-        for text, row in zip(texts, rows)
-        if "transcript" in row
-    ]
+    errors = [quote_error(text, str(row.get("transcript", ""))) for text, row in zip(texts, rows)]
     errors = [error for error in errors if error is not None]
     if errors:
-        result["quote_error"] = 100.0 * float(np.mean(errors))
-        result["quoted_clips"] = len(errors)
+        result |= {"quote_error": percent(errors), "quoted_clips": len(errors)}
     return result
 
 
@@ -197,10 +178,9 @@ def reasoning_of(text: str) -> str:
 
 
 def agrees(answer: str | None, conclusion: str | None) -> bool:
-    """Return True if the answer, in lower case, is the emotion that the reasoning concludes.
+    """Return True if the answer, in lower case, names the emotion that the reasoning concludes.
 
-    Different words for one emotion agree: the answer "anger" agrees with the conclusion "angry". A
-    reasoning without a conclusion agrees with no answer.
+    The answer "anger" agrees with the conclusion "angry".
     """
     if answer is None or conclusion is None:
         return False
@@ -212,13 +192,11 @@ def faithfulness(
 ) -> dict:
     """Return EPC, EEA and FCR with their 95 % intervals, and two more rates.
 
-    The arguments are the labels, answers and conclusions of n outputs, in lower case.
+    The arguments are the labels, answers and conclusions of n completions, in lower case.
     "unconcluded_rate" is the share of reasonings without a conclusion. "right_without_reason" is
     the share of the correct answers whose reasoning does not conclude the label.
     """
     n = len(truth)
-    if n == 0:
-        return {}
     agreed = np.array([agrees(p, e) for p, e in zip(answers, conclusions)])
     answer_correct = np.array([p == g for g, p in zip(truth, answers)])
     reasoning_correct = np.array([e == g for g, e in zip(truth, conclusions)])
@@ -229,24 +207,24 @@ def faithfulness(
         ("eea", reasoning_correct),
         ("fcr", answer_correct & reasoning_correct),
     ):
-        result[name] = 100.0 * float(hits.mean())
+        result[name] = percent(hits)
         # A bootstrap resample draws n clips with replacement. The number of hits among them is
         # binomial, so it is drawn directly.
         draws = np.random.default_rng([seed, n]).binomial(n, hits.mean(), RESAMPLES) / n
         result[f"{name}_ci"] = [100.0 * float(x) for x in np.percentile(draws, (2.5, 97.5))]
 
-    num_correct = max(1, answer_correct.sum())
     num_without_reason = (answer_correct & ~reasoning_correct).sum()
-    result["unconcluded_rate"] = 100.0 * sum(e is None for e in conclusions) / n
-    result["right_without_reason"] = 100.0 * float(num_without_reason / num_correct)
+    share = num_without_reason / max(1, answer_correct.sum())
+    result["unconcluded_rate"] = 100.0 * conclusions.count(None) / n
+    result["right_without_reason"] = 100.0 * float(share)
     return result
 
 
 def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
-    """Return how well the outputs state the cues that their clips have.
+    """Return how well the completions state the cues that their clips have.
 
     `cues` holds {"seen": {"brows": "raised", ...}, "heard": {...}} for each clip. A cue is stated
-    if its word occurs in the reasoning, or in the whole output if it has no <think> block.
+    if its word occurs in the reasoning.
 
     cue_recall           share of the true cues that are stated
     cue_precision        share of the stated cues that are true
@@ -254,29 +232,25 @@ def cue_rates(texts: list[str], cues: list[dict]) -> dict[str, float]:
     cues_heard_claimed   the same for hearing. For silent clips it shows how much a model claims to
                          have heard nevertheless.
     """
-    senses = ("seen", "heard")
     # All cue words of a sense that occur in any clip.
-    cue_words = {sense: {word for c in cues for word in c[sense].values()} for sense in senses}
-    num_correct = num_stated = num_true = 0
-    claimed, possible = dict.fromkeys(senses, 0), dict.fromkeys(senses, 0)
-
-    for text, clip_cues in zip(texts, cues):
+    cue_words = {sense: {word for c in cues for word in c[sense].values()} for sense in SENSES}
+    num_true = num_correct = 0
+    stated_cues, clip_cues = Counter(), Counter()  # number per sense
+    for text, of_clip in zip(texts, cues):
         words = set(re.findall(r"[a-z]+", reasoning_of(text).lower()))
-        for sense in senses:
-            true_cues = set(clip_cues[sense].values())
-            stated_cues = words & cue_words[sense]
-            num_correct += len(stated_cues & true_cues)
-            num_stated += len(stated_cues)
-            num_true += len(true_cues)
-            claimed[sense] += len(stated_cues)
-            possible[sense] += len(clip_cues[sense])
+        for sense in SENSES:
+            true, claimed = set(of_clip[sense].values()), words & cue_words[sense]
+            num_true += len(true)
+            num_correct += len(claimed & true)
+            stated_cues[sense] += len(claimed)
+            clip_cues[sense] += len(of_clip[sense])
 
     rates = {
         "cue_recall": 100.0 * num_correct / max(1, num_true),
-        "cue_precision": 100.0 * num_correct / max(1, num_stated),
+        "cue_precision": 100.0 * num_correct / max(1, stated_cues.total()),
     }
-    for sense in senses:
-        rates[f"cues_{sense}_claimed"] = 100.0 * claimed[sense] / max(1, possible[sense])
+    for sense in SENSES:
+        rates[f"cues_{sense}_claimed"] = 100.0 * stated_cues[sense] / max(1, clip_cues[sense])
     return rates
 
 
@@ -285,8 +259,7 @@ def claims(text: str) -> dict[str, bool]:
 
     -> {"seen": bool, "heard": bool}
 
-    A clause that denies something claims nothing. Quotations are the words of somebody in the clip,
-    so they are left out: in 'says "I never look"' the quotation neither denies nor claims.
+    A clause that denies something claims nothing. Quotations neither deny nor claim.
     """
     words_of_clauses = [set(re.findall(r"[a-z']+", clause)) for clause in clauses(text)]
     claiming = [words for words in words_of_clauses if not words & _DENIED]
@@ -306,19 +279,16 @@ def quote_error(text: str, transcript: str) -> float | None:
 
     The result is None if the text quotes nothing or the transcript is empty.
     """
-    quoted, spoken = plain_words(" ".join(quotations(text))), plain_words(transcript)
+    quotations = ["".join(groups) for groups in _QUOTED.findall(text)]
+    quoted, spoken = plain_words(" ".join(quotations)), plain_words(transcript)
     if not quoted or not spoken:
         return None
 
-    # Edit distance by dynamic programming. After i rounds, edits[j] is the distance between the
-    # first i quoted words and the first j spoken words.
-    positions = np.arange(len(spoken) + 1)
-    edits = positions
+    # After round i, edits[j] is the edit distance between i quoted words and j spoken words.
+    edits = list(range(len(spoken) + 1))
     for i, word in enumerate(quoted, 1):
-        substitution_cost = [word != other for other in spoken]
-        # A quoted word is deleted or substituted.
-        new = np.minimum(edits[1:] + 1, edits[:-1] + substitution_cost)
-        # Or spoken words are inserted: the minimum over k <= j of new[k] + (j - k).
-        new = np.concatenate(([i], new))
-        edits = np.minimum.accumulate(new - positions) + positions
-    return float(edits[-1] / len(spoken))
+        previous, edits = edits, [i]
+        for j, other in enumerate(spoken):
+            substituted = previous[j] + (word != other)
+            edits.append(min(substituted, previous[j + 1] + 1, edits[j] + 1))
+    return edits[-1] / len(spoken)

@@ -4,6 +4,7 @@ metrics.jsonl remains the record of a run. If a tracker fails, one warning is pr
 receives no more rows, and the run continues.
 """
 
+import contextlib
 import hashlib
 import importlib
 import re
@@ -17,10 +18,7 @@ PROJECT = "r1-omni"
 
 
 def check_tracker(tracker: str) -> None:
-    """Raise UserError if the package of a tracker is missing.
-
-    The scripts call this before they load anything.
-    """
+    """Raise UserError if the package of a tracker is missing, before a model is loaded."""
     if tracker == "none":
         return
     try:
@@ -34,70 +32,57 @@ def check_tracker(tracker: str) -> None:
 class Mirror:
     """A copy of metrics.jsonl in a tracker. A resumed run continues under the same name.
 
-    `log` is the function that prints the warning if the tracker fails.
+    `log` prints the warning if the tracker fails.
     """
 
     def __init__(self, tracker: str, folder: Path, config: dict, log=print):
         self.tracker, self.log = tracker, log
         self.send: Callable[[dict, int], None] | None = None  # None after a failure
-        try:
+        with self._warn_and_stop():
             self.send = self._open(folder, config)
-        except Exception as error:
-            self._disable(error)
 
     def add(self, rows: list[dict]) -> None:
         """Send the numbers in rows of metrics.jsonl. Other values are left out."""
         for row in rows:
-            if self.send is None:
-                return
             numbers = {
                 name: value
                 for name, value in row.items()
                 if name != "step" and isinstance(value, int | float)
             }
-            try:
-                self.send(numbers, row["step"])
-            except Exception as error:
-                self._disable(error)
+            if self.send:
+                with self._warn_and_stop():
+                    self.send(numbers, row["step"])
 
-    def _disable(self, error: Exception) -> None:
-        """Stop sending rows, and print a warning."""
-        self.send = None
-        self.log(
-            f"\nwarning: --log {self.tracker} failed ({type(error).__name__}: {error}); the run "
-            "goes on without it"
-        )
+    @contextlib.contextmanager
+    def _warn_and_stop(self):
+        """If the body fails, print a warning and send no more rows."""
+        try:
+            yield
+        except Exception as error:
+            self.send = None
+            self.log(
+                f"\nwarning: --log {self.tracker} failed ({type(error).__name__}: {error}); "
+                "the run continues without it"
+            )
 
     def _open(self, folder: Path, config: dict) -> Callable[[dict, int], None]:
         """Start the tracker, and return a function that sends a row and its step."""
         package = importlib.import_module(PACKAGES[self.tracker])
         if self.tracker == "tensorboard":
-            return _open_tensorboard(package, folder)
+            writer = package.SummaryWriter(str(folder / "tensorboard"))
 
-        # The name depends on the folder alone, so a resumed run keeps it. wandb forbids / \ # ? % :
-        # in an id.
-        folder_hash = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-        name = re.sub(r"[^\w.-]", "_", folder.resolve().name)[:80] + "-" + folder_hash
+            def send(row: dict, step: int) -> None:
+                for name, value in row.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
 
-        # wandb resumes a run by its id, Trackio by its name.
-        settings = {}
-        if self.tracker == "wandb":
-            settings = {"id": name, "dir": str(folder)}
+            return send
+
+        # The name depends on the folder alone, so a resumed run keeps it. wandb resumes a run by
+        # its id, which may not contain / \ # ? % : and Trackio resumes a run by its name.
+        folder = folder.resolve()
+        folder_hash = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        name = re.sub(r"[^\w.-]", "_", folder.name)[:80] + "-" + folder_hash
+        settings = {"id": name, "dir": str(folder)} if self.tracker == "wandb" else {}
         run = package.init(project=PROJECT, name=name, config=config, resume="allow", **settings)
-
-        def send(row: dict, step: int) -> None:
-            run.log(row, step=step)
-
-        return send
-
-
-def _open_tensorboard(package, folder: Path) -> Callable[[dict, int], None]:
-    """Start a TensorBoard writer, and return a function that sends a row and its step."""
-    writer = package.SummaryWriter(str(folder / "tensorboard"))
-
-    def send(row: dict, step: int) -> None:
-        for name, value in row.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return send
+        return run.log
