@@ -437,8 +437,8 @@ def check_geometry(path: str, config, towers: dict) -> None:
     patches = towers["vision"].image_size // towers["vision"].patch_size
     if patches % 2:
         raise UserError(
-            f"the vision tower of {path} makes {patches} x {patches} patches; use one that makes an "
-            "even number."
+            f"the vision tower of {path} makes {patches} x {patches} patches; use one with an even "
+            "number."
         )
 
 

@@ -148,8 +148,8 @@ def inspect(args: Args) -> None:
     config = Config.read(find_file(args.model, "config.json"))
     plan = make_plan(HumanOmni, config, args.model, None, None, None, args.towers)
     print(report(plan, args.train), flush=True)
-    if plan.faults:
-        raise UserError(" ".join(plan.faults))
+    if plan.fault:
+        raise UserError(plan.fault)
 
 
 def main() -> None:
