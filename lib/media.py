@@ -28,8 +28,7 @@ NO_FRAMES = np.zeros((0, 0, 0, 3), np.uint8)
 # A number of packets. In a longer stream, seeking is cheaper than decoding everything.
 SEEK_ABOVE = 2_000
 
-# A file of a few bytes can declare terabytes of content. A file that exceeds one of these limits is
-# faulty or hostile.
+# A file of a few bytes can declare terabytes. A file that exceeds a limit is faulty or hostile.
 MAX_PIXELS = 4096 * 2304  # per picture: 4K
 MAX_SIDE = 4096  # per picture, in pixels: a picture is padded to a square of its longer side
 MAX_PACKETS = 2**20  # per stream: ten hours of video
@@ -59,12 +58,10 @@ OPENING = LIMITS | {
     "pattern_type": "none",
 }
 
-# Titles may be in any encoding. PyAV 19 and later reads them without this argument, and no longer
-# accepts it.
+# Titles may be in any encoding. PyAV 19 reads them without this argument, and does not accept it.
 ANY_TITLE = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
-# The exceptions that reading may raise. PyAV before 19 raises IndexError for a packet of a stream
-# that the header did not declare.
+# What reading may raise; IndexError by PyAV before 19, for a packet of a stream of no header.
 DAMAGE = (av.error.FFmpegError, OSError, ValueError, IndexError)
 
 # libav has one allocation limit for the whole process, by default 2 GiB. Some builds of PyAV hide
@@ -79,9 +76,8 @@ with contextlib.suppress(AttributeError, OSError):
 def frame_indices(num_decoded: int, num_frames: int) -> np.ndarray:
     """Return the indices (F,) of the frames that are taken from `num_decoded` frames.
 
-    The frames are divided into `num_frames` equal parts, and the middle of each part is taken. The
-    parts have equal numbers of frames and not equal durations. numpy rounds halves to even, as the
-    reference code does; the added 1e-6 moves exact halves up.
+    The middle of each of `num_frames` parts with equal numbers of frames is taken. numpy rounds
+    halves to even, as the reference code does; the added 1e-6 moves exact halves up.
     """
     middles = np.arange(num_frames) + 0.5  # (F,)
     return np.round((num_decoded - 1) / num_frames * middles + 1e-6).astype(int)
@@ -101,18 +97,23 @@ def read_clip(
     """
     path = Path(path)
     try:
-        size, is_folder = path.stat().st_size, path.is_dir()
+        return _read_clip(path, num_frames, max_audio_seconds, modal)
+    except ClipError as error:
+        raise ClipError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ClipError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # a name that is too long, a loop of links, a null byte
         raise ClipError(f"{path}: cannot be opened: {error}") from None
 
+
+def _read_clip(path: Path, num_frames: int, max_audio_seconds: float, modal: Modal) -> Clip:
+    """Read a clip as `read_clip` does. The messages of the errors do not contain the path."""
     notes: list[str] = []
-    if is_folder:
+    if path.is_dir():
         frames, audio = _read_folder(path, num_frames), None
         notes.append("a folder of frames has no sound: silence")
-    elif size == 0:  # also of pipes and devices, of which reading might never end
-        raise ClipError(f"{path}: the file is empty")
+    elif path.stat().st_size == 0:  # also of pipes and devices, of which reading might never end
+        raise ClipError("the file is empty")
     else:
         frames = NO_FRAMES if modal == "audio" else _read_video(path, num_frames, notes)
         audio = None if modal == "video" else _read_audio(path, max_audio_seconds, notes)
@@ -131,7 +132,7 @@ def open_media(path: Path):
         # libav returns EINVAL for a format that is not on the whitelist.
         if getattr(error, "errno", None) == errno.EINVAL:
             reason = f"its format is none of {FORMATS}"
-        raise ClipError(f"{path}: cannot be opened: {reason}") from None
+        raise ClipError(f"cannot be opened: {reason}") from None
 
     for stream in (*container.streams.video, *container.streams.audio):
         if stream.codec_context is not None:
@@ -155,8 +156,8 @@ class Budget:
     It counts pixels and not seconds, so that a slow machine accepts the same clips as a fast one.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.pixels = path, MAX_DECODED
+    def __init__(self):
+        self.pixels = MAX_DECODED
 
     def require(self, context, num_frames: int = 1) -> int:
         """Return the pixels that decoding frames costs. Raises ClipError if fewer are left.
@@ -166,8 +167,7 @@ class Budget:
         pixels = num_frames * max(context.width * context.height, 2**16)
         if pixels > self.pixels:
             raise ClipError(
-                f"{self.path}: too long for its size: more than {MAX_DECODED} pixels would have to "
-                "be decoded"
+                f"too long for its size: more than {MAX_DECODED} pixels would have to be decoded"
             )
         return pixels
 
@@ -177,16 +177,16 @@ class Budget:
             # A packet that turns out to be damaged counts, too.
             self.pixels -= self.require(packet.stream.codec_context)
             for frame in packet.decode():
-                _check_size(frame, self.path)
+                _check_size(frame)
                 yield frame
 
 
-def _check_size(picture, path: Path) -> None:
+def _check_size(picture) -> None:
     """Raise ClipError if a frame, or the frames that a decoder declares, are too large."""
     if picture.width * picture.height > MAX_PIXELS or max(picture.width, picture.height) > MAX_SIDE:
         raise ClipError(
-            f"{path}: has pictures of {picture.width} x {picture.height}, more than {MAX_PIXELS} "
-            f"pixels or {MAX_SIDE} at a side"
+            f"has pictures of {picture.width} x {picture.height}, more than {MAX_PIXELS} pixels or "
+            f"{MAX_SIDE} at a side"
         )
 
 
@@ -212,6 +212,7 @@ def _skip_damaged(packets, decode, errors: list[str]):
 class Track:
     """The packets of one video stream."""
 
+    path: Path
     index: int  # among all streams of the file
     context: object  # the codec context of the decoder; None if the codec is unknown
     # For every packet: its presentation time in the time base of the stream, and whether it is a
@@ -219,6 +220,7 @@ class Track:
     times: list[int | None] = dataclasses.field(default_factory=list)
     is_key: list[bool] = dataclasses.field(default_factory=list)
     num_expected: int = 0  # number of frames that the stream should have
+    is_damaged: bool = False  # whether reading the packets ended with an error
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -230,18 +232,18 @@ def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
     with open_media(path) as container:
         if not video_streams(container) and container.streams.audio:
             return NO_FRAMES
-        tracks, is_damaged = _find_tracks(container, path)
+        tracks = _find_tracks(container, path)
 
     if not tracks:
-        raise ClipError(f"{path}: has neither video nor sound")
+        raise ClipError("has neither video nor sound")
     if not any(track.context for track in tracks):
-        raise ClipError(f"{path}: its video codec is unknown")
+        raise ClipError("its video codec is unknown")
 
     # All streams share one budget, so that many streams do not multiply the limit.
-    budget = Budget(path)
+    budget = Budget()
     decodable = [track for track in tracks if track.context and track.times]
     for track in decodable[:MAX_STREAMS]:
-        frames = _read_track(track, is_damaged, num_frames, budget)
+        frames = _read_track(track, num_frames, budget)
         if frames is not None:
             if track is not tracks[0]:
                 notes.append(
@@ -250,20 +252,16 @@ def _read_video(path: Path, num_frames: int, notes: list[str]) -> np.ndarray:
                 )
             notes += track.notes
             return frames
-    raise ClipError(f"{path}: no frame can be decoded")
+    raise ClipError("no frame can be decoded")
 
 
-def _find_tracks(container, path: Path) -> tuple[list[Track], bool]:
-    """Read all packets of a file once, without decoding them.
-
-    Returns the video streams, and whether reading the packets ended with an error.
-    """
-    tracks = {s.index: Track(s.index, s.codec_context) for s in video_streams(container)}
+def _find_tracks(container, path: Path) -> list[Track]:
+    """Read all packets of a file once, without decoding them. Returns the video streams."""
+    tracks = {s.index: Track(path, s.index, s.codec_context) for s in video_streams(container)}
     # The time base of a stream is the length of its time unit in seconds.
     time_base = {s.index: float(s.time_base or 0) for s in container.streams}
     # The end of the last packet of any stream in seconds. The sound may last longer than the video.
     end = 0.0
-    is_damaged = False
     try:
         for packet in container.demux():
             index = packet.stream_index
@@ -272,11 +270,12 @@ def _find_tracks(container, path: Path) -> tuple[list[Track], bool]:
             track = tracks.get(index)
             if track and packet.size and not packet.is_discard:
                 if len(track.times) == MAX_PACKETS:
-                    raise ClipError(f"{path}: too long: more than {MAX_PACKETS} packets of video")
+                    raise ClipError(f"too long: more than {MAX_PACKETS} packets of video")
                 track.times.append(packet.pts)
                 track.is_key.append(packet.is_keyframe)
     except DAMAGE:
-        is_damaged = True
+        for track in tracks.values():
+            track.is_damaged = True
 
     declared_end = (container.duration or 0) / av.time_base  # s
     for index, track in tracks.items():
@@ -292,7 +291,7 @@ def _find_tracks(container, path: Path) -> tuple[list[Track], bool]:
         gap = time_base[index] * int(np.diff(times).max(initial=0))
         if not stream.frames and end < declared_end - gap - 0.5:
             track.notes.append(f"degraded: it ends after {end:.1f} of {declared_end:.1f} s")
-    return list(tracks.values()), is_damaged
+    return list(tracks.values())
 
 
 def _declared_frames(container, stream) -> int:
@@ -303,13 +302,13 @@ def _declared_frames(container, stream) -> int:
     return stream.frames
 
 
-def _read_track(track: Track, is_damaged: bool, num_frames: int, budget: Budget):
+def _read_track(track: Track, num_frames: int, budget: Budget) -> np.ndarray | None:
     """Return the frames of one stream as uint8 (F, H, W, 3), or None if none can be decoded."""
-    _check_size(track.context, budget.path)
+    _check_size(track.context)
     num_packets = len(track.times)
-    is_complete = not is_damaged and num_packets >= track.num_expected - 1
+    is_complete = not track.is_damaged and num_packets >= track.num_expected - 1
     if num_packets > SEEK_ABOVE and is_complete and None not in track.times:
-        frames = _read_by_seeking(track, num_frames, Budget(budget.path))
+        frames = _read_by_seeking(track, num_frames)
         if frames is not None:
             return frames
 
@@ -322,13 +321,13 @@ def _read_track(track: Track, is_damaged: bool, num_frames: int, budget: Budget)
     # Some packets were damaged or gave hidden frames: choose again among the decoded frames.
     if len(frames) != num_packets:
         numbers = frame_indices(len(frames), num_frames)
-        frames, num_errors = _decode_track(track, numbers, Budget(budget.path))
+        frames, num_errors = _decode_track(track, numbers, Budget())
 
-    if num_errors or is_damaged or len(frames) < track.num_expected - 1:
+    if num_errors or track.is_damaged or len(frames) < track.num_expected - 1:
         track.notes.append(
             f"degraded: {len(frames)} of {track.num_expected} frames could be decoded"
         )
-    return _stack([frames[number] for number in numbers], budget.path)
+    return _stack([frames[number] for number in numbers])
 
 
 def _decode_track(
@@ -346,14 +345,14 @@ def _decode_track(
         for frame in budget.decode([packet]):
             yield _upright(frame) if len(frames) in kept else None
 
-    with open_media(budget.path) as container:
+    with open_media(track.path) as container:
         packets = container.demux(container.streams[track.index])
         for frame in _skip_damaged(packets, decode, errors):
             frames.append(frame)
     return frames, len(errors)
 
 
-def _read_by_seeking(track: Track, num_frames: int, budget: Budget) -> np.ndarray | None:
+def _read_by_seeking(track: Track, num_frames: int) -> np.ndarray | None:
     """Return the frames of one stream as uint8 (F, H, W, 3), each decoded from its key frame on.
 
     Returns None if that would decode too much or if the index of the file is wrong.
@@ -366,24 +365,25 @@ def _read_by_seeking(track: Track, num_frames: int, budget: Budget) -> np.ndarra
     key_positions = np.where(track.is_key, np.arange(num_packets), 0)
     last_key = np.maximum.accumulate(key_positions)
     num_to_decode = int((chosen - last_key[chosen] + 1).sum())
+    budget = Budget()
     try:
         budget.require(track.context, num_to_decode)
-        return np.stack([_frame_at(track.index, track.times[i], budget) for i in chosen])
+        return np.stack([_frame_at(track, track.times[i], budget) for i in chosen])
     except (ClipError, *DAMAGE):
         return None
 
 
-def _frame_at(index: int, time: int, budget: Budget) -> np.ndarray:
-    """Return the frame of stream `index` with exactly the presentation time `time`."""
-    with open_media(budget.path) as container:
-        stream = container.streams[index]
+def _frame_at(track: Track, time: int, budget: Budget) -> np.ndarray:
+    """Return the frame with exactly the presentation time `time`."""
+    with open_media(track.path) as container:
+        stream = container.streams[track.index]
         container.seek(int(time), stream=stream, backward=True)
         for frame in budget.decode(container.demux(stream)):
             if frame.pts == time:
                 return _upright(frame)
             if frame.pts is not None and frame.pts > time:
                 break
-    raise ClipError(f"{budget.path}: no frame at time {time}")
+    raise ClipError(f"no frame at time {time}")
 
 
 def _upright(frame) -> np.ndarray:
@@ -394,10 +394,10 @@ def _upright(frame) -> np.ndarray:
     return np.rot90(picture.to_ndarray(), k=frame.rotation // 90)
 
 
-def _stack(frames: list[np.ndarray], path: Path) -> np.ndarray:
+def _stack(frames: list[np.ndarray]) -> np.ndarray:
     """Stack frames to (F, H, W, 3). Raises ClipError if their sizes differ."""
     if len({f.shape for f in frames}) > 1:
-        raise ClipError(f"{path}: the picture changes its size within the clip")
+        raise ClipError("the picture changes its size within the clip")
     return np.stack(frames)
 
 
@@ -408,28 +408,25 @@ def _read_folder(path: Path, num_frames: int) -> np.ndarray:
         parts = re.split(r"(\d+)", file.name)
         return [int(part) if part.isdecimal() else part for part in parts]
 
-    try:
-        files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural_order)
-    except OSError as error:
-        raise ClipError(f"{path}: cannot be opened: {error}") from None
+    files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural_order)
     if not files:
-        raise ClipError(f"{path}: the folder holds no pictures")
+        raise ClipError("the folder holds no pictures")
 
     numbers = frame_indices(len(files), num_frames).tolist()
-    budget = Budget(path)
+    budget = Budget()
     frames = {number: _read_picture(files[number], budget) for number in set(numbers)}
-    return _stack([frames[number] for number in numbers], path)
+    return _stack([frames[number] for number in numbers])
 
 
 def _read_picture(file: Path, budget: Budget) -> np.ndarray:
     """Return a picture file as uint8 (H, W, 3), upright. Raises ClipError."""
     if not file.is_file():  # reading a pipe might never end
-        raise ClipError(f"{file}: is no file")
-    with open_media(file) as container:
-        try:
+        raise ClipError(f"{file.name}: is no file")
+    try:
+        with open_media(file) as container:
             return _upright(next(budget.decode(container.demux(video=0))))
-        except (StopIteration, *DAMAGE) as error:
-            raise ClipError(f"{file}: cannot be decoded: {error}") from None
+    except (StopIteration, ClipError, *DAMAGE) as error:
+        raise ClipError(f"{file.name}: cannot be decoded: {error}") from None
 
 
 # ---- audio ---------------------------------------------------------------------------------------
@@ -461,7 +458,7 @@ def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray 
     if not blocks:
         reason = f" ({errors[-1]})" if errors else ""
         if is_sound_file:
-            raise ClipError(f"{path}: no readable sound in a sound file{reason}")
+            raise ClipError(f"no readable sound in a sound file{reason}")
         notes.append(f"unreadable audio{reason}: silence")
         return None
     if errors:
