@@ -24,8 +24,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters escaped: those of a clip's name or a completion could
-    change the state of the terminal."""
+    """Return the text with control characters escaped, which could steer the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

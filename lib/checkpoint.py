@@ -190,9 +190,7 @@ def map_tensors(file: Path, keys=None) -> dict[str, torch.Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return {key: tensors[key].detach() for key in keys or tensors}
     except Exception as error:  # damaged files raise many types
-        raise UserError(
-            f"cannot read weights from {file}: {type(error).__name__}: {error}"
-        ) from None
+        raise UserError(f"cannot read {file}: {type(error).__name__}: {error}") from None
 
 
 def headers(file: Path) -> dict[str, Stored]:
@@ -334,21 +332,18 @@ def describe_fault(what: str, missing, unexpected, mismatched) -> str:
 
     missing, unexpected: keys; mismatched: (key, stored shape, required shape)
     """
-    shapes = [
-        f"{key} is {tuple(stored)}, not {tuple(required)}" for key, stored, required in mismatched
-    ]
+    shapes = [f"{key} is {tuple(stored)}, not {tuple(shape)}" for key, stored, shape in mismatched]
     differences = [
-        f"{verb} {len(keys)} {noun} ({list_some(keys)})"
-        for verb, noun, keys in (
-            ("lacks", "weights", missing),
-            ("has", "unknown weights", unexpected),
-            ("has", "weights of other shapes", shapes),
+        f"{verb} ({list_some(keys)})"
+        for verb, keys in (
+            (f"lacks {len(missing)} weights", missing),
+            (f"has {len(unexpected)} unknown weights", unexpected),
+            (f"has {len(shapes)} weights of other shapes", shapes),
         )
         if keys
     ]
-    if not differences:
-        return ""
-    return f"{what} {' and '.join(differences)}; use weights and a config.json of the same model."
+    advice = "use weights and a config.json of the same model"
+    return f"{what} {' and '.join(differences)}; {advice}." if differences else ""
 
 
 # ---- planning: what can be checked before a weight is read --------------------------------------
@@ -459,14 +454,11 @@ def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, towers, 
             weights = stock_tower(name, plan.source[name], dtype)
             tensors |= {key: tensor.to(device) for key, tensor in weights.items()}
 
-    index = {
-        key: stored
-        for key, stored in plan.index.items()
-        if key in plan.ours or key.startswith(UNUSED)
-    }
-    for key, tensor in read_tensors(index):
-        if key in plan.ours:
-            tensors[plan.ours[key]] = tensor.to(device=device, dtype=dtype, copy=True)
+    ours = plan.ours
+    used = {key: plan.index[key] for key in plan.index if key in ours or key.startswith(UNUSED)}
+    for key, tensor in read_tensors(used):
+        if key in ours:
+            tensors[ours[key]] = tensor.to(device=device, dtype=dtype, copy=True)
         else:
             model.unused[key] = tensor.clone()
     tensors |= initial_weights(model, tensors, dtype, device)
@@ -528,7 +520,7 @@ def fill_buffers(model, device) -> None:
 def read_side_files(model, path: str, bert: str) -> None:
     """Read the tokenizer files (some MB) and the end-of-turn ids into the model.
 
-    So a saved checkpoint is complete even if the source is deleted in the meantime.
+    A checkpoint can then be saved even if its source is deleted in the meantime.
     """
     for folder, names, subfolder in ((path, TOKENIZER_FILES, ""), (bert, BERT_FILES, "bert/")):
         for name in names:
@@ -587,10 +579,7 @@ def is_trained(model, tower: str) -> bool:
 
 
 def digest_of(parameters) -> str:
-    """Return the SHA-256 of the dtype and of 64 to 127 evenly spaced values of each tensor.
-
-    That is enough to distinguish weights. All values of a smaller tensor are taken.
-    """
+    """Return the SHA-256 of the dtype and of 64 to 127 evenly spaced values of each tensor."""
     digest = hashlib.sha256()
     for p in parameters:
         stride = max(1, p.numel() // 64)

@@ -11,8 +11,7 @@ import torch.distributed as dist
 
 from lib.args import UserError
 
-# How long a rank waits for the others. NCCL's default of 10 minutes would end a run whose rank 0 is
-# still saving to a slow disk.
+# How long a rank waits for the others, of which rank 0 may be saving to a slow disk.
 PATIENCE = datetime.timedelta(minutes=30)
 
 
@@ -99,8 +98,7 @@ def use_expandable_segments(device: torch.device) -> None:
     """Let the allocator's segments grow.
 
     Micro-batches differ in length, and fixed segments leave holes between them. A user's own
-    setting has precedence. If the driver refuses such memory (WSL2: pytorch issue 192330), segments
-    stay fixed.
+    setting has precedence. Some drivers refuse such memory (WSL2: pytorch issue 192330).
     """
     if {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         return

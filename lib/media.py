@@ -38,8 +38,7 @@ MAX_BLOCK = 2**27  # bytes that libav may allocate at once, for a picture or for
 MAX_ERRORS = 10_000  # damaged packets of one stream, after which its decoding stops
 SOUND_RATES = range(1_000, 768_001)  # Hz
 
-# Suffixes by which pictures and sound files are found in a folder. The type of a file that is read
-# is decided by its streams and not by its name.
+# Suffixes by which files are found in a folder. The type of a file is decided by its streams.
 IMAGES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 SOUNDS = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".au", ".aif", ".aiff"}
 
@@ -468,7 +467,7 @@ def _read_audio(path: Path, max_seconds: float, notes: list[str]) -> np.ndarray 
 
 
 def _resampler():
-    """Return a generator function from an audio packet to its samples at 16 kHz, in blocks (k,)."""
+    """Return a generator function from an audio packet to its samples at 16 kHz, in blocks."""
     # Without frame_size, PyAV passes all later frames on unchecked and unconverted if the first one
     # needs no resampling.
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE, frame_size=1024)

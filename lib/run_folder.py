@@ -38,16 +38,14 @@ LOGS = ("metrics.jsonl", "rollouts.jsonl", "skipped.jsonl")
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
 
-# Flags that may change when a run is resumed. They affect how the work is done or monitored, but
-# not what is learned.
+# Flags that may change when a run is resumed, because what is learned does not depend on them.
 MAY_CHANGE = set(
     "out resume overwrite workers save_every keep micro_batch towers checkpoint_layers "
     "feature_cache eval_data eval_every allow_changes media_root log".split()
 )
 # Entries of config.json that are recorded for information and never compared.
 NEVER_COMPARED = {"argv", "torch", "world_size", "model_resolved"}
-# Flags that set the length of a run. They may change when a run is resumed, but the learning-rate
-# schedule depends on them.
+# Flags that may change, too, but the learning-rate schedule depends on them.
 LENGTH_FLAGS = {"max_steps", "epochs"}
 
 # Shells and schedulers write their own logs, of these file types, into a run's folder.
@@ -55,10 +53,9 @@ FOREIGN_LOG_SUFFIXES = (".log", ".out", ".err", ".txt")
 
 
 def read_rows(path: Path) -> Iterator[dict]:
-    """Yield the rows of a jsonl file, one at a time.
+    """Yield the rows of a jsonl file. A missing file has none. Raises UserError.
 
-    Lines that are not a JSON object are skipped, such as a last line that is half written. A
-    missing file has no rows. Raises UserError for another file that cannot be read.
+    Lines that are not a JSON object are skipped, such as a last line that is half written.
     """
     try:
         # Only "\n" ends a row. Completions can contain U+2028 and similar characters, which do not.
@@ -93,13 +90,11 @@ def find_damage(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint folder, or None if it matches its manifest."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
-        for name, (size, sha256) in files.items():
-            actual_size = (checkpoint / name).stat().st_size
-            if actual_size != size:
-                return f"{name} has {actual_size} bytes and not {size}"
-            if digest(checkpoint / name) != sha256:
+        for name, recorded in files.items():
+            file = checkpoint / name
+            if [file.stat().st_size, digest(file)] != recorded:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None if STATE in files else f"{STATE} is not listed"
 
@@ -156,19 +151,14 @@ def foreign_files(out: Path, feature_cache: str | None) -> list[str]:
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run. Only rank 0 writes, but every rank must call the methods."""
 
-    Only rank 0 writes. Every rank must call the methods, because some of them wait for all ranks.
-    """
-
-    # Sends the rows of metrics.jsonl to the tracker of --log. Only rank 0 has one.
-    mirror: Mirror | None = None
+    mirror: Mirror | None = None  # sends the rows of metrics.jsonl to the tracker of --log
 
     def __init__(self, args, ranks: Ranks, start_model: str = ""):
         """Create the folder, or prepare it for a resumed run.
 
-        `start_model` is the fingerprint of the weights that the run starts from, which are also the
-        reference model of the KL penalty.
+        `start_model` is the fingerprint of the weights that the run starts from.
         """
         self.path, self.ranks, self.keep = Path(args.out), ranks, args.keep
         self.checkpoints = self.path / "checkpoints"
@@ -200,9 +190,7 @@ class RunFolder:
 
     def _config(self, args, start_model: str) -> dict:
         """Return the content of config.json: the flags and what identifies the run's inputs."""
-        # --model may be a link such as RUN/latest, which later points to another folder, so its
-        # target is recorded too.
-        model = Path(args.model)
+        model = Path(args.model)  # may be a link such as RUN/latest, which later points elsewhere
         reward_files = {
             spec: digest(Path(spec.rpartition(":")[0]))
             for spec in getattr(args, "rewards", [])
@@ -289,7 +277,7 @@ class RunFolder:
     def cut_logs(self, lengths: dict[str, int]) -> None:
         """Cut the logs back to the lengths in bytes that a checkpoint recorded.
 
-        The resumed run writes the later rows again, so each row is in the log exactly once.
+        The resumed run writes the later rows again.
         """
         files = [file for name in LOGS if (file := self.path / name).exists()]
         for file in files if self.ranks.is_main else []:
