@@ -24,7 +24,7 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """Return the text with control characters escaped, which could steer the terminal."""
+    """Return the text with its control characters escaped: they could change the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -173,7 +173,7 @@ def run_main(main, args_cls, prog: str | None = None, first: str | None = None) 
     try:
         main(parse_args(args_cls, prog=prog))
         sys.stdout.flush()
-    except BrokenPipeError:  # a reader such as `head` has ended: exit as the shell would
+    except BrokenPipeError:  # `head` or the like has ended: exit silently, as the shell would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os._exit(141) if dist.is_initialized() else sys.exit(141)
     except Exception as error:

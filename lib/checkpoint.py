@@ -513,7 +513,7 @@ def fill_buffers(model, device) -> None:
         if leaf == "position_ids":
             value += torch.arange(buffer.shape[-1], device=device)
         elif leaf != "token_type_ids":
-            raise UserError(f"unknown buffer {name}; install transformers as in requirements.txt.")
+            raise UserError(f"unknown buffer {name}: install transformers as in requirements.txt.")
         model.get_submodule(owner).register_buffer(leaf, value, persistent=False)
 
 
