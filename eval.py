@@ -71,9 +71,7 @@ class Args:
     out: str | None = None  # result file, FILE.json, of --data or --clip
     seed: int = 0  # of the bootstrap; greedy decoding uses no random numbers
     # -- what the model is given and asked
-    prompt: Literal["think", "label"] = (
-        "think"  # requested form: reasoning and answer, or only the label
-    )
+    prompt: Literal["think", "label"] = "think"  # ask for reasoning and answer, or only the label
     question: str | None = None  # text file; its question replaces those of the sample file
     choices: list[str] = list_of()  # words to list in the prompt; or dfew, mafw, ravdess
     modal: Modal = "video_audio"  # parts of a clip that the model gets

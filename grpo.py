@@ -59,9 +59,7 @@ LOG_TOKENS = False  # rollouts.jsonl also holds the log-prob and the KL of every
 class Args(TrainArgs):
     epochs: float = 2.0
     # -- sampling
-    prompt: Literal["think", "label"] = (
-        "think"  # requested form: reasoning and answer, or only the label
-    )
+    prompt: Literal["think", "label"] = "think"  # ask for reasoning and answer, or only the label
     prompts_per_step: int = 16  # clips per step, over all ranks
     num_generations: int = 8  # G, completions per clip
     max_new_tokens: int = 512  # longest completion

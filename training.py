@@ -51,9 +51,7 @@ class TrainArgs:
     data: str  # sample file (json or jsonl)
     media_root: str | None = None  # folder of the clips; default: the folder of --data
     allow_labels: bool = False  # accept labels outside the vocabulary
-    feature_cache: str | None = (
-        None  # folder to keep the towers' outputs in, for later epochs and runs
-    )
+    feature_cache: str | None = None  # folder to keep the towers' outputs in, for later runs
     workers: int = 2  # processes that read media, per rank
     # -- what the model is given
     modal: Modal = "video_audio"  # parts of a clip that the model gets
@@ -65,9 +63,7 @@ class TrainArgs:
     max_steps: int = 0  # number of steps; 0: as many as --epochs needs
     epochs: float = 1.0  # passes over the data, if --max_steps is 0
     lr: float = 1e-6  # peak learning rate
-    schedule: Literal["linear", "cosine", "constant"] = (
-        "linear"  # of the learning rate, after the warm-up
-    )
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # after the warm-up
     lr_floor: float = 0.0  # lowest learning rate, as a share of the peak; 0: falls to 0
     # -- precision and memory
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the working weights
