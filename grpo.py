@@ -1,8 +1,8 @@
 """GRPO: reinforcement learning with verifiable rewards, from a cold-started model and labels alone.
 
-For each step: take a few clips; sample G completions for each of them; reward every completion by
-rule (accuracy + format, eq. 5); compare it with the other completions in its group (eq. 4); make
-the better ones more likely, within a trust region (clip) and near the starting model (KL, eq. 3).
+For each step: sample G completions for each of a few clips; reward every completion by rule
+(accuracy + format, eq. 5); compare it with the other completions in its group (eq. 4); make the
+better ones more likely, within a trust region (clip) and near the starting model (KL, eq. 3).
 
     python grpo.py --model runs/emer_sft/latest --data rl.json --media_root clips --out runs/r1
     torchrun --nproc_per_node=8 grpo.py --model StarJiaxing/EMER-SFT-0.5B --data rl.json \\
@@ -12,12 +12,7 @@ Read `train` first: it is the whole algorithm, step by step.  The functions that
 above it.  Equations are those of R1-Omni (arXiv 2503.05379), unless DeepSeekMath (arXiv 2402.03300)
 is named.
 
-Departures from the public reference code of R1-Omni: the towers (video and audio encoders) run once
-per clip and not 2G + 1 = 17 times; the prompt runs once per group; the full distribution is sampled
-(no hidden top-k); with several updates per rollout the ratio is against the policy before the first
-of them, so that it clips (there it is always 1); the KL is the reverse KL of eq. 3 (`--kl k3` for
-the reference code's); answers are compared regardless of case; a clip that cannot be read is
-skipped and counted, never replaced.
+docs/departures.md lists the departures from the public reference code of R1-Omni.
 
 Step     one rollout and the updates on it        Update   one optimizer step
 Legend   B prompts on this rank (b in a micro-batch)   G completions per prompt
@@ -59,9 +54,8 @@ LOG_TOKENS = False  # rollouts.jsonl also holds the log-prob and the KL of every
 class Args(TrainArgs):
     epochs: float = 2.0
     # -- sampling
-    prompt: Literal["think", "label"] = (
-        "think"  # requested form: reasoning and answer, or only the label
-    )
+    prompt: Literal["think", "label"] = "think"  # requested form of the completion
+    # think: reasoning and answer; label: only the label
     prompts_per_step: int = 16  # clips per step, over all ranks
     num_generations: int = 8  # G, completions per clip
     max_new_tokens: int = 512  # longest completion
@@ -142,7 +136,7 @@ def advantages(
 
 
 def global_std(rewards: torch.Tensor, ranks: Ranks) -> float:
-    """Unbiased standard deviation of the step's rewards over all ranks.  All ranks must call it."""
+    """Unbiased standard deviation of the step's rewards.  All ranks must call it."""
     x = rewards.double()
     sums = torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))
     n, total, squares = ranks.all_reduce_(sums).tolist()
@@ -200,7 +194,8 @@ def grpo_loss(
 
     weighted = loss.masked_fill(~mask, 0.0) * token_weights(mask, agg)
     if denominator is None:
-        denominator = local_denominator(mask, agg, max_length)
+        B, G, T = mask.shape
+        denominator = loss_denominator(agg, B * G, mask.sum(), max_length or T)
     total = weighted.sum() / denominator
 
     with torch.no_grad():
@@ -211,23 +206,17 @@ def grpo_loss(
 
 
 def token_weights(mask: torch.Tensor, agg: str) -> torch.Tensor:
-    """Weight of each token in the sum.  mask (B, G, T) -> (B, G, T)
-
-    With agg "seq" the tokens of a completion share a weight of 1; otherwise each token has 1.
-    """
-    if agg == "seq":
+    """Weight of each token in the sum.  mask (B, G, T) -> (B, G, T)"""
+    if agg == "seq":  # the tokens of a completion share a weight of 1
         return mask / mask.sum(-1, keepdim=True).clamp(min=1)
     return mask.float()
 
 
-def local_denominator(mask: torch.Tensor, agg: str, max_length: int | None):
-    """What the weighted sum is divided by, if these completions are all there are."""
-    num_completions = mask.shape[0] * mask.shape[1]
+def loss_denominator(agg: str, num_completions, num_tokens, max_length: int):
+    """What the weighted sum is divided by."""
     if agg == "seq":
         return num_completions
-    if agg == "token":
-        return mask.sum()
-    return num_completions * (max_length or mask.shape[2])
+    return num_tokens if agg == "token" else num_completions * max_length
 
 
 def clip_metrics(
@@ -313,7 +302,6 @@ def unclipped_loss(
 ) -> torch.Tensor:
     """The loss with another gate than the clip.  (B, G, T)"""
     if gate == "cispo":
-        # The ratio only weights the log-probs, so no token ever loses its gradient.
         return -(rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0))
     return -(rho * A)
 
@@ -357,13 +345,7 @@ def sample_completions(model, processor, batch: PromptBatch, args: Args) -> Roll
     G, limit = args.num_generations, args.max_new_tokens
     if len(batch) == 0:
         empty = torch.zeros(0, G, dtype=torch.long, device=model.device)
-        return Rollout(
-            completions=empty[..., None],
-            lengths=empty,
-            finished=empty.bool(),
-            logps=empty[..., None].float(),
-            texts=[],
-        )
+        return Rollout(empty[..., None], empty, empty.bool(), empty[..., None].float(), texts=[])
 
     embeds, mask = embed(model, batch)  # (B, P, D), (B, P)
     completions, lengths, logps = generate(
@@ -375,10 +357,10 @@ def sample_completions(model, processor, batch: PromptBatch, args: Args) -> Roll
     finished = torch.isin(last_token, torch.tensor(model.eos_ids, device=model.device))
 
     # One transfer for each tensor: fetching a number at a time, the host would wait for the GPU.
-    texts = []
-    for group_ids, group_lengths in zip(completions.tolist(), lengths.tolist()):
-        pairs = zip(group_ids, group_lengths)
-        texts.append([processor.decode(ids[:length]) for ids, length in pairs])
+    texts = [
+        [processor.decode(ids[:length]) for ids, length in zip(group_ids, group_lengths)]
+        for group_ids, group_lengths in zip(completions.tolist(), lengths.tolist())
+    ]
     return Rollout(completions, lengths, finished, logps, texts)
 
 
@@ -387,9 +369,9 @@ def compute_rewards(
 ) -> dict[str, torch.Tensor]:
     """Call every reward function on every completion.  -> name -> (B, G), unweighted"""
     lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
-    completions = []  # B x G
-    for b, sample in enumerate(batch.samples):
-        group = [
+    completions = [  # B * G pairs of a sample and a completion
+        (
+            sample,
             Completion(
                 text=text,
                 answer=sample.answer,
@@ -398,17 +380,15 @@ def compute_rewards(
                 limit=args.max_new_tokens,
                 prompt=args.prompt,
                 row=sample.row,
-            )
-            for g, text in enumerate(rollout.texts[b])
-        ]
-        completions.append(group)
+            ),
+        )
+        for b, sample in enumerate(batch.samples)
+        for g, text in enumerate(rollout.texts[b])
+    ]
 
     rewards = {}
     for reward in reward_functions:
-        values = [
-            [reward(completion, sample.id) for completion in group]
-            for sample, group in zip(batch.samples, completions)
-        ]
+        values = [reward(completion, sample.id) for sample, completion in completions]
         values = torch.tensor(values, device=rollout.lengths.device)
         rewards[reward.name] = values.view(rollout.lengths.shape)  # also if B is 0
     return rewards
@@ -422,7 +402,7 @@ def sum_rewards(
 
 
 def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> torch.Tensor:
-    """Advantages of a rollout that has its total rewards.  -> (B, G).  All ranks must call it."""
+    """Advantages of a rollout, from its total rewards.  -> (B, G).  All ranks must call it."""
     rewards = rollout.total_rewards
     batch_std = global_std(rewards, ranks) if args.scale == "batch" else None
     if len(rollout) == 0:
@@ -497,8 +477,8 @@ def split_minibatches(
 ) -> list[Minibatch]:
     """Cut a rollout into `num_minibatches` disjoint sets of prompts.  All ranks must call it.
 
-    A prompt's minibatch depends on its position within the step alone (`start_position`: the
-    step's first position in the run), so it is the same for any number of ranks.
+    A prompt's minibatch depends on its position in the step alone, for any number of ranks.
+    start_position: the step's first position in the run.
     """
     M, N = args.num_minibatches, args.prompts_per_step
     offsets = [(position - start_position) % N for position in batch.indices]  # 0 .. N - 1
@@ -527,12 +507,8 @@ def loss_denominators(
     tokens = rollout.lengths.sum(1).tolist()  # of each prompt's group
     counts = [[len(part) * args.num_generations, sum(tokens[b] for b in part)] for part in rows]
     counts = torch.tensor(counts, dtype=torch.float64, device=ranks.device)
-    num_completions, num_tokens = ranks.all_reduce_(counts).t().tolist()
-    if args.agg == "seq":
-        return num_completions
-    if args.agg == "token":
-        return num_tokens
-    return [n * args.max_new_tokens for n in num_completions]
+    totals = ranks.all_reduce_(counts).tolist()
+    return [loss_denominator(args.agg, *total, args.max_new_tokens) for total in totals]
 
 
 def prompts_with_gradient(rollout: Rollout, args: Args) -> list[int]:
@@ -582,9 +558,8 @@ def fill_old_logps(model, minibatches: list[Minibatch], args: Args) -> None:
 def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) -> bool:
     """Log how far trainer and sampler differ.  -> whether to refuse the step
 
-    Both score the same tokens under the same weights, so their log-probs differ by rounding alone.
-    A mean difference above MAX_LOGP_DIFF is a bug, and a step would train on it.  All ranks must
-    call it.
+    Both score the same tokens under the same weights, so their log-probs differ by rounding alone:
+    a mean difference above MAX_LOGP_DIFF is a bug.  All ranks must call it.
     """
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of |difference|, tokens
     for minibatch in minibatches:
@@ -613,8 +588,7 @@ def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) ->
 def train(run: Run, args: Args, ranks: Ranks) -> None:
     """GRPO: the whole algorithm.
 
-    Every rank makes the same number of updates, also with an empty batch: then it adds nothing to
-    the sums over ranks.
+    Every rank makes the same number of updates; with an empty batch it adds nothing to the sums.
     """
     model, optimizer, state = run.model, run.optimizer, run.state
     reward_functions = load_rewards(tuple(args.rewards), args.prompt)
@@ -687,15 +661,8 @@ def train(run: Run, args: Args, ranks: Ranks) -> None:
 
 def objective(args: Args) -> dict:
     """The flags that `grpo_loss` takes."""
-    return {
-        "ratio": args.ratio,
-        "gate": args.gate,
-        "clip_low": args.clip_low,
-        "clip_high": args.clip_high,
-        "agg": args.agg,
-        "beta": args.beta,
-        "kl": args.kl,
-    }
+    names = ("ratio", "gate", "clip_low", "clip_high", "agg", "beta", "kl")
+    return {name: getattr(args, name) for name in names}
 
 
 # ---- bookkeeping: docs/metrics.md explains every number ------------------------------------------
@@ -724,7 +691,7 @@ def log_step(
 ) -> dict:
     """Count and log a finished step: gather every rank's numbers and completions.  -> its row
 
-    Writes rollouts.jsonl; the row of metrics.jsonl is the caller's.  Advances `run.state`.
+    Writes rollouts.jsonl; the caller writes the row to metrics.jsonl.  Advances `run.state`.
     grad_norm: of the last update; None, and not in the row, if the step was refused.
     """
     step = run.state.step + 1
@@ -736,10 +703,9 @@ def log_step(
         meter.mean("agreement", sum(agree) / len(agree), len(rollout))
 
     decode = run.processor.tokenizer.decode if LOG_TOKENS else None
-    report = run.report(batch) | {
-        "meter": meter.totals(),
-        "rollouts": rollout_rows(batch, rollout, step, decode),
-    }
+    report = run.report(batch)
+    report["meter"] = meter.totals()
+    report["rollouts"] = rollout_rows(batch, rollout, step, decode)
     reports = run.ranks.gather([report])
     counts = run.finish_step(reports, updated, refused=grad_norm is None)
 
@@ -747,12 +713,8 @@ def log_step(
     row = step_row(step, run.epoch, lr, [r["meter"] for r in reports], timer, counts)
     completions = [line for r in reports for line in r["rollouts"]]
     run.folder.append("rollouts.jsonl", completions)
-    run.show_progress(
-        reward=row.get("reward"),
-        accuracy=row.get("rewards/accuracy/mean"),
-        agreement=row.get("agreement"),
-        kl=row.get("kl"),
-    )
+    shown = {name: row.get(name) for name in ("reward", "agreement", "kl")}
+    run.show_progress(accuracy=row.get("rewards/accuracy/mean"), **shown)
     if run.ranks.is_main and is_multiple(step, SHOW_EVERY):
         run.progress.write(best_and_worst(completions, step))
     return row
@@ -802,7 +764,7 @@ def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
 
 
 def check_objective(args: Args) -> None:
-    """Refuse flags that cannot work or mean nothing.  Raises UserError."""
+    """Raise UserError for flags that cannot work or mean nothing."""
     if args.num_generations < 2:
         raise UserError(
             f"--num_generations {args.num_generations}: a group needs two completions to compare; "
@@ -815,8 +777,8 @@ def check_objective(args: Args) -> None:
         )
     if args.gate == "cispo" and args.clip_high < 1:
         raise UserError(
-            f"--gate cispo --clip_high {args.clip_high}: with cispo, clip_high is the upper limit "
-            "of the ratio itself; use about 5."
+            "--gate cispo: --clip_high must be 1 or more, because it is the upper limit of the "
+            "ratio itself; use about 5."
         )
     if args.beta < 0:
         raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
@@ -831,18 +793,10 @@ def check_objective(args: Args) -> None:
             "--kl reward --beta 0: there is no KL to subtract; set --beta above 0, or leave out "
             "--kl."
         )
-    counts = (
-        args.prompts_per_step,
-        args.max_new_tokens,
-        args.update_epochs,
-        args.micro_batch,
-        args.num_minibatches,
-    )
-    if min(counts) < 1:
-        raise UserError(
-            "--prompts_per_step, --max_new_tokens, --update_epochs, --num_minibatches, "
-            "--micro_batch must be 1 or more."
-        )
+    counts = "prompts_per_step max_new_tokens update_epochs num_minibatches micro_batch"
+    for flag in counts.split():
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be 1 or more.")
     if args.num_minibatches > args.prompts_per_step:
         raise UserError(
             f"--num_minibatches {args.num_minibatches}: each minibatch needs a prompt, and "
@@ -851,19 +805,15 @@ def check_objective(args: Args) -> None:
 
 
 def idle_flags(args: Args) -> list[str]:
-    """Sentences about flags that were given and change nothing together with the others.
-
-    Without them an ablation would compare equal runs.
-    """
+    """Sentences about flags that change nothing beside the others: an ablation of equal runs."""
     given = {
         field.name
         for field in dataclasses.fields(args)
         if field.default is not dataclasses.MISSING and getattr(args, field.name) != field.default
     }
-    one_update = args.update_epochs * args.num_minibatches == 1
     reasons = [  # (whether it holds, flags that are idle then, why)
         (
-            one_update,
+            args.update_epochs * args.num_minibatches == 1,
             "ratio gate clip_low clip_high",
             "with one optimizer step per rollout the ratio is exactly 1, and every --ratio and "
             "--gate has the same gradient (--update_epochs or --num_minibatches add steps)",
@@ -875,18 +825,17 @@ def idle_flags(args: Args) -> list[str]:
         (args.schedule == "constant", "lr_floor", "--schedule constant does not fall"),
         (not args.eval_data, "eval_every", "there is no --eval_data"),
     ]
-    sentences = []
-    for holds, flags, why in reasons:
-        for flag in flags.split():
-            if holds and flag in given:
-                sentences.append(f"--{flag} {getattr(args, flag)} has no effect: {why}")
-    return sentences
+    return [
+        f"--{flag} {getattr(args, flag)} has no effect: {why}"
+        for holds, flags, why in reasons
+        for flag in flags.split()
+        if holds and flag in given
+    ]
 
 
 def refuse_sampling_filters(argv: list[str]) -> None:
     """End the program if a flag asks for a filter that other libraries have."""
-    for word in argv:
-        flag = word.split("=")[0]
+    for flag in (word.split("=")[0] for word in argv):
         if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
             sys.exit(
                 f"error: {flag}: training samples the full distribution, because the loss scores "
@@ -901,7 +850,6 @@ def refuse_sampling_filters(argv: list[str]) -> None:
 
 
 def main(args: Args) -> None:
-    """Read everything, train, print a summary."""
     ranks = start_ranks()
     check_objective(args)
     eval_sets = read_eval_sets(args)
