@@ -3,9 +3,8 @@
     path --read_clip--> Clip (frames, audio, notes) --Processor--> frames (F, 3, S, S), mel (M, T)
     sample file --read_samples--> [Sample] --ClipDataset, loader--> PromptBatch
 
-A clip that cannot be read never ends a run and is never replaced by another: `read_clip` raises
-ClipError, the dataset turns it into a BadClip, and the batch carries it in `bad`, to be counted and
-listed.
+A clip that cannot be read never ends a run and is never replaced by another: the dataset turns a
+ClipError into a BadClip, and the batch carries it in `bad`, to be counted and listed.
 
 Legend   B prompts   F frames taken from a clip   S side of the vision tower's input
          M mel channels   T mel frames   Q question length
@@ -62,7 +61,7 @@ def has_markup(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSpec:
-    """What the model is given of a clip, and how it is asked: in SFT, RL, evaluation, inference."""
+    """What the model is given of a clip, and how it is asked: the same for SFT, RL, evaluation."""
 
     modal: Modal = "video_audio"
     prompt: Prompt = "think"
@@ -96,18 +95,14 @@ class PromptSpec:
         )
 
     def rng(self, position: int) -> np.random.Generator:
-        """Random numbers of the prompt at one position of the run.
-
-        They are the same on any rank and after a resume.
-        """
+        """Random numbers of the prompt at one position of the run, on whichever rank it is."""
         # The offset keeps them apart from the sampler's.
         return np.random.Generator(np.random.Philox(key=[self.seed, position + 2**62]))
 
     def dropped_streams(self, position: int) -> set[str]:
         """The streams that silence ("audio") and grey ("video") replace in this prompt.
 
-        Their tokens stay, so the prompt keeps its form.  A prompt loses both only if the shares add
-        up to more than 1.
+        Their tokens stay.  A prompt loses both only if the shares add up to more than 1.
         """
         if self.mute == self.blank == 0:
             return set()
@@ -123,8 +118,7 @@ class PromptSpec:
         """A row's question in the requested form.
 
         "think" asks for reasoning and answer, "label" for the bare label, "row" asks what the row
-        asks.  "auto" depends on the target: "think" if it has tags, "label" if it is a word of the
-        vocabulary, else (a description, say) "row".
+        asks, "auto" what fits the target.
         """
         prompt = self.prompt
         if prompt == "auto":
@@ -146,9 +140,7 @@ def prompt_of_target(target: str) -> Prompt:
     """The form of the question that fits a target."""
     if "<answer>" in target:
         return "think"
-    if target.lower() in VOCABULARY:
-        return "label"
-    return "row"
+    return "label" if target.lower() in VOCABULARY else "row"  # row: a description, for example
 
 
 # What `--choices NAME` stands for.
@@ -192,7 +184,7 @@ def read_question(file: str | None) -> str | None:
 
 
 class Processor:
-    """Turns clips and questions into the model's inputs: in SFT, RL, evaluation and inference."""
+    """Turns clips and questions into the model's inputs."""
 
     def __init__(
         self,
@@ -218,10 +210,7 @@ class Processor:
     def from_pretrained(
         cls, path, vision_tower=None, audio_tower=None, bert=None, *, towers=None
     ) -> "Processor":
-        """Load from a checkpoint folder or hub id; towers as in HumanOmni.from_pretrained.
-
-        Raises UserError.
-        """
+        """As HumanOmni.from_pretrained.  Raises UserError."""
         path = str(path)
         config = read_json(find_file(path, "config.json"))
         vision = tower_source(path, config, "mm_vision_tower", vision_tower, towers)
@@ -232,7 +221,7 @@ class Processor:
         bert_config = read_json(find_file(bert, "config.json"))
         find_file(path, "tokenizer_config.json")
         generation = find_file(path, "generation_config.json", required=False)
-        # The sampler's own end tokens, so that every one of them is taken off a completion's text.
+        # The sampler's own end tokens: `decode` takes every one of them off.
         ends = end_ids(read_json(generation) if generation else {}, config)
         tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id not in ends:
@@ -268,8 +257,8 @@ class Processor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
 
         "pad" centres the picture on a grey square first (the reference's training), "stretch"
-        squashes it.  Bicubic with antialiasing on uint8, channels last: that kernel differs by at
-        most 2 of 255 from PIL's, with which the towers were trained; the float kernel by up to 8.
+        squashes it.  The bicubic kernel for uint8, channels last, differs by at most 2 of 255 from
+        PIL's, with which the towers were trained; the one for floats by up to 8.
         """
         if fit == "pad":
             count, height, width, _ = frames.shape
@@ -302,11 +291,8 @@ class Processor:
                 "(<|, <video> or <audio>); remove it."
             )
         media = "".join(MODALITIES[name].prompt for name in parts(modal))
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": media + question}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        turns = [{"role": "user", "content": media + question}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         placeholders = {modality.tag: modality.placeholder for modality in TABLE}
         ids = []
         for piece in re.split(f"({'|'.join(placeholders)})", text):
@@ -329,8 +315,7 @@ class Processor:
     def decode(self, ids) -> str:
         """Text of one completion, without its end token.
 
-        Special tokens in the middle stay visible: a policy that emits them must not look
-        well-formed.
+        Other special tokens stay: a completion that contains them must not look well-formed.
         """
         ids = list(ids)
         if ids and ids[-1] in self.ends:
@@ -372,7 +357,7 @@ def load_mel_extractor(path: str):
 
 
 def from_library(cls, source: str, what: str):
-    """cls.from_pretrained(source); raises UserError, in which `what` names the object."""
+    """cls.from_pretrained(source).  Raises UserError, in which `what` names the object."""
     try:
         return cls.from_pretrained(source)
     except Exception as error:  # the library raises many types, some with pages of text
@@ -406,8 +391,7 @@ def read_samples(file, media_root: str | None = None) -> list[Sample]:
             {"from": "human", "value": "<video>\\n<audio>\\nquestion"},
             {"from": "gpt", "value": target}]}
 
-    Relative paths start from `media_root`, by default the file's own folder.  Raises UserError that
-    names the file and the line.
+    Relative paths start from `media_root`, by default the file's own folder.  Raises UserError.
     """
     file = Path(file)
     try:
@@ -423,6 +407,13 @@ def read_samples(file, media_root: str | None = None) -> list[Sample]:
     return samples
 
 
+def json_fault(error: ValueError | RecursionError, where: str) -> UserError:
+    """What to raise for an error of the json library."""
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{where} is not valid JSON: {error.msg}.")
+    return UserError(f"{where} is too deeply nested or has too long a number: {error}.")
+
+
 def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
     """Rows of a jsonl file.  -> (line number, row)"""
     for line, row in enumerate(text.split("\n"), 1):
@@ -430,17 +421,13 @@ def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
             continue
         try:
             yield line, json.loads(row)
-        except json.JSONDecodeError as error:
-            with contextlib.suppress(ValueError, RecursionError):
+        except (RecursionError, ValueError) as error:
+            with contextlib.suppress(RecursionError, ValueError):
                 json.loads(text)
                 raise UserError(
                     f"{file} is JSON, but not a list of samples; write a list, or one row per line."
                 ) from None
-            raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
-        except (RecursionError, ValueError) as error:  # too deep; a number of thousands of digits
-            raise UserError(
-                f"{file} line {line} is too deeply nested or has too long a number: {error}."
-            ) from None
+            raise json_fault(error, f"{file} line {line}") from None
 
 
 def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
@@ -453,12 +440,8 @@ def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
         line, counted = line + text.count("\n", counted, at), at
         try:
             row, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} line {error.lineno} is not valid JSON: {error.msg}.") from None
         except (RecursionError, ValueError) as error:
-            raise UserError(
-                f"{file} line {line} is too deeply nested or has too long a number: {error}."
-            ) from None
+            raise json_fault(error, f"{file} line {getattr(error, 'lineno', line)}") from None
         yield line, row
         at = space.match(text, end).end()
     if text[at:].strip() != "]":
@@ -490,20 +473,14 @@ def make_sample(row, root: Path, where: str) -> Sample:
     question = re.sub(rf"^(\s*<({names})>\s*)+", "", human).strip()
     answer = parse_answer(target) if "<answer>" in target else target
     need(question, str, "the human turn has no question")
-    need(
-        not has_markup(question),
-        bool,
-        "the question contains chat markup (<|, <video> or <audio>); leave it out",
-    )
+    markup = "the question contains chat markup (<|, <video> or <audio>); leave it out"
+    need(not has_markup(question), bool, markup)
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
     dataset = str(row.get("dataset", ""))
     need("\0" not in clip, bool, "the path of the clip contains a null byte")
     # JSON can spell a lone surrogate, but no file name and no log can hold it.
-    need(
-        not re.search(r"[\ud800-\udfff]", clip + human + target + dataset),
-        bool,
-        "contains half a character (\\ud800 to \\udfff)",
-    )
+    surrogate = re.search(r"[\ud800-\udfff]", clip + human + target + dataset)
+    need(not surrogate, bool, "contains half a character (\\ud800 to \\udfff)")
     return Sample(
         id=clip,
         clip=root / clip,
@@ -535,34 +512,29 @@ def check_labels(samples: list[Sample], file, allow: bool) -> None:
 class FeatureCache:
     """The outputs of the frozen towers on disk, for later epochs and other runs.
 
-    The cache stores one small safetensors file per clip and modality. For the full-size towers a
-    file takes 2.4 MB (vision) or 1.3 MB (audio) in bf16, and twice that in fp32. The towers run on
-    each clip separately, so an entry equals, bit for bit, what the towers would compute again.
+    One safetensors file per clip and modality: at full size 2.4 MB (vision) or 1.3 MB (audio) in
+    bf16, and twice that in fp32.  The towers run on each clip separately, so an entry equals, bit
+    for bit, what they would compute again.
 
     The name of a file is a hash of the clip's path, size and modification time, the preprocessing,
-    the working dtype and the weights of the tower. If any of them changes, the old entry is not
-    found. A file is written under a temporary name and then renamed, so several processes may share
-    a folder.
+    the working dtype and the weights of the tower: if any of them changes, the entry is not found.
+    A file is written under a temporary name and renamed, so several processes may share a folder.
     """
 
     def __init__(self, folder: str, towers: dict[str, str], max_gb: float = 200.0):
-        """Open a cache in `folder`, created if necessary, that stops writing at `max_gb` GiB.
-
-        towers: a fingerprint of the tower for each modality, {"video": ..., "audio": ...}.
-        """
+        """`towers`: modality -> fingerprint.  The cache stops writing at `max_gb` GiB."""
         self.folder, self.towers = Path(folder), towers
         self.folder.mkdir(parents=True, exist_ok=True)
         used_bytes = sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
         self.free_bytes = max_gb * 2**30 - used_bytes
 
     def _file(self, key: str) -> Path:
-        """Return the path of an entry. The first word of `key` is the modality."""
         modality = key.split()[0]
         name = hashlib.sha256(f"{self.towers[modality]} {key}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def get(self, key: str) -> torch.Tensor | None:
-        """Return the features stored under `key`, or None if there are none or `key` is ""."""
+        """The features stored under `key`; None if there are none, or `key` is ""."""
         if not key:
             return None
         try:
@@ -571,13 +543,13 @@ class FeatureCache:
             return None
 
     def put(self, key: str, x: torch.Tensor) -> None:
-        """Store the features `x` under `key`, unless the cache is full or `key` is ""."""
+        """Store the features x under `key`, unless the cache is full or `key` is ""."""
         if not key or self.free_bytes <= 0:
             return
         file = self._file(key)
         file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(f".tmp{os.getpid()}")
-        # save_file is not used: only the owner could read its files, and a cache is shared.
+        # Not by save_file: only the owner could read its files, and a cache is shared.
         temporary.write_bytes(save({"x": x.cpu().contiguous()}))
         self.free_bytes -= temporary.stat().st_size
         os.replace(temporary, file)
@@ -598,7 +570,7 @@ class BadClip:
 class PromptBatch:
     """B prompts.  Features have a row for each prompt that has the modality, in order.
 
-    So have the media, once `encode_media` has left them: before, those of cached clips are missing.
+    So have the media that `encode_media` leaves; before it, those of cached clips are missing.
     """
 
     indices: list[int]  # position of each prompt in the run, which keys its random numbers
@@ -637,11 +609,10 @@ class PromptBatch:
         return self.map_tensors(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PromptBatch":
-        """Called by the loader: page-locked tensors go to the GPU while it computes."""
+        """Called by the loader: pinned tensors go to the GPU while it computes."""
         return self.map_tensors(lambda x: x.pin_memory())
 
     def has(self, modality: str) -> list[bool]:
-        """Whether each prompt has this modality."""
         return [MODALITIES[modality].placeholder in ids for ids in self.input_ids]
 
     def select(self, rows: list[int]) -> "PromptBatch":
@@ -682,8 +653,6 @@ class PromptBatch:
 
 @dataclasses.dataclass
 class PromptItem:
-    """Everything of one prompt."""
-
     position: int
     sample: Sample
     question: str  # as the model gets it
@@ -735,10 +704,7 @@ class ClipDataset(torch.utils.data.Dataset):
             return BadClip(sample.id, str(error))
 
     def make_item(self, position: int, sample: Sample, names: list[str]) -> PromptItem | None:
-        """The prompt with these modalities; None if it is a sound file and they include video.
-
-        Raises ClipError.
-        """
+        """The prompt with these modalities; None for a sound file if they include video."""
         processor, spec = self.processor, self.spec
         dropped = spec.dropped_streams(position)
         is_dropped = {name: MODALITIES[name].stream in dropped for name in names}
@@ -773,10 +739,10 @@ class ClipDataset(torch.utils.data.Dataset):
         )
 
     def feature_key(self, modality: str, clip: Path, dropped: bool = False) -> str:
-        """Names a clip's features by everything they depend on besides the tower.
+        """Names a clip's features by all that they depend on besides the tower; "" without a file.
 
-        That is the file and the preprocessing.  Of a folder it is every file in it, because the
-        folder's own time does not change when one of them is overwritten.  "" if there is no file.
+        Of a folder that is every file in it, because the folder's own time does not change when
+        one of them is overwritten.
         """
         try:
             files = sorted(clip.iterdir()) if clip.is_dir() else [clip]
@@ -795,7 +761,6 @@ class ClipDataset(torch.utils.data.Dataset):
 
 
 def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
-    """One batch of what a ClipDataset returned."""
     good = [item for item in items if isinstance(item, PromptItem)]
 
     Q = max((len(item.question_ids) for item in good), default=0)
@@ -813,7 +778,7 @@ def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
             media[name] = torch.stack(inputs)
         outputs = [item.features[name] for item in good if name in item.features]
         if outputs:
-            # One tensor where it is complete: each one that a worker sends takes a file handle.
+            # One tensor if possible: each one that a worker sends takes a file handle.
             complete = all(x is not None for x in outputs)
             features[name] = torch.stack(outputs) if complete else outputs
 
@@ -834,10 +799,7 @@ def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
 
 
 def loader(
-    dataset: ClipDataset,
-    batches: list[list[tuple[int, int]]],
-    workers: int = 2,
-    pin: bool = False,
+    dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: int = 2, pin: bool = False
 ) -> torch.utils.data.DataLoader:
     """One PromptBatch for each list of (position in the run, sample number), in order.
 
@@ -857,7 +819,7 @@ def loader(
 def leave_process_group(worker: int) -> None:
     """Let a worker process outlive a Ctrl-C or a SIGTERM of torchrun, which signal the whole group.
 
-    The main process finishes its step then, for which it needs its workers, and ends them itself.
+    The main process needs its workers to finish its step, and ends them itself.
     """
     os.setpgid(0, 0)
     # A forked worker has inherited the handler of `StopSignal`, which would ignore that end.
@@ -875,8 +837,8 @@ def training_batches(
     """This rank's (position in the run, sample number) for each of `steps` steps from `start` on.
 
     The run is one endless list: seeded permutations of the n samples, one after another.  A step
-    takes the next `per_step` positions, and rank r every world-th of them.  So the data of a step
-    depend on the seed and the position alone: not on the ranks, and not on where a run was resumed.
+    takes the next `per_step` positions, and rank r every world-th of them, so the data of a step do
+    not depend on the ranks or on where a run was resumed.
     """
     permutations: dict[int, np.ndarray] = {}
 

@@ -94,12 +94,9 @@ class Config:
     def read(cls, file: Path) -> "Config":
         """Read a checkpoint's config.json.  Raises UserError if it is another model's."""
         raw = read_json(file)
-        fields = [field for field in dataclasses.fields(cls) if field.name != "raw"]
-        missing = [
-            field.name
-            for field in fields
-            if field.default is dataclasses.MISSING and field.name not in raw
-        ]
+        fields = [f for f in dataclasses.fields(cls) if f.name != "raw"]
+        required = [f.name for f in fields if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in raw]
         if missing:
             raise UserError(
                 f"{file} lacks {', '.join(missing)}: this is not a HumanOmni checkpoint's "
@@ -132,10 +129,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """x * weight / sqrt(mean(x^2) + eps) over the last dimension.
-
-        One fused operation, which computes in fp32 also for bf16.
-        """
+        """x * weight / sqrt(mean(x^2) + eps) over the last dimension, in fp32 also for bf16."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -144,7 +138,7 @@ def rope_cos_sin(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary embedding of positions (B, L).  -> cos, sin (B, L, 1, d)
 
-    In the layout of halves: the angle of pair i rotates the entries i and i + d/2.
+    The angle of pair i rotates the entries i and i + d/2.
     """
     d = config.head_dim
     exponent = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)
@@ -218,16 +212,13 @@ def positions_of(mask: torch.Tensor) -> torch.Tensor:
 
 
 def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
-    """Which key each query may attend to.  mask (B, P) -> (B, 1, P, P)
-
-    None if no row is padded, because then plain causal attention does the same.
-    """
+    """Which key each query may attend to.  mask (B, P) -> (B, 1, P, P), or None: plain causal"""
     if bool(mask.all()):
         return None
     P = mask.shape[1]
     causal = torch.ones(P, P, dtype=torch.bool, device=mask.device).tril()
     visible = causal & mask[:, None, :]  # (B, P, P)
-    # A padded query attends to itself alone: a softmax over no key at all would be NaN.
+    # A padded query attends to itself: a softmax over no key would be NaN.
     visible |= torch.eye(P, dtype=torch.bool, device=mask.device)
     return visible[:, None]
 
@@ -245,9 +236,8 @@ def sdpa(q, k, v, mask=None, causal=False):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
     shared = q.shape[1] // k.shape[1]
     if q.is_cuda and shared > 1 and not (mask is None and can_use_flash(q)):
-        # The flash kernel takes shared heads, but neither a mask nor fp32.  The memory-efficient
-        # kernel takes both, but no shared heads.  The kernel that takes everything stores all
-        # scores.
+        # The flash kernel takes shared heads, but neither a mask nor fp32; the memory-efficient one
+        # takes both, but no shared heads; the one that takes everything stores all scores.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         shared = 1
     L, M = q.shape[2], k.shape[2]
@@ -290,7 +280,7 @@ class Backbone(nn.Module):
 
 class HumanOmni(nn.Module):
     def __init__(self, config: Config, vision, audio, bert):
-        """Build the model without weights.  vision, audio, bert: transformers configurations."""
+        """Build without loading weights.  vision, audio, bert: transformers configurations."""
         super().__init__()
         self.config = config
         self.model = Backbone(config, vision, audio, bert)
@@ -332,7 +322,7 @@ class HumanOmni(nn.Module):
         return self.model.audio_tower.config.max_source_positions // AUDIO_POOL
 
     def prompt_length(self, input_ids: list[list[int]]) -> int:
-        """P of the prompts' embeddings, before they are made."""
+        """P of the prompts' embeddings."""
 
         def length(token: int) -> int:
             modality = PLACEHOLDERS.get(token)
@@ -341,7 +331,7 @@ class HumanOmni(nn.Module):
         return max((sum(length(token) for token in row) for row in input_ids), default=0)
 
     def fingerprint(self) -> str:
-        """Identifies the weights: a resumed run must have started from the same ones."""
+        """Identifies the weights that a resumed run must have started from."""
         return digest_of(self.parameters())
 
     def tower_fingerprints(self) -> dict[str, str]:
@@ -383,12 +373,11 @@ class HumanOmni(nn.Module):
 
     # ---- the towers ----------------------------------------------------------------------------
 
-    # They run clip by clip.  The last bits of a matrix product depend on its number of rows.  So a
-    # clip's features depend on the clip alone, whatever other clips are in its batch, and it makes
-    # no difference which of them come from a cache.
+    # They run clip by clip, because the last bits of a matrix product depend on its number of rows.
+    # So a clip's features depend on the clip alone, whichever clips are in its batch or in a cache.
 
     def encode(self, modality: str, inputs: torch.Tensor) -> torch.Tensor:
-        """Run a modality's tower on a batch of clips: inputs of the tower -> features."""
+        """Run a modality's tower: its inputs -> features, one row per clip."""
         return getattr(self, MODALITIES[modality].encode)(inputs)
 
     def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
@@ -450,11 +439,11 @@ class HumanOmni(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt ids with placeholders -> embeds (B, P, D), mask (B, P) True on real positions
 
-        input_ids (B, L): placeholders are replaced in place by the tokens of their modality; PAD is
-        padding, on either side.  frames (B, F, 3, side, side) and mel (B, M, time) have one row per
+        input_ids (B, L): the tokens of a modality replace its placeholder; PAD is padding, on
+        either side.  frames (B, F, 3, side, side) and mel (B, M, time) have one row per
         *placeholder*, in order: a batch in which some prompts lack a modality passes fewer rows.
-        `features`, modality -> the tower's output, replaces them, to encode a clip once and use it
-        often.  Shorter prompts are padded on the left, so that each ends at position P - 1.
+        `features`, modality -> the tower's output, replaces them.  Shorter prompts are padded on
+        the left, so that each ends at position P - 1.
         """
         rows = input_ids.tolist() if torch.is_tensor(input_ids) else input_ids
         self._check_ids(rows)
@@ -464,10 +453,8 @@ class HumanOmni(nn.Module):
             having = [b for b, row in enumerate(rows) if modality.placeholder in row]
             if not having:
                 continue
-            if features and name in features:
-                x = features[name]
-            else:
-                x = self.encode(name, inputs[name])
+            known = features and name in features
+            x = features[name] if known else self.encode(name, inputs[name])
             if len(x) != len(having):
                 raise ValueError(f"{name}: {len(x)} clips for {len(having)} placeholders")
             project = getattr(self, modality.project)
@@ -506,18 +493,15 @@ class HumanOmni(nn.Module):
                         f"row {b} of input_ids holds {token}: outside the vocabulary of "
                         f"{self.config.vocab_size} and no placeholder"
                     )
-            if any(row.count(placeholder) > 1 for placeholder in PLACEHOLDERS):
-                raise ValueError(
-                    f"row {b} of input_ids has a placeholder twice; a prompt has one clip"
-                )
+            if any(row.count(token) > 1 for token in PLACEHOLDERS):
+                raise ValueError(f"row {b} of input_ids holds a placeholder twice")
 
     # ---- the decoder, run in four ways -----------------------------------------------------------
 
     def compile_layers(self) -> None:
-        """Run the decoder's layers through torch.compile from now on.
+        """Run the decoder's layers, but for attention, through torch.compile from now on.
 
-        The numbers are the same up to rounding, with fewer kernels.  Attention over whole sequences
-        keeps its own kernel.  Raises UserError if nothing can be compiled on this machine.
+        The numbers are the same up to rounding.  Raises UserError if there is no compiler.
         """
         has_compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if self.device.type == "cpu" and not has_compiler:
@@ -550,11 +534,7 @@ class HumanOmni(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., D) -> fp32 logits (..., V)
-
-        They are fp32 also when the weights are bf16: rounding the logits to bf16 alone moves the
-        log-probs by 2e-2.
-        """
+        """hidden (..., D) -> logits (..., V) in fp32: bf16 logits move the log-probs by 2e-2."""
         if torch.is_grad_enabled():
             return F.linear(hidden.float(), self.head_weight.float())
         flat = fp32_product(hidden.flatten(0, -2), self.head_weight)
@@ -563,36 +543,30 @@ class HumanOmni(nn.Module):
     def forward(
         self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None
     ) -> torch.Tensor:
-        """The slow obvious form: logits (B, P, V) fp32 at every position of the embedded prompts.
-
-        input_ids may continue with the ids of a completion.
+        """The slow obvious form: logits (B, P, V) fp32 at every position of the embedded prompts,
+        which may continue with the ids of a completion.
         """
         embeds, mask = self.embed_prompt(input_ids, frames, mel, question_ids, question_mask)
         return self.logits(self.hidden(embeds, mask))
 
-    def hidden(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (B, P, D) of whole sequences, causal."""
+    def hidden(self, embeds, mask, cache: list | None = None) -> torch.Tensor:
+        """Last hidden states (B, P, D) of whole sequences, causal.
+
+        Each layer appends its keys and values, each (B, K, P, d), to `cache`.
+        """
         visible = causal_mask(mask)
 
         def attend(i, q, k, v):
+            if cache is not None:
+                cache.append((k.transpose(1, 2), v.transpose(1, 2)))
             return sdpa(q, k, v, visible, causal=visible is None)
 
         return self.run_layers(embeds, positions_of(mask), attend)
 
     def prefill(self, embeds: torch.Tensor, mask: torch.Tensor):
-        """Run the prompts.
-
-        -> hidden state of each prompt's last position (B, D); per layer keys and values, each
-        (B, K, P, d)
-        """
-        visible, cache = causal_mask(mask), []
-
-        def attend(i, q, k, v):
-            cache.append((k.transpose(1, 2), v.transpose(1, 2)))
-            return sdpa(q, k, v, visible, causal=visible is None)
-
-        hidden = self.run_layers(embeds, positions_of(mask), attend)
-        return last_valid_hidden(hidden, mask), cache
+        """Run the prompts.  -> hidden state of each one's last position (B, D); the cache"""
+        cache = []
+        return last_valid_hidden(self.hidden(embeds, mask, cache), mask), cache
 
     def completion_logps(
         self, embeds, mask, completions, lengths, temperature=1.0, with_entropy=False
@@ -604,9 +578,8 @@ class HumanOmni(nn.Module):
         `with_entropy` adds the policy's entropy at each token, (B, G, T), without gradient.
         `temperature` divides the logits, as in sampling.
 
-        A row is [prompt | completion 1 | ... | completion G], one row per prompt.  Prompt positions
-        attend causally to the prompt.  A completion attends to the prompt and causally to itself,
-        never to the other completions in its group.
+        A row is [prompt | completion 1 | ... | completion G].  A prompt attends causally to itself;
+        a completion to the prompt and causally to itself, never to the other completions.
         """
         B, G, T = completions.shape
         P = embeds.shape[1]
@@ -651,9 +624,9 @@ class HumanOmni(nn.Module):
     ):
         """states (N, D), targets (N,) -> log-probabilities (N,) fp32; entropies (N,) or None
 
-        The entropies have no gradient.  `chunk`: rows whose logits exist at a time.  On a CPU,
-        logits that fit into its cache are faster.  On a GPU each chunk reads and writes the head's
-        gradient, so chunks are larger: 2^27 logits, 512 MB.
+        `chunk`: rows whose logits exist at a time.  On a CPU, logits that fit into its cache are
+        faster.  On a GPU each chunk reads and writes the head's gradient, so chunks are larger:
+        2^27 logits, 512 MB.
         """
         if chunk is None:
             max_logits = 2**27 if states.is_cuda else 2**23
@@ -680,8 +653,8 @@ class HumanOmni(nn.Module):
         Weights of the vision and the audio tower: the explicit argument, else those in the
         checkpoint, else what config.json names (a relative path starts from the checkpoint).
         BERT's weights: those in the checkpoint, else its folder; its folder: the argument, else
-        `bert/` in or beside the checkpoint, else bert-base-uncased.  `towers` is a folder that
-        replaces the hub: it holds the folders of public models.
+        `bert/` in or beside the checkpoint, else bert-base-uncased.  `towers`: a folder of the
+        public models, instead of the hub.
 
         `log` gets one line that names the sources.  Raises UserError that names the file and keys.
         """
@@ -696,7 +669,7 @@ class HumanOmni(nn.Module):
         overwrite_weights(self, str(path))
 
     def save_pretrained(self, path, final=None) -> None:
-        """Write a folder that `from_pretrained`, and the reference code, load again.
+        """Write a folder that `from_pretrained` and the reference code can load.
 
         `final`: where the folder will be if it is renamed (relative tower paths depend on it).
         """
@@ -709,11 +682,9 @@ class HumanOmni(nn.Module):
 
 
 def encode_media(model: HumanOmni, batch, cache=None):
-    """Run the frozen towers on a PromptBatch, once per clip, whatever is done with it afterwards.
+    """Run the frozen towers on a PromptBatch, once per clip; add new features to the FeatureCache.
 
-    With a FeatureCache, clips that it holds come with their features, and the others are added.
-    If a tower is trained, and gradients are on, the media stay and `embed` runs the towers in every
-    pass.
+    If a tower is trained, and gradients are on, the media stay, and `embed` runs the towers.
     """
     trained = is_trained(model, "vision") or is_trained(model, "audio")
     if torch.is_grad_enabled() and trained:
@@ -727,10 +698,7 @@ def encode_media(model: HumanOmni, batch, cache=None):
 
 @torch.no_grad()
 def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> torch.Tensor:
-    """Features of all clips that have the modality: the cached ones, the rest from its tower.
-
-    rows: all of them, or a list of the cached ones and None.
-    """
+    """Features of all clips with the modality.  rows: all, or a list of cached ones and None"""
     if torch.is_tensor(rows):
         return rows
     inputs = iter(batch.media[modality].split(1) if modality in batch.media else ())
@@ -746,10 +714,7 @@ def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> torch
 
 
 def embed(model: HumanOmni, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`embed_prompt` of a PromptBatch that `encode_media` returned, B >= 1.
-
-    -> embeds (B, P, D), mask (B, P)
-    """
+    """`embed_prompt` of a PromptBatch from `encode_media`, B >= 1.  -> (B, P, D), mask (B, P)"""
     features = batch.features
     if batch.media:  # a tower is trained: it runs here, with gradients
         features = {name: model.encode(name, inputs) for name, inputs in batch.media.items()}
@@ -762,7 +727,7 @@ def embed(model: HumanOmni, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def frozen_reference(model: HumanOmni) -> HumanOmni:
-    """The policy as it is now, for the KL: a copy of the trained parts; frozen parts are shared."""
+    """A copy of the policy as it is now, for the KL.  The parts that are not trained are shared."""
     frozen = (x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
     shared = {id(x): x for x in frozen}
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
@@ -777,10 +742,9 @@ def last_valid_hidden(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
     """Attention over rows [prompt P | G completions of S tokens]; see `completion_logps`.
 
-    It is one softmax over the concatenated keys.  (Merging two partial attentions by their
-    log-sum-exp looks cheaper, but that output carries no gradient under plain autograd, and nothing
-    would report it.)  `flash`: use the kernel without masks, three times as fast, if no prompt is
-    padded.
+    One softmax runs over the concatenated keys.  (Merging two partial attentions by their
+    log-sum-exp looks cheaper, but autograd silently drops the gradient of that output.)  `flash`:
+    use the kernel without masks, three times as fast, if no prompt is padded.
     """
     B, P = mask.shape
     visible = causal_mask(mask)
