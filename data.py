@@ -38,9 +38,7 @@ from rewards import parse_answer
 
 GREY = 127  # of a frame that replaces a picture, and of the border around one
 
-# ------------------------------------------------------------------------------------------------
-# The prompt
-# ------------------------------------------------------------------------------------------------
+# ==== The prompt ==================================================================================
 
 Prompt = Literal["think", "label", "row", "auto"]
 
@@ -241,7 +239,7 @@ class Processor:
             ends=ends,
         )
 
-    # ---- media ---------------------------------------------------------------------------------
+    # ---- media ----
 
     def prepare_video(self, clip: Clip, dropped: bool) -> torch.Tensor:
         """A clip's frames, or grey ones.  -> (F, 3, S, S)"""
@@ -278,7 +276,7 @@ class Processor:
         out = self.mel_extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="np")
         return torch.from_numpy(out["input_features"][0])
 
-    # ---- text ----------------------------------------------------------------------------------
+    # ---- text ----
 
     def encode_prompt(self, question: str, modal: str = "video_audio") -> list[int]:
         """Ids of the prompt with the placeholders of `modal`, up to the assistant's turn.
@@ -365,9 +363,7 @@ def from_library(cls, source: str, what: str):
         raise UserError(f"cannot load the {what} of {source}: {reason}") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# Sample files
-# ------------------------------------------------------------------------------------------------
+# ==== Sample files ================================================================================
 
 
 @dataclasses.dataclass
@@ -504,9 +500,7 @@ def check_labels(samples: list[Sample], file, allow: bool) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Features of the frozen towers, kept on disk
-# ------------------------------------------------------------------------------------------------
+# ==== Features of the frozen towers, kept on disk =================================================
 
 
 class FeatureCache:
@@ -555,9 +549,7 @@ class FeatureCache:
         os.replace(temporary, file)
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches
-# ------------------------------------------------------------------------------------------------
+# ==== Batches =====================================================================================
 
 
 @dataclasses.dataclass

@@ -94,9 +94,7 @@ class Args(TrainArgs):
     eval_every: int = 0  # steps between evaluations; 0: only at step 0 and at the end
 
 
-# ------------------------------------------------------------------------------------------------
-# Advantages
-# ------------------------------------------------------------------------------------------------
+# ==== Advantages ==================================================================================
 
 
 def advantages(
@@ -145,9 +143,7 @@ def global_std(rewards: torch.Tensor, ranks: Ranks) -> float:
     return math.sqrt(max(0.0, (squares - total**2 / n) / (n - 1)))
 
 
-# ------------------------------------------------------------------------------------------------
-# The loss
-# ------------------------------------------------------------------------------------------------
+# ==== The loss ====================================================================================
 
 
 def grpo_loss(
@@ -247,7 +243,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (x * mask).sum() / mask.sum()
 
 
-# ---- the KL ------------------------------------------------------------------------------------
+# ---- the KL ----
 
 
 def kl_terms(
@@ -280,7 +276,7 @@ def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch
     return terms[kl]
 
 
-# ---- variants of the objective: not reached with the default flags -------------------------------
+# ---- variants of the objective: not reached with the default flags ----
 
 
 def sequence_rho(log_rho: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -306,9 +302,7 @@ def unclipped_loss(
     return -(rho * A)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rollout: sample completions and reward them
-# ------------------------------------------------------------------------------------------------
+# ==== Rollout: sample completions and reward them =================================================
 
 
 @dataclasses.dataclass
@@ -413,9 +407,7 @@ def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> torch.Tens
     return advantages(rewards, args.baseline, args.scale, batch_std)
 
 
-# ------------------------------------------------------------------------------------------------
-# Minibatches (one optimizer step each) and micro-batches (one forward and backward each)
-# ------------------------------------------------------------------------------------------------
+# ==== Minibatches (one optimizer step each) and micro-batches (one forward and backward each) =====
 
 
 @dataclasses.dataclass
@@ -580,9 +572,7 @@ def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) ->
     return True
 
 
-# ------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------
+# ==== The run =====================================================================================
 
 
 def train(run: Run, args: Args, ranks: Ranks) -> None:
@@ -665,7 +655,7 @@ def objective(args: Args) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
-# ---- bookkeeping: docs/metrics.md explains every number ------------------------------------------
+# ---- bookkeeping: docs/metrics.md explains every number ----
 
 
 def log_micro_batch(meter: Meter, mb: MicroBatch, loss, entropy, metrics: dict) -> None:
@@ -758,9 +748,7 @@ def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
     return {stem: read_samples(file, args.media_root) for stem, file in zip(stems, args.eval_data)}
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags that do not work together
-# ------------------------------------------------------------------------------------------------
+# ==== Flags that do not work together =============================================================
 
 
 def check_objective(args: Args) -> None:
@@ -844,9 +832,7 @@ def refuse_sampling_filters(argv: list[str]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------
-# The program
-# ------------------------------------------------------------------------------------------------
+# ==== The program =================================================================================
 
 
 def main(args: Args) -> None:

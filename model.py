@@ -63,9 +63,7 @@ PARTS = {
 DEFAULT_TRAINED = ("decoder", "projectors", "gate")
 
 
-# ------------------------------------------------------------------------------------------------
-# Configuration
-# ------------------------------------------------------------------------------------------------
+# ==== Configuration ===============================================================================
 
 
 @dataclasses.dataclass
@@ -117,9 +115,7 @@ class Config:
         return config
 
 
-# ------------------------------------------------------------------------------------------------
-# The decoder (Qwen2)
-# ------------------------------------------------------------------------------------------------
+# ==== The decoder (Qwen2) =========================================================================
 
 
 class RMSNorm(nn.Module):
@@ -203,7 +199,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ---- masks and attention ---------------------------------------------------------------------
+# ---- masks and attention ----
 
 
 def positions_of(mask: torch.Tensor) -> torch.Tensor:
@@ -253,9 +249,7 @@ def sdpa(q, k, v, mask=None, causal=False):
     return out.transpose(1, 2).flatten(2)
 
 
-# ------------------------------------------------------------------------------------------------
-# The whole model
-# ------------------------------------------------------------------------------------------------
+# ==== The whole model =============================================================================
 
 
 class Backbone(nn.Module):
@@ -371,7 +365,7 @@ class HumanOmni(nn.Module):
             parameter.requires_grad_(name.startswith(prefixes))
         return [p for p in self.parameters() if p.requires_grad]
 
-    # ---- the towers ----------------------------------------------------------------------------
+    # ---- the towers ----
 
     # They run clip by clip, because the last bits of a matrix product depend on its number of rows.
     # So a clip's features depend on the clip alone, whichever clips are in its batch or in a cache.
@@ -410,7 +404,7 @@ class HumanOmni(nn.Module):
 
         return torch.cat([encode_clip(clip) for clip in mel.split(1)])
 
-    # ---- the prompt ----------------------------------------------------------------------------
+    # ---- the prompt ----
 
     def gate(self, question_ids: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
         """Weights of the branches scene, body, face.  Question (B, Q) -> (B, 3), rows sum to 1"""
@@ -496,7 +490,7 @@ class HumanOmni(nn.Module):
             if any(row.count(token) > 1 for token in PLACEHOLDERS):
                 raise ValueError(f"row {b} of input_ids holds a placeholder twice")
 
-    # ---- the decoder, run in four ways -----------------------------------------------------------
+    # ---- the decoder, run in four ways ----
 
     def compile_layers(self) -> None:
         """Run the decoder's layers, but for attention, through torch.compile from now on.
@@ -633,7 +627,7 @@ class HumanOmni(nn.Module):
             chunk = max(64, max_logits // self.config.vocab_size)
         return HeadLogps.apply(states, self.head_weight, targets, temperature, chunk, with_entropy)
 
-    # ---- files: see lib/checkpoint.py ------------------------------------------------------------
+    # ---- files: see lib/checkpoint.py ----
 
     @classmethod
     def from_pretrained(
@@ -676,9 +670,7 @@ class HumanOmni(nn.Module):
         save_checkpoint(self, Path(path), Path(final or path))
 
 
-# ------------------------------------------------------------------------------------------------
-# From a PromptBatch to embeddings; the reference model; attention over a shared prefix
-# ------------------------------------------------------------------------------------------------
+# ==== From a PromptBatch to embeddings; the reference model; attention over a shared prefix =======
 
 
 def encode_media(model: HumanOmni, batch, cache=None):

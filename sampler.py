@@ -43,9 +43,7 @@ MAX_COMPACT_COST = 0.75  # of the cost before: above it, copying the rows does n
 CACHE_MEM_FRACTION = 0.15  # of a GPU's memory: for states and graphs that are kept between calls
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling a token
-# ------------------------------------------------------------------------------------------------
+# ==== Sampling a token ============================================================================
 
 
 def uniforms(
@@ -114,9 +112,7 @@ def sample_token(
     return token[:, 0], logp[:, 0].float()
 
 
-# ------------------------------------------------------------------------------------------------
-# The weights, packed for many small steps
-# ------------------------------------------------------------------------------------------------
+# ==== The weights, packed for many small steps ====================================================
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -216,9 +212,7 @@ def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
     return q
 
 
-# ------------------------------------------------------------------------------------------------
-# One decode step
-# ------------------------------------------------------------------------------------------------
+# ==== One decode step =============================================================================
 
 
 class DecodeState:
@@ -380,9 +374,7 @@ def decode_step(
     decoder.append_token(state, logits, temperature, greedy)
 
 
-# ------------------------------------------------------------------------------------------------
-# How a step runs: PyTorch's operations, kernels, compiled functions, a CUDA graph
-# ------------------------------------------------------------------------------------------------
+# ==== How a step runs: PyTorch's operations, kernels, compiled functions, a CUDA graph ============
 
 # The default is `graph` on a GPU (without kernels where they cannot be built) and `eager` on a CPU
 # (compiled after `compile_layers`).  The environment variable overrides it, for a machine on which
@@ -575,9 +567,7 @@ def round_up(n: int, step: int, limit: int | None = None) -> int:
     return n if limit is None else min(n, limit)
 
 
-# ------------------------------------------------------------------------------------------------
-# Dropping finished rows
-# ------------------------------------------------------------------------------------------------
+# ==== Dropping finished rows ======================================================================
 
 
 def halvings(n: int) -> list[int]:
@@ -613,9 +603,7 @@ def compact(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
     return index
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------
+# ==== The loop ====================================================================================
 
 
 class Outputs:

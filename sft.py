@@ -6,11 +6,10 @@
 
 Cold start (EMER-SFT): the targets are <think>reasoning</think>\\n<answer>label</answer>, and the
 question asks for both.  Label SFT (MAFW-DFEW-SFT): the targets are bare labels, and the question
-asks for the emotion alone.  The sample file of RL can be used as it is: `--prompt auto` decides by
-each target.
+asks for the emotion alone.  `--prompt auto` decides by each target.
 
-The loss is the cross-entropy, averaged over all target tokens of the step, end tokens included and
-prompts excluded.  `completion_logps`, which GRPO uses, computes it with one completion per prompt.
+The loss is the cross-entropy, averaged over all target tokens of the step, end tokens included.
+`completion_logps`, which GRPO uses, computes it with one completion per prompt.
 
 Legend   B prompts on this rank (b in a micro-batch)   T target length   P prompt length
          D width of the decoder
@@ -26,21 +25,14 @@ from lib.args import UserError, run_main
 from lib.dist import Ranks, start_ranks
 from lib.metrics import Timer
 from model import HumanOmni, embed, encode_media
-from training import (
-    MAX_GRAD_NORM,
-    MasterAdamW,
-    Run,
-    TrainArgs,
-    learning_rate,
-    set_up,
-)
+from training import MAX_GRAD_NORM, MasterAdamW, Run, TrainArgs, learning_rate, set_up
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 
 
 @dataclasses.dataclass(kw_only=True)
 class Args(TrainArgs):
-    # TrainArgs has these flags too.  They stay in its groups and get other defaults here.
+    # Flags of TrainArgs, with other defaults:
     lr: float = 2e-5
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     epochs: float = 5.0
