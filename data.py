@@ -53,7 +53,7 @@ THINK = (
 
 
 def has_markup(text: str) -> bool:
-    """Whether a text contains chat markup or a modality's tag, which only the prompt itself may."""
+    """Whether a text contains chat markup or a modality's tag."""
     return "<|" in text or any(modality.tag in text for modality in TABLE)
 
 
@@ -169,14 +169,10 @@ def read_question(file: str | None) -> str | None:
     try:
         text = Path(file).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--question {file}: cannot be read ({error}); "
-            "give a text file that holds the question."
-        ) from None
+        raise UserError(f"--question {file}: cannot be read ({error}); give a text file.") from None
     if not text or has_markup(text):
         raise UserError(
-            f"--question {file}: must hold a question, "
-            "without chat markup (<|, <video> or <audio>)."
+            f"--question {file}: must hold a question without chat markup (<|, <video> or <audio>)."
         )
     return text
 
@@ -224,9 +220,9 @@ class Processor:
         tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id not in ends:
             raise UserError(
-                f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its "
-                f"generation_config.json with {ends}, so no completion would ever end; add "
-                f"{tokenizer.eos_token_id} to eos_token_id in generation_config.json."
+                f"{path}: the tokenizer ends a turn with {tokenizer.eos_token_id}, which is not "
+                f"among the end tokens {ends}, so no completion would end; add it to eos_token_id "
+                "in generation_config.json."
             )
         return cls(
             tokenizer=tokenizer,
@@ -584,7 +580,7 @@ class PromptBatch:
         return len(self.samples)
 
     def map_tensors(self, function) -> "PromptBatch":
-        """The same batch with `function` applied to every tensor but single cached features."""
+        """The batch with `function` applied to every tensor but those of a list of features."""
 
         def apply(values: dict) -> dict:
             return {k: function(v) if torch.is_tensor(v) else v for k, v in values.items()}
@@ -647,12 +643,12 @@ class PromptBatch:
 class PromptItem:
     position: int
     sample: Sample
-    question: str  # as the model gets it
+    question: str
     input_ids: list[int]
     question_ids: list[int]
     target: list[int]
-    media: dict[str, torch.Tensor]  # modality -> input of its tower, if its features are not cached
-    features: dict[str, torch.Tensor | None]  # modality -> cached output of its tower, or None
+    media: dict[str, torch.Tensor]  # without the modalities whose features are cached
+    features: dict[str, torch.Tensor | None]  # the cached ones, or None
     feature_keys: dict[str, str]
     notes: list[str]
 
@@ -793,10 +789,7 @@ def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
 def loader(
     dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: int = 2, pin: bool = False
 ) -> torch.utils.data.DataLoader:
-    """One PromptBatch for each list of (position in the run, sample number), in order.
-
-    `workers` processes read ahead.
-    """
+    """One PromptBatch for each list of (position in the run, sample number), in order."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,

@@ -3,14 +3,11 @@
     python eval.py --model StarJiaxing/R1-Omni-0.5B --data dfew_fold1_test.json \\
                    --media_root /data/DFEW --out dfew.json
     torchrun --nproc_per_node=8 eval.py --model ... --data ...   each sample once, for any ranks
-    python eval.py --model runs/r1/latest --data test.json --modalities
-                                                   how much the model uses picture and sound
-    python eval.py --model runs/r1/latest --clip video.mp4
-                                                   a video, a sound file or a folder of frames
+    python eval.py --model ... --data ... --modalities   how much the model uses picture and sound
+    python eval.py --model ... --clip video.mp4    or a sound file, or a folder of frames
     python eval.py --compare A.json B.json         two models on the same clips
     python eval.py --folds fold1.json fold2.json   their mean, as the literature reports it
-    python eval.py --table results/humanomni results/r1_omni
-                                                   the paper's Table 1, one row per folder
+    python eval.py --table results/humanomni results/r1_omni   the paper's Table 1, a row per folder
 
 The model answers freely: no list of emotions in the prompt, unless --choices gives one.  An answer
 is scored twice:
@@ -321,13 +318,14 @@ def run_model(
     if args.feature_cache:
         cache = FeatureCache(args.feature_cache, model.tower_fingerprints())
 
-    def run_eval(spec: PromptSpec) -> dict:
-        return evaluate(
+    settings = SETTINGS if args.modalities else {"full": {}}
+    results = {
+        name: evaluate(
             model,
             processor,
             samples,
             ranks,
-            spec=spec,
+            spec=dataclasses.replace(spec, **change),
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             workers=args.workers,
@@ -335,15 +333,12 @@ def run_model(
             cache=cache,
             name=args.data,
         )
-
+        for name, change in settings.items()
+    }
     source = {"model": args.model, "data": args.data}
     if not args.modalities:
-        result = run_eval(spec)
+        result = results["full"]
         return protocol.format_result(result, wrong_prompt_hint(result)), source | result
-
-    results = {
-        name: run_eval(dataclasses.replace(spec, **change)) for name, change in SETTINGS.items()
-    }
     lines = [protocol.modality_table(results, args.seed), wrong_prompt_hint(results["full"])]
     return "\n\n".join(filter(None, lines)), source | {"modalities": results}
 

@@ -537,8 +537,8 @@ def rollout_logps(model, batch: PromptBatch, rollout: Rollout, args: Args) -> to
 def fill_old_logps(model, minibatches: list[Minibatch], args: Args) -> None:
     """Fill in `old_logps` if the step has several updates, before the first one moves the policy.
 
-    They are the trainer's own log-probs and not the sampler's, so that the ratio starts at exactly
-    1, even if the sampler rounds differently.
+    They are the trainer's own log-probs: the sampler may round differently, and the ratio must
+    start at exactly 1.
     """
     if args.update_epochs * args.num_minibatches == 1:
         return
@@ -659,7 +659,6 @@ def objective(args: Args) -> dict:
 
 
 def log_micro_batch(meter: Meter, mb: MicroBatch, loss, entropy, metrics: dict) -> None:
-    """Add the numbers of one forward pass to the meter."""
     n = mb.mask.sum()
     meter.sum("loss", loss.detach())  # in the end the mean over the step's updates
     meter.mean("entropy", entropy.sum() / n, n)  # zero past the end
@@ -738,7 +737,7 @@ def evaluate_all(run: Run, args: Args, ranks: Ranks) -> dict[str, float]:
 
 
 def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
-    """--eval_data: file stem -> samples."""
+    """-> samples by file stem"""
     stems = [Path(file).stem for file in args.eval_data]
     if len(set(stems)) < len(stems):
         raise UserError(
@@ -772,14 +771,12 @@ def check_objective(args: Args) -> None:
         raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
     if args.kl == "reward" and args.scale != "none":
         raise UserError(
-            f"--kl reward --scale {args.scale}: the KL makes the rewards of every group differ "
-            "a little. Where nothing else differs, dividing by this small standard deviation makes "
-            "the KL the whole advantage; use --scale none."
+            "--kl reward: the KL makes the rewards of every group differ a little, and division by "
+            "this small standard deviation would make it the whole advantage; use --scale none."
         )
     if args.kl == "reward" and args.beta == 0:
         raise UserError(
-            "--kl reward --beta 0: there is no KL to subtract; set --beta above 0, or leave out "
-            "--kl."
+            "--kl reward --beta 0: there is no KL to subtract; change --beta, or leave --kl out."
         )
     counts = "prompts_per_step max_new_tokens update_epochs num_minibatches micro_batch"
     for flag in counts.split():
@@ -827,8 +824,7 @@ def refuse_sampling_filters(argv: list[str]) -> None:
         if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
             sys.exit(
                 f"error: {flag}: training samples the full distribution, because the loss scores "
-                "the full softmax. A filtered sample would be scored under another distribution "
-                "than its own. Leave the flag out."
+                "the full softmax; leave the flag out."
             )
 
 

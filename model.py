@@ -347,8 +347,8 @@ class HumanOmni(nn.Module):
     def train(self, mode: bool = True):
         """Stay in evaluation mode, always.
 
-        With dropout, which BERT has, the policy would differ from itself: the ratio of the first
-        update would not be 1, and the KL to an identical reference would not be 0.
+        With BERT's dropout the policy would differ from itself: the ratio of the first update would
+        not be 1, and the KL to an identical reference would not be 0.
         """
         return super().train(False)
 

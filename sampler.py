@@ -7,7 +7,7 @@
                     CUDA graph
     generate_naive  its slow twin: no cache, the whole sequence again for every token
 
-Always the full distribution: no top-k, no top-p, no repetition penalty.  The loss scores the full
+Always the full distribution (no top-k, no top-p, no repetition penalty): the loss scores the full
 softmax, and a policy must be scored under the distribution that it was sampled from.
 
 One uniform number per (seed, prompt, completion, position) is drawn in advance.  It depends neither
@@ -435,7 +435,7 @@ def graph_memory():
 
 
 class StepGraph:
-    """A step as one captured CUDA graph: the host launches it, not each of its 225 kernels."""
+    """A step as one captured CUDA graph: one launch for all of its kernels."""
 
     def __init__(self, run, memory):
         # The step is made once before it is recorded, because the set-up that libraries do at

@@ -388,8 +388,8 @@ def resume_command() -> str:
 class StopSignal:
     """SIGTERM and Ctrl-C set a flag, and the loop ends after the current step, with a checkpoint.
 
-    A second Ctrl-C ends the process at once.  A SIGTERM does not: torchrun turns a second Ctrl-C
-    into a SIGTERM, and then gives the save in progress 30 seconds.
+    A second Ctrl-C ends the process at once; a SIGTERM does not: torchrun makes one of a second
+    Ctrl-C, and then gives the save in progress 30 seconds.
     """
 
     def __init__(self):
