@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from lib.args import UserError
 from lib.checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
@@ -59,7 +60,7 @@ def has_markup(text: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class PromptSpec:
-    """What the model is given of a clip, and how it is asked: the same for SFT, RL, evaluation."""
+    """What the model is given of a clip, and how it is asked."""
 
     modal: Modal = "video_audio"
     prompt: Prompt = "think"
@@ -205,6 +206,8 @@ class Processor:
         cls, path, vision_tower=None, audio_tower=None, bert=None, *, towers=None
     ) -> "Processor":
         """As HumanOmni.from_pretrained.  Raises UserError."""
+        from transformers import WhisperFeatureExtractor
+
         path = str(path)
         config = read_json(find_file(path, "config.json"))
         vision = tower_source(path, config, "mm_vision_tower", vision_tower, towers)
@@ -227,7 +230,7 @@ class Processor:
         return cls(
             tokenizer=tokenizer,
             bert_tokenizer=load_tokenizer(bert),
-            mel_extractor=load_mel_extractor(audio),
+            mel_extractor=from_library(WhisperFeatureExtractor, audio, "feature extractor"),
             image_size=picture["size"]["height"],
             mean=picture["image_mean"],
             std=picture["image_std"],
@@ -237,17 +240,17 @@ class Processor:
 
     # ---- media ----
 
-    def prepare_video(self, clip: Clip, dropped: bool) -> torch.Tensor:
+    def prepare_video(self, clip: Clip, dropped: bool) -> Tensor:
         """A clip's frames, or grey ones.  -> (F, 3, S, S)"""
         return self.preprocess_frames(np.full_like(clip.frames, GREY) if dropped else clip.frames)
 
-    def prepare_audio(self, clip: Clip, dropped: bool) -> torch.Tensor:
+    def prepare_audio(self, clip: Clip, dropped: bool) -> Tensor:
         """A clip's sound, or silence.  -> (M, T)"""
         return self.log_mel(SILENCE if dropped else clip.audio)
 
     def preprocess_frames(
         self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad"
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
 
         "pad" centres the picture on a grey square first (the reference's training), "stretch"
@@ -267,7 +270,7 @@ class Processor:
         x = F.interpolate(x, size=size, mode="bicubic", antialias=True)  # (F, 3, S, S)
         return (x.float() / 255 - self.mean) / self.std
 
-    def log_mel(self, audio: np.ndarray) -> torch.Tensor:
+    def log_mel(self, audio: np.ndarray) -> Tensor:
         """float32 (n,) at 16 kHz -> log-mel (M, T), padded or cut to the audio tower's window."""
         out = self.mel_extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="np")
         return torch.from_numpy(out["input_features"][0])
@@ -344,17 +347,11 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_mel_extractor(path: str):
-    from transformers import WhisperFeatureExtractor
-
-    return from_library(WhisperFeatureExtractor, path, "feature extractor")
-
-
 def from_library(cls, source: str, what: str):
     """cls.from_pretrained(source).  Raises UserError, in which `what` names the object."""
     try:
         return cls.from_pretrained(source)
-    except Exception as error:  # the library raises many types, some with pages of text
+    except Exception as error:  # of many types, some with pages of text
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot load the {what} of {source}: {reason}") from None
 
@@ -523,7 +520,7 @@ class FeatureCache:
         name = hashlib.sha256(f"{self.towers[modality]} {key}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def get(self, key: str) -> torch.Tensor | None:
+    def get(self, key: str) -> Tensor | None:
         """The features stored under `key`; None if there are none, or `key` is ""."""
         if not key:
             return None
@@ -532,7 +529,7 @@ class FeatureCache:
         except (OSError, SafetensorError):  # missing or unreadable: the caller computes it again
             return None
 
-    def put(self, key: str, x: torch.Tensor) -> None:
+    def put(self, key: str, x: Tensor) -> None:
         """Store the features x under `key`, unless the cache is full or `key` is ""."""
         if not key or self.free_bytes <= 0:
             return
@@ -566,13 +563,13 @@ class PromptBatch:
     questions: list[str]  # as the model gets them
     input_ids: list[list[int]]  # ragged, with placeholders
     targets: list[list[int]]  # ids of each sample's target and the end token
-    media: dict[str, torch.Tensor]  # modality -> inputs of its tower, where no features are cached:
+    media: dict[str, Tensor]  # modality -> inputs of its tower, where no features are cached:
     # video (B_v, F, 3, S, S), audio (B_a, M, T)
-    features: dict[str, torch.Tensor | list]  # modality -> outputs of its tower, once it has run:
+    features: dict[str, Tensor | list]  # modality -> outputs of its tower, once it has run:
     # video (B_v, F, n, C), audio (B_a, L, C); before that a list of cached ones and None
     feature_keys: list[dict[str, str]]  # modality -> name of its features in a FeatureCache
-    question_ids: torch.Tensor  # (B, Q)
-    question_mask: torch.Tensor  # (B, Q)
+    question_ids: Tensor  # (B, Q)
+    question_mask: Tensor  # (B, Q)
     bad: list[BadClip]
     notes: list[str]  # "id: note" of clips that are usable but have a fault
 
@@ -647,8 +644,8 @@ class PromptItem:
     input_ids: list[int]
     question_ids: list[int]
     target: list[int]
-    media: dict[str, torch.Tensor]  # without the modalities whose features are cached
-    features: dict[str, torch.Tensor | None]  # the cached ones, or None
+    media: dict[str, Tensor]  # without the modalities whose features are cached
+    features: dict[str, Tensor | None]  # the cached ones, or None
     feature_keys: dict[str, str]
     notes: list[str]
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from data import PromptBatch, Sample, chunks, read_samples
 from eval import evaluate
@@ -98,11 +99,11 @@ class Args(TrainArgs):
 
 
 def advantages(
-    rewards: torch.Tensor,
+    rewards: Tensor,
     baseline: str = "mean",
     scale: str = "group",
-    batch_std: torch.Tensor | float | None = None,
-) -> torch.Tensor:
+    batch_std: Tensor | float | None = None,
+) -> Tensor:
     """A_i = (r_i - mean(r)) / std(r), within each group (eq. 4).  rewards (B, G) -> (B, G)
 
     Baseline "loo" subtracts the mean of the *other* G - 1 rewards.  Scale "batch" divides by the
@@ -133,7 +134,7 @@ def advantages(
     return A.masked_fill(zero_variance, 0.0)
 
 
-def global_std(rewards: torch.Tensor, ranks: Ranks) -> float:
+def global_std(rewards: Tensor, ranks: Ranks) -> float:
     """Unbiased standard deviation of the step's rewards.  All ranks must call it."""
     x = rewards.double()
     sums = torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))
@@ -147,11 +148,11 @@ def global_std(rewards: torch.Tensor, ranks: Ranks) -> float:
 
 
 def grpo_loss(
-    logps: torch.Tensor,
-    old_logps: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
     *,
     ratio: str = "token",
     gate: str = "clip",
@@ -162,7 +163,7 @@ def grpo_loss(
     kl: str = "k3_ratio",
     denominator: float | None = None,
     max_length: int | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """- sum w [min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL] / denominator
 
     DeepSeekMath eq. 3.  logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G)
@@ -201,7 +202,7 @@ def grpo_loss(
     return total, metrics
 
 
-def token_weights(mask: torch.Tensor, agg: str) -> torch.Tensor:
+def token_weights(mask: Tensor, agg: str) -> Tensor:
     """Weight of each token in the sum.  mask (B, G, T) -> (B, G, T)"""
     if agg == "seq":  # the tokens of a completion share a weight of 1
         return mask / mask.sum(-1, keepdim=True).clamp(min=1)
@@ -216,13 +217,8 @@ def loss_denominator(agg: str, num_completions, num_tokens, max_length: int):
 
 
 def clip_metrics(
-    rho: torch.Tensor,
-    A: torch.Tensor,
-    mask: torch.Tensor,
-    gate: str,
-    clip_low: float,
-    clip_high: float,
-) -> dict[str, torch.Tensor]:
+    rho: Tensor, A: Tensor, mask: Tensor, gate: str, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
     """Shares of the tokens whose ratio the gate limits, and mean and maximum of the ratio."""
     low = high = torch.zeros_like(mask)
     if gate == "clip":
@@ -238,7 +234,7 @@ def clip_metrics(
     }
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the tokens of the mask.  (x[mask] would make the host wait for a GPU.)"""
     return (x * mask).sum() / mask.sum()
 
@@ -246,9 +242,7 @@ def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 # ---- the KL ----
 
 
-def kl_terms(
-    logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
+def kl_terms(logps: Tensor, ref_logps: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Estimators of KL(policy || reference) per token, with x = ref_logps - logps.  (B, G, T) each
 
     As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative.  As
@@ -262,7 +256,7 @@ def kl_terms(
     return {"k1": -x, "k2": x.square() / 2, "k3": x.clamp(max=80).expm1() - x}
 
 
-def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch.Tensor:
+def kl_loss(terms: dict[str, Tensor], rho: Tensor, kl: str) -> Tensor:
     """The KL per token as it enters the loss.  (B, G, T)
 
     Gradients in logps:  k2: -x   k3: 1 - e^x   k3_ratio: -rho x
@@ -279,7 +273,7 @@ def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch
 # ---- variants of the objective: not reached with the default flags ----
 
 
-def sequence_rho(log_rho: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def sequence_rho(log_rho: Tensor, mask: Tensor) -> Tensor:
     """Geometric mean of the ratios of a completion (GSPO).  (B, G, T), one value per completion
 
     Its gradient reaches every token.
@@ -289,13 +283,8 @@ def sequence_rho(log_rho: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def unclipped_loss(
-    rho: torch.Tensor,
-    A: torch.Tensor,
-    logps: torch.Tensor,
-    mask: torch.Tensor,
-    gate: str,
-    clip_high: float,
-) -> torch.Tensor:
+    rho: Tensor, A: Tensor, logps: Tensor, mask: Tensor, gate: str, clip_high: float
+) -> Tensor:
     """The loss with another gate than the clip.  (B, G, T)"""
     if gate == "cispo":
         return -(rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0))
@@ -312,22 +301,22 @@ class Rollout:
     A rank without a usable clip has an empty one: B is 0.
     """
 
-    completions: torch.Tensor  # (B, G, T) ids, exactly as sampled; never tokenised again
-    lengths: torch.Tensor  # (B, G) tokens, the end token included
-    finished: torch.Tensor  # (B, G) False where max_new_tokens cut the completion off
-    logps: torch.Tensor  # (B, G, T) as the sampler computed them, `sampler_logps` in a micro-batch
+    completions: Tensor  # (B, G, T) ids, exactly as sampled; never tokenised again
+    lengths: Tensor  # (B, G) tokens, the end token included
+    finished: Tensor  # (B, G) False where max_new_tokens cut the completion off
+    logps: Tensor  # (B, G, T) as the sampler computed them, `sampler_logps` in a micro-batch
     texts: list[list[str]]  # B x G
     # Filled in by `train`, one after the other:
-    rewards: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # name -> (B, G)
-    total_rewards: torch.Tensor | None = None  # (B, G), eq. 5
-    ref_logps: torch.Tensor | None = None  # (B, G, T)
-    advantages: torch.Tensor | None = None  # (B, G)
+    rewards: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name -> (B, G)
+    total_rewards: Tensor | None = None  # (B, G), eq. 5
+    ref_logps: Tensor | None = None  # (B, G, T)
+    advantages: Tensor | None = None  # (B, G)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """(B, G, T) from the lengths, never from token values: padding and end token are one id."""
         position = torch.arange(self.completions.shape[2], device=self.lengths.device)
         return position < self.lengths[..., None]
@@ -360,7 +349,7 @@ def sample_completions(model, processor, batch: PromptBatch, args: Args) -> Roll
 
 def compute_rewards(
     reward_functions: tuple[Reward, ...], rollout: Rollout, batch: PromptBatch, args: Args
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Call every reward function on every completion.  -> name -> (B, G), unweighted"""
     lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
     completions = [  # B * G pairs of a sample and a completion
@@ -388,20 +377,18 @@ def compute_rewards(
     return rewards
 
 
-def sum_rewards(
-    reward_functions: tuple[Reward, ...], rewards: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def sum_rewards(reward_functions: tuple[Reward, ...], rewards: dict[str, Tensor]) -> Tensor:
     """R = R_acc + R_format (eq. 5), or any other weighted sum.  -> (B, G)"""
     return sum(reward.weight * rewards[reward.name] for reward in reward_functions)
 
 
-def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> torch.Tensor:
+def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> Tensor:
     """Advantages of a rollout, from its total rewards.  -> (B, G).  All ranks must call it."""
     rewards = rollout.total_rewards
     batch_std = global_std(rewards, ranks) if args.scale == "batch" else None
     if len(rollout) == 0:
         return rewards
-    if args.kl == "reward":  # the KL as a part of the reward, as in PPO, and not of the loss
+    if args.kl == "reward":  # the KL as a part of the reward, as in PPO
         k1 = kl_terms(rollout.logps, rollout.ref_logps)["k1"]  # (B, G, T)
         rewards = rewards - args.beta * k1.masked_fill(~rollout.mask, 0.0).sum(-1)
     return advantages(rewards, args.baseline, args.scale, batch_std)
@@ -416,13 +403,13 @@ class MicroBatch:
 
     rows: list[int]  # the prompts' places in the batch
     prompts: PromptBatch  # b prompts
-    completions: torch.Tensor  # (b, G, T)
-    lengths: torch.Tensor  # (b, G)
-    mask: torch.Tensor  # (b, G, T)
-    sampler_logps: torch.Tensor  # (b, G, T)
-    ref_logps: torch.Tensor | None  # (b, G, T)
-    advantages: torch.Tensor | None  # (b, G)
-    old_logps: torch.Tensor | None  # (b, G, T) None until they are known
+    completions: Tensor  # (b, G, T)
+    lengths: Tensor  # (b, G)
+    mask: Tensor  # (b, G, T)
+    sampler_logps: Tensor  # (b, G, T)
+    ref_logps: Tensor | None  # (b, G, T)
+    advantages: Tensor | None  # (b, G)
+    old_logps: Tensor | None  # (b, G, T) None until they are known
 
 
 @dataclasses.dataclass
@@ -448,7 +435,7 @@ def make_micro_batch(batch: PromptBatch, rollout: Rollout, rows: list[int]) -> M
     part = as_slice(rows)
     T = int(rollout.lengths[part].max())
 
-    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+    def cut(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[part][..., :T]
 
     return MicroBatch(
@@ -525,7 +512,7 @@ def micro_batch_logps(model, mb: MicroBatch, args: Args, with_entropy: bool = Fa
 
 
 @torch.no_grad()
-def rollout_logps(model, batch: PromptBatch, rollout: Rollout, args: Args) -> torch.Tensor:
+def rollout_logps(model, batch: PromptBatch, rollout: Rollout, args: Args) -> Tensor:
     """Log-probabilities (B, G, T) of all completions under `model`, without gradient."""
     logps = torch.zeros_like(rollout.logps)
     for mb in split_micro_batches(batch, rollout, list(range(len(rollout))), args.micro_batch):

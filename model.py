@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.args import UserError
@@ -129,9 +129,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_cos_sin(
-    positions: torch.Tensor, config: Config, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_cos_sin(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rotary embedding of positions (B, L).  -> cos, sin (B, L, 1, d)
 
     The angle of pair i rotates the entries i and i + d/2.
@@ -144,7 +142,7 @@ def rope_cos_sin(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def apply_rotary(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x (B, L, heads, d) by its positions; rope: cos and sin."""
     cos, sin = rope
     left, right = x.chunk(2, -1)
@@ -180,7 +178,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer, in two halves: the attention between them depends on the use (`run_layers`)."""
+    """One layer in two halves; the attention between them depends on the use (`run_layers`)."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -202,12 +200,12 @@ class DecoderLayer(nn.Module):
 # ---- masks and attention ----
 
 
-def positions_of(mask: torch.Tensor) -> torch.Tensor:
+def positions_of(mask: Tensor) -> Tensor:
     """Index of each real position among the real ones; 0 for padding.  mask (B, P) -> (B, P)"""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
+def causal_mask(mask: Tensor) -> Tensor | None:
     """Which key each query may attend to.  mask (B, P) -> (B, 1, P, P), or None: plain causal"""
     if bool(mask.all()):
         return None
@@ -219,7 +217,7 @@ def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
     return visible[:, None]
 
 
-def can_use_flash(x: torch.Tensor) -> bool:
+def can_use_flash(x: Tensor) -> bool:
     """Whether PyTorch's flash kernel takes such a tensor."""
     return x.is_cuda and x.dtype != torch.float32
 
@@ -285,7 +283,7 @@ class HumanOmni(nn.Module):
         self.eos_ids: list[int] = []  # every id that ends a turn
         # What saving needs of the checkpoint that was loaded:
         self.files: dict[str, bytes] = {}  # tokenizer and other small files
-        self.unused: dict[str, torch.Tensor] = {}  # tensors that the model does not use
+        self.unused: dict[str, Tensor] = {}  # tensors that the model does not use
         self.stored_towers: set[str] = set()  # towers whose weights it stores
         self.local_towers: dict[str, Path] = {}  # config key -> folder of a tower beside it
         self.eval()
@@ -305,14 +303,14 @@ class HumanOmni(nn.Module):
 
     @property
     def video_tokens(self) -> int:
-        """Embeddings that a clip's frames take in a prompt: 392 at full size."""
+        """Embeddings of a clip's frames in a prompt: 392 at full size."""
         tower = self.model.vision_tower.config
         side = (tower.image_size // tower.patch_size) // 2
         return self.num_frames * side**2
 
     @property
     def audio_tokens(self) -> int:
-        """Embeddings that a clip's sound takes in a prompt: 500 at full size."""
+        """Embeddings of a clip's sound in a prompt: 500 at full size."""
         return self.model.audio_tower.config.max_source_positions // AUDIO_POOL
 
     def prompt_length(self, input_ids: list[list[int]]) -> int:
@@ -329,7 +327,7 @@ class HumanOmni(nn.Module):
         return digest_of(self.parameters())
 
     def tower_fingerprints(self) -> dict[str, str]:
-        """Identifies what the towers compute, for the keys of a feature cache.  modality -> text"""
+        """Identifies what the towers compute, for a feature cache.  modality -> text"""
         vision = digest_of(self.model.vision_tower.parameters())
         audio = digest_of(self.model.audio_tower.parameters())
         return {
@@ -338,7 +336,7 @@ class HumanOmni(nn.Module):
         }
 
     @property
-    def head_weight(self) -> torch.Tensor:
+    def head_weight(self) -> Tensor:
         """(V, D)"""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.weight
@@ -370,11 +368,11 @@ class HumanOmni(nn.Module):
     # They run clip by clip, because the last bits of a matrix product depend on its number of rows.
     # So a clip's features depend on the clip alone, whichever clips are in its batch or in a cache.
 
-    def encode(self, modality: str, inputs: torch.Tensor) -> torch.Tensor:
+    def encode(self, modality: str, inputs: Tensor) -> Tensor:
         """Run a modality's tower: its inputs -> features, one row per clip."""
         return getattr(self, MODALITIES[modality].encode)(inputs)
 
-    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+    def encode_video(self, frames: Tensor) -> Tensor:
         """frames (B, F, 3, side, side) -> SigLIP patches (B, F, n, C)
 
         They are hidden_states[mm_vision_select_layer], by default -2, without the final layer norm.
@@ -386,7 +384,7 @@ class HumanOmni(nn.Module):
         last = index if index >= 0 else len(layers) + 1 + index
         used = layers[:last]  # the output of later layers would be discarded
 
-        def encode_clip(clip: torch.Tensor) -> torch.Tensor:
+        def encode_clip(clip: Tensor) -> Tensor:
             x = tower.embeddings(clip.to(self.dtype))  # (F, n, C)
             for layer in used:
                 x = layer(x, attention_mask=None)
@@ -395,10 +393,10 @@ class HumanOmni(nn.Module):
 
         return torch.stack([encode_clip(clip) for clip in frames])
 
-    def encode_audio(self, mel: torch.Tensor) -> torch.Tensor:
+    def encode_audio(self, mel: Tensor) -> Tensor:
         """mel (B, M, time) -> pooled Whisper states (B, tokens, C), three states per token"""
 
-        def encode_clip(clip: torch.Tensor) -> torch.Tensor:
+        def encode_clip(clip: Tensor) -> Tensor:
             states = self.model.audio_tower(clip.to(self.dtype)).last_hidden_state  # (1, L, C)
             return F.avg_pool1d(states.transpose(1, 2), AUDIO_POOL).transpose(1, 2)  # (1, L/3, C)
 
@@ -406,18 +404,18 @@ class HumanOmni(nn.Module):
 
     # ---- the prompt ----
 
-    def gate(self, question_ids: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
+    def gate(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """Weights of the branches scene, body, face.  Question (B, Q) -> (B, 3), rows sum to 1"""
         bert = self.model.bert_model
         states = bert(input_ids=question_ids, attention_mask=question_mask).last_hidden_state
         return self.model.bert_gate(states[:, 0]).softmax(-1)
 
-    def project_video(self, patches, question_ids, question_mask) -> torch.Tensor:
+    def project_video(self, patches, question_ids, question_mask) -> Tensor:
         """Patches (B, F, n, C) and questions (B, Q) -> video tokens (B, tokens, D)"""
         weights = self.gate(question_ids, question_mask)  # (B, 3)
         return self.model.mm_projector(patches.to(self.dtype), weights)
 
-    def project_audio(self, states, question_ids, question_mask) -> torch.Tensor:
+    def project_audio(self, states, question_ids, question_mask) -> Tensor:
         """Whisper states (B, tokens, C) -> audio tokens (B, tokens, D)"""
         return self.model.audio_projector(states.to(self.dtype))
 
@@ -429,8 +427,8 @@ class HumanOmni(nn.Module):
         question_ids=None,
         question_mask=None,
         *,
-        features: dict[str, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        features: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Prompt ids with placeholders -> embeds (B, P, D), mask (B, P) True on real positions
 
         input_ids (B, L): the tokens of a modality replace its placeholder; PAD is padding, on
@@ -469,7 +467,7 @@ class HumanOmni(nn.Module):
         mask = torch.stack([column >= P - len(e) for e in embedded])  # (B, P)
         return embeds, mask
 
-    def _insert_media(self, row: list[int], embeds: torch.Tensor, tokens: dict) -> torch.Tensor:
+    def _insert_media(self, row: list[int], embeds: Tensor, tokens: dict) -> Tensor:
         """Replace the placeholders of one prompt.  row: L ids, embeds (L, D) -> (P_b, D)"""
         pieces, done = [], 0
         for at, token in enumerate(row):
@@ -504,7 +502,7 @@ class HumanOmni(nn.Module):
             )
         self.is_compiled = True
 
-    def run_layers(self, x: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
+    def run_layers(self, x: Tensor, positions: Tensor, attend) -> Tensor:
         """x (B, L, D) through all layers and the last norm
 
         `attend(i, q, k, v)` is the attention of layer i: q (B, L, H, d), k and v (B, L, K, d)
@@ -527,7 +525,7 @@ class HumanOmni(nn.Module):
                 x = run(i, layer, x)
         return self.model.norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """hidden (..., D) -> logits (..., V) in fp32: bf16 logits move the log-probs by 2e-2."""
         if torch.is_grad_enabled():
             return F.linear(hidden.float(), self.head_weight.float())
@@ -536,14 +534,14 @@ class HumanOmni(nn.Module):
 
     def forward(
         self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The slow obvious form: logits (B, P, V) fp32 at every position of the embedded prompts,
         which may continue with the ids of a completion.
         """
         embeds, mask = self.embed_prompt(input_ids, frames, mel, question_ids, question_mask)
         return self.logits(self.hidden(embeds, mask))
 
-    def hidden(self, embeds, mask, cache: list | None = None) -> torch.Tensor:
+    def hidden(self, embeds, mask, cache: list | None = None) -> Tensor:
         """Last hidden states (B, P, D) of whole sequences, causal.
 
         Each layer appends its keys and values, each (B, K, P, d), to `cache`.
@@ -557,7 +555,7 @@ class HumanOmni(nn.Module):
 
         return self.run_layers(embeds, positions_of(mask), attend)
 
-    def prefill(self, embeds: torch.Tensor, mask: torch.Tensor):
+    def prefill(self, embeds: Tensor, mask: Tensor):
         """Run the prompts.  -> hidden state of each one's last position (B, D); the cache"""
         cache = []
         return last_valid_hidden(self.hidden(embeds, mask, cache), mask), cache
@@ -600,7 +598,7 @@ class HumanOmni(nn.Module):
             states.flatten(0, 2)[real], ids.flatten()[real], temperature, with_entropy=with_entropy
         )
 
-        def spread(values: torch.Tensor) -> torch.Tensor:
+        def spread(values: Tensor) -> Tensor:
             """(N,) -> (B, G, T), zeros past the length"""
             return values.new_zeros(B * G * T).index_copy(0, real, values).view(B, G, T)
 
@@ -689,7 +687,7 @@ def encode_media(model: HumanOmni, batch, cache=None):
 
 
 @torch.no_grad()
-def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> torch.Tensor:
+def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> Tensor:
     """Features of all clips with the modality.  rows: all, or a list of cached ones and None"""
     if torch.is_tensor(rows):
         return rows
@@ -705,8 +703,8 @@ def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> torch
     return torch.stack(features)
 
 
-def embed(model: HumanOmni, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`embed_prompt` of a PromptBatch from `encode_media`, B >= 1.  -> (B, P, D), mask (B, P)"""
+def embed(model: HumanOmni, batch) -> tuple[Tensor, Tensor]:
+    """`embed_prompt` of a batch from `encode_media`, B >= 1.  -> embeds (B, P, D), mask (B, P)"""
     features = batch.features
     if batch.media:  # a tower is trained: it runs here, with gradients
         features = {name: model.encode(name, inputs) for name, inputs in batch.media.items()}
@@ -725,13 +723,13 @@ def frozen_reference(model: HumanOmni) -> HumanOmni:
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
-def last_valid_hidden(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def last_valid_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
     """The state at each row's last real position.  hidden (B, P, D), mask (B, P) -> (B, D)"""
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
     return hidden[torch.arange(len(hidden), device=hidden.device), index]
 
 
-def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
+def shared_prefix_attend(mask: Tensor, G: int, S: int, flash: bool):
     """Attention over rows [prompt P | G completions of S tokens]; see `completion_logps`.
 
     One softmax runs over the concatenated keys.  (Merging two partial attentions by their
@@ -748,7 +746,7 @@ def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
         own_mask = torch.cat((prefix, own.expand(B, S, S)), 2)  # (B, S, P + S)
         own_mask = own_mask.repeat_interleave(G, 0)[:, None]  # (B*G, 1, S, P + S)
 
-    def with_prefix(x: torch.Tensor) -> torch.Tensor:
+    def with_prefix(x: Tensor) -> Tensor:
         """Keys or values (B, P + G*S, K, d) -> each completion's behind its prompt's"""
         prefix = x[:, None, :P].expand(-1, G, -1, -1, -1)  # (B, G, P, K, d)
         own = x[:, P:].unflatten(1, (G, S))  # (B, G, S, K, d)

@@ -61,12 +61,10 @@ def format_reward(text: str) -> float:
     answer = _between(text, "<answer>", "</answer>")
     if think is None or answer is None:
         return 0.0
-    think_end = think[1] + len("</think>")
-    answer_start = answer[0] - len("<answer>")
     before = text[: think[0] - len("<think>")]
-    middle = text[think_end:answer_start]
+    middle = text[think[1] + len("</think>") : answer[0] - len("<answer>")]
     after = text[answer[1] + len("</answer>") :]
-    in_order = think_end <= answer_start
+    in_order = think[1] < answer[0]
     return float(in_order and not (before + middle + after).strip())
 
 

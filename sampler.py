@@ -27,7 +27,7 @@ import weakref
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lib.args import UserError, out_of_memory
 from lib.compiler import compiled
@@ -46,9 +46,7 @@ CACHE_MEM_FRACTION = 0.15  # of a GPU's memory: for states and graphs that are k
 # ==== Sampling a token ============================================================================
 
 
-def uniforms(
-    seed: int, prompt_ids: list[int], num_generations: int, T: int, device
-) -> torch.Tensor:
+def uniforms(seed: int, prompt_ids: list[int], num_generations: int, T: int, device) -> Tensor:
     """(B, G, T) float64 in [0, 1): a counter-based generator keyed by (seed, prompt, completion)"""
     rows = []
     for prompt in prompt_ids:
@@ -60,7 +58,7 @@ def uniforms(
 BELOW_ONE = 1 - 2**-52  # a positive double times this is less than that double
 
 
-def invert_cdf(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def invert_cdf(mass: Tensor, sought: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse-CDF lookup: the bin that contains `sought`, and the offset into it.
 
     mass (N, n) float64, sought (N, 1) below the sum of mass -> index (N, 1), offset (N, 1)
@@ -75,8 +73,8 @@ def invert_cdf(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def sample_token(
-    logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bool, block: int = 256
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, u: Tensor, temperature: float, greedy: bool, block: int = 256
+) -> tuple[Tensor, Tensor]:
     """logits (N, V) fp32, u (N,) -> token (N,), log-prob (N,) under softmax(logits / temperature)
 
     Inverse CDF: the first token whose cumulative probability exceeds u.  It needs float64, because
@@ -126,7 +124,7 @@ class PackedLinear:
     `refresh` renews; for one in oneDNN's layout, make a new PackedLinear.
     """
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor] | None = None):
+    def __init__(self, weights: list[Tensor], biases: list[Tensor] | None = None):
         self.weights, self.biases = weights, biases
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         self.bias = torch.cat(biases) if biases else None
@@ -143,7 +141,7 @@ class PackedLinear:
         if self.biases:
             torch.cat(self.biases, out=self.bias)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         if self.blocked is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, "none", [], "")
@@ -175,7 +173,7 @@ class PackedLayer:
             head_dim=attention.d,
         )
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """x (..., D) -> queries, keys and values before rotation (..., H + 2K, d)"""
         return self.qkv(self.input_norm(x)).unflatten(-1, (-1, self.head_dim))
 
@@ -201,7 +199,7 @@ class PackedLayer:
         return x, following.project(x)
 
 
-def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
+def rotate_and_write(qkv, rope, suffix, t) -> Tensor:
     """qkv (B, G, H + 2K, d) -> rotated q (B, G, H, d); keys and values go to slot t of suffix"""
     K = suffix.shape[2]
     q, k = apply_rotary(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
@@ -245,7 +243,7 @@ class DecodeState:
         self.seen = torch.zeros(N, dtype=torch.bool, pin_memory=device.type == "cuda")
 
     @property
-    def per_row(self) -> tuple[torch.Tensor, ...]:
+    def per_row(self) -> tuple[Tensor, ...]:
         """The tensors whose last dimension is the row."""
         return self.u, self.tokens, self.logps, self.lengths, self.done, self.origin
 
@@ -254,7 +252,7 @@ class DecodeState:
         caches = self.prefix, self.suffix, self.bias, self.rope, self.t, self.ends, self.seen
         return sum(x.nbytes for x in (*caches, *self.per_row))
 
-    def start(self, model: HumanOmni, mask: torch.Tensor, prefix, u: torch.Tensor) -> None:
+    def start(self, model: HumanOmni, mask: Tensor, prefix, u: Tensor) -> None:
         """Begin a batch: mask (B, P'), per layer k and v (B, K, P', d) with P' <= P, u (B, G, T).
 
         All previous contents are overwritten: what a mask hides has weight 0, but 0 * NaN is NaN.
@@ -275,7 +273,7 @@ class DecodeState:
             x.zero_()
         torch.arange(len(self.origin), out=self.origin)
 
-    def copy_from(self, other: "DecodeState", index: torch.Tensor) -> None:
+    def copy_from(self, other: "DecodeState", index: Tensor) -> None:
         """Continue with the rows other[index].  index (B, G) from `compact`"""
         at = index.clamp(min=0)
         prompt = at[:, 0] // other.G  # (B,)
@@ -291,7 +289,7 @@ class DecodeState:
         self.origin.masked_fill_(empty, -1)
         self.t.copy_(other.t)
 
-    def alive(self) -> torch.Tensor:
+    def alive(self) -> Tensor:
         """Which rows are unfinished: (B, G) on the CPU."""
         self.seen.copy_(self.done, non_blocking=True)
         if self.done.is_cuda:
@@ -299,9 +297,7 @@ class DecodeState:
         return ~self.seen.view(self.B, self.G)
 
 
-def append_token(
-    state: DecodeState, logits: torch.Tensor, temperature: float, greedy: bool
-) -> None:
+def append_token(state: DecodeState, logits: Tensor, temperature: float, greedy: bool) -> None:
     """Sample and store token t of every row; finished rows get end tokens.  logits (N, V)"""
     u = state.u.index_select(0, state.t)[0]  # (N,)
     token, logp = sample_token(logits, u, temperature, greedy)
@@ -312,9 +308,7 @@ def append_token(
     state.done |= (token[:, None] == state.ends).any(-1)
 
 
-def run_layers(
-    decoder: "Decoder", state: DecodeState, x: torch.Tensor, rope: torch.Tensor, S: int
-) -> torch.Tensor:
+def run_layers(decoder: "Decoder", state: DecodeState, x: Tensor, rope: Tensor, S: int) -> Tensor:
     """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers.  S: slots that are read"""
     before, after = PackedLayer.before_attention, PackedLayer.after_attention
     if decoder.compile:
@@ -328,9 +322,7 @@ def run_layers(
     return x.view(1, state.B * state.G, -1)
 
 
-def run_layers_fused(
-    decoder: "Decoder", state: DecodeState, x: torch.Tensor, rope: torch.Tensor
-) -> torch.Tensor:
+def run_layers_fused(decoder: "Decoder", state: DecodeState, x: Tensor, rope: Tensor) -> Tensor:
     """`run_layers` with the hand-written kernels: x (1, N, D) -> (1, N, D)"""
     project, join, after = PackedLayer.project, PackedLayer.join, PackedLayer.after_attention
     if decoder.compile:
@@ -524,7 +516,7 @@ class Decoder:
         return self.states[shape]
 
     def append_token(
-        self, state: DecodeState, logits: torch.Tensor, temperature: float, greedy: bool
+        self, state: DecodeState, logits: Tensor, temperature: float, greedy: bool
     ) -> None:
         """The function `append_token`, by kernels if there are any."""
         if self.kernels is None:
@@ -575,7 +567,7 @@ def halvings(n: int) -> list[int]:
     return [n] if n == 1 else [n, *halvings((n + 1) // 2)]
 
 
-def compact(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
+def compact(alive: Tensor, exact: bool) -> Tensor | None:
     """Pack the unfinished rows.  alive (B, G) -> indices (B', G'), or None if it saves too little
 
     An index is b * G + g, or -1 for an empty place.  The rows of a line have the same prompt.  A
@@ -625,15 +617,15 @@ class Outputs:
 @torch.no_grad()
 def generate(
     model: HumanOmni,
-    embeds: torch.Tensor,
-    mask: torch.Tensor,
+    embeds: Tensor,
+    mask: Tensor,
     num_generations: int,
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
     greedy: bool = False,
     prompt_ids: list[int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample `num_generations` completions for each prompt.
 
     embeds (B, P, D) and mask (B, P) from `embed_prompt`; `prompt_ids` identify the prompts for the

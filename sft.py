@@ -19,6 +19,7 @@ import dataclasses
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from data import PromptBatch, chunks, read_samples
 from lib.args import UserError, run_main
@@ -44,7 +45,7 @@ class Args(TrainArgs):
     micro_batch: int = 8  # samples per forward and backward
 
 
-def pad_targets(targets: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_targets(targets: list[list[int]], device) -> tuple[Tensor, Tensor]:
     """[[7, 8, 2], [9, 2]] -> ids (B, 1, T) [[[7, 8, 2]], [[9, 2, 0]]], lengths (B, 1) [[3], [2]]"""
     T = max(len(target) for target in targets)
     padded = [target + [0] * (T - len(target)) for target in targets]

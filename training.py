@@ -254,7 +254,7 @@ class Run:
     per_step: int  # samples per step, over all ranks
     max_steps: int
     signal: "StopSignal"
-    progress: tqdm | None = None  # see `start_progress`
+    progress: tqdm | None = None
     eval_sets: dict[str, list[Sample]] = dataclasses.field(default_factory=dict)
     stop_reason: str = ""  # why too many steps in a row changed nothing
     stop_requested: bool = False  # by a signal
@@ -373,7 +373,7 @@ class Run:
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Whether something that is done every `every` steps (0: never) is due after this one."""
+    """Whether something done every `every` steps (0: never) is due after `step`."""
     return every > 0 and step % every == 0
 
 
@@ -410,7 +410,6 @@ class StopSignal:
 
 
 def count_steps(args: TrainArgs, num_samples: int, per_step: int) -> int:
-    """--max_steps, or the steps that --epochs takes."""
     steps = args.max_steps or math.ceil(args.epochs * num_samples / per_step)
     if steps < 1:
         raise UserError("there are no training steps: give --max_steps or --epochs above 0.")
@@ -511,7 +510,7 @@ def set_up(
     if per_step > len(samples):
         ranks.print0(
             f"warning: a step takes {per_step} samples, but {args.data} has only {len(samples)}, "
-            "so some occur twice in a step"
+            "so some occur twice"
         )
     return Run(
         args=args,
