@@ -205,9 +205,7 @@ class Processor:
     def from_pretrained(
         cls, path, vision_tower=None, audio_tower=None, bert=None, *, towers=None
     ) -> "Processor":
-        """As HumanOmni.from_pretrained.  Raises UserError."""
-        from transformers import WhisperFeatureExtractor
-
+        """Load from a checkpoint folder or hub id, as HumanOmni.from_pretrained."""
         path = str(path)
         config = read_json(find_file(path, "config.json"))
         vision = tower_source(path, config, "mm_vision_tower", vision_tower, towers)
@@ -227,6 +225,8 @@ class Processor:
                 f"among the end tokens {ends}, so no completion would end; add it to eos_token_id "
                 "in generation_config.json."
             )
+        from transformers import WhisperFeatureExtractor
+
         return cls(
             tokenizer=tokenizer,
             bert_tokenizer=load_tokenizer(bert),
@@ -500,8 +500,7 @@ class FeatureCache:
     """The outputs of the frozen towers on disk, for later epochs and other runs.
 
     One safetensors file per clip and modality: at full size 2.4 MB (vision) or 1.3 MB (audio) in
-    bf16, and twice that in fp32.  The towers run on each clip separately, so an entry equals, bit
-    for bit, what they would compute again.
+    bf16, and twice that in fp32.  An entry equals, bit for bit, what the tower would compute again.
 
     The name of a file is a hash of the clip's path, size and modification time, the preprocessing,
     the working dtype and the weights of the tower: if any of them changes, the entry is not found.

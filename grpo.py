@@ -724,7 +724,7 @@ def evaluate_all(run: Run, args: Args, ranks: Ranks) -> dict[str, float]:
 
 
 def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
-    """-> samples by file stem"""
+    """The samples of --eval_data, by file stem."""
     stems = [Path(file).stem for file in args.eval_data]
     if len(set(stems)) < len(stems):
         raise UserError(
@@ -777,7 +777,7 @@ def check_objective(args: Args) -> None:
 
 
 def idle_flags(args: Args) -> list[str]:
-    """Sentences about flags that change nothing beside the others: an ablation of equal runs."""
+    """Sentences about given flags without effect: an ablation of one would compare equal runs."""
     given = {
         field.name
         for field in dataclasses.fields(args)

@@ -535,8 +535,9 @@ class HumanOmni(nn.Module):
     def forward(
         self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None
     ) -> Tensor:
-        """The slow obvious form: logits (B, P, V) fp32 at every position of the embedded prompts,
-        which may continue with the ids of a completion.
+        """The slow obvious form: logits (B, P, V) fp32 at every position of the embedded prompts.
+
+        input_ids may continue with the ids of a completion.
         """
         embeds, mask = self.embed_prompt(input_ids, frames, mel, question_ids, question_mask)
         return self.logits(self.hidden(embeds, mask))

@@ -368,9 +368,9 @@ def decode_step(
 
 # ==== How a step runs: PyTorch's operations, kernels, compiled functions, a CUDA graph ============
 
-# The default is `graph` on a GPU (without kernels where they cannot be built) and `eager` on a CPU
-# (compiled after `compile_layers`).  The environment variable overrides it, for a machine on which
-# one of the ways fails.
+# The default is `graph` on a GPU (`eager` inside a graph where the kernels cannot be built) and
+# `eager` on a CPU (compiled after `compile_layers`).  The environment variable overrides it, for a
+# machine on which one of the ways fails.
 #     eager       PyTorch's own operations
 #     kernels     attention and the sampling of the token as hand-written kernels
 #     compiled    and everything between them through torch.compile
@@ -457,7 +457,7 @@ class Decoder:
     """A model's packed weights; on a GPU also states and graphs, kept between calls.
 
     A CUDA graph stores memory addresses: if weights move, `signature` changes, and the Decoder is
-    replaced.  Weights that an optimizer writes in place stay where they are.
+    replaced.
     """
 
     def __init__(self, model: HumanOmni):
@@ -572,7 +572,7 @@ def compact(alive: Tensor, exact: bool) -> Tensor | None:
 
     An index is b * G + g, or -1 for an empty place.  The rows of a line have the same prompt.  A
     prompt with more than G' unfinished rows takes several lines, each with a copy of its prefix;
-    reading a line costs about as much as computing a row.  B' is `exact` or a halving of B, because
+    reading a line costs about as much as computing a row.  B' is exact, or a halving of B, because
     every shape is a graph of its own.
     """
     B, G = alive.shape

@@ -6,7 +6,8 @@
 
 Cold start (EMER-SFT): the targets are <think>reasoning</think>\\n<answer>label</answer>, and the
 question asks for both.  Label SFT (MAFW-DFEW-SFT): the targets are bare labels, and the question
-asks for the emotion alone.  `--prompt auto` decides by each target.
+asks for the emotion alone.  `--prompt auto` decides by each target, so the sample file of RL can be
+used as it is.
 
 The loss is the cross-entropy, averaged over all target tokens of the step, end tokens included.
 `completion_logps`, which GRPO uses, computes it with one completion per prompt.

@@ -51,7 +51,7 @@ class TrainArgs:
     data: str  # sample file (json or jsonl)
     media_root: str | None = None  # folder of the clips; default: the folder of --data
     allow_labels: bool = False  # accept labels outside the vocabulary
-    feature_cache: str | None = None  # folder that keeps the towers' outputs for later epochs, runs
+    feature_cache: str | None = None  # folder of tower outputs, kept for later epochs and runs
     workers: int = 2  # processes that read media, per rank
     # -- what the model is given
     modal: Modal = "video_audio"  # parts of a clip that the model gets

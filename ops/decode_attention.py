@@ -93,7 +93,7 @@ def can_build_kernels() -> bool:
 
 
 def load_kernels() -> types.SimpleNamespace:
-    """Return `rotate_write_attend` and `append_token`, the functions that need Triton."""
+    """Return `rotate_write_attend` and `append_token`. Only this function imports Triton."""
     from ops import decode_kernel, sample_kernel
 
     return types.SimpleNamespace(
