@@ -5,11 +5,12 @@ AssertionError with a hint. The function `runs` checks run folders in the same w
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import json
+import runpy
 import typing
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from unittest import mock
 
@@ -28,10 +29,6 @@ from training import MasterAdamW
 ROOT = Path(__file__).resolve().parents[2]
 RANK = Ranks(0, 1, torch.device("cpu"))
 
-# ------------------------------------------------------------------------------------------------
-# Comparisons. Each raises AssertionError with a hint.
-# ------------------------------------------------------------------------------------------------
-
 
 def expect_close(what: str, got, expected, tolerance: float = 1e-4, hint: str = "") -> None:
     """Compare numbers or tensors. The tolerance is absolute up to 1, and relative above."""
@@ -41,8 +38,8 @@ def expect_close(what: str, got, expected, tolerance: float = 1e-4, hint: str = 
         return
     detail = f"is off by up to {float(error.max()):.2g}"
     if got.numel() <= 8:
-        a, b = ([float(f"{x:.4g}") for x in tensor.flatten()] for tensor in (got, expected))
-        detail = f"is {a} and should be {b}" if got.dim() else f"is {a[0]} and should be {b[0]}"
+        is_, should_be = (", ".join(f"{x:.4g}" for x in y.flatten()) for y in (got, expected))
+        detail = f"is {is_} and should be {should_be}"
     raise AssertionError(f"{what} {detail}. {hint}".strip())
 
 
@@ -63,20 +60,12 @@ def expect_gradient(what: str, got, expected, tolerance: float, hint: str = "") 
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# The student's code
-# ------------------------------------------------------------------------------------------------
-
-
-def student_module(name: str):
-    """Return the student's file runs/course/NAME as a module."""
+def student_module(name: str) -> SimpleNamespace:
+    """Return what the student's file runs/course/NAME defines."""
     file = ROOT / "runs" / "course" / name
     if not file.exists():
         raise UserError(f"runs/course/{name} is missing. --begin creates it.")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(file)))
 
 
 def expect_choice(flag: str, value: str) -> None:
@@ -97,10 +86,6 @@ WITHOUT_REASONING = (
     "<think>{0}</think><answer a.</think><answer>sad</answer>",
     "{0}</think> {0} <think>{0}.",
 )
-
-# ------------------------------------------------------------------------------------------------
-# A small rollout and its update
-# ------------------------------------------------------------------------------------------------
 
 LENGTHS = torch.tensor([[9, 2, 4, 1], [1, 2, 1, 1], [12, 12, 7, 9], [3, 1, 2, 2]])
 INSIDE = torch.arange(12) < LENGTHS[..., None]  # (4, 4, 12) True up to and including the end token
@@ -140,7 +125,7 @@ class World:
         ids = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (5, 9, 7, 6)]
         self.batch = PromptBatch(
             indices=[0, 1, 2, 3],
-            samples=[SimpleNamespace(answer="happy", id="a", row={})] * 4,
+            samples=[None] * 4,
             questions=[""] * 4,
             input_ids=ids,
             targets=[[]] * 4,
@@ -168,8 +153,8 @@ class World:
         Each completion is scored alone behind its prompt, without padding. Past its end the results
         are 0. `embeds` replaces the embeddings of the prompts.
         """
-        own_embeds, mask = embed(self.model, self.batch)
-        embeds = own_embeds if embeds is None else embeds
+        own, mask = embed(self.model, self.batch)
+        embeds = own if embeds is None else embeds
         logps = torch.zeros(self.rollout.completions.shape)
         entropies = torch.zeros(logps.shape)
         for b, g in itertools.product(range(4), range(4)):
@@ -201,16 +186,7 @@ class World:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.trained)])
 
 
-# ------------------------------------------------------------------------------------------------
-# Run folders
-# ------------------------------------------------------------------------------------------------
-
 BUG_AND_FIX = "first the run with the bug, then the fixed one"
-
-
-def config(folder: Path) -> dict:
-    """Return the flags of a run."""
-    return json.loads((folder / "config.json").read_text())
 
 
 def metrics(folder: Path, name: str, least: int = 1) -> list[float]:
@@ -223,25 +199,25 @@ def metrics(folder: Path, name: str, least: int = 1) -> list[float]:
     return values
 
 
-def compare_runs(folders: list[Path], order: str, *expected: dict, varied: str = "") -> list[dict]:
+def last_means(folders: list[Path], name: str, least: int = 1) -> list[float]:
+    """Return the mean of this number over the last 20 steps of each run."""
+    return [fmean(metrics(folder, name, least)[-20:]) for folder in folders]
+
+
+def compare_runs(folders: list[Path], order: str, *expected: dict) -> list[dict]:
     """Return the flags of the runs, which must be comparable and in the right order.
 
     order: a description of the runs for the hint
-    expected: the flags that each run must have
-    varied: a flag that must differ, whatever its values are
-    All other flags must be the same.
+    expected: the flags that each run must have. Flags that are not named here must be the same.
     """
     assert len(folders) == len(expected), f"give {len(expected)} run folders: {order}."
-    runs = [config(folder) for folder in folders]
+    runs = [json.loads((folder / "config.json").read_text()) for folder in folders]
     for folder, run, flags in zip(folders, runs, expected):
         for name, value in flags.items():
-            words = value if isinstance(value, list) else [value]
-            assert run[name] == value, (
-                f"{folder.name} must have --{name} {' '.join(map(str, words))}. Give {order}."
-            )
-    may_differ = {"out", "overwrite", varied}.union(*expected)
-    for field in dataclasses.fields(grpo.Args):
-        differs = any(run.get(field.name) != runs[0].get(field.name) for run in runs)
-        assert not differs or field.name in may_differ, f"the runs differ in --{field.name}."
-        assert differs or field.name != varied, f"the runs must differ in --{varied}."
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            assert run[name] == value, f"{folder.name} must have --{name} {words}. Give {order}."
+    may_differ = {"out", "overwrite"}.union(*expected)
+    for name in sorted({field.name for field in dataclasses.fields(grpo.Args)} - may_differ):
+        values = [run.get(name) for run in runs]
+        assert values.count(values[0]) == len(runs), f"the runs differ in --{name}."
     return runs

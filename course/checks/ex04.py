@@ -7,12 +7,11 @@ import torch
 import grpo
 from course.checks import LENGTHS, RANK, World, compare_runs, expect_close, expect_gradient, metrics
 from lib.dist import Ranks
-from model import embed
 
 # The last group has zero variance.
 REWARDS = torch.tensor([[2.0, 1, 1, 2], [1, 1, 2, 1], [2, 1, 0, 2], [1, 1, 1, 1]])
-COUNT, LIMIT = LENGTHS.numel(), 16  # completions; --max_new_tokens of `World`
-DENOMINATORS = {"seq": COUNT, "token": LENGTHS.sum(), "const": COUNT * LIMIT}
+COUNT = LENGTHS.numel()  # completions
+DENOMINATORS = {"seq": COUNT, "token": LENGTHS.sum(), "const": COUNT * 16}  # max_new_tokens: 16
 
 
 class TwinRanks(Ranks):
@@ -28,46 +27,27 @@ def rewarded_world() -> World:
     return world
 
 
-def exact_gradient(world: World, agg: str) -> torch.Tensor:
-    """Return the gradient by definition: all completions at once, one sum, one division."""
-    embeds, mask = embed(world.model, world.batch)
-    logps = world.model.completion_logps(embeds, mask, world.rollout.completions, LENGTHS)
-    weights = 1 / LENGTHS if agg == "seq" else 1
-    total = (world.rollout.advantages * weights * logps.sum(-1)).sum()
-    return world.gradient(-total / DENOMINATORS[agg])
-
-
 def check_whole():
     """In one micro-batch, the denominator is the number of completions (seq), of their tokens
     (token) or of allowed tokens (const). Zero-variance groups count."""
     world = rewarded_world()
-    for agg in DENOMINATORS:
-        got, expected = world.update(agg=agg)[0], exact_gradient(world, agg)
+    for agg, denominator in DENOMINATORS.items():
+        weights = 1 / LENGTHS if agg == "seq" else 1
+        total = (world.rollout.advantages * weights * world.exact()[0].sum(-1)).sum()
+        expected = world.gradient(-total / denominator)
         hint = "Which completions are counted, and for const which length?"
-        expect_gradient(f"--agg {agg}", got, expected, 1e-3, hint)
+        expect_gradient(f"--agg {agg}", world.update(agg=agg)[0], expected, 1e-3, hint)
 
 
-def compare_micro_batches(agg: str) -> None:
+def check_cut():
+    """Every completion (seq) or every token (token, const) of the step has the same weight,
+    whatever the micro-batches are."""
     world = rewarded_world()
-    whole = world.update(agg=agg)[0]
-    for micro_batch in (2, 1):
-        what = f"--agg {agg} --micro_batch {micro_batch}, compared with --micro_batch 4"
-        expect_gradient(what, world.update(agg=agg, micro_batch=micro_batch)[0], whole, 1e-3)
-
-
-def check_seq():
-    """--agg seq: every completion of the step has the same weight in any micro-batch."""
-    compare_micro_batches("seq")
-
-
-def check_token():
-    """--agg token: every token of the step has the same weight in any micro-batch."""
-    compare_micro_batches("token")
-
-
-def check_const():
-    """--agg const: every token has the same weight, and the divisor is the allowed length."""
-    compare_micro_batches("const")
+    for agg in DENOMINATORS:
+        whole = world.update(agg=agg)[0]
+        for micro_batch in (2, 1):
+            what = f"--agg {agg} --micro_batch {micro_batch}, compared with --micro_batch 4"
+            expect_gradient(what, world.update(agg=agg, micro_batch=micro_batch)[0], whole, 1e-3)
 
 
 def check_ranks():
@@ -84,6 +64,7 @@ def check_ranks():
 def runs(folders: list[Path]) -> None:
     """The first step has the same gradient norm in one micro-batch and in eight."""
     order = "first one micro-batch per step, then one for each prompt"
-    compare_runs(folders, order, {"agg": "token"}, {"agg": "token"}, varied="micro_batch")
+    whole, cut = ({"agg": "token", "micro_batch": size} for size in (8, 1))
+    compare_runs(folders, order, whole, cut)
     a, b = (metrics(folder, "grad_norm")[0] for folder in folders)
     expect_close("grad_norm of step 1 of the second run", b, a, 1e-3 * a)

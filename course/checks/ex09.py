@@ -1,7 +1,6 @@
 """Exercise 9: without the KL the accuracy stays, and the reasoning loses the cues."""
 
 from pathlib import Path
-from statistics import fmean
 
 from course.checks import (
     WITHOUT_REASONING,
@@ -9,21 +8,20 @@ from course.checks import (
     expect_above,
     expect_below,
     expect_close,
-    metrics,
+    last_means,
 )
 from rewards import Completion, load_reward
 
 SEEN = {"brows": "lowered", "furrow": "knit", "eyes": "narrowed", "corners": "up"}
 HEARD = {"pitch": "low", "melody": "flat", "rate": "slow", "loudness": "soft", "breath": "clear"}
 CUES = {"seen": SEEN | {"lips": "pressed"}, "heard": HEARD}
-MARGIN = 0.2  # of the share of stated cues
 
 
-def expect(expected: float, reasoning: str, hint: str, cues: dict = CUES) -> None:
+def expect(expected: float, reasoning: str, hint: str = "", cues: dict = CUES) -> None:
     expect_share(expected, f"<think>{reasoning}</think>\n<answer>sad</answer>", hint, cues)
 
 
-def expect_share(expected: float, text: str, hint: str, cues: dict = CUES) -> None:
+def expect_share(expected: float, text: str, hint: str = "", cues: dict = CUES) -> None:
     """Compare what the student's `cues` gives for a completion."""
     completion = Completion(text, "sad", len(text), True, 80, row={"cues": cues})
     got = load_reward("mine.py:cues=0")(completion, "a made-up clip")
@@ -37,18 +35,15 @@ def check_all_and_none():
         "The brows are lowered, the forehead knit, the eyes narrowed, the mouth corners up, "
         "the lips pressed. The pitch is low, the melody flat, the rate slow, "
         "the volume soft and the tone clear. He is sad.",
-        "It states all ten cues of the row, those seen and those heard.",
     )
-    reasoning = "The brows raised, the eyes wide, the voice loud: happy."
-    expect(0, reasoning, "These are not the cues of this clip.")
+    expect(0, "The brows raised, the eyes wide, the voice loud: happy.")
 
 
 def check_share():
     """Half of the cues is 0.5, also for a clip with another number of cues."""
-    reasoning = "Brows lowered, forehead knit, lips pressed. A flat, soft voice."
-    expect(0.5, reasoning, "It states 5 of 10.")
+    expect(0.5, "Brows lowered, forehead knit, lips pressed. A flat, soft voice.")
     reasoning = "Lips pressed, a soft voice, the rate slow, brows raised."
-    expect(0.3, reasoning, "It states 3 of 10. A false cue subtracts nothing.")
+    expect(0.3, reasoning, "A false cue subtracts nothing.")
     few = {"seen": {"lips": "pressed"}, "heard": {"rate": "slow", "loudness": "soft"}}
     expect(2 / 3, "Lips pressed, a soft voice.", "It states 2 of 3.", few)
 
@@ -57,28 +52,25 @@ def check_words():
     """Whole words count, in upper or lower case and next to any punctuation."""
     hint = "slowish does not state low, and upset does not state up."
     expect(0.1, "A slowish, yellow, upset, unclear face: slow.", hint)
-    reasoning = 'LOWERED brows, eyes:narrowed, (soft) and "flat".'
-    expect(0.4, reasoning, "Neither case nor punctuation matters.")
+    expect(0.4, 'LOWERED brows, eyes:narrowed, (soft) and "flat".')
 
 
 def check_once():
     """A cue that is stated three times counts once."""
-    reasoning = "Slow, slow, slow, and the rate slow. Soft, soft."
-    expect(0.2, reasoning, "It states two different cues.")
+    expect(0.2, "Slow, slow, slow, and the rate slow. Soft, soft.")
 
 
 def check_inside():
     """Only the inside of the one <think> block counts. Without exactly one block the share is 0."""
     text = "soft <think>Lips pressed.</think> slow, low\n<answer>clear up narrowed</answer>"
-    expect_share(0.1, text, "Text before the block, text after it and the answer do not count.")
+    expect_share(0.1, text)
     expect(0.2, "\nLips pressed.\nVoice soft.\n", "A reasoning may have several lines.")
     for text in WITHOUT_REASONING:
-        hint = "A block is one <think> and one </think>, in this order and each exactly once."
-        expect_share(0, text.format("Lips pressed, soft"), hint)
+        expect_share(0, text.format("Lips pressed, soft"))
 
 
 def runs(folders: list[Path]) -> None:
-    """With and without the KL the accuracy rises. Without it the reasoning loses the cues,
+    """Without the KL the accuracy stays, and the reasoning loses the cues,
     which neither run rewards."""
     order = "first --beta 0.04, then --beta 0"
     flags = compare_runs(folders, order, {"beta": 0.04}, {"beta": 0})[0]
@@ -87,13 +79,9 @@ def runs(folders: list[Path]) -> None:
         "use --rewards accuracy format mine.py:cues=0. Accuracy and format are rewarded, "
         "the cues are only logged."
     )
-    accuracies = [metrics(folder, "rewards/accuracy/mean", least=100) for folder in folders]
-    for folder, accuracy in zip(folders, accuracies):
-        rise = fmean(accuracy[-20:]) - fmean(accuracy[:20])
-        expect_above(f"{folder.name}: the rise of the accuracy of 20 steps", rise, 0.05)
-    with_kl, without = (fmean(accuracy[-20:]) for accuracy in accuracies)
-    cues_with_kl, cues_without = (fmean(metrics(f, "rewards/cues/mean")[-20:]) for f in folders)
-    hint = f"With the KL it is {cues_with_kl:.3f}. Without the KL the cues must fall."
-    expect_below("cues without the KL, last 20 steps,", cues_without, cues_with_kl - MARGIN, hint)
+    with_kl, without = last_means(folders, "rewards/cues/mean", least=100)
+    hint = f"With the KL it is {with_kl:.3f}. Without the KL the cues must fall."
+    expect_below("cues without the KL, last 20 steps,", without, with_kl - 0.2, hint)
+    with_kl, without = last_means(folders, "rewards/accuracy/mean")
     hint = f"With the KL it is {with_kl:.3f}. Without the KL the accuracy must stay."
     expect_above("accuracy without the KL, last 20 steps,", without, with_kl - 0.1, hint)

@@ -48,8 +48,8 @@ def norms(*values: float, n: int = 30) -> list[dict]:
     return [{"grad_norm": values[i % len(values)], "reward": 1.0} for i in range(n)]
 
 
-def siblings(unique: float, dead: float, n: int = 20) -> list[dict]:
-    return [{"unique_completions": unique, "frac_reward_zero_std": dead}] * n
+def siblings(unique: float, n: int = 20) -> list[dict]:
+    return [{"unique_completions": unique}] * n
 
 
 def kls(value: float, n: int = 60) -> list[dict]:
@@ -102,7 +102,7 @@ CASES = {  # exercise: runs that pass, then runs that do not, with a part of the
             (
                 "the std's advantages",
                 [(BY_MEAN, norms(0.1), [1.2246, 0, -1.2246, 0])],
-                "got the advantage 1.2246",
+                "is 1.225, 0, -1.225, 0 and should be 0.9999, 0, -0.9999, 0",
             ),
             ("short", [(BY_MEAN, norms(0.1, n=9), RIGHT)], "run 30 steps"),
         ],
@@ -115,7 +115,7 @@ CASES = {  # exercise: runs that pass, then runs that do not, with a part of the
                 [(CUT[0], norms(0.225)), (CUT[1], norms(0.226))],
                 "grad_norm of step 1",
             ),
-            ("the same", [({"agg": "token"}, norms(0.3))] * 2, "must differ in --micro_batch"),
+            ("the same", [({"agg": "token"}, norms(0.3))] * 2, "must have --micro_batch 8"),
             (
                 "seq",
                 [({"micro_batch": 8}, norms(0.3)), ({"micro_batch": 1}, norms(0.3))],
@@ -124,16 +124,16 @@ CASES = {  # exercise: runs that pass, then runs that do not, with a part of the
         ],
     ),
     5: (
-        [({}, siblings(1 / 8, 1.0)), ({}, siblings(0.99, 0.2))],
+        [({}, siblings(1 / 8)), ({}, siblings(0.99))],
         [
-            ("still copies", [({}, siblings(1 / 8, 1.0))] * 2, "still has copies"),
-            ("turned", [({}, siblings(0.99, 0.2)), ({}, siblings(1 / 8, 1.0))], "It has no bug"),
+            ("still copies", [({}, siblings(1 / 8))] * 2, "still has copies"),
+            ("turned", [({}, siblings(0.99)), ({}, siblings(1 / 8))], "It has no bug"),
             (
                 "another seed",
-                [({}, siblings(1 / 8, 1.0)), ({"seed": 1}, siblings(0.99, 0.2))],
+                [({}, siblings(1 / 8)), ({"seed": 1}, siblings(0.99))],
                 "seed",
             ),
-            ("short", [({}, siblings(1 / 8, 1.0, n=5)), ({}, siblings(0.99, 0.2))], "run 10 steps"),
+            ("short", [({}, siblings(1 / 8, n=5)), ({}, siblings(0.99))], "run 10 steps"),
         ],
     ),
     6: (
