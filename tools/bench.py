@@ -1,45 +1,36 @@
 """Speed, memory and full size, measured or computed on random weights.
 
-    python -m tools.bench                            one GRPO step of the toy model, every arm:
-                                                     two minutes
+    python -m tools.bench                            one GRPO step of the toy model: two minutes
     python -m tools.bench --size mid                 half of HumanOmni's width and depth: ten
                                                      minutes on two cores
     python -m tools.bench --size full --device cuda  HumanOmni's geometry; judges every target
-    python -m tools.bench --size mid --ranks         two prompts on one process and on two
     python -m tools.bench memory                     GPU memory of a training step at full size
     python -m tools.bench rehearsal                  the real commands on a random checkpoint of
                                                      full size: 14 GB of disk, 18 GB of memory
 
-All arms run in turn in one process, on the same weight tensors, clips, completions' lengths and
-advantages. There is no end token, so every arm samples T tokens. Media are not read.
+The arms run in turn in one process, on the same weights, clips, completion lengths and advantages.
+Under torchrun every process has prompts of its own.
     A  the public reference's loop, from transformers parts: for every completion, policy and
        reference model run the towers, the prompt and the head at every position; one prompt at a
        time
-    B  Hugging Face generate with a static cache (compiled on CUDA), all prompts in one batch;
-       sampling only
-    C  ours without sharing: towers once per clip, head on completions only, but the prompt once
-       per completion
-    D  ours: the prompt once per group, in sampling and in training
+    D  ours: the towers once per clip, the prompt once per group, the head on completions only
     E  D compiled (not a default at size mid: on a CPU, compiling takes longer than it saves)
 
-Gates compare each arm with A on one prompt. If one fails, the exit status is 1.
+Gates compare D and E with A on one prompt. If one fails, the exit status is 1.
     greedy   the greedy tokens are equal, in fp32
     dlogp    largest difference of a token's log-probability, same completions, fp32
     dgrad    |gradient - A's| / |A's|, same loss and completions, fp32
     ratio    exp(trainer's - sampler's log-probability) at the 1st, 50th and 99th percentile of the
              timed step, in the dtype of the weights
 
-`x_first` is the speed-up over the first arm, a floor the least time of the work at this machine's
-measured rates; see docs/speed.md.
+docs/speed.md explains the printed table; `x_first` is the speed-up over the first arm.
 
 Legend   B prompts   G completions per prompt   P prompt length   T completion length
          D width   V vocabulary   d head size   S = T - 1 tokens that are read
 """
 
 import concurrent.futures
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import functools
@@ -54,7 +45,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -62,17 +52,15 @@ from unittest import mock
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import rewards
 from data import QUESTION, THINK, PromptBatch, chunks
 from grpo import advantages, grpo_loss
 from lib.args import UserError, list_of, run_main
 from lib.checkpoint import read_json
 from lib.dist import Ranks, dtype_of, start_ranks
-from lib.files import write_json, write_text
+from lib.files import write_json
 from lib.metrics import Timer
 from lib.modalities import AUDIO, VIDEO
 from model import PARTS, Config, HumanOmni, embed, encode_media, frozen_reference
@@ -82,34 +70,23 @@ from training import MasterAdamW
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 SEED = 0  # of weights, clips, lengths and sampled tokens
-RATES_SECONDS = 3.0  # `machine_rates` starts no further try after this time
 BETA = 0.04  # the paper's weight of the KL
 LR = 1e-6  # so small that the weights are nearly the same in every repetition
-MICRO_BATCH = 4  # prompts per forward and backward pass in C, D and E
+MICRO_BATCH = 4  # prompts per forward and backward pass in D and E
 # Limits of the gates. In bf16 the ratio's is wider: sampler and trainer round at different places.
 MOST = {"max_dlogp": 1e-4, "relative_gradient_error": 1e-5}
 MOST_RATIO = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-ARMS = {
-    "A": "faithful loop",
-    "B": "HF static cache",
-    "C": "ours, no sharing",
-    "D": "ours",
-    "E": "ours, compiled",
-}
-TOWERS = PARTS["vision"] + PARTS["audio"]
+ARMS = {"A": "faithful loop", "D": "ours", "E": "ours, compiled"}
 # In the order of a step. `prefill` and `decode` are the two halves of sampling.
-SECTIONS = ("encode", "prefill", "decode", "reward", "reference", "train", "optimiser", "step")
+SECTIONS = ("encode", "prefill", "decode", "reference", "train", "optimiser", "step")
 
 
 @dataclasses.dataclass
 class Args:
     size: Literal["toy", "mid", "full"] = "toy"  # geometry of the model and shape of the step
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # dtype of the weights; auto: float32 on cpu, bfloat16 on cuda
+    # The weights are bf16 on cuda and fp32 on cpu.
     arms: list[str] = list_of()  # which arms; default: those of the size
-    repeats: int = 5  # timed repetitions; fewer for A, B and C at the larger sizes
-    ranks: bool = False  # instead: two prompts on one process and on two, one thread each
     out: str | None = None  # json file; default: results/bench_MACHINE.json
 
 
@@ -121,9 +98,8 @@ class MemoryArgs:
 
 @dataclasses.dataclass
 class RehearsalArgs:
-    out: str = "runs/rehearsal"  # folder of the model, the logs and report.md
-    dtype: Literal["both", "bfloat16", "float32"] = "both"  # dtype of the weights; both: a run each
-    keep: bool = False  # keep OUT/model
+    out: str = "runs/rehearsal"  # new folder for the model and the logs
+    dtypes: list[str] = list_of("bfloat16", "float32")  # dtypes of the weights; each is a run
 
 
 # ---- The model at three sizes, and the floors ---------------------------------------------------
@@ -137,12 +113,12 @@ class Size:
     bert: dict  # of transformers.BertConfig
     B: int
     T: int
-    slow: int  # most repetitions of the arms that run the prompt once per completion (A, B, C)
-    rows: tuple[int, ...]  # numbers of completions in the decode table
-    copied_rows: int  # largest of them for A, B and C
-    sweep: int = 16  # T in the decode table
+    slow: int  # timed repetitions of arm A and of the decode steps
+    rows: tuple[int, ...]  # numbers of completions in the timed decode steps
+    repeats: int = 5  # timed repetitions of D and E
+    sweep: int = 16  # T of the timed decode steps
     gate: int = 8  # completions of the prompt on which the gates are checked
-    arms: str = "ABCDE"
+    arms: str = "ADE"
     text: int = 58  # text ids in the prompt
     G: int = 8
 
@@ -179,7 +155,6 @@ SIZES = {
         T=80,
         slow=5,
         rows=(8, 32, 128, 512),
-        copied_rows=128,
     ),
     # half of the full width and depth, a quarter of its vocabulary: an eighth of its parameters
     "mid": Size(
@@ -187,13 +162,12 @@ SIZES = {
         layers(384, 6, 6, 1536, image_size=224),
         whisper(640, 16, 10, 2560, 128, 1500),
         layers(384, 6, 6, 1536, vocab_size=7630),
-        arms="ABCD",
+        arms="AD",
         B=1,
         T=200,
         gate=2,
         slow=2,
         rows=(8, 32),
-        copied_rows=0,
     ),
     "full": Size(
         layers(896, 24, 14, 4864, num_key_value_heads=2, vocab_size=151936, rope_theta=1e6),
@@ -204,7 +178,6 @@ SIZES = {
         T=200,
         slow=3,
         rows=(8, 16, 32, 64, 128, 256, 512),
-        copied_rows=512,
         sweep=64,
     ),
 }
@@ -277,10 +250,10 @@ def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:
 
 
 def decode_floor(model: HumanOmni, P: int, B: int, G: int, T: int, rates: dict) -> float:
-    """Return the least seconds of T - 1 decode steps, from the longer of two times for each.
+    """Return the least seconds of T - 1 decode steps.
 
-    One is the time to read every weight and every cached key and value once, the other that of the
-    products.
+    A step takes the longer of two times: to read every weight and every cached key and value once,
+    and to compute the products.
     """
     c, weights, seconds = model.config, flops(model, 1, 0, 1) // 2, 0.0
     for t in range(1, T):  # t tokens follow the prompt
@@ -303,15 +276,16 @@ def media_flops(size: Size, batch: PromptBatch) -> tuple[int, int]:
     return towers.get_total_flops(), projectors.get_total_flops()
 
 
-def floors(size: Size, b: "Bench", lengths: list[list[int]], P: int, rates: dict) -> dict:
-    """Return section of a step -> least seconds. lengths: B x G"""
-    model, B, G, T = b.models["D"][0], len(lengths), len(lengths[0]), max(map(max, lengths))
+def floors(size: Size, b: "Bench", P: int, rates: dict) -> dict:
+    """Return section of a step -> least seconds, with towers and prompts once."""
+    model, (B, G, T) = b.models["D"][0], b.mask.shape
     towers, projectors = media_flops(size, b.batch)
     prompt_pairs = P * (P + 1) // 2
-    forward = projectors
-    for ns in lengths:  # [prompt | completions]; the last token of each is not read
-        pairs = prompt_pairs + sum((n - 1) * P + n * (n - 1) // 2 for n in ns)
-        forward += flops(model, P + sum(ns) - G, pairs, sum(ns))
+    pairs, tokens = B * prompt_pairs, B * P
+    for n in b.mask.sum(-1).flatten().tolist():  # the last token of a completion is not read
+        pairs += (n - 1) * P + n * (n - 1) // 2
+        tokens += n - 1
+    forward = projectors + flops(model, tokens, pairs, int(b.mask.sum()))
     products = {
         "encode": towers,
         "prefill": projectors + flops(model, B * P, B * prompt_pairs, B),
@@ -330,21 +304,14 @@ def floors(size: Size, b: "Bench", lengths: list[list[int]], P: int, rates: dict
 # ---- The machine ---------------------------------------------------------------------------------
 
 
-def proc(file: str, name: str) -> str:
-    """Return the value of `name` in Linux's /proc/FILE, or "" if there is none."""
-    path = Path("/proc", file)
-    text = path.read_text() if path.exists() else ""
-    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
-
-
 def circumstances(device: torch.device) -> dict:
     """Return what is needed to read a measured number. The host's name is not in it."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
-        processor = proc("cpuinfo", "model name") or platform.machine()
-        machine = f"{processor}, {os.cpu_count()} cores"
+        info = Path("/proc/cpuinfo")
+        names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+        machine = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     return {
         "command": shlex.join(("python", *sys.orig_argv[1:])),
         "machine": machine,
@@ -356,50 +323,26 @@ def circumstances(device: torch.device) -> dict:
     }
 
 
-class Laps(Timer):
-    """Seconds and peak memory of each part of a step.
-
-    Memory is in bytes, weights included. On a CPU it is resident memory, on Linux only.
-    """
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device, self.peaks = device, {}
-        self.lap("")
-
-    def lap(self, name: str) -> None:
-        super().lap(name)
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            peak = 1024 * int((proc("self/status", "VmHWM") or "0").split()[0])
-            with contextlib.suppress(OSError):  # resets VmHWM
-                Path("/proc/self/clear_refs").write_text("5")
-        self.peaks[name] = max(peak, self.peaks.get(name, 0))
-        self.last = time.perf_counter()
-
-
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return bytes per second of a copy (read and written) and FLOP per second of a product.
 
-    Each is the best of up to six tries. Their time is limited, because a processor without bf16
-    needs a thousand times as long for its products.
+    Each is the best of six tries.
     """
     n, megabytes = (8192, 1024) if device.type == "cuda" else (1024, 256)
     a = torch.randn(n, n, device=device).to(dtype)
     source = torch.ones(megabytes << 18, device=device)
-    target, tries, start = torch.empty_like(source), [], time.perf_counter()
-    while not tries or (len(tries) < 6 and time.perf_counter() - start < RATES_SECONDS):
-        tries.append(Laps(device))
+    target, tries = torch.empty_like(source), []
+    for _ in range(6):
+        timer = Timer()
+        timer.lap("start")  # the GPU may still be at work
         target.copy_(source)
-        tries[-1].lap("copy")
+        timer.lap("copy")
         a @ a
-        tries[-1].lap("product")
-    copied, multiplied = (min(laps.seconds[name] for laps in tries) for name in ("copy", "product"))
+        timer.lap("product")
+        tries.append(timer.seconds)
     return {
-        "bytes_per_second": 2 * source.nbytes / copied,
-        "flops_per_second": 2 * n**3 / multiplied,
+        "bytes_per_second": 2 * source.nbytes / min(seconds["copy"] for seconds in tries),
+        "flops_per_second": 2 * n**3 / min(seconds["product"] for seconds in tries),
     }
 
 
@@ -419,9 +362,8 @@ def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
 
 @dataclasses.dataclass
 class Bench:
-    models: dict[str, tuple]  # arm -> (policy, reference); of A and B they are transformers' Qwen2
+    models: dict[str, tuple]  # arm -> (policy, reference); of A they are transformers' Qwen2
     optimizer: MasterAdamW
-    tokenizer: Tokenizer
     ranks: Ranks
     batch: PromptBatch  # B prompts
     mask: torch.Tensor  # (B, G, T) True on the tokens that count: all of a group's first completion
@@ -437,10 +379,10 @@ def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
     for name, p in reference.named_parameters():
         if name.startswith(PARTS["decoder"]) and p.dim() == 2:
             p.add_(torch.randn_like(p) * 5e-3)
-    ours, theirs = (model, reference), (qwen2_of(model, size), qwen2_of(reference, size))
-    views = {"A": theirs, "B": theirs, "C": ours, "D": ours}
+    theirs = qwen2_of(model, size), qwen2_of(reference, size)
+    views = {"A": theirs, "D": (model, reference)}
     if "E" in arms:
-        views["E"] = tuple(copy.copy(m) for m in ours)  # the same modules, but compiled
+        views["E"] = copy.copy(model), copy.copy(reference)  # the same modules, but compiled
         for twin in views["E"]:
             twin.compile_layers()
 
@@ -448,11 +390,9 @@ def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
     lengths = torch.randint(max(1, T // 2), T + 1, (B, G), generator=gen)
     lengths[:, 0] = T  # every group needs the last decode step
     batch = random_batch(size, B, gen, dtype)
-    words = {f"w{i}": i for i in range(size.decoder["vocab_size"])}
     return Bench(
         views,
         MasterAdamW([p for p in model.parameters() if p.requires_grad], LR),
-        Tokenizer(models.WordLevel(words, unk_token="w0")),
         ranks,
         batch.to(ranks.device),
         (torch.arange(T) < lengths[..., None]).to(ranks.device),
@@ -461,31 +401,28 @@ def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
     )
 
 
-def sample(
-    b: Bench, arm: str, embeds, G: int, T: int, laps: Laps, greedy=False, top_k=0, prompts=None
-):
-    """Return completions (B, G, T) and the sampler's log-probabilities, which are None in A and B.
+def sample(b: Bench, arm: str, embeds, G: int, T: int, timer: Timer, greedy=False, prompts=None):
+    """Return completions (B, G, T) and the sampler's log-probabilities, which are None in A.
 
     embeds (B, P, D). prompts: their numbers, which key the random numbers.
     """
     model, B, logps = b.models[arm][0], len(embeds), None
     mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
-    if arm in "AB":
+    if arm == "A":
 
         def end_prefill(ids, logits):  # called for every token, at the first one without ids
             if ids.shape[1] == 0:
-                laps.lap("prefill")
+                timer.lap("prefill")
             return logits
 
         config = transformers.GenerationConfig(
             max_new_tokens=T,
             num_return_sequences=G,
             do_sample=not greedy,
-            top_k=None if greedy else top_k,
+            top_k=None if greedy else 50,  # generate's default, which the reference keeps
             temperature=1.0,
             eos_token_id=None,
             pad_token_id=0,
-            cache_implementation="static" if arm == "B" else None,
         )
         ids = model.generate(
             inputs_embeds=embeds,
@@ -494,28 +431,24 @@ def sample(
             logits_processor=transformers.LogitsProcessorList([end_prefill]),
         )
     else:
-        copies = G if arm == "C" else 1  # in C every completion has a prompt of its own
-        embeds, mask = (x.repeat_interleave(copies, 0) for x in (embeds, mask))
-        prompts = [i * copies + g for i in prompts or range(B) for g in range(copies)]
 
         def prefill(*given):  # `generate` calls it once, before the first token
             result = HumanOmni.prefill(model, *given)
-            laps.lap("prefill")
+            timer.lap("prefill")
             return result
 
         with mock.patch.object(model, "prefill", prefill):
             ids, _, logps = generate(
-                model, embeds, mask, G // copies, T, seed=SEED, greedy=greedy, prompt_ids=prompts
+                model, embeds, mask, G, T, seed=SEED, greedy=greedy, prompt_ids=prompts
             )
-        logps = logps.view(B, G, T)
-    laps.lap("decode")
+    timer.lap("decode")
     return ids.view(B, G, T), logps
 
 
-def faithful_embeds(model: HumanOmni, batch: PromptBatch, laps: Laps) -> torch.Tensor:
+def faithful_embeds(model: HumanOmni, batch: PromptBatch, timer: Timer) -> torch.Tensor:
     """Return (rows, P, D). Every row runs through the towers, also if all are copies of one."""
     batch = encode_media(model, batch)
-    laps.lap("encode")
+    timer.lap("encode")
     return embed(model, batch)[0]
 
 
@@ -540,25 +473,22 @@ def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
     return ((loss * mask).sum(-1) / mask.sum(-1)).sum()
 
 
-def log_probs(b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_logps=None):
+def log_probs(b: Bench, arm: str, completions: torch.Tensor, timer: Timer, ref_logps=None):
     """Return the reference model's log-probabilities (B, G, T) of completions (B, G, T).
 
     With `ref_logps` they are the policy's, and the optimiser's sum gets the gradient of the loss.
     """
-    learn, done, (B, G, T) = ref_logps is not None, [], completions.shape
+    learn, done, (B, G, _) = ref_logps is not None, [], completions.shape
     model, mine = (b.models[view][0 if learn else 1] for view in ("D", arm))
-    copies = G if arm == "C" else 1
     for rows in chunks(list(range(B)), 1 if arm == "A" else MICRO_BATCH):
         ids, mask = completions[rows], b.mask[rows]
         with torch.set_grad_enabled(learn):
             if arm == "A":
-                embeds = faithful_embeds(model, b.batch.select(rows * G), laps)
+                embeds = faithful_embeds(model, b.batch.select(rows * G), timer)
                 logps = faithful_logps(mine, embeds, ids)
             else:
                 prompts = embed(model, b.batch.select(rows))
-                prompts = (x.repeat_interleave(copies, 0) for x in prompts)
-                groups = ids.reshape(-1, G // copies, T), mask.sum(-1).view(-1, G // copies)
-                logps = mine.completion_logps(*prompts, *groups).view(-1, G, T)
+                logps = mine.completion_logps(*prompts, ids, mask.sum(-1))
         done.append(logps.detach())
         if learn:
             given = ref_logps[rows], b.advantages[rows], mask
@@ -570,12 +500,12 @@ def log_probs(b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_log
                 )
             loss.backward()
             b.optimizer.accumulate_grads()
-        laps.lap("train" if learn else "reference")
+        timer.lap("train" if learn else "reference")
     return torch.cat(done)
 
 
-def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> tuple:
-    """Run one GRPO step, of arm B only the sampling.
+def step(b: Bench, arm: str, timer: Timer, forced: torch.Tensor | None = None) -> tuple:
+    """Run one GRPO step.
 
     Returns the log-probabilities of policy, reference model and our sampler, and the gradient's
     norm. forced: completions (B, G, T) instead of sampled ones. With them the weights stay, and the
@@ -585,30 +515,21 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
     with torch.no_grad():
         if arm != "A":
             b = dataclasses.replace(b, batch=encode_media(model, b.batch))
-            laps.lap("" if arm == "B" else "encode")
+            timer.lap("encode")
         if ids is None and arm == "A":
             ids = []
             for i in range(B):
-                embeds = faithful_embeds(model, b.batch.select([i]), laps)
-                # top_k: the default of generate, which the public reference leaves alone
-                ids.append(sample(b, arm, embeds, G, T, laps, top_k=50)[0])
+                embeds = faithful_embeds(model, b.batch.select([i]), timer)
+                ids.append(sample(b, arm, embeds, G, T, timer)[0])
             ids = torch.cat(ids)
         elif ids is None:  # projectors and gate are part of the prefill, as in arm A
             embeds = embed(model, b.batch)[0]
-            ids, sampled = sample(b, arm, embeds, G, T, laps, prompts=b.batch.indices)
-    if arm == "B":
-        return None, None, None, norm
-    lengths = b.mask.sum(-1).flatten().tolist()
-    rows = [row[:n] for row, n in zip(ids.flatten(0, 1).tolist(), lengths)]
-    for text in b.tokenizer.decode_batch(rows):
-        rewards.accuracy_reward(text, "happy")  # only timed
-        rewards.format_reward(text)
-    laps.lap("reward")
-    ref_logps = log_probs(b, arm, ids, laps)
-    logps = log_probs(b, arm, ids, laps, ref_logps)
+            ids, sampled = sample(b, arm, embeds, G, T, timer, prompts=b.batch.indices)
+    ref_logps = log_probs(b, arm, ids, timer)
+    logps = log_probs(b, arm, ids, timer, ref_logps)
     if forced is None:
         norm, _ = b.optimizer.step(b.ranks, LR, 1.0)
-        laps.lap("optimiser")
+        timer.lap("optimiser")
     return logps, ref_logps, sampled, norm
 
 
@@ -617,147 +538,125 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
 
 def check(b: Bench, arms: list[str]) -> dict[str, dict]:
     """Return arm -> its gates, against arm A. The weights of `b` must be fp32."""
-    laps, gates, (_, G, T) = Laps(b.ranks.device), {}, b.mask.shape
+    timer, found, gates, (_, G, T) = Timer(), {}, {}, b.mask.shape
     with torch.no_grad():
-        embeds = faithful_embeds(b.models["D"][0], b.batch, laps)  # (B, P, D)
-        completions, _ = sample(b, "D", embeds, G, T, laps)  # (B, G, T)
-    expected = None
+        embeds = faithful_embeds(b.models["D"][0], b.batch, timer)  # (B, P, D)
+        completions, _ = sample(b, "D", embeds, G, T, timer)  # (B, G, T)
     for arm in ("A", *(arm for arm in arms if arm != "A")):
         with torch.no_grad():  # in our arms a group of two, which can share the prompt
-            group = 1 if arm in "AB" else 2
-            tokens, _ = sample(b, arm, embeds, group, min(T, 32), laps, greedy=True)
-        logps, ref_logps, *_ = step(b, arm, laps, completions)
-        grads = b.optimizer.flat.clone()
+            group = 1 if arm == "A" else 2
+            tokens, _ = sample(b, arm, embeds, group, min(T, 32), timer, greedy=True)
+        logps = torch.stack(step(b, arm, timer, completions)[:2])[:, b.mask]
+        found[arm] = tokens, logps, b.optimizer.flat.clone()
         b.optimizer.zero_grads()
-        if arm == "A":
-            expected = tokens, logps, ref_logps, grads
-            continue
-        gates[arm] = {"greedy_equal": bool((tokens == expected[0]).all())}
-        if arm != "B":
-            off = torch.stack((logps - expected[1], ref_logps - expected[2]))[:, b.mask]
-            gates[arm]["max_dlogp"] = float(off.abs().max())
-            error = (grads - expected[3]).norm() / expected[3].norm()
-            gates[arm]["relative_gradient_error"] = float(error)
-        print(f"gates: arm {arm} {gate_text(gates[arm])}", flush=True)
+        if arm != "A":
+            their_tokens, their_logps, their_grads = found["A"]
+            error = (found[arm][2] - their_grads).norm() / their_grads.norm()
+            gates[arm] = {
+                "greedy_equal": bool((tokens == their_tokens).all()),
+                "max_dlogp": float((logps - their_logps).abs().max()),
+                "relative_gradient_error": float(error),
+            }
+            b.ranks.print0(f"gates: arm {arm} {gate_text(gates[arm])}")
     return gates
 
 
 def gates_hold(gates: dict[str, dict], dtype: torch.dtype) -> bool:
     return all(
         gate["greedy_equal"]
-        and all(gate.get(name, 0.0) < most for name, most in MOST.items())
+        and all(gate[name] < most for name, most in MOST.items())
         and all(abs(r - 1) < MOST_RATIO[dtype] for r in gate.get("ratio", ()))
         for gate in gates.values()
     )
 
 
 def gate_text(gate: dict) -> str:
-    if not gate:
-        return ""
-    words = "greedy equal" if gate["greedy_equal"] else "greedy DIFFERS"
-    if "max_dlogp" in gate:
-        words += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
+    text = "greedy equal" if gate["greedy_equal"] else "greedy DIFFERS"
+    text += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
     if "ratio" in gate:
-        words += "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"])
-    return words
+        text += "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"])
+    return text
 
 
 # ---- Timing --------------------------------------------------------------------------------------
 
 
-def take_turns(runs: dict, repeats: dict[str, int], floor: dict, device: torch.device) -> dict:
-    """Time arm -> function of Laps. Return section -> arm -> the numbers of a table row.
+def take_turns(runs: dict, repeats: dict[str, int], floor: dict) -> list[dict]:
+    """Time arm -> function of a Timer. Return a table row for each section and arm.
 
     The arms take turns, so that a slow minute of the machine falls on all of them. Round 0 warms
     up. On a CPU, arms with fewer repetitions skip it: they take minutes and ran for the gates.
-    Peak memory is that of an arm's first run. Free memory is returned to the system before it, and
-    not before the others, because fetching it again costs time.
+    Peak memory is that of an arm's whole run, and is measured on a GPU only.
     """
-    most = max(repeats.values(), default=0)
-    first = {arm: int(device.type == "cpu" and repeats[arm] < most) for arm in runs}
+    on_gpu, most = torch.cuda.is_initialized(), max(repeats.values())
+    first = {arm: int(repeats[arm] < most and not on_gpu) for arm in runs}
     plan = [arm for turn in range(most + 1) for arm in runs if first[arm] <= turn <= repeats[arm]]
-    turns, table = {arm: [] for arm in runs}, {}
+    turns, peaks, table = {arm: [] for arm in runs}, {}, []
     for arm in tqdm(plan, disable=None, desc=" ".join(runs)):
-        if not turns[arm]:
-            gc.collect()
-            with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-                ctypes.CDLL(None).malloc_trim(0)
-        laps = Laps(device)
-        runs[arm](laps)
-        del laps.seconds[""], laps.peaks[""]
-        if "optimiser" in laps.seconds:
-            laps.seconds["step"] = sum(laps.seconds.values())
-            laps.peaks["step"] = max(laps.peaks.values())
-        turns[arm].append(laps)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        timer = Timer()
+        runs[arm](timer)
+        if on_gpu:
+            peaks[arm] = torch.cuda.max_memory_allocated() / 2**20
+        turns[arm].append(timer.seconds | {"step": sum(timer.seconds.values())})
     for name in SECTIONS:
-        timed = {arm: done for arm, done in turns.items() if name in done[0].seconds}
-        for arm, done in timed.items():
-            ms = [1e3 * laps.seconds[name] for laps in done[-repeats[arm] :]]
-            rows, median = table.setdefault(name, {}), statistics.median(ms)
-            rows[arm] = {
-                "median_ms": median,
-                "min_ms": min(ms),
-                "repeats": len(ms),
-                "peak_mb": done[0].peaks[name] / 2**20,
-                "percent_of_floor": 1e5 * floor[name] / median if name in floor else None,
-            }
-            rows[arm]["x_first"] = next(iter(rows.values()))["median_ms"] / median
+        medians = []
+        for arm, done in turns.items():
+            ms = [1e3 * seconds[name] for seconds in done[-repeats[arm] :] if name in seconds]
+            if ms:
+                medians.append(statistics.median(ms))
+                row = {"section": name, "arm": arm, "median_ms": medians[-1], "min_ms": min(ms)}
+                row |= {"repeats": len(ms), "peak_mb": peaks.get(arm)}
+                share = 1e5 * floor[name] / medians[-1] if name in floor else None
+                table.append(row | {"percent_of_floor": share, "x_first": medians[0] / medians[-1]})
     return table
 
 
-def sweep(b: Bench, size: Size, arms: list[str], repeats: int, rates: dict) -> list[dict]:
-    """Time decoding alone, over the number of rows. Return table rows, per decode step."""
+def decode_steps(b: Bench, size: Size, arms: list[str], rates: dict) -> list[dict]:
+    """Time decoding alone, over the number of completions. Return table rows, per decode step."""
     model, T, table = b.models["D"][0], min(size.sweep, size.T), []
     with torch.no_grad():
-        prompt = faithful_embeds(model, b.batch.select([0]), Laps(b.ranks.device))  # (1, P, D)
-        for rows in size.rows:
-            B = max(1, rows // size.G)
-            G, embeds = rows // B, prompt.repeat(B, 1, 1)
-            runs = {
-                arm: functools.partial(sample, b, arm, embeds, G, T)
-                for arm in arms
-                if arm in "DE" or rows <= size.copied_rows
-            }
+        prompt = faithful_embeds(model, b.batch.select([0]), Timer())  # (1, P, D)
+        for N in size.rows:
+            B = max(1, N // size.G)
+            G, embeds = N // B, prompt.repeat(B, 1, 1)
+            runs = {arm: functools.partial(sample, b, arm, embeds, G, T) for arm in arms}
             floor = {"decode": decode_floor(model, embeds.shape[1], B, G, T, rates)}
-            timed = take_turns(runs, dict.fromkeys(runs, repeats), floor, b.ranks.device)
-            for arm, row in timed.get("decode", {}).items():
-                row |= {name: row[name] / (T - 1) for name in ("median_ms", "min_ms")}
-                row["tokens_per_second"] = 1e3 * B * G / row["median_ms"]
-                table.append({"rows": B * G, "arm": arm} | row)
+            for row in take_turns(runs, dict.fromkeys(runs, size.slow), floor):
+                if row["section"] == "decode":
+                    row |= {name: row[name] / (T - 1) for name in ("median_ms", "min_ms")}
+                    table.append(row | {"section": f"decode step of {N} rows"})
     return table
 
 
-# (size, device) -> targets of the faster of D and E: a section, or a decode step at that many rows;
-# arms, and the least speed-up over the faster one; or no arms, and the most milliseconds.
+# (size, device) -> targets of the faster of D and E: section, unit of the limit, limit.
+MS, TIMES_A = "ms, at most", "speed-up over A, at least"
 TARGETS = {
-    ("mid", "cpu"): (("step", "A", 4.0), ("decode", "AB", 1.5), ("train", "C", 2.0)),
+    ("mid", "cpu"): (("step", TIMES_A, 4.0), ("decode", TIMES_A, 1.5), ("train", TIMES_A, 2.0)),
     ("full", "cuda"): (
-        (16, "", 1.3),
-        (64, "", 1.3),
-        (512, "", 512 / 140),  # 140,000 tokens per second
-        (64, "A", 10.0),
-        ("train", "A", 2.5),
-        ("step", "", 750.0),
-        ("step", "A", 15.0),
+        ("decode step of 16 rows", MS, 1.3),
+        ("decode step of 64 rows", MS, 1.3),
+        ("decode step of 512 rows", MS, 512 / 140),  # 140,000 tokens per second
+        ("decode step of 64 rows", TIMES_A, 10.0),
+        ("train", TIMES_A, 2.5),
+        ("step", MS, 750.0),
+        ("step", TIMES_A, 15.0),
     ),
 }
 
 
-def judge(size: str, device: str, sections: dict, decode: list[dict]) -> list[dict]:
+def judge(size: str, device: str, table: list[dict]) -> list[dict]:
     """Return the targets of this size and device, except those whose arms did not run."""
-    ms = {(name, arm): row["median_ms"] for name in sections for arm, row in sections[name].items()}
-    ms |= {(row["rows"], row["arm"]): row["median_ms"] for row in decode}
+    ms = {(row["section"], row["arm"]): row["median_ms"] for row in table}
     judged = []
-    for part, others, limit in TARGETS.get((size, device), ()):
-        fastest = lambda arms, part=part: min(ms.get((part, arm), math.inf) for arm in arms)
-        if others:
-            value, words = fastest(others) / fastest("DE"), f"speed-up over {others}, at least"
-        else:
-            value, words = fastest("DE"), "ms, at most"
-        name = part if part in SECTIONS else f"decode step of {part} rows"
-        found = {"target": f"{name}: {words}", "limit": limit, "value": value}
+    for name, unit, limit in TARGETS.get((size, device), ()):
+        value = min(ms.get((name, arm), math.inf) for arm in "DE")
+        if unit == TIMES_A:
+            value = ms.get((name, "A"), math.inf) / value
         if 0 < value < math.inf:
-            judged.append(found | {"met": value >= limit if others else value <= limit})
+            met = value <= limit if unit == MS else value >= limit
+            judged.append({"target": f"{name}: {unit}", "limit": limit, "value": value, "met": met})
     return judged
 
 
@@ -777,145 +676,84 @@ def markdown(rows: list[dict]) -> str:
 
 
 def print_report(report: dict) -> None:
-    rates = report["rates"]
+    rates, rows = report["rates"], []
     print(
         f"\n{report['what']}\n{report['machine']}, {report['threads']} threads, "
         f"torch {report['torch']}, {report['dtype']}; "
         f"copy {rates['bytes_per_second'] / 1e9:.1f} GB/s, "
         f"matrix product {rates['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
     )
-
-    def print_rows(rows: list[dict]) -> None:
-        for row in rows:
-            row["gates"] = gate_text(report["gates"].get(row["arm"], {}))
-            row["arm"] += f" {ARMS[row['arm']]}"
-        if rows:
-            print(markdown(rows))
-
-    sections = report["sections"].items()
-    print_rows(
-        [
-            {"section": name, "arm": arm, **row}
-            for name, rows in sections
-            for arm, row in rows.items()
-        ]
-    )
-    print_rows([dict(row) for row in report["decode"]])
+    for row in report["rows"]:
+        arm, gate = row["arm"], report["gates"].get(row["arm"])
+        rows.append(row | {"arm": f"{arm} {ARMS[arm]}", "gates": gate_text(gate) if gate else ""})
+    print(markdown(rows))
     for t in report["targets"]:
         print(f"{'PASS' if t['met'] else 'FAIL'}  {t['target']} {t['limit']:.3g}: {t['value']:.3g}")
     verdict = "PASS" if report["gates_hold"] else "FAIL"
     print(f"{verdict}  correctness gates; {report['seconds']:.0f} s in total")
 
 
-def save(args: Args, device: torch.device, dtype: torch.dtype, key: str, found: dict) -> dict:
-    """Write what was found under `key` in the machine's json file, beside its other keys."""
-    report = circumstances(device) | {"dtype": str(dtype).removeprefix("torch."), "seed": SEED}
-    report |= found
+def save(args: Args, report: dict) -> None:
+    """Write the report under the name of its size in the machine's file, beside other sizes."""
     slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
     path = Path(args.out or ROOT / "results" / f"bench_{slug}.json")
-    write_json(path, (read_json(path) if path.exists() else {}) | {key: report})
+    write_json(path, (read_json(path) if path.exists() else {}) | {args.size: report})
     print(f"written to {path}")
-    return report
 
 
 def bench(args: Args, size: Size) -> dict:
-    """Check and time the arms. Return the report."""
+    """Check and time the arms. Return the report. Every rank has size.B prompts of its own."""
     start, ranks = time.perf_counter(), start_ranks(args.device)
-    dtype = dtype_of(args.dtype, ranks.device)
+    dtype = dtype_of("auto", ranks.device)
     arms = [arm for arm in ARMS if arm in (args.arms or size.arms)]
-    rates = machine_rates(ranks.device, dtype)
+    rates, norms = machine_rates(ranks.device, dtype), {}
     one_prompt = dataclasses.replace(size, B=1, G=size.gate)
     gates = check(set_up(one_prompt, arms, ranks, torch.float32), arms)
     gc.collect()  # modules refer to each other in cycles
-    b = set_up(size, arms, ranks, dtype)
+    b = set_up(dataclasses.replace(size, B=size.B * ranks.world), arms, ranks, dtype)
+    rows = list(range(size.B * ranks.world))[ranks.rank :: ranks.world]
+    b.batch, b.mask, b.advantages = b.batch.select(rows), b.mask[rows], b.advantages[rows]
     model, (B, G, T) = b.models["D"][0], b.mask.shape
-    P, lengths = model.prompt_length(b.batch.input_ids), b.mask.sum(-1).tolist()
-    millions = [count(model, parts) / 1e6 for parts in (PARTS["decoder"], TOWERS)]
-    what = (
-        f"{args.size}: decoder {millions[0]:.1f} M, towers {millions[1]:.1f} M parameters; "
-        f"{B} prompts of {P} embeddings x {G} completions of {T} tokens"
-    )
+    P = model.prompt_length(b.batch.input_ids)
+    towers = PARTS["vision"] + PARTS["audio"]
+    millions = [count(model, parts) / 1e6 for parts in (PARTS["decoder"], towers)]
 
-    def run(arm: str, laps: Laps) -> None:
-        logps, _, sampled, _ = step(b, arm, laps)
+    def run(arm: str, timer: Timer) -> None:
+        logps, _, sampled, norms[arm] = step(b, arm, timer)
         if sampled is not None:
             ratio = (logps - sampled)[b.mask].double().exp()
             gates[arm]["ratio"] = ratio.quantile(ratio.new_tensor([0.01, 0.5, 0.99])).tolist()
 
-    runs, slow = {arm: functools.partial(run, arm) for arm in arms}, min(args.repeats, size.slow)
-    repeats = {arm: slow if arm in "ABC" else args.repeats for arm in arms}
-    floor = floors(size, b, lengths, P, rates)
-    sections = take_turns(runs, repeats, floor, ranks.device)
-    decode = sweep(b, size, arms, slow, rates)
-    found = {
-        "what": what,
+    repeats = {arm: size.slow if arm == "A" else size.repeats for arm in arms}
+    runs = {arm: functools.partial(run, arm) for arm in arms}
+    table = take_turns(runs, repeats, floors(size, b, P, rates))
+    table += decode_steps(b, size, arms, rates)
+    report = circumstances(ranks.device) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "what": (
+            f"{args.size}: decoder {millions[0]:.1f} M, towers {millions[1]:.1f} M parameters; "
+            f"{B} prompts of {P} embeddings x {G} completions of {T} tokens on each of "
+            f"{ranks.world} process(es)"
+        ),
         "rates": rates,
-        "floors_ms": {name: 1e3 * s for name, s in floor.items()},
         "gates": gates,
-        "shape": {"prompts": B, "generations": G, "tokens": T, "prefix": P, "lengths": lengths},
         "gates_hold": gates_hold(gates, dtype),
-        "sections": sections,
-        "decode": decode,
-        "targets": judge(args.size, ranks.device.type, sections, decode),
+        "grad_norm": norms,
+        "rows": table,
+        "targets": judge(args.size, ranks.device.type, table),
         "seconds": time.perf_counter() - start,
     }
-    report = save(args, ranks.device, dtype, args.size, found)
-    print_report(report)
-    return report
-
-
-# ---- One process and two -------------------------------------------------------------------------
-
-
-def one_of_ranks(args: Args, size: Size) -> None:
-    """Time steps of arm D on this rank's share of two prompts, and write a row to --out."""
-    torch.set_num_threads(1)
-    ranks, norms = start_ranks("cpu"), []
-    b = set_up(dataclasses.replace(size, B=2), "D", ranks, torch.float32)
-    rows = [0, 1][ranks.rank :: ranks.world]
-    b.batch, b.mask, b.advantages = b.batch.select(rows), b.mask[rows], b.advantages[rows]
-
-    def run(laps: Laps) -> None:
-        norms.append(step(b, "D", laps)[3])
-        ranks.barrier()  # the ranks start the next step together
-
-    timed = take_turns({"D": run}, {"D": min(args.repeats, size.slow)}, {}, ranks.device)
-    row = {"processes": ranks.world, **timed["step"]["D"], "grad_norm": norms[-1]}
     if ranks.is_main:
-        write_json(Path(args.out), row)
-
-
-def scaling(args: Args) -> dict:
-    """Time the same two prompts on one process and on two, one thread each."""
-    rows, flags = [], ("--ranks", "--size", args.size, "--repeats", args.repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        for n in (1, 2):
-            log, row = Path(folder, f"{n}.log"), Path(folder, f"{n}.json")
-            launcher = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"
-            measure(log, *launcher, "-m", "tools.bench", *flags, "--out", row)
-            rows.append(read_json(row))
-    print(markdown(rows))
-    (one, two), (norm, again) = ([row[key] for row in rows] for key in ("median_ms", "grad_norm"))
-    same = abs(norm - again) <= 1e-4 * norm
-    print(
-        f"{'PASS' if same else 'FAIL'}  the same gradient norm; "
-        f"efficiency {50 * one / two:.1f} % of two cores"
-    )
-    found = {"threads": 1, "size": args.size, "runs": rows, "efficiency": one / (2 * two)}
-    found["gates_hold"] = same
-    return save(args, torch.device("cpu"), torch.float32, f"ranks_{args.size}", found)
+        save(args, report)
+        print_report(report)
+    return report
 
 
 def bench_arms(args: Args) -> None:
     if set(args.arms) - set(ARMS):
         raise UserError(f"--arms {' '.join(args.arms)}: choose from {' '.join(ARMS)}.")
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: must be 1 or more.")
     transformers.logging.set_verbosity_error()
-    if args.ranks and "RANK" in os.environ:
-        return one_of_ranks(args, SIZES[args.size])
-    report = scaling(args) if args.ranks else bench(args, SIZES[args.size])
-    if not report["gates_hold"]:
+    if not bench(args, SIZES[args.size])["gates_hold"]:
         sys.exit(1)
 
 
@@ -972,25 +810,25 @@ def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dic
 def memory(args: MemoryArgs) -> None:
     """Print the estimated memory of some micro-batches."""
     model = build_model(SIZES["full"], "meta", torch.float32)
-    G, P = args.num_generations, args.prompt_length
-    rows = []
-    for name, B, T in (
-        ("bfloat16", 1, 512),
-        ("bfloat16", 2, 512),
-        ("bfloat16", 4, 512),
-        ("bfloat16", 4, 200),
-        ("float32", 1, 512),
+    G, P, rows = args.num_generations, args.prompt_length, []
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for dtype, B, T in (
+        (bf16, 1, 512),
+        (bf16, 2, 512),
+        (bf16, 4, 512),
+        (bf16, 4, 200),
+        (fp32, 1, 512),
     ):
-        row = {"dtype": name, "prompts per micro-batch": B, "tokens": T}
+        row = {"dtype": str(dtype)[6:], "prompts per micro-batch": B, "tokens": T}
         for column, again in (("all of it", False), ("with --checkpoint_layers", True)):
             plain, padded = (
-                sum(peak(model, B, G, P, T, getattr(torch, name), again, masked).values()) / GIB
-                for masked in (name == "float32", True)  # attention in fp32 always has a mask
+                sum(peak(model, B, G, P, T, dtype, again, masked).values()) / GIB
+                for masked in (dtype == fp32, True)  # attention in fp32 always has a mask
             )
             row[column] = f"{plain:.1f} ({padded:.1f})"
         rows.append(row)
     print(f"GiB at the peak; P {P}, G {G}; in brackets with a padded prompt\n\n{markdown(rows)}")
-    parts = peak(model, 1, G, P, 512, torch.bfloat16)
+    parts = peak(model, 1, G, P, 512, bf16)
     print("the first row: " + ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items()))
 
 
@@ -1030,19 +868,6 @@ def write_model(out: Path, size: Size) -> None:
     extractor.save_pretrained(out / "whisper")
 
 
-def check_room(out: Path) -> None:
-    """Raise UserError if disk or memory are too small. The factors were found at full size."""
-    parameters = count(build_model(SIZES["full"], "meta", torch.float32))
-    memory = 1024 * int(proc("meminfo", "MemAvailable").split()[0])
-    for what, factor, free in (("disk", 10, shutil.disk_usage(out).free), ("memory", 13, memory)):
-        needed = factor * parameters
-        if free < needed:
-            raise UserError(
-                f"{out}: the rehearsal needs {needed / 1e9:.0f} GB of {what} and "
-                f"{free / 1e9:.0f} GB are free. Free some, or use a larger machine."
-            )
-
-
 def measure(log: Path, *words) -> dict:
     """Run a program of this repository on the CPU. Return its command, times and peak memory.
 
@@ -1066,73 +891,42 @@ def measure(log: Path, *words) -> dict:
         "seconds": time.perf_counter() - started,
         "CPU seconds": usage.ru_utime + usage.ru_stime,
         "peak memory (GiB)": usage.ru_maxrss / 2**20,
-        "": "",
     }
 
 
-def build(out: Path) -> None:
-    """Write what the commands read."""
-    check_room(out)
+def rehearsal(args: RehearsalArgs) -> None:
+    """Run the real commands on a random checkpoint of full size. Print their time and memory.
+
+    OUT has the released layout: `humanomni/` (bf16, without towers and the tied head); as on the
+    hub `siglip/` (the whole model, fp32), `whisper/` (the whole model, fp16) and `bert/`
+    (configuration and tokenizer). The answers mean nothing: weights are random, and the tokenizer
+    is that of the tests, which has few words.
+    """
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} already exists: delete it, or choose another --out.")
     # In another process, because a command's peak starts at that of this one (see `measure`).
     spawn = torch.multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
         pool.submit(write_model, out, SIZES["full"]).result()
-    shutil.copy(GOLDEN / "media" / "wide.mp4", out / "clip.mp4")
+    clip = shutil.copy(GOLDEN / "media" / "wide.mp4", out / "clip.mp4")
     prompt = {"from": "human", "value": f"<video>\n<audio>\n{QUESTION}{THINK}"}
     row = {"video": "clip.mp4", "conversations": [prompt, {"from": "gpt", "value": "happy"}]}
     write_json(out / "rows.json", [row])
-
-
-def run_commands(out: Path, dtypes: list[str]) -> list[dict]:
-    """Run the commands on OUT/model. Return the rows of the report."""
-    model = out / "model"
-    checkpoint = model / "humanomni"
-    rows = [measure(out / "inspect.log", "-m", "tools.convert", "inspect", checkpoint)]
-    for dtype in dtypes:
-        run = model / f"grpo_{dtype}"
-        given = "--model", checkpoint, "--dtype", dtype, "--max_new_tokens", 8
-        rows.append(
-            measure(out / f"eval_{dtype}.log", "eval.py", *given, "--clip", model / "clip.mp4")
-        )
-        step = "--max_steps 1 --prompts_per_step 1 --micro_batch 1 --num_generations 2".split()
-        files = "--data", model / "rows.json", "--out", run
-        rows.append(measure(out / f"grpo_{dtype}.log", "grpo.py", *given, *files, *step))
+    checkpoint, inspected = out / "humanomni", out / "inspect.log"
+    rows = [measure(inspected, "-m", "tools.convert", "inspect", checkpoint)]
+    small = "--max_steps 1 --prompts_per_step 1 --micro_batch 1 --num_generations 2".split()
+    for dtype in args.dtypes:
+        run, given = out / dtype, ("--model", checkpoint, "--dtype", dtype, "--max_new_tokens", 8)
+        rows.append(measure(out / f"eval_{dtype}.log", "eval.py", *given, "--clip", clip))
+        files = "--data", out / "rows.json", "--out", run
+        rows.append(measure(out / f"grpo_{dtype}.log", "grpo.py", *given, *files, *small))
+        shutil.rmtree(run / "checkpoints")  # some GB
         logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         skipped = logged["skipped_samples"] + logged["skipped_steps"]
         assert skipped == 0 and math.isfinite(logged["loss"]), logged
-        parts = (f"{name} {logged[f'time/{name}']:.1f}" for name in ("encode", "generate", "train"))
-        difference = logged["sampler_logp_diff/max"]
-        rows[-1][""] = f"{', '.join(parts)} s; sampler and loss differ by {difference:.1e}"
-        shutil.rmtree(run / "checkpoints")  # some GB
-    return rows
-
-
-def rehearsal(args: RehearsalArgs) -> None:
-    """Run the real commands on a random checkpoint of full size, and write OUT/report.md.
-
-    OUT/model has the released layout: `humanomni/` (bf16, without towers and the tied head); as on
-    the hub `siglip/` (the whole model, fp32), `whisper/` (the whole model, fp16) and `bert/`
-    (configuration and tokenizer). `tools.convert inspect` reports its parameters. The answers mean
-    nothing: weights are random, and the tokenizer is that of the tests, which has few words.
-    """
-    out, model = Path(args.out), Path(args.out) / "model"
-    dtypes = ["bfloat16", "float32"] if args.dtype == "both" else [args.dtype]
-    if model.exists():
-        raise UserError(f"{model} already exists: delete it, or choose another --out.")
-    model.mkdir(parents=True)
-    try:
-        build(model)
-        rows = run_commands(out, dtypes)
-    finally:
-        if not args.keep:
-            shutil.rmtree(model)
-    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    machine = circumstances(torch.device("cpu")) | {"memory": f"{gib:.0f} GiB"}
-    lines = [f"{name}: {value}" for name, value in machine.items()]
-    parts = (out / "inspect.log").read_text()
-    report = f"{'; '.join(lines)}\n\n{markdown(rows)}\n```\n{parts}```\n"
-    write_text(out / "report.md", report)
-    print(f"\n{report}\nwritten to {out / 'report.md'}")
+    print("; ".join(f"{name}: {x}" for name, x in circumstances(torch.device("cpu")).items()))
+    print(f"\n{markdown(rows)}\n{inspected.read_text()}\nThe model and the logs are in {out}.")
 
 
 # ---- The command line ----------------------------------------------------------------------------
