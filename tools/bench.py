@@ -14,16 +14,10 @@ Under torchrun every process has prompts of its own.
        reference model run the towers, the prompt and the head at every position; one prompt at a
        time
     D  ours: the towers once per clip, the prompt once per group, the head on completions only
-    E  D compiled (not a default at size mid: on a CPU, compiling takes longer than it saves)
+    E  D compiled (a default on a GPU only: on a CPU, compiling takes longer than it saves)
 
-Gates compare D and E with A on one prompt. If one fails, the exit status is 1.
-    greedy   the greedy tokens are equal, in fp32
-    dlogp    largest difference of a token's log-probability, same completions, fp32
-    dgrad    |gradient - A's| / |A's|, same loss and completions, fp32
-    ratio    exp(trainer's - sampler's log-probability) at the 1st, 50th and 99th percentile of the
-             timed step, in the dtype of the weights
-
-docs/speed.md explains the printed table; `x_first` is the speed-up over the first arm.
+Gates compare D and E with A on one prompt. If one fails, the exit status is 1. docs/speed.md
+explains the gates and the columns.
 
 Legend   B prompts   G completions per prompt   P prompt length   T completion length
          D width   V vocabulary   d head size   S = T - 1 tokens that are read
@@ -86,8 +80,8 @@ class Args:
     size: Literal["toy", "mid", "full"] = "toy"  # geometry of the model and shape of the step
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
     # The weights are bf16 on cuda and fp32 on cpu.
-    arms: list[str] = list_of()  # which arms; default: those of the size
-    out: str | None = None  # json file; default: results/bench_MACHINE.json
+    arms: list[str] = list_of()  # which arms; default: A D, and on a GPU E
+    out: str | None = None  # json file; default: results/bench_MACHINE_SIZE.json
 
 
 @dataclasses.dataclass
@@ -113,12 +107,11 @@ class Size:
     bert: dict  # of transformers.BertConfig
     B: int
     T: int
-    slow: int  # timed repetitions of arm A and of the decode steps
     rows: tuple[int, ...]  # numbers of completions in the timed decode steps
     repeats: int = 5  # timed repetitions of D and E
+    slow: int = 3  # of A, and of the decode steps
     sweep: int = 16  # T of the timed decode steps
     gate: int = 8  # completions of the prompt on which the gates are checked
-    arms: str = "ADE"
     text: int = 58  # text ids in the prompt
     G: int = 8
 
@@ -153,7 +146,6 @@ SIZES = {
         text=60,
         B=2,
         T=80,
-        slow=5,
         rows=(8, 32, 128, 512),
     ),
     # half of the full width and depth, a quarter of its vocabulary: an eighth of its parameters
@@ -162,11 +154,9 @@ SIZES = {
         layers(384, 6, 6, 1536, image_size=224),
         whisper(640, 16, 10, 2560, 128, 1500),
         layers(384, 6, 6, 1536, vocab_size=7630),
-        arms="AD",
         B=1,
         T=200,
         gate=2,
-        slow=2,
         rows=(8, 32),
     ),
     "full": Size(
@@ -176,7 +166,6 @@ SIZES = {
         layers(768, 12, 12, 3072, vocab_size=30522),
         B=8,
         T=200,
-        slow=3,
         rows=(8, 16, 32, 64, 128, 256, 512),
         sweep=64,
     ),
@@ -234,11 +223,6 @@ def random_batch(size: Size, B: int, gen: torch.Generator, dtype: torch.dtype) -
     )
 
 
-def count(model: HumanOmni, prefixes: str | tuple[str, ...] = "") -> int:
-    """Return the number of parameters whose names start with one of the prefixes."""
-    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
-
-
 def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:
     """Return the FLOP of a forward pass of the decoder.
 
@@ -280,15 +264,13 @@ def floors(size: Size, b: "Bench", P: int, rates: dict) -> dict:
     """Return section of a step -> least seconds, with towers and prompts once."""
     model, (B, G, T) = b.models["D"][0], b.mask.shape
     towers, projectors = media_flops(size, b.batch)
-    prompt_pairs = P * (P + 1) // 2
-    pairs, tokens = B * prompt_pairs, B * P
+    pairs = P * (P + 1) // 2
+    forward = projectors + B * flops(model, P, pairs, 0)
     for n in b.mask.sum(-1).flatten().tolist():  # the last token of a completion is not read
-        pairs += (n - 1) * P + n * (n - 1) // 2
-        tokens += n - 1
-    forward = projectors + flops(model, tokens, pairs, int(b.mask.sum()))
+        forward += flops(model, n - 1, (n - 1) * P + n * (n - 1) // 2, n)
     products = {
         "encode": towers,
-        "prefill": projectors + flops(model, B * P, B * prompt_pairs, B),
+        "prefill": projectors + B * flops(model, P, pairs, 1),
         "reference": forward,
         "train": 3 * forward,
     }
@@ -354,9 +336,9 @@ def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
     config = transformers.Qwen2Config(**size.decoder, tie_word_embeddings=True)
     with torch.device(model.device):  # not .to(dtype): the rotary frequencies stay in fp32
         hf = transformers.Qwen2ForCausalLM(config)
-    weights = {name: p for name, p in model.named_parameters() if name.startswith(PARTS["decoder"])}
+    weights = dict(model.named_parameters()) | {"lm_head.weight": model.head_weight}
+    hf.load_state_dict(weights, strict=False, assign=True)  # not the towers
     trained = model.head_weight.requires_grad  # `assign` sets it on every tensor
-    hf.load_state_dict(weights | {"lm_head.weight": model.head_weight}, assign=True)
     return hf.requires_grad_(trained).eval()
 
 
@@ -368,7 +350,6 @@ class Bench:
     batch: PromptBatch  # B prompts
     mask: torch.Tensor  # (B, G, T) True on the tokens that count: all of a group's first completion
     advantages: torch.Tensor  # (B, G)
-    completions: int  # on all ranks: the denominator of the loss
 
 
 def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
@@ -397,7 +378,6 @@ def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
         batch.to(ranks.device),
         (torch.arange(T) < lengths[..., None]).to(ranks.device),
         advantages(torch.rand(B, G, generator=gen)).to(ranks.device),
-        B * G,
     )
 
 
@@ -415,20 +395,15 @@ def sample(b: Bench, arm: str, embeds, G: int, T: int, timer: Timer, greedy=Fals
                 timer.lap("prefill")
             return logits
 
-        config = transformers.GenerationConfig(
-            max_new_tokens=T,
-            num_return_sequences=G,
-            do_sample=not greedy,
-            top_k=None if greedy else 50,  # generate's default, which the reference keeps
-            temperature=1.0,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
         ids = model.generate(
             inputs_embeds=embeds,
             attention_mask=mask.long(),
-            generation_config=config,
-            logits_processor=transformers.LogitsProcessorList([end_prefill]),
+            max_new_tokens=T,
+            num_return_sequences=G,
+            do_sample=not greedy,
+            top_k=50,  # generate's default, which the reference keeps
+            pad_token_id=0,
+            logits_processor=[end_prefill],
         )
     else:
 
@@ -462,17 +437,6 @@ def faithful_logps(hf, embeds: torch.Tensor, completions: torch.Tensor) -> torch
     return torch.stack(logps)[None]
 
 
-def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
-    """Return the loss, summed over completions, with the k3 KL. A (B, G), the others (B, G, T).
-
-    The ratio is exactly 1; it only carries the gradient.
-    """
-    ratio = (logps - logps.detach()).exp()
-    x = ref_logps - logps
-    loss = -(ratio * A[..., None] - BETA * (x.exp() - x - 1))
-    return ((loss * mask).sum(-1) / mask.sum(-1)).sum()
-
-
 def log_probs(b: Bench, arm: str, completions: torch.Tensor, timer: Timer, ref_logps=None):
     """Return the reference model's log-probabilities (B, G, T) of completions (B, G, T).
 
@@ -492,12 +456,8 @@ def log_probs(b: Bench, arm: str, completions: torch.Tensor, timer: Timer, ref_l
         done.append(logps.detach())
         if learn:
             given = ref_logps[rows], b.advantages[rows], mask
-            if arm == "A":
-                loss = faithful_loss(logps, *given) / b.completions
-            else:
-                loss, _ = grpo_loss(
-                    logps, done[-1], *given, beta=BETA, kl="k3", denominator=b.completions
-                )
+            total = B * G * b.ranks.world  # completions on all ranks
+            loss, _ = grpo_loss(logps, done[-1], *given, beta=BETA, kl="k3", denominator=total)
             loss.backward()
             b.optimizer.accumulate_grads()
         timer.lap("train" if learn else "reference")
@@ -693,19 +653,12 @@ def print_report(report: dict) -> None:
     print(f"{verdict}  correctness gates; {report['seconds']:.0f} s in total")
 
 
-def save(args: Args, report: dict) -> None:
-    """Write the report under the name of its size in the machine's file, beside other sizes."""
-    slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
-    path = Path(args.out or ROOT / "results" / f"bench_{slug}.json")
-    write_json(path, (read_json(path) if path.exists() else {}) | {args.size: report})
-    print(f"written to {path}")
-
-
 def bench(args: Args, size: Size) -> dict:
     """Check and time the arms. Return the report. Every rank has size.B prompts of its own."""
     start, ranks = time.perf_counter(), start_ranks(args.device)
     dtype = dtype_of("auto", ranks.device)
-    arms = [arm for arm in ARMS if arm in (args.arms or size.arms)]
+    given = args.arms or ("ADE" if ranks.device.type == "cuda" else "AD")
+    arms = [arm for arm in ARMS if arm in given]
     rates, norms = machine_rates(ranks.device, dtype), {}
     one_prompt = dataclasses.replace(size, B=1, G=size.gate)
     gates = check(set_up(one_prompt, arms, ranks, torch.float32), arms)
@@ -715,8 +668,6 @@ def bench(args: Args, size: Size) -> dict:
     b.batch, b.mask, b.advantages = b.batch.select(rows), b.mask[rows], b.advantages[rows]
     model, (B, G, T) = b.models["D"][0], b.mask.shape
     P = model.prompt_length(b.batch.input_ids)
-    towers = PARTS["vision"] + PARTS["audio"]
-    millions = [count(model, parts) / 1e6 for parts in (PARTS["decoder"], towers)]
 
     def run(arm: str, timer: Timer) -> None:
         logps, _, sampled, norms[arm] = step(b, arm, timer)
@@ -731,9 +682,8 @@ def bench(args: Args, size: Size) -> dict:
     report = circumstances(ranks.device) | {
         "dtype": str(dtype).removeprefix("torch."),
         "what": (
-            f"{args.size}: decoder {millions[0]:.1f} M, towers {millions[1]:.1f} M parameters; "
-            f"{B} prompts of {P} embeddings x {G} completions of {T} tokens on each of "
-            f"{ranks.world} process(es)"
+            f"{args.size}: {B} prompts of {P} embeddings x {G} completions of {T} tokens, "
+            f"on each of {ranks.world} process(es)"
         ),
         "rates": rates,
         "gates": gates,
@@ -744,8 +694,11 @@ def bench(args: Args, size: Size) -> dict:
         "seconds": time.perf_counter() - start,
     }
     if ranks.is_main:
-        save(args, report)
         print_report(report)
+        slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
+        path = Path(args.out or ROOT / "results" / f"bench_{slug}_{args.size}.json")
+        write_json(path, report)
+        print(f"written to {path}")
     return report
 
 
@@ -760,11 +713,11 @@ def bench_arms(args: Args) -> None:
 # ---- python -m tools.bench memory ----------------------------------------------------------------
 
 
-def kept_by_a_layer(c: Config, B, G, P, S, itemsize: int, masked: bool, repeated: int = 1) -> int:
+def kept_by_a_layer(c: Config, B, G, P, S, itemsize: int, repeated: int) -> int:
     """Return the bytes that one layer keeps for its backward pass.
 
-    `model.shared_prefix_attend` explains the two copies of the keys. masked: a prompt is padded, so
-    attention has a mask, and its kernel needs each key `repeated` times, once for each head.
+    `model.shared_prefix_attend` explains the two copies of the keys. Attention has a mask, and its
+    kernel needs each key `repeated` times: on a GPU once for each head.
     """
     N, own, d = B * (P + G * S), B * G * S, c.head_dim
     # Two residuals, two norms, queries, attention in parts and as a whole; keys, values;
@@ -772,25 +725,24 @@ def kept_by_a_layer(c: Config, B, G, P, S, itemsize: int, masked: bool, repeated
     elements = N * (7 * c.hidden_size + 2 * c.num_key_value_heads * d + 4 * c.intermediate_size)
     if B > 1:
         elements += own * c.hidden_size  # the completions' queries, no longer contiguous
-    # [prompt | own], once per completion
-    elements += 2 * B * G * (P + S) * c.num_key_value_heads * d * repeated
-    if masked:
-        elements += own * (P + S)
+    # [prompt | own], once per completion; the mask
+    elements += 2 * B * G * (P + S) * c.num_key_value_heads * d * repeated + own * (P + S)
     # fp32: the log-sum-exp of each head, norms
     return elements * itemsize + 4 * N * (c.num_attention_heads + 2)
 
 
-def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dict[str, int]:
+def peak(model, B, G, P, T, dtype, checkpoint_layers=False) -> dict[str, int]:
     """Return part -> bytes of live tensors at the peak of a training step, from shapes alone.
 
-    The peak is the head's backward pass, when every layer still keeps what its own needs. Not
-    counted: about 2 GiB for CUDA and NCCL, and what sampling keeps, which is 0.4 GiB of packed
-    weights and buffers of at most sampler.CACHE_MEM_FRACTION of the card.
+    The peak is the head's backward pass, when every layer still keeps what its own needs. A prompt
+    of the micro-batch is padded. Not counted: about 2 GiB for CUDA and NCCL, and what sampling
+    keeps, which is 0.4 GiB of packed weights and buffers of at most sampler.CACHE_MEM_FRACTION of
+    the card.
     """
     c, size, S = model.config, dtype.itemsize, T - 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    repeated = c.num_attention_heads // c.num_key_value_heads if masked else 1
-    layer = kept_by_a_layer(c, B, G, P, S, size, masked, repeated)
+    repeated = c.num_attention_heads // c.num_key_value_heads
+    layer = kept_by_a_layer(c, B, G, P, S, size, repeated)
     chunk = min(B * G * T, max(64, 2**27 // c.vocab_size))
     # Logits, also rounded; the gradient of the weight in fp32.
     logit = 4 + size if size < 4 else 4
@@ -799,7 +751,7 @@ def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dic
         most = max(most, layer + trained * size)
         layer = B * (P + G * S) * c.hidden_size * size  # its input
     return {
-        "weights": size * count(model),
+        "weights": size * sum(p.numel() for p in model.parameters()),
         "reference": size * trained,
         "masters and gradient": trained * (8 if size < 4 else 4),
         "Adam": trained * 8,
@@ -811,25 +763,19 @@ def memory(args: MemoryArgs) -> None:
     """Print the estimated memory of some micro-batches."""
     model = build_model(SIZES["full"], "meta", torch.float32)
     G, P, rows = args.num_generations, args.prompt_length, []
-    bf16, fp32 = torch.bfloat16, torch.float32
-    for dtype, B, T in (
-        (bf16, 1, 512),
-        (bf16, 2, 512),
-        (bf16, 4, 512),
-        (bf16, 4, 200),
-        (fp32, 1, 512),
-    ):
+    shapes = ((1, 512), (2, 512), (4, 512), (4, 200))
+    cases = [(torch.bfloat16, *shape) for shape in shapes] + [(torch.float32, 1, 512)]
+    for dtype, B, T in cases:
         row = {"dtype": str(dtype)[6:], "prompts per micro-batch": B, "tokens": T}
-        for column, again in (("all of it", False), ("with --checkpoint_layers", True)):
-            plain, padded = (
-                sum(peak(model, B, G, P, T, dtype, again, masked).values()) / GIB
-                for masked in (dtype == fp32, True)  # attention in fp32 always has a mask
-            )
-            row[column] = f"{plain:.1f} ({padded:.1f})"
-        rows.append(row)
-    print(f"GiB at the peak; P {P}, G {G}; in brackets with a padded prompt\n\n{markdown(rows)}")
-    parts = peak(model, 1, G, P, 512, bf16)
-    print("the first row: " + ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items()))
+        parts = peak(model, B, G, P, T, dtype)
+        again = peak(model, B, G, P, T, dtype, checkpoint_layers=True)
+        row["with --checkpoint_layers"] = sum(again.values()) / GIB
+        rows.append(
+            row
+            | {"all of it": sum(parts.values()) / GIB}
+            | {name: n / GIB for name, n in parts.items()}
+        )
+    print(f"GiB at the peak, if a prompt is padded; P {P}, G {G}\n\n{markdown(rows)}")
 
 
 # ---- python -m tools.bench rehearsal -------------------------------------------------------------
@@ -846,8 +792,6 @@ def write_model(out: Path, size: Size) -> None:
     model = build_model(size, "cpu", torch.bfloat16)
     model.config.raw = read_json(out / "humanomni" / "config.json") | size.decoder  # has the towers
     model.config.raw |= {
-        "max_position_embeddings": 32768,
-        "max_window_layers": size.decoder["num_hidden_layers"],
         "mm_hidden_size": size.vision["hidden_size"],
         "audio_hidden_size": size.audio["d_model"],
     }
