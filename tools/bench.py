@@ -1,8 +1,8 @@
 """Speed, memory and full size, measured or computed on random weights.
 
     python -m tools.bench                            one GRPO step of the toy model: two minutes
-    python -m tools.bench --size mid                 half of HumanOmni's width and depth: ten
-                                                     minutes on two cores
+    python -m tools.bench --size mid                 half of HumanOmni's width and depth, an
+                                                     eighth of its size: ten minutes
     python -m tools.bench --size full --device cuda  HumanOmni's geometry; judges every target
     python -m tools.bench memory                     GPU memory of a training step at full size
     python -m tools.bench rehearsal                  the real commands on a random checkpoint of
@@ -10,11 +10,10 @@
 
 The arms run in turn in one process, on the same weights, clips, completion lengths and advantages.
 Under torchrun every process has prompts of its own.
-    A  the public reference's loop, from transformers parts: for every completion, policy and
-       reference model run the towers, the prompt and the head at every position; one prompt at a
-       time
+    A  the public reference's loop, from transformers parts, one prompt at a time: for every
+       completion, policy and reference model run the towers, the prompt, and the head everywhere
     D  ours: the towers once per clip, the prompt once per group, the head on completions only
-    E  D compiled (a default on a GPU only: on a CPU, compiling takes longer than it saves)
+    E  D compiled (a default on a GPU only: on a CPU, compiling gains nothing)
 
 Gates compare D and E with A on one prompt. If one fails, the exit status is 1. docs/speed.md
 explains the gates and the columns.
@@ -69,9 +68,7 @@ MICRO_BATCH = 4  # prompts per forward and backward pass in D and E
 # Limits of the gates. In bf16 the ratio's is wider: sampler and trainer round at different places.
 MOST = {"max_dlogp": 1e-4, "relative_gradient_error": 1e-5}
 MOST_RATIO = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-ARMS = {"A": "faithful loop", "D": "ours", "E": "ours, compiled"}
-# In the order of a step. `prefill` and `decode` are the two halves of sampling.
-SECTIONS = ("encode", "prefill", "decode", "reference", "train", "optimiser", "step")
+ARMS = "ADE"
 
 
 @dataclasses.dataclass
@@ -95,7 +92,7 @@ class RehearsalArgs:
     dtypes: list[str] = list_of("bfloat16", "float32")  # dtypes of the weights; each is a run
 
 
-# ---- The model at three sizes, and the floors ---------------------------------------------------
+# ---- The model at three sizes, the floors, the machine ------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +143,6 @@ SIZES = {
         T=80,
         rows=(8, 32, 128, 512),
     ),
-    # half of the full width and depth, a quarter of its vocabulary: an eighth of its parameters
     "mid": Size(
         layers(448, 12, 7, 2432, num_key_value_heads=1, vocab_size=37984, rope_theta=1e6),
         layers(384, 6, 6, 1536, image_size=224),
@@ -222,10 +218,7 @@ def random_batch(size: Size, B: int, gen: torch.Generator, dtype: torch.dtype) -
 
 
 def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:
-    """Return the FLOP of a forward pass of the decoder.
-
-    pairs: attended (query, key) pairs per layer and head. predicted: positions that get logits.
-    """
+    """Return the decoder's FLOP. pairs: attended (query, key); predicted: positions with logits."""
     V, D = model.head_weight.shape
     matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     return 2 * matrices * tokens + 4 * pairs * D * len(model.model.layers) + 2 * D * V * predicted
@@ -254,19 +247,12 @@ def floors(b: "Bench", P: int, rates: dict) -> dict:
     forward = B * flops(model, P, pairs, 0)
     for n in b.mask.sum(-1).flatten().tolist():  # the last token of a completion is not read
         forward += flops(model, n - 1, (n - 1) * P + n * (n - 1) // 2, n)
-    # AdamW reads weight, gradient and both moments, and writes all but the gradient, in fp32.
-    # bf16 weights are written too.
-    moved = len(b.optimizer.flat) * (7 * 4 + model.dtype.itemsize % 4)
     return {
         "prefill": B * flops(model, P, pairs, 1) / rates["flops_per_second"],
         "decode": decode_floor(model, P, B, G, T, rates),
         "reference": forward / rates["flops_per_second"],
         "train": 3 * forward / rates["flops_per_second"],
-        "optimiser": moved / rates["bytes_per_second"],
     }
-
-
-# ---- The machine ---------------------------------------------------------------------------------
 
 
 def circumstances(device: torch.device) -> dict:
@@ -282,7 +268,6 @@ def circumstances(device: torch.device) -> dict:
         "machine": machine,
         "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -355,7 +340,7 @@ def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
     batch = random_batch(size, B, gen, dtype)
     return Bench(
         views,
-        MasterAdamW([p for p in model.parameters() if p.requires_grad], LR),
+        MasterAdamW(model.set_trained(), LR),
         ranks,
         batch.to(ranks.device),
         (torch.arange(T) < lengths[..., None]).to(ranks.device),
@@ -514,14 +499,14 @@ def gates_hold(gates: dict[str, dict], dtype: torch.dtype) -> bool:
 
 
 def gate_text(gate: dict) -> str:
-    text = "greedy equal" if gate["greedy_equal"] else "greedy DIFFERS"
+    text = f"greedy {'equal' if gate['greedy_equal'] else 'DIFFERS'}"
     text += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
     if "ratio" in gate:
         text += "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"])
     return text
 
 
-# ---- Timing --------------------------------------------------------------------------------------
+# ---- Timing and report ---------------------------------------------------------------------------
 
 
 def take_turns(runs: dict, repeats: dict[str, int], floor: dict) -> list[dict]:
@@ -538,27 +523,26 @@ def take_turns(runs: dict, repeats: dict[str, int], floor: dict) -> list[dict]:
                 timer = Timer()
                 run(timer)
                 turns[arm].append(timer.seconds | {"step": sum(timer.seconds.values())})
-    for name in SECTIONS:
+    for name in next(iter(turns.values()))[0]:  # every arm has the same sections
         medians = []
         for arm, done in turns.items():
-            ms = [1e3 * seconds[name] for seconds in done[-repeats[arm] :] if name in seconds]
-            if ms:
-                median = statistics.median(ms)
-                medians.append(median)
-                row = {"section": name, "arm": arm, "median_ms": median, "min_ms": min(ms)}
-                row["percent_of_floor"] = 1e5 * floor[name] / median if name in floor else None
-                table.append(row | {"repeats": len(ms), "x_first": medians[0] / median})
+            ms = [1e3 * seconds[name] for seconds in done[-repeats[arm] :]]
+            median = statistics.median(ms)
+            medians.append(median)
+            row = {"section": name, "arm": arm, "median_ms": median, "min_ms": min(ms)}
+            row["percent_of_floor"] = 1e5 * floor[name] / median if name in floor else ""
+            table.append(row | {"x_first": medians[0] / median})
     return table
 
 
 def decode_steps(b: Bench, size: Size, arms: list[str], rates: dict) -> list[dict]:
-    """Time decoding alone, over the number of completions. Return table rows, per decode step."""
+    """Time decoding alone. Return table rows, with the times of one decode step."""
     model, T, table = b.models["D"][0], min(size.T, DECODE_TOKENS), []
     with torch.no_grad():
         prompt = faithful_embeds(model, b.batch.select([0]), Timer())  # (1, P, D)
         for N in size.rows:
-            B = max(1, N // size.G)
-            G, embeds = N // B, prompt.repeat(B, 1, 1)
+            B, G = N // size.G, size.G
+            embeds = prompt.repeat(B, 1, 1)
             runs = {arm: functools.partial(sample, b, arm, embeds, G, T) for arm in arms}
             floor = {"decode": decode_floor(model, embeds.shape[1], B, G, T, rates)}
             for row in take_turns(runs, dict.fromkeys(runs, size.slow), floor):
@@ -598,15 +582,11 @@ def judge(size: str, device: str, table: list[dict]) -> list[dict]:
     return judged
 
 
-# ---- The report ----------------------------------------------------------------------------------
-
-
 def markdown(rows: list[dict]) -> str:
     """Return dicts with the same keys as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     for row in rows:
-        values = ["" if x is None else x for x in row.values()]
-        lines.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in values])
+        lines.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()])
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = (" | ".join(map(str.rjust, line, widths)) for line in lines)
     return "\n".join(f"| {line} |" for line in text) + "\n"
@@ -620,7 +600,7 @@ def print_report(report: dict) -> None:
         f"copy {rates['bytes_per_second'] / 1e9:.1f} GB/s, "
         f"matrix product {rates['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
     )
-    print(markdown([row | {"arm": f"{row['arm']} {ARMS[row['arm']]}"} for row in report["rows"]]))
+    print(markdown(report["rows"]))
     for arm, gate in report["gates"].items():
         print(f"arm {arm}: {gate_text(gate)}")
     for t in report["targets"]:
@@ -654,10 +634,8 @@ def bench(args: Args, size: Size) -> dict:
     table += decode_steps(b, size, arms, rates)
     report = circumstances(ranks.device) | {
         "dtype": str(dtype).removeprefix("torch."),
-        "what": (
-            f"{args.size}, {ranks.world} process(es), each with {size.B} prompts of {P} embeddings, "
-            f"{size.G} completions of {size.T} tokens for each prompt"
-        ),
+        "what": f"{args.size}: B {size.B}, G {size.G}, P {P}, T {size.T}",
+        "processes": ranks.world,
         "rates": rates,
         "gates": gates,
         "gates_hold": gates_hold(gates, dtype),
@@ -749,12 +727,15 @@ def memory(args: MemoryArgs) -> None:
 
 # ---- python -m tools.bench rehearsal -------------------------------------------------------------
 
-# Holds a config.json of the public reference, and the only tokenizers in the repository.
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def write_model(process: int, out: Path, size: Size) -> None:
-    """Write a random checkpoint in the released layout, and its towers as they are on the hub."""
+def write_model(_process: int, out: Path, size: Size) -> None:
+    """Write a random checkpoint in the released layout, and its towers as they are on the hub.
+
+    humanomni/ is bf16, without towers and the tied head; siglip/ (fp32) and whisper/ (fp16) are the
+    whole models; bert/ has only configuration and tokenizer.
+    """
     transformers.logging.set_verbosity_error()  # it would warn of its own defaults
     for name in ("humanomni", "bert", "siglip"):
         shutil.copytree(GOLDEN / name, out / name, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -793,10 +774,10 @@ def measure(log: Path, *words) -> dict:
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        end = log.read_text()[-2000:]
-        raise UserError(f"{command} failed ({child.returncode}). The end of {log}: {end}")
+        end = f"The end of {log}: {log.read_text()[-2000:]}"
+        raise UserError(f"{command} failed ({child.returncode}). {end}")
     return {
-        "command": f"`{command}`",
+        "command": command,
         "seconds": time.perf_counter() - started,
         "peak memory (GiB)": usage.ru_maxrss / 2**20,
     }
@@ -805,9 +786,7 @@ def measure(log: Path, *words) -> dict:
 def rehearsal(args: RehearsalArgs) -> None:
     """Run the real commands on a random checkpoint of full size. Print their time and memory.
 
-    OUT has the released layout: `humanomni/` (bf16, without towers and the tied head); as on the
-    hub `siglip/` (the whole model, fp32), `whisper/` (the whole model, fp16) and `bert/`
-    (configuration and tokenizer).
+    The answers mean nothing: weights are random, and the tokenizer of the tests has few words.
     """
     out = Path(args.out)
     if out.exists():
@@ -832,8 +811,6 @@ def rehearsal(args: RehearsalArgs) -> None:
     print(circumstances(torch.device("cpu")))
     print(f"\n{markdown(rows)}\n{inspected.read_text()}\nThe model and the logs are in {out}.")
 
-
-# ---- The command line ----------------------------------------------------------------------------
 
 COMMANDS = {"memory": (memory, MemoryArgs), "rehearsal": (rehearsal, RehearsalArgs)}
 
