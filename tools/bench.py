@@ -62,7 +62,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 SEED = 0  # of weights, clips, lengths and sampled tokens
 BETA = 0.04  # the paper's weight of the KL
-LR = 1e-6  # so small that the weights are nearly the same in every repetition
+LR = 1e-6  # so small that the weights hardly change
 DECODE_TOKENS = 64  # T of the timed decode steps
 MICRO_BATCH = 4  # prompts per forward and backward pass in D and E
 # Limits of the gates. In bf16 the ratio's is wider: sampler and trainer round at different places.
@@ -103,7 +103,7 @@ class Size:
     bert: dict  # of transformers.BertConfig
     B: int
     T: int
-    rows: tuple[int, ...]  # numbers of completions in the timed decode steps
+    rows: tuple[int, ...]  # completions in the timed decode steps
     repeats: int = 5  # timed repetitions of D and E
     slow: int = 3  # of A, and of the decode steps
     gate: int = 8  # completions of the prompt on which the gates are checked
@@ -256,7 +256,7 @@ def floors(b: "Bench", P: int, rates: dict) -> dict:
 
 
 def circumstances(device: torch.device) -> dict:
-    """Return what is needed to read a measured number. The host's name is not in it."""
+    """Return what is needed to read a measured number, without the name of the host."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
@@ -304,8 +304,8 @@ def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
     with torch.device(model.device):  # not .to(dtype): the rotary frequencies stay in fp32
         hf = transformers.Qwen2ForCausalLM(config)
     weights = dict(model.named_parameters()) | {"lm_head.weight": model.head_weight}
-    hf.load_state_dict(weights, strict=False, assign=True)  # not the towers
     trained = model.head_weight.requires_grad  # `assign` sets it on every tensor
+    hf.load_state_dict(weights, strict=False, assign=True)  # not the towers
     return hf.requires_grad_(trained).eval()
 
 
