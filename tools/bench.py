@@ -1,45 +1,28 @@
 """Speed, memory and full size, measured or computed on random weights.
 
-    python -m tools.bench                            one GRPO step of the toy model, every arm:
-                                                     two minutes
-    python -m tools.bench --size mid                 half of HumanOmni's width and depth: ten
-                                                     minutes on two cores
+    python -m tools.bench                            one GRPO step of the toy model: two minutes
+    python -m tools.bench --size mid                 half of HumanOmni's width and depth, an
+                                                     eighth of its size: ten minutes
     python -m tools.bench --size full --device cuda  HumanOmni's geometry; judges every target
-    python -m tools.bench --size mid --ranks         two prompts on one process and on two
     python -m tools.bench memory                     GPU memory of a training step at full size
     python -m tools.bench rehearsal                  the real commands on a random checkpoint of
                                                      full size: 14 GB of disk, 18 GB of memory
 
-All arms run in turn in one process, on the same weight tensors, clips, completions' lengths and
-advantages. There is no end token, so every arm samples T tokens. Media are not read.
-    A  the public reference's loop, from transformers parts: for every completion, policy and
-       reference model run the towers, the prompt and the head at every position; one prompt at a
-       time
-    B  Hugging Face generate with a static cache (compiled on CUDA), all prompts in one batch;
-       sampling only
-    C  ours without sharing: towers once per clip, head on completions only, but the prompt once
-       per completion
-    D  ours: the prompt once per group, in sampling and in training
-    E  D compiled (not a default at size mid: on a CPU, compiling takes longer than it saves)
+The arms run in turn in one process, on the same weights, clips, completion lengths and advantages.
+Under torchrun every process has prompts of its own.
+    A  the public reference's loop, from transformers parts, one prompt at a time: for every
+       completion, policy and reference model run the towers, the prompt, and the head everywhere
+    D  ours: the towers once per clip, the prompt once per group, the head on completions only
+    E  D compiled (a default on a GPU only: on a CPU, compiling gains nothing)
 
-Gates compare each arm with A on one prompt. If one fails, the exit status is 1.
-    greedy   the greedy tokens are equal, in fp32
-    dlogp    largest difference of a token's log-probability, same completions, fp32
-    dgrad    |gradient - A's| / |A's|, same loss and completions, fp32
-    ratio    exp(trainer's - sampler's log-probability) at the 1st, 50th and 99th percentile of the
-             timed step, in the dtype of the weights
-
-`x_first` is the speed-up over the first arm, a floor the least time of the work at this machine's
-measured rates; see docs/speed.md.
+Gates compare D and E with A on one prompt. If one fails, the exit status is 1. docs/speed.md
+explains the gates and the columns.
 
 Legend   B prompts   G completions per prompt   P prompt length   T completion length
          D width   V vocabulary   d head size   S = T - 1 tokens that are read
 """
 
-import concurrent.futures
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import functools
@@ -54,7 +37,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -62,17 +44,14 @@ from unittest import mock
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import rewards
 from data import QUESTION, THINK, PromptBatch, chunks
 from grpo import advantages, grpo_loss
 from lib.args import UserError, list_of, run_main
 from lib.checkpoint import read_json
 from lib.dist import Ranks, dtype_of, start_ranks
-from lib.files import write_json, write_text
+from lib.files import write_json
 from lib.metrics import Timer
 from lib.modalities import AUDIO, VIDEO
 from model import PARTS, Config, HumanOmni, embed, encode_media, frozen_reference
@@ -82,35 +61,23 @@ from training import MasterAdamW
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 SEED = 0  # of weights, clips, lengths and sampled tokens
-RATES_SECONDS = 3.0  # `machine_rates` starts no further try after this time
 BETA = 0.04  # the paper's weight of the KL
-LR = 1e-6  # so small that the weights are nearly the same in every repetition
-MICRO_BATCH = 4  # prompts per forward and backward pass in C, D and E
+LR = 1e-6  # so small that the weights hardly change
+DECODE_TOKENS = 64  # T of the timed decode steps
+MICRO_BATCH = 4  # prompts per forward and backward pass in D and E
 # Limits of the gates. In bf16 the ratio's is wider: sampler and trainer round at different places.
 MOST = {"max_dlogp": 1e-4, "relative_gradient_error": 1e-5}
 MOST_RATIO = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-ARMS = {
-    "A": "faithful loop",
-    "B": "HF static cache",
-    "C": "ours, no sharing",
-    "D": "ours",
-    "E": "ours, compiled",
-}
-TOWERS = PARTS["vision"] + PARTS["audio"]
-# In the order of a step. `prefill` and `decode` are the two halves of sampling.
-SECTIONS = ("encode", "prefill", "decode", "reward", "reference", "train", "optimiser", "step")
+ARMS = "ADE"
 
 
 @dataclasses.dataclass
 class Args:
     size: Literal["toy", "mid", "full"] = "toy"  # geometry of the model and shape of the step
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is a GPU
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    # dtype of the weights; auto: float32 on cpu, bfloat16 on cuda
-    arms: list[str] = list_of()  # which arms; default: those of the size
-    repeats: int = 5  # timed repetitions; fewer for A, B and C at the larger sizes
-    ranks: bool = False  # instead: two prompts on one process and on two, one thread each
-    out: str | None = None  # json file; default: results/bench_MACHINE.json
+    # The weights are bf16 on cuda and fp32 on cpu.
+    arms: list[str] = list_of()  # which arms; default: A D, and on a GPU E
+    out: str | None = None  # json file; default: results/bench_MACHINE_SIZE.json
 
 
 @dataclasses.dataclass
@@ -121,12 +88,11 @@ class MemoryArgs:
 
 @dataclasses.dataclass
 class RehearsalArgs:
-    out: str = "runs/rehearsal"  # folder of the model, the logs and report.md
-    dtype: Literal["both", "bfloat16", "float32"] = "both"  # dtype of the weights; both: a run each
-    keep: bool = False  # keep OUT/model
+    out: str = "runs/rehearsal"  # new folder for the model and the logs
+    dtypes: list[str] = list_of("bfloat16", "float32")  # dtypes of the weights; each is a run
 
 
-# ---- The model at three sizes, and the floors ---------------------------------------------------
+# ---- The model at three sizes, the floors, the machine ------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +103,10 @@ class Size:
     bert: dict  # of transformers.BertConfig
     B: int
     T: int
-    slow: int  # most repetitions of the arms that run the prompt once per completion (A, B, C)
-    rows: tuple[int, ...]  # numbers of completions in the decode table
-    copied_rows: int  # largest of them for A, B and C
-    sweep: int = 16  # T in the decode table
+    rows: tuple[int, ...]  # completions in the timed decode steps
+    repeats: int = 5  # timed repetitions of D and E
+    slow: int = 3  # of A, and of the decode steps
     gate: int = 8  # completions of the prompt on which the gates are checked
-    arms: str = "ABCDE"
     text: int = 58  # text ids in the prompt
     G: int = 8
 
@@ -177,23 +141,18 @@ SIZES = {
         text=60,
         B=2,
         T=80,
-        slow=5,
         rows=(8, 32, 128, 512),
-        copied_rows=128,
     ),
-    # half of the full width and depth, a quarter of its vocabulary: an eighth of its parameters
     "mid": Size(
         layers(448, 12, 7, 2432, num_key_value_heads=1, vocab_size=37984, rope_theta=1e6),
         layers(384, 6, 6, 1536, image_size=224),
         whisper(640, 16, 10, 2560, 128, 1500),
         layers(384, 6, 6, 1536, vocab_size=7630),
-        arms="ABCD",
         B=1,
         T=200,
         gate=2,
+        rows=(8,),
         slow=2,
-        rows=(8, 32),
-        copied_rows=0,
     ),
     "full": Size(
         layers(896, 24, 14, 4864, num_key_value_heads=2, vocab_size=151936, rope_theta=1e6),
@@ -202,10 +161,7 @@ SIZES = {
         layers(768, 12, 12, 3072, vocab_size=30522),
         B=8,
         T=200,
-        slow=3,
         rows=(8, 16, 32, 64, 128, 256, 512),
-        copied_rows=512,
-        sweep=64,
     ),
 }
 
@@ -261,26 +217,18 @@ def random_batch(size: Size, B: int, gen: torch.Generator, dtype: torch.dtype) -
     )
 
 
-def count(model: HumanOmni, prefixes: str | tuple[str, ...] = "") -> int:
-    """Return the number of parameters whose names start with one of the prefixes."""
-    return sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
-
-
 def flops(model: HumanOmni, tokens: int, pairs: int, predicted: int) -> int:
-    """Return the FLOP of a forward pass of the decoder.
-
-    pairs: attended (query, key) pairs per layer and head. predicted: positions that get logits.
-    """
+    """Return the decoder's FLOP. pairs: attended (query, key); predicted: positions with logits."""
     V, D = model.head_weight.shape
     matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     return 2 * matrices * tokens + 4 * pairs * D * len(model.model.layers) + 2 * D * V * predicted
 
 
 def decode_floor(model: HumanOmni, P: int, B: int, G: int, T: int, rates: dict) -> float:
-    """Return the least seconds of T - 1 decode steps, from the longer of two times for each.
+    """Return the least seconds of T - 1 decode steps.
 
-    One is the time to read every weight and every cached key and value once, the other that of the
-    products.
+    A step takes the longer of two times: to read every weight and every cached key and value once,
+    and to compute the products.
     """
     c, weights, seconds = model.config, flops(model, 1, 0, 1) // 2, 0.0
     for t in range(1, T):  # t tokens follow the prompt
@@ -292,114 +240,58 @@ def decode_floor(model: HumanOmni, P: int, B: int, G: int, T: int, rates: dict) 
     return seconds
 
 
-def media_flops(size: Size, batch: PromptBatch) -> tuple[int, int]:
-    """Return the FLOP of (towers, projectors) in a batch's forward pass, from shapes alone."""
-    model, batch = build_model(size, "meta", torch.float32), batch.to("meta")
-    with FlopCounterMode(display=False) as towers:
-        batch = encode_media(model, batch)
-    with FlopCounterMode(display=False) as projectors:
-        model.model.audio_projector(batch.features["audio"])
-        model.model.mm_projector(batch.features["video"], torch.ones(len(batch), 3, device="meta"))
-    return towers.get_total_flops(), projectors.get_total_flops()
-
-
-def floors(size: Size, b: "Bench", lengths: list[list[int]], P: int, rates: dict) -> dict:
-    """Return section of a step -> least seconds. lengths: B x G"""
-    model, B, G, T = b.models["D"][0], len(lengths), len(lengths[0]), max(map(max, lengths))
-    towers, projectors = media_flops(size, b.batch)
-    prompt_pairs = P * (P + 1) // 2
-    forward = projectors
-    for ns in lengths:  # [prompt | completions]; the last token of each is not read
-        pairs = prompt_pairs + sum((n - 1) * P + n * (n - 1) // 2 for n in ns)
-        forward += flops(model, P + sum(ns) - G, pairs, sum(ns))
-    products = {
-        "encode": towers,
-        "prefill": projectors + flops(model, B * P, B * prompt_pairs, B),
-        "reference": forward,
-        "train": 3 * forward,
+def floors(b: "Bench", P: int, rates: dict) -> dict:
+    """Return section of a step -> least seconds of the decoder's work, with each prompt once."""
+    model, (B, G, T) = b.models["D"][0], b.mask.shape
+    pairs = P * (P + 1) // 2
+    forward = B * flops(model, P, pairs, 0)
+    for n in b.mask.sum(-1).flatten().tolist():  # the last token of a completion is not read
+        forward += flops(model, n - 1, (n - 1) * P + n * (n - 1) // 2, n)
+    return {
+        "prefill": B * flops(model, P, pairs, 1) / rates["flops_per_second"],
+        "decode": decode_floor(model, P, B, G, T, rates),
+        "reference": forward / rates["flops_per_second"],
+        "train": 3 * forward / rates["flops_per_second"],
     }
-    parts = {name: n / rates["flops_per_second"] for name, n in products.items()}
-    parts["decode"] = decode_floor(model, P, B, G, T, rates)
-    # AdamW reads weight, gradient and both moments, and writes all but the gradient, in fp32.
-    # bf16 weights are written too.
-    moved = len(b.optimizer.flat) * (7 * 4 + model.dtype.itemsize % 4)
-    parts["optimiser"] = moved / rates["bytes_per_second"]
-    return parts | {"step": sum(parts.values())}
-
-
-# ---- The machine ---------------------------------------------------------------------------------
-
-
-def proc(file: str, name: str) -> str:
-    """Return the value of `name` in Linux's /proc/FILE, or "" if there is none."""
-    path = Path("/proc", file)
-    text = path.read_text() if path.exists() else ""
-    found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else ""
 
 
 def circumstances(device: torch.device) -> dict:
-    """Return what is needed to read a measured number. The host's name is not in it."""
+    """Return what is needed to read a measured number, without the name of the host."""
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     else:
-        processor = proc("cpuinfo", "model name") or platform.machine()
-        machine = f"{processor}, {os.cpu_count()} cores"
+        info = Path("/proc/cpuinfo")
+        names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+        machine = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     return {
         "command": shlex.join(("python", *sys.orig_argv[1:])),
         "machine": machine,
         "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
 
 
-class Laps(Timer):
-    """Seconds and peak memory of each part of a step.
-
-    Memory is in bytes, weights included. On a CPU it is resident memory, on Linux only.
-    """
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.device, self.peaks = device, {}
-        self.lap("")
-
-    def lap(self, name: str) -> None:
-        super().lap(name)
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            peak = 1024 * int((proc("self/status", "VmHWM") or "0").split()[0])
-            with contextlib.suppress(OSError):  # resets VmHWM
-                Path("/proc/self/clear_refs").write_text("5")
-        self.peaks[name] = max(peak, self.peaks.get(name, 0))
-        self.last = time.perf_counter()
-
-
 def machine_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Return bytes per second of a copy (read and written) and FLOP per second of a product.
-
-    Each is the best of up to six tries. Their time is limited, because a processor without bf16
-    needs a thousand times as long for its products.
-    """
+    """Return bytes per second of a copy (read and written) and FLOP per second of a product."""
     n, megabytes = (8192, 1024) if device.type == "cuda" else (1024, 256)
     a = torch.randn(n, n, device=device).to(dtype)
     source = torch.ones(megabytes << 18, device=device)
-    target, tries, start = torch.empty_like(source), [], time.perf_counter()
-    while not tries or (len(tries) < 6 and time.perf_counter() - start < RATES_SECONDS):
-        tries.append(Laps(device))
-        target.copy_(source)
-        tries[-1].lap("copy")
-        a @ a
-        tries[-1].lap("product")
-    copied, multiplied = (min(laps.seconds[name] for laps in tries) for name in ("copy", "product"))
+    target = torch.empty_like(source)
+
+    def least_seconds(work) -> float:
+        tries = []
+        for _ in range(6):
+            timer = Timer()
+            work()
+            timer.lap("work")
+            tries.append(timer.seconds["work"])
+        return min(tries)
+
     return {
-        "bytes_per_second": 2 * source.nbytes / copied,
-        "flops_per_second": 2 * n**3 / multiplied,
+        "bytes_per_second": 2 * source.nbytes / least_seconds(lambda: target.copy_(source)),
+        "flops_per_second": 2 * n**3 / least_seconds(lambda: a @ a),
     }
 
 
@@ -411,111 +303,92 @@ def qwen2_of(model: HumanOmni, size: Size) -> transformers.Qwen2ForCausalLM:
     config = transformers.Qwen2Config(**size.decoder, tie_word_embeddings=True)
     with torch.device(model.device):  # not .to(dtype): the rotary frequencies stay in fp32
         hf = transformers.Qwen2ForCausalLM(config)
-    weights = {name: p for name, p in model.named_parameters() if name.startswith(PARTS["decoder"])}
+    weights = dict(model.named_parameters()) | {"lm_head.weight": model.head_weight}
     trained = model.head_weight.requires_grad  # `assign` sets it on every tensor
-    hf.load_state_dict(weights | {"lm_head.weight": model.head_weight}, assign=True)
+    hf.load_state_dict(weights, strict=False, assign=True)  # not the towers
     return hf.requires_grad_(trained).eval()
 
 
 @dataclasses.dataclass
 class Bench:
-    models: dict[str, tuple]  # arm -> (policy, reference); of A and B they are transformers' Qwen2
+    models: dict[str, tuple]  # arm -> (policy, reference); of A they are transformers' Qwen2
     optimizer: MasterAdamW
-    tokenizer: Tokenizer
     ranks: Ranks
     batch: PromptBatch  # B prompts
     mask: torch.Tensor  # (B, G, T) True on the tokens that count: all of a group's first completion
     advantages: torch.Tensor  # (B, G)
-    completions: int  # on all ranks: the denominator of the loss
 
 
 def set_up(size: Size, arms, ranks: Ranks, dtype: torch.dtype) -> Bench:
-    """Return the models and the work of one step, which is the same on every device."""
+    """Return the models and the work of one step: the same on every device, other on each rank."""
     model = build_model(size, ranks.device, dtype)
     reference = frozen_reference(model)
     # The reference model is moved, because otherwise the KL and its gradient would be 0.
     for name, p in reference.named_parameters():
         if name.startswith(PARTS["decoder"]) and p.dim() == 2:
             p.add_(torch.randn_like(p) * 5e-3)
-    ours, theirs = (model, reference), (qwen2_of(model, size), qwen2_of(reference, size))
-    views = {"A": theirs, "B": theirs, "C": ours, "D": ours}
+    theirs = qwen2_of(model, size), qwen2_of(reference, size)
+    views = {"A": theirs, "D": (model, reference)}
     if "E" in arms:
-        views["E"] = tuple(copy.copy(m) for m in ours)  # the same modules, but compiled
+        views["E"] = copy.copy(model), copy.copy(reference)  # the same modules, but compiled
         for twin in views["E"]:
             twin.compile_layers()
 
-    gen, B, G, T = torch.Generator().manual_seed(SEED), size.B, size.G, size.T
+    gen, B, G, T = torch.Generator().manual_seed(SEED + ranks.rank), size.B, size.G, size.T
     lengths = torch.randint(max(1, T // 2), T + 1, (B, G), generator=gen)
     lengths[:, 0] = T  # every group needs the last decode step
     batch = random_batch(size, B, gen, dtype)
-    words = {f"w{i}": i for i in range(size.decoder["vocab_size"])}
     return Bench(
         views,
-        MasterAdamW([p for p in model.parameters() if p.requires_grad], LR),
-        Tokenizer(models.WordLevel(words, unk_token="w0")),
+        MasterAdamW(model.set_trained(), LR),
         ranks,
         batch.to(ranks.device),
         (torch.arange(T) < lengths[..., None]).to(ranks.device),
         advantages(torch.rand(B, G, generator=gen)).to(ranks.device),
-        B * G,
     )
 
 
-def sample(
-    b: Bench, arm: str, embeds, G: int, T: int, laps: Laps, greedy=False, top_k=0, prompts=None
-):
-    """Return completions (B, G, T) and the sampler's log-probabilities, which are None in A and B.
+def sample(b: Bench, arm: str, embeds, G: int, T: int, timer: Timer, greedy=False):
+    """Return completions (B, G, T) and the sampler's log-probabilities, which are None in A.
 
-    embeds (B, P, D). prompts: their numbers, which key the random numbers.
+    embeds (B, P, D)
     """
     model, B, logps = b.models[arm][0], len(embeds), None
     mask = embeds.new_ones(embeds.shape[:2], dtype=torch.bool)
-    if arm in "AB":
+    if arm == "A":
 
         def end_prefill(ids, logits):  # called for every token, at the first one without ids
             if ids.shape[1] == 0:
-                laps.lap("prefill")
+                timer.lap("prefill")
             return logits
 
-        config = transformers.GenerationConfig(
-            max_new_tokens=T,
-            num_return_sequences=G,
-            do_sample=not greedy,
-            top_k=None if greedy else top_k,
-            temperature=1.0,
-            eos_token_id=None,
-            pad_token_id=0,
-            cache_implementation="static" if arm == "B" else None,
-        )
         ids = model.generate(
             inputs_embeds=embeds,
             attention_mask=mask.long(),
-            generation_config=config,
-            logits_processor=transformers.LogitsProcessorList([end_prefill]),
+            max_new_tokens=T,
+            num_return_sequences=G,
+            do_sample=not greedy,
+            top_k=50,  # generate's default, which the reference keeps
+            pad_token_id=0,
+            logits_processor=[end_prefill],
         )
     else:
-        copies = G if arm == "C" else 1  # in C every completion has a prompt of its own
-        embeds, mask = (x.repeat_interleave(copies, 0) for x in (embeds, mask))
-        prompts = [i * copies + g for i in prompts or range(B) for g in range(copies)]
 
         def prefill(*given):  # `generate` calls it once, before the first token
             result = HumanOmni.prefill(model, *given)
-            laps.lap("prefill")
+            timer.lap("prefill")
             return result
 
         with mock.patch.object(model, "prefill", prefill):
-            ids, _, logps = generate(
-                model, embeds, mask, G // copies, T, seed=SEED, greedy=greedy, prompt_ids=prompts
-            )
-        logps = logps.view(B, G, T)
-    laps.lap("decode")
+            ids, _, logps = generate(model, embeds, mask, G, T, seed=SEED, greedy=greedy)
+    timer.lap("decode")
     return ids.view(B, G, T), logps
 
 
-def faithful_embeds(model: HumanOmni, batch: PromptBatch, laps: Laps) -> torch.Tensor:
+def faithful_embeds(model: HumanOmni, batch: PromptBatch, timer: Timer) -> torch.Tensor:
     """Return (rows, P, D). Every row runs through the towers, also if all are copies of one."""
     batch = encode_media(model, batch)
-    laps.lap("encode")
+    timer.lap("encode")
     return embed(model, batch)[0]
 
 
@@ -529,87 +402,59 @@ def faithful_logps(hf, embeds: torch.Tensor, completions: torch.Tensor) -> torch
     return torch.stack(logps)[None]
 
 
-def faithful_loss(logps, ref_logps, A, mask) -> torch.Tensor:
-    """Return the loss, summed over completions, with the k3 KL. A (B, G), the others (B, G, T).
-
-    The ratio is exactly 1; it only carries the gradient.
-    """
-    ratio = (logps - logps.detach()).exp()
-    x = ref_logps - logps
-    loss = -(ratio * A[..., None] - BETA * (x.exp() - x - 1))
-    return ((loss * mask).sum(-1) / mask.sum(-1)).sum()
-
-
-def log_probs(b: Bench, arm: str, completions: torch.Tensor, laps: Laps, ref_logps=None):
+def log_probs(b: Bench, arm: str, completions: torch.Tensor, timer: Timer, ref_logps=None):
     """Return the reference model's log-probabilities (B, G, T) of completions (B, G, T).
 
     With `ref_logps` they are the policy's, and the optimiser's sum gets the gradient of the loss.
     """
-    learn, done, (B, G, T) = ref_logps is not None, [], completions.shape
+    learn, done, (B, G, _) = ref_logps is not None, [], completions.shape
     model, mine = (b.models[view][0 if learn else 1] for view in ("D", arm))
-    copies = G if arm == "C" else 1
     for rows in chunks(list(range(B)), 1 if arm == "A" else MICRO_BATCH):
         ids, mask = completions[rows], b.mask[rows]
         with torch.set_grad_enabled(learn):
             if arm == "A":
-                embeds = faithful_embeds(model, b.batch.select(rows * G), laps)
+                embeds = faithful_embeds(model, b.batch.select(rows * G), timer)
                 logps = faithful_logps(mine, embeds, ids)
             else:
                 prompts = embed(model, b.batch.select(rows))
-                prompts = (x.repeat_interleave(copies, 0) for x in prompts)
-                groups = ids.reshape(-1, G // copies, T), mask.sum(-1).view(-1, G // copies)
-                logps = mine.completion_logps(*prompts, *groups).view(-1, G, T)
+                logps = mine.completion_logps(*prompts, ids, mask.sum(-1))
         done.append(logps.detach())
         if learn:
             given = ref_logps[rows], b.advantages[rows], mask
-            if arm == "A":
-                loss = faithful_loss(logps, *given) / b.completions
-            else:
-                loss, _ = grpo_loss(
-                    logps, done[-1], *given, beta=BETA, kl="k3", denominator=b.completions
-                )
+            total = B * G * b.ranks.world  # completions on all ranks
+            loss, _ = grpo_loss(logps, done[-1], *given, beta=BETA, kl="k3", denominator=total)
             loss.backward()
             b.optimizer.accumulate_grads()
-        laps.lap("train" if learn else "reference")
+        timer.lap("train" if learn else "reference")
     return torch.cat(done)
 
 
-def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> tuple:
-    """Run one GRPO step, of arm B only the sampling.
+def step(b: Bench, arm: str, timer: Timer, forced: torch.Tensor | None = None) -> tuple:
+    """Run one GRPO step. Return the log-probabilities of policy, reference model and our sampler.
 
-    Returns the log-probabilities of policy, reference model and our sampler, and the gradient's
-    norm. forced: completions (B, G, T) instead of sampled ones. With them the weights stay, and the
+    forced: completions (B, G, T) instead of sampled ones. With them the weights stay, and the
     gradient stays in the optimiser's sum.
     """
-    model, ids, sampled, norm, (B, G, T) = b.models["D"][0], forced, None, 0.0, b.mask.shape
+    model, ids, sampled, (B, G, T) = b.models["D"][0], forced, None, b.mask.shape
     with torch.no_grad():
         if arm != "A":
             b = dataclasses.replace(b, batch=encode_media(model, b.batch))
-            laps.lap("" if arm == "B" else "encode")
+            timer.lap("encode")
         if ids is None and arm == "A":
             ids = []
             for i in range(B):
-                embeds = faithful_embeds(model, b.batch.select([i]), laps)
-                # top_k: the default of generate, which the public reference leaves alone
-                ids.append(sample(b, arm, embeds, G, T, laps, top_k=50)[0])
+                embeds = faithful_embeds(model, b.batch.select([i]), timer)
+                ids.append(sample(b, arm, embeds, G, T, timer)[0])
             ids = torch.cat(ids)
         elif ids is None:  # projectors and gate are part of the prefill, as in arm A
             embeds = embed(model, b.batch)[0]
-            ids, sampled = sample(b, arm, embeds, G, T, laps, prompts=b.batch.indices)
-    if arm == "B":
-        return None, None, None, norm
-    lengths = b.mask.sum(-1).flatten().tolist()
-    rows = [row[:n] for row, n in zip(ids.flatten(0, 1).tolist(), lengths)]
-    for text in b.tokenizer.decode_batch(rows):
-        rewards.accuracy_reward(text, "happy")  # only timed
-        rewards.format_reward(text)
-    laps.lap("reward")
-    ref_logps = log_probs(b, arm, ids, laps)
-    logps = log_probs(b, arm, ids, laps, ref_logps)
+            ids, sampled = sample(b, arm, embeds, G, T, timer)
+    ref_logps = log_probs(b, arm, ids, timer)
+    logps = log_probs(b, arm, ids, timer, ref_logps)
     if forced is None:
-        norm, _ = b.optimizer.step(b.ranks, LR, 1.0)
-        laps.lap("optimiser")
-    return logps, ref_logps, sampled, norm
+        b.optimizer.step(b.ranks, LR, 1.0)
+        timer.lap("optimiser")
+    return logps, ref_logps, sampled
 
 
 # ---- The gates: every arm computes the same ------------------------------------------------------
@@ -617,162 +462,133 @@ def step(b: Bench, arm: str, laps: Laps, forced: torch.Tensor | None = None) -> 
 
 def check(b: Bench, arms: list[str]) -> dict[str, dict]:
     """Return arm -> its gates, against arm A. The weights of `b` must be fp32."""
-    laps, gates, (_, G, T) = Laps(b.ranks.device), {}, b.mask.shape
+    timer, gates, (_, G, T) = Timer(), {}, b.mask.shape
     with torch.no_grad():
-        embeds = faithful_embeds(b.models["D"][0], b.batch, laps)  # (B, P, D)
-        completions, _ = sample(b, "D", embeds, G, T, laps)  # (B, G, T)
-    expected = None
-    for arm in ("A", *(arm for arm in arms if arm != "A")):
+        embeds = faithful_embeds(b.models["D"][0], b.batch, timer)  # (B, P, D)
+        completions, _ = sample(b, "D", embeds, G, T, timer)  # (B, G, T)
+
+    def results(arm: str) -> tuple:
         with torch.no_grad():  # in our arms a group of two, which can share the prompt
-            group = 1 if arm in "AB" else 2
-            tokens, _ = sample(b, arm, embeds, group, min(T, 32), laps, greedy=True)
-        logps, ref_logps, *_ = step(b, arm, laps, completions)
+            group = 1 if arm == "A" else 2
+            tokens, _ = sample(b, arm, embeds, group, min(T, 32), timer, greedy=True)
+        logps = torch.stack(step(b, arm, timer, completions)[:2])[:, b.mask]
         grads = b.optimizer.flat.clone()
         b.optimizer.zero_grads()
-        if arm == "A":
-            expected = tokens, logps, ref_logps, grads
-            continue
-        gates[arm] = {"greedy_equal": bool((tokens == expected[0]).all())}
-        if arm != "B":
-            off = torch.stack((logps - expected[1], ref_logps - expected[2]))[:, b.mask]
-            gates[arm]["max_dlogp"] = float(off.abs().max())
-            error = (grads - expected[3]).norm() / expected[3].norm()
-            gates[arm]["relative_gradient_error"] = float(error)
-        print(f"gates: arm {arm} {gate_text(gates[arm])}", flush=True)
+        return tokens, logps, grads
+
+    their_tokens, their_logps, their_grads = results("A")
+    for arm in arms:
+        if arm != "A":
+            tokens, logps, grads = results(arm)
+            gates[arm] = {
+                "greedy_equal": bool((tokens == their_tokens).all()),
+                "max_dlogp": float((logps - their_logps).abs().max()),
+                "relative_gradient_error": float((grads - their_grads).norm() / their_grads.norm()),
+            }
+            b.ranks.print0(f"gates: arm {arm} {gate_text(gates[arm])}")
     return gates
 
 
 def gates_hold(gates: dict[str, dict], dtype: torch.dtype) -> bool:
     return all(
         gate["greedy_equal"]
-        and all(gate.get(name, 0.0) < most for name, most in MOST.items())
+        and all(gate[name] < most for name, most in MOST.items())
         and all(abs(r - 1) < MOST_RATIO[dtype] for r in gate.get("ratio", ()))
         for gate in gates.values()
     )
 
 
 def gate_text(gate: dict) -> str:
-    if not gate:
-        return ""
-    words = "greedy equal" if gate["greedy_equal"] else "greedy DIFFERS"
-    if "max_dlogp" in gate:
-        words += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
+    text = f"greedy {'equal' if gate['greedy_equal'] else 'DIFFERS'}"
+    text += f"  dlogp {gate['max_dlogp']:.0e} dgrad {gate['relative_gradient_error']:.0e}"
     if "ratio" in gate:
-        words += "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"])
-    return words
+        text += "  ratio " + "/".join(f"{r:.5f}" for r in gate["ratio"])
+    return text
 
 
-# ---- Timing --------------------------------------------------------------------------------------
+# ---- Timing and report ---------------------------------------------------------------------------
 
 
-def take_turns(runs: dict, repeats: dict[str, int], floor: dict, device: torch.device) -> dict:
-    """Time arm -> function of Laps. Return section -> arm -> the numbers of a table row.
+def take_turns(runs: dict, repeats: dict[str, int], floor: dict) -> list[dict]:
+    """Time arm -> function of a Timer. Return a table row for each section and arm.
 
     The arms take turns, so that a slow minute of the machine falls on all of them. Round 0 warms
     up. On a CPU, arms with fewer repetitions skip it: they take minutes and ran for the gates.
-    Peak memory is that of an arm's first run. Free memory is returned to the system before it, and
-    not before the others, because fetching it again costs time.
     """
-    most = max(repeats.values(), default=0)
-    first = {arm: int(device.type == "cpu" and repeats[arm] < most) for arm in runs}
-    plan = [arm for turn in range(most + 1) for arm in runs if first[arm] <= turn <= repeats[arm]]
-    turns, table = {arm: [] for arm in runs}, {}
-    for arm in tqdm(plan, disable=None, desc=" ".join(runs)):
-        if not turns[arm]:
-            gc.collect()
-            with contextlib.suppress(OSError, AttributeError):  # only glibc has it
-                ctypes.CDLL(None).malloc_trim(0)
-        laps = Laps(device)
-        runs[arm](laps)
-        del laps.seconds[""], laps.peaks[""]
-        if "optimiser" in laps.seconds:
-            laps.seconds["step"] = sum(laps.seconds.values())
-            laps.peaks["step"] = max(laps.peaks.values())
-        turns[arm].append(laps)
-    for name in SECTIONS:
-        timed = {arm: done for arm, done in turns.items() if name in done[0].seconds}
-        for arm, done in timed.items():
-            ms = [1e3 * laps.seconds[name] for laps in done[-repeats[arm] :]]
-            rows, median = table.setdefault(name, {}), statistics.median(ms)
-            rows[arm] = {
-                "median_ms": median,
-                "min_ms": min(ms),
-                "repeats": len(ms),
-                "peak_mb": done[0].peaks[name] / 2**20,
-                "percent_of_floor": 1e5 * floor[name] / median if name in floor else None,
-            }
-            rows[arm]["x_first"] = next(iter(rows.values()))["median_ms"] / median
+    turns, table, most = {arm: [] for arm in runs}, [], max(repeats.values())
+    for turn in tqdm(range(most + 1), disable=None, desc=" ".join(runs)):
+        for arm, run in runs.items():
+            warms_up = repeats[arm] == most or torch.cuda.is_initialized()
+            if turn <= repeats[arm] and (turn > 0 or warms_up):
+                timer = Timer()
+                run(timer)
+                turns[arm].append(timer.seconds | {"step": sum(timer.seconds.values())})
+    for name in next(iter(turns.values()))[0]:  # every arm has the same sections
+        medians = []
+        for arm, done in turns.items():
+            ms = [1e3 * seconds[name] for seconds in done[-repeats[arm] :]]
+            median = statistics.median(ms)
+            medians.append(median)
+            row = {"section": name, "arm": arm, "median_ms": median, "min_ms": min(ms)}
+            row["percent_of_floor"] = 1e5 * floor[name] / median if name in floor else ""
+            table.append(row | {"x_first": medians[0] / median})
     return table
 
 
-def sweep(b: Bench, size: Size, arms: list[str], repeats: int, rates: dict) -> list[dict]:
-    """Time decoding alone, over the number of rows. Return table rows, per decode step."""
-    model, T, table = b.models["D"][0], min(size.sweep, size.T), []
+def decode_steps(b: Bench, size: Size, arms: list[str], rates: dict) -> list[dict]:
+    """Time decoding alone. Return table rows, with the times of one decode step."""
+    model, T, table = b.models["D"][0], min(size.T, DECODE_TOKENS), []
     with torch.no_grad():
-        prompt = faithful_embeds(model, b.batch.select([0]), Laps(b.ranks.device))  # (1, P, D)
-        for rows in size.rows:
-            B = max(1, rows // size.G)
-            G, embeds = rows // B, prompt.repeat(B, 1, 1)
-            runs = {
-                arm: functools.partial(sample, b, arm, embeds, G, T)
-                for arm in arms
-                if arm in "DE" or rows <= size.copied_rows
-            }
+        prompt = faithful_embeds(model, b.batch.select([0]), Timer())  # (1, P, D)
+        for N in size.rows:
+            B, G = N // size.G, size.G
+            embeds = prompt.repeat(B, 1, 1)
+            runs = {arm: functools.partial(sample, b, arm, embeds, G, T) for arm in arms}
             floor = {"decode": decode_floor(model, embeds.shape[1], B, G, T, rates)}
-            timed = take_turns(runs, dict.fromkeys(runs, repeats), floor, b.ranks.device)
-            for arm, row in timed.get("decode", {}).items():
-                row |= {name: row[name] / (T - 1) for name in ("median_ms", "min_ms")}
-                row["tokens_per_second"] = 1e3 * B * G / row["median_ms"]
-                table.append({"rows": B * G, "arm": arm} | row)
+            for row in take_turns(runs, dict.fromkeys(runs, size.slow), floor):
+                if row["section"] == "decode":
+                    row |= {name: row[name] / (T - 1) for name in ("median_ms", "min_ms")}
+                    table.append(row | {"section": f"decode step of {N} rows"})
     return table
 
 
-# (size, device) -> targets of the faster of D and E: a section, or a decode step at that many rows;
-# arms, and the least speed-up over the faster one; or no arms, and the most milliseconds.
+# (size, device) -> targets of the faster of D and E: section, unit of the limit, limit.
+MS, TIMES_A = "ms, at most", "speed-up over A, at least"
 TARGETS = {
-    ("mid", "cpu"): (("step", "A", 4.0), ("decode", "AB", 1.5), ("train", "C", 2.0)),
+    ("mid", "cpu"): (("step", TIMES_A, 4.0), ("decode", TIMES_A, 1.5), ("train", TIMES_A, 2.0)),
     ("full", "cuda"): (
-        (16, "", 1.3),
-        (64, "", 1.3),
-        (512, "", 512 / 140),  # 140,000 tokens per second
-        (64, "A", 10.0),
-        ("train", "A", 2.5),
-        ("step", "", 750.0),
-        ("step", "A", 15.0),
+        ("decode step of 16 rows", MS, 1.3),
+        ("decode step of 64 rows", MS, 1.3),
+        ("decode step of 512 rows", MS, 512 / 140),  # 140,000 tokens per second
+        ("decode step of 64 rows", TIMES_A, 10.0),
+        ("train", TIMES_A, 2.5),
+        ("step", MS, 750.0),
+        ("step", TIMES_A, 15.0),
     ),
 }
 
 
-def judge(size: str, device: str, sections: dict, decode: list[dict]) -> list[dict]:
+def judge(size: str, device: str, table: list[dict]) -> list[dict]:
     """Return the targets of this size and device, except those whose arms did not run."""
-    ms = {(name, arm): row["median_ms"] for name in sections for arm, row in sections[name].items()}
-    ms |= {(row["rows"], row["arm"]): row["median_ms"] for row in decode}
+    ms = {(row["section"], row["arm"]): row["median_ms"] for row in table}
     judged = []
-    for part, others, limit in TARGETS.get((size, device), ()):
-        fastest = lambda arms, part=part: min(ms.get((part, arm), math.inf) for arm in arms)
-        if others:
-            value, words = fastest(others) / fastest("DE"), f"speed-up over {others}, at least"
-        else:
-            value, words = fastest("DE"), "ms, at most"
-        name = part if part in SECTIONS else f"decode step of {part} rows"
-        found = {"target": f"{name}: {words}", "limit": limit, "value": value}
+    for name, unit, limit in TARGETS.get((size, device), ()):
+        value = min(ms.get((name, arm), math.inf) for arm in "DE")
+        if unit == TIMES_A:
+            value = ms.get((name, "A"), math.inf) / value
         if 0 < value < math.inf:
-            judged.append(found | {"met": value >= limit if others else value <= limit})
+            met = value <= limit if unit == MS else value >= limit
+            judged.append({"target": f"{name}: {unit}", "limit": limit, "value": value, "met": met})
     return judged
 
 
-# ---- The report ----------------------------------------------------------------------------------
-
-
 def markdown(rows: list[dict]) -> str:
-    """Return dicts with the same keys as a Markdown table, with numbers to the right."""
+    """Return dicts with the same keys as a Markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     for row in rows:
-        values = ["" if x is None else x for x in row.values()]
-        lines.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in values])
+        lines.append([f"{x:.2f}" if isinstance(x, float) else str(x) for x in row.values()])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    align = lambda cell, n: cell.rjust(n) if cell[:1].isdigit() else cell.ljust(n)
-    text = (" | ".join(map(align, line, widths)) for line in lines)
+    text = (" | ".join(map(str.rjust, line, widths)) for line in lines)
     return "\n".join(f"| {line} |" for line in text) + "\n"
 
 
@@ -784,149 +600,74 @@ def print_report(report: dict) -> None:
         f"copy {rates['bytes_per_second'] / 1e9:.1f} GB/s, "
         f"matrix product {rates['flops_per_second'] / 1e12:.3f} TFLOP/s\n"
     )
-
-    def print_rows(rows: list[dict]) -> None:
-        for row in rows:
-            row["gates"] = gate_text(report["gates"].get(row["arm"], {}))
-            row["arm"] += f" {ARMS[row['arm']]}"
-        if rows:
-            print(markdown(rows))
-
-    sections = report["sections"].items()
-    print_rows(
-        [
-            {"section": name, "arm": arm, **row}
-            for name, rows in sections
-            for arm, row in rows.items()
-        ]
-    )
-    print_rows([dict(row) for row in report["decode"]])
+    print(markdown(report["rows"]))
+    for arm, gate in report["gates"].items():
+        print(f"arm {arm}: {gate_text(gate)}")
     for t in report["targets"]:
         print(f"{'PASS' if t['met'] else 'FAIL'}  {t['target']} {t['limit']:.3g}: {t['value']:.3g}")
     verdict = "PASS" if report["gates_hold"] else "FAIL"
     print(f"{verdict}  correctness gates; {report['seconds']:.0f} s in total")
 
 
-def save(args: Args, device: torch.device, dtype: torch.dtype, key: str, found: dict) -> dict:
-    """Write what was found under `key` in the machine's json file, beside its other keys."""
-    report = circumstances(device) | {"dtype": str(dtype).removeprefix("torch."), "seed": SEED}
-    report |= found
-    slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
-    path = Path(args.out or ROOT / "results" / f"bench_{slug}.json")
-    write_json(path, (read_json(path) if path.exists() else {}) | {key: report})
-    print(f"written to {path}")
-    return report
-
-
 def bench(args: Args, size: Size) -> dict:
-    """Check and time the arms. Return the report."""
+    """Check and time the arms. Print, write and return the report."""
     start, ranks = time.perf_counter(), start_ranks(args.device)
-    dtype = dtype_of(args.dtype, ranks.device)
-    arms = [arm for arm in ARMS if arm in (args.arms or size.arms)]
+    dtype = dtype_of("auto", ranks.device)
+    given = args.arms or ("ADE" if ranks.device.type == "cuda" else "AD")
+    arms = [arm for arm in ARMS if arm in given]
     rates = machine_rates(ranks.device, dtype)
     one_prompt = dataclasses.replace(size, B=1, G=size.gate)
     gates = check(set_up(one_prompt, arms, ranks, torch.float32), arms)
     gc.collect()  # modules refer to each other in cycles
     b = set_up(size, arms, ranks, dtype)
-    model, (B, G, T) = b.models["D"][0], b.mask.shape
-    P, lengths = model.prompt_length(b.batch.input_ids), b.mask.sum(-1).tolist()
-    millions = [count(model, parts) / 1e6 for parts in (PARTS["decoder"], TOWERS)]
-    what = (
-        f"{args.size}: decoder {millions[0]:.1f} M, towers {millions[1]:.1f} M parameters; "
-        f"{B} prompts of {P} embeddings x {G} completions of {T} tokens"
-    )
+    P = b.models["D"][0].prompt_length(b.batch.input_ids)
 
-    def run(arm: str, laps: Laps) -> None:
-        logps, _, sampled, _ = step(b, arm, laps)
+    def run(arm: str, timer: Timer) -> None:
+        logps, _, sampled = step(b, arm, timer)
         if sampled is not None:
             ratio = (logps - sampled)[b.mask].double().exp()
             gates[arm]["ratio"] = ratio.quantile(ratio.new_tensor([0.01, 0.5, 0.99])).tolist()
 
-    runs, slow = {arm: functools.partial(run, arm) for arm in arms}, min(args.repeats, size.slow)
-    repeats = {arm: slow if arm in "ABC" else args.repeats for arm in arms}
-    floor = floors(size, b, lengths, P, rates)
-    sections = take_turns(runs, repeats, floor, ranks.device)
-    decode = sweep(b, size, arms, slow, rates)
-    found = {
-        "what": what,
+    repeats = {arm: size.slow if arm == "A" else size.repeats for arm in arms}
+    runs = {arm: functools.partial(run, arm) for arm in arms}
+    table = take_turns(runs, repeats, floors(b, P, rates))
+    table += decode_steps(b, size, arms, rates)
+    report = circumstances(ranks.device) | {
+        "dtype": str(dtype).removeprefix("torch."),
+        "what": f"{args.size}: B {size.B}, G {size.G}, P {P}, T {size.T}",
+        "processes": ranks.world,
         "rates": rates,
-        "floors_ms": {name: 1e3 * s for name, s in floor.items()},
         "gates": gates,
-        "shape": {"prompts": B, "generations": G, "tokens": T, "prefix": P, "lengths": lengths},
         "gates_hold": gates_hold(gates, dtype),
-        "sections": sections,
-        "decode": decode,
-        "targets": judge(args.size, ranks.device.type, sections, decode),
+        "rows": table,
+        "targets": judge(args.size, ranks.device.type, table),
         "seconds": time.perf_counter() - start,
     }
-    report = save(args, ranks.device, dtype, args.size, found)
-    print_report(report)
-    return report
-
-
-# ---- One process and two -------------------------------------------------------------------------
-
-
-def one_of_ranks(args: Args, size: Size) -> None:
-    """Time steps of arm D on this rank's share of two prompts, and write a row to --out."""
-    torch.set_num_threads(1)
-    ranks, norms = start_ranks("cpu"), []
-    b = set_up(dataclasses.replace(size, B=2), "D", ranks, torch.float32)
-    rows = [0, 1][ranks.rank :: ranks.world]
-    b.batch, b.mask, b.advantages = b.batch.select(rows), b.mask[rows], b.advantages[rows]
-
-    def run(laps: Laps) -> None:
-        norms.append(step(b, "D", laps)[3])
-        ranks.barrier()  # the ranks start the next step together
-
-    timed = take_turns({"D": run}, {"D": min(args.repeats, size.slow)}, {}, ranks.device)
-    row = {"processes": ranks.world, **timed["step"]["D"], "grad_norm": norms[-1]}
     if ranks.is_main:
-        write_json(Path(args.out), row)
-
-
-def scaling(args: Args) -> dict:
-    """Time the same two prompts on one process and on two, one thread each."""
-    rows, flags = [], ("--ranks", "--size", args.size, "--repeats", args.repeats)
-    with tempfile.TemporaryDirectory() as folder:
-        for n in (1, 2):
-            log, row = Path(folder, f"{n}.log"), Path(folder, f"{n}.json")
-            launcher = "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"
-            measure(log, *launcher, "-m", "tools.bench", *flags, "--out", row)
-            rows.append(read_json(row))
-    print(markdown(rows))
-    (one, two), (norm, again) = ([row[key] for row in rows] for key in ("median_ms", "grad_norm"))
-    same = abs(norm - again) <= 1e-4 * norm
-    print(
-        f"{'PASS' if same else 'FAIL'}  the same gradient norm; "
-        f"efficiency {50 * one / two:.1f} % of two cores"
-    )
-    found = {"threads": 1, "size": args.size, "runs": rows, "efficiency": one / (2 * two)}
-    found["gates_hold"] = same
-    return save(args, torch.device("cpu"), torch.float32, f"ranks_{args.size}", found)
+        print_report(report)
+        slug = re.sub("[^a-z0-9]+", "-", report["machine"].lower()).strip("-")
+        path = Path(args.out or ROOT / "results" / f"bench_{slug}_{args.size}.json")
+        write_json(path, report)
+        print(f"written to {path}")
+    return report
 
 
 def bench_arms(args: Args) -> None:
     if set(args.arms) - set(ARMS):
         raise UserError(f"--arms {' '.join(args.arms)}: choose from {' '.join(ARMS)}.")
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: must be 1 or more.")
     transformers.logging.set_verbosity_error()
-    if args.ranks and "RANK" in os.environ:
-        return one_of_ranks(args, SIZES[args.size])
-    report = scaling(args) if args.ranks else bench(args, SIZES[args.size])
-    if not report["gates_hold"]:
+    if not bench(args, SIZES[args.size])["gates_hold"]:
         sys.exit(1)
 
 
 # ---- python -m tools.bench memory ----------------------------------------------------------------
 
 
-def kept_by_a_layer(c: Config, B, G, P, S, itemsize: int, masked: bool, repeated: int = 1) -> int:
-    """Return the bytes that one layer keeps for its backward pass.
+def kept_by_a_layer(c: Config, B, G, P, S, itemsize: int, repeated: int) -> int:
+    """Return the bytes that one layer keeps for its backward pass, with a padded prompt.
 
-    `model.shared_prefix_attend` explains the two copies of the keys. masked: a prompt is padded, so
-    attention has a mask, and its kernel needs each key `repeated` times, once for each head.
+    `model.shared_prefix_attend` explains the two copies of the keys. Attention with a mask needs
+    each key `repeated` times: on a GPU once for each head.
     """
     N, own, d = B * (P + G * S), B * G * S, c.head_dim
     # Two residuals, two norms, queries, attention in parts and as a whole; keys, values;
@@ -934,15 +675,13 @@ def kept_by_a_layer(c: Config, B, G, P, S, itemsize: int, masked: bool, repeated
     elements = N * (7 * c.hidden_size + 2 * c.num_key_value_heads * d + 4 * c.intermediate_size)
     if B > 1:
         elements += own * c.hidden_size  # the completions' queries, no longer contiguous
-    # [prompt | own], once per completion
-    elements += 2 * B * G * (P + S) * c.num_key_value_heads * d * repeated
-    if masked:
-        elements += own * (P + S)
+    # [prompt | own], once per completion; the mask
+    elements += 2 * B * G * (P + S) * c.num_key_value_heads * d * repeated + own * (P + S)
     # fp32: the log-sum-exp of each head, norms
     return elements * itemsize + 4 * N * (c.num_attention_heads + 2)
 
 
-def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dict[str, int]:
+def peak(model, B, G, P, T, dtype, checkpoint_layers=False) -> dict[str, int]:
     """Return part -> bytes of live tensors at the peak of a training step, from shapes alone.
 
     The peak is the head's backward pass, when every layer still keeps what its own needs. Not
@@ -951,8 +690,8 @@ def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dic
     """
     c, size, S = model.config, dtype.itemsize, T - 1
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    repeated = c.num_attention_heads // c.num_key_value_heads if masked else 1
-    layer = kept_by_a_layer(c, B, G, P, S, size, masked, repeated)
+    repeated = c.num_attention_heads // c.num_key_value_heads
+    layer = kept_by_a_layer(c, B, G, P, S, size, repeated)
     chunk = min(B * G * T, max(64, 2**27 // c.vocab_size))
     # Logits, also rounded; the gradient of the weight in fp32.
     logit = 4 + size if size < 4 else 4
@@ -961,7 +700,7 @@ def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dic
         most = max(most, layer + trained * size)
         layer = B * (P + G * S) * c.hidden_size * size  # its input
     return {
-        "weights": size * count(model),
+        "weights": size * sum(p.numel() for p in model.parameters()),
         "reference": size * trained,
         "masters and gradient": trained * (8 if size < 4 else 4),
         "Adam": trained * 8,
@@ -972,44 +711,37 @@ def peak(model, B, G, P, T, dtype, checkpoint_layers=False, masked=False) -> dic
 def memory(args: MemoryArgs) -> None:
     """Print the estimated memory of some micro-batches."""
     model = build_model(SIZES["full"], "meta", torch.float32)
-    G, P = args.num_generations, args.prompt_length
-    rows = []
-    for name, B, T in (
-        ("bfloat16", 1, 512),
-        ("bfloat16", 2, 512),
-        ("bfloat16", 4, 512),
-        ("bfloat16", 4, 200),
-        ("float32", 1, 512),
-    ):
-        row = {"dtype": name, "prompts per micro-batch": B, "tokens": T}
-        for column, again in (("all of it", False), ("with --checkpoint_layers", True)):
-            plain, padded = (
-                sum(peak(model, B, G, P, T, getattr(torch, name), again, masked).values()) / GIB
-                for masked in (name == "float32", True)  # attention in fp32 always has a mask
-            )
-            row[column] = f"{plain:.1f} ({padded:.1f})"
-        rows.append(row)
-    print(f"GiB at the peak; P {P}, G {G}; in brackets with a padded prompt\n\n{markdown(rows)}")
-    parts = peak(model, 1, G, P, 512, torch.bfloat16)
-    print("the first row: " + ", ".join(f"{name} {n / GIB:.2f}" for name, n in parts.items()))
+    G, P, rows = args.num_generations, args.prompt_length, []
+    shapes = ((1, 512), (2, 512), (4, 512), (4, 200))
+    cases = [(torch.bfloat16, *shape) for shape in shapes] + [(torch.float32, 1, 512)]
+    for dtype, B, T in cases:
+        parts = peak(model, B, G, P, T, dtype)
+        again = peak(model, B, G, P, T, dtype, checkpoint_layers=True)
+        total = {"GiB": sum(parts.values()), "with --checkpoint_layers": sum(again.values())}
+        shown = {name: n / GIB for name, n in (total | parts).items()}
+        rows.append({"dtype": str(dtype)[6:], "prompts": B, "tokens": T} | shown)
+    print(
+        f"GiB at the peak of a micro-batch with a padded prompt; P {P}, G {G}\n\n{markdown(rows)}"
+    )
 
 
 # ---- python -m tools.bench rehearsal -------------------------------------------------------------
 
-# Holds a config.json of the public reference, and the only tokenizers in the repository.
 GOLDEN = ROOT / "tests" / "golden"
 
 
-def write_model(out: Path, size: Size) -> None:
-    """Write a random checkpoint in the released layout, and its towers as they are on the hub."""
+def write_model(_process: int, out: Path, size: Size) -> None:
+    """Write a random checkpoint in the released layout, and its towers as they are on the hub.
+
+    humanomni/ is bf16, without towers and the tied head; siglip/ (fp32) and whisper/ (fp16) are the
+    whole models; bert/ has only configuration and tokenizer.
+    """
     transformers.logging.set_verbosity_error()  # it would warn of its own defaults
     for name in ("humanomni", "bert", "siglip"):
         shutil.copytree(GOLDEN / name, out / name, ignore=shutil.ignore_patterns("*.safetensors"))
     model = build_model(size, "cpu", torch.bfloat16)
     model.config.raw = read_json(out / "humanomni" / "config.json") | size.decoder  # has the towers
     model.config.raw |= {
-        "max_position_embeddings": 32768,
-        "max_window_layers": size.decoder["num_hidden_layers"],
         "mm_hidden_size": size.vision["hidden_size"],
         "audio_hidden_size": size.audio["d_model"],
     }
@@ -1030,25 +762,8 @@ def write_model(out: Path, size: Size) -> None:
     extractor.save_pretrained(out / "whisper")
 
 
-def check_room(out: Path) -> None:
-    """Raise UserError if disk or memory are too small. The factors were found at full size."""
-    parameters = count(build_model(SIZES["full"], "meta", torch.float32))
-    memory = 1024 * int(proc("meminfo", "MemAvailable").split()[0])
-    for what, factor, free in (("disk", 10, shutil.disk_usage(out).free), ("memory", 13, memory)):
-        needed = factor * parameters
-        if free < needed:
-            raise UserError(
-                f"{out}: the rehearsal needs {needed / 1e9:.0f} GB of {what} and "
-                f"{free / 1e9:.0f} GB are free. Free some, or use a larger machine."
-            )
-
-
 def measure(log: Path, *words) -> dict:
-    """Run a program of this repository on the CPU. Return its command, times and peak memory.
-
-    The seconds are those of the whole process, with start and imports. The CPU seconds of all its
-    threads depend less on other programs.
-    """
+    """Run a program of this repository on the CPU. Return its command, seconds and peak memory."""
     words = [str(word) for word in words]
     command, started = "python " + shlex.join(words), time.perf_counter()
     print(command, flush=True)
@@ -1059,83 +774,43 @@ def measure(log: Path, *words) -> dict:
         _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
-        end = log.read_text()[-2000:]
-        raise UserError(f"{command} failed ({child.returncode}). The end of {log}: {end}")
+        end = f"The end of {log}: {log.read_text()[-2000:]}"
+        raise UserError(f"{command} failed ({child.returncode}). {end}")
     return {
-        "command": f"`{command}`",
+        "command": command,
         "seconds": time.perf_counter() - started,
-        "CPU seconds": usage.ru_utime + usage.ru_stime,
         "peak memory (GiB)": usage.ru_maxrss / 2**20,
-        "": "",
     }
 
 
-def build(out: Path) -> None:
-    """Write what the commands read."""
-    check_room(out)
+def rehearsal(args: RehearsalArgs) -> None:
+    """Run the real commands on a random checkpoint of full size. Print their time and memory.
+
+    The answers mean nothing: weights are random, and the tokenizer of the tests has few words.
+    """
+    out = Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} already exists: delete it, or choose another --out.")
     # In another process, because a command's peak starts at that of this one (see `measure`).
-    spawn = torch.multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-        pool.submit(write_model, out, SIZES["full"]).result()
-    shutil.copy(GOLDEN / "media" / "wide.mp4", out / "clip.mp4")
+    torch.multiprocessing.spawn(write_model, (out, SIZES["full"]))
+    clip = shutil.copy(GOLDEN / "media" / "wide.mp4", out / "clip.mp4")
     prompt = {"from": "human", "value": f"<video>\n<audio>\n{QUESTION}{THINK}"}
     row = {"video": "clip.mp4", "conversations": [prompt, {"from": "gpt", "value": "happy"}]}
     write_json(out / "rows.json", [row])
-
-
-def run_commands(out: Path, dtypes: list[str]) -> list[dict]:
-    """Run the commands on OUT/model. Return the rows of the report."""
-    model = out / "model"
-    checkpoint = model / "humanomni"
-    rows = [measure(out / "inspect.log", "-m", "tools.convert", "inspect", checkpoint)]
-    for dtype in dtypes:
-        run = model / f"grpo_{dtype}"
-        given = "--model", checkpoint, "--dtype", dtype, "--max_new_tokens", 8
-        rows.append(
-            measure(out / f"eval_{dtype}.log", "eval.py", *given, "--clip", model / "clip.mp4")
-        )
-        step = "--max_steps 1 --prompts_per_step 1 --micro_batch 1 --num_generations 2".split()
-        files = "--data", model / "rows.json", "--out", run
-        rows.append(measure(out / f"grpo_{dtype}.log", "grpo.py", *given, *files, *step))
-        logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        skipped = logged["skipped_samples"] + logged["skipped_steps"]
-        assert skipped == 0 and math.isfinite(logged["loss"]), logged
-        parts = (f"{name} {logged[f'time/{name}']:.1f}" for name in ("encode", "generate", "train"))
-        difference = logged["sampler_logp_diff/max"]
-        rows[-1][""] = f"{', '.join(parts)} s; sampler and loss differ by {difference:.1e}"
+    checkpoint, inspected = out / "humanomni", out / "inspect.log"
+    rows = [measure(inspected, "-m", "tools.convert", "inspect", checkpoint)]
+    small = "--max_steps 1 --prompts_per_step 1 --micro_batch 1 --num_generations 2".split()
+    for dtype in args.dtypes:
+        run, given = out / dtype, ("--model", checkpoint, "--dtype", dtype, "--max_new_tokens", 8)
+        rows.append(measure(out / f"eval_{dtype}.log", "eval.py", *given, "--clip", clip))
+        files = "--data", out / "rows.json", "--out", run
+        rows.append(measure(out / f"grpo_{dtype}.log", "grpo.py", *given, *files, *small))
         shutil.rmtree(run / "checkpoints")  # some GB
-    return rows
+        logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert logged["skipped_samples"] + logged["skipped_steps"] == 0, logged
+    print(circumstances(torch.device("cpu")))
+    print(f"\n{markdown(rows)}\n{inspected.read_text()}\nThe model and the logs are in {out}.")
 
-
-def rehearsal(args: RehearsalArgs) -> None:
-    """Run the real commands on a random checkpoint of full size, and write OUT/report.md.
-
-    OUT/model has the released layout: `humanomni/` (bf16, without towers and the tied head); as on
-    the hub `siglip/` (the whole model, fp32), `whisper/` (the whole model, fp16) and `bert/`
-    (configuration and tokenizer). `tools.convert inspect` reports its parameters. The answers mean
-    nothing: weights are random, and the tokenizer is that of the tests, which has few words.
-    """
-    out, model = Path(args.out), Path(args.out) / "model"
-    dtypes = ["bfloat16", "float32"] if args.dtype == "both" else [args.dtype]
-    if model.exists():
-        raise UserError(f"{model} already exists: delete it, or choose another --out.")
-    model.mkdir(parents=True)
-    try:
-        build(model)
-        rows = run_commands(out, dtypes)
-    finally:
-        if not args.keep:
-            shutil.rmtree(model)
-    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-    machine = circumstances(torch.device("cpu")) | {"memory": f"{gib:.0f} GiB"}
-    lines = [f"{name}: {value}" for name, value in machine.items()]
-    parts = (out / "inspect.log").read_text()
-    report = f"{'; '.join(lines)}\n\n{markdown(rows)}\n```\n{parts}```\n"
-    write_text(out / "report.md", report)
-    print(f"\n{report}\nwritten to {out / 'report.md'}")
-
-
-# ---- The command line ----------------------------------------------------------------------------
 
 COMMANDS = {"memory": (memory, MemoryArgs), "rehearsal": (rehearsal, RehearsalArgs)}
 

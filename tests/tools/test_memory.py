@@ -45,9 +45,7 @@ class Live(TorchDispatchMode):
 def test_the_estimate_is_what_was_traced(dtype, B, T, traced):
     """Stops an estimate without a part of the step. Traced at full size with a mask, G 8, P 976."""
     model = build_model(SIZES["full"], "meta", torch.float32)
-    assert sum(peak(model, B, 8, 976, T, dtype, masked=True).values()) / GIB == pytest.approx(
-        traced, rel=0.03
-    )
+    assert sum(peak(model, B, 8, 976, T, dtype).values()) / GIB == pytest.approx(traced, rel=0.03)
 
 
 @pytest.mark.parametrize("B, G, P, S", [(2, 3, 37, 11), (1, 4, 20, 30)])
@@ -77,7 +75,7 @@ def test_what_a_layer_keeps(model, B, G, P, S):
             del out
     # on a CPU each keeps one tensor more than a GPU's
     norms = 2 * B * (P + G * S) * config.hidden_size * 4
-    expected = kept_by_a_layer(config, B, G, P, S, 4, masked=True)
+    expected = kept_by_a_layer(config, B, G, P, S, 4, repeated=1)
     assert (kept[4, False] - kept[2, False]) / 2 - norms == pytest.approx(expected, rel=0.02)
     assert (kept[4, True] - kept[2, True]) / 2 == pytest.approx(
         x.nbytes, rel=0.02
@@ -85,10 +83,9 @@ def test_what_a_layer_keeps(model, B, G, P, S):
 
 
 def test_the_printed_table(capsys):
-    """Stops a table whose brackets, columns or first row are those of another case."""
+    """Stops a table whose columns or first row are those of another case."""
     memory(MemoryArgs())
     text = capsys.readouterr().out
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert lines[0] == "GiB at the peak; P 976, G 8; in brackets with a padded prompt"
-    assert lines[4] == "| bfloat16 | 1 | 512 | 18.8 (19.9) | 13.0 (13.0) |"
-    assert lines[-1].startswith("the first row: weights 2.56, reference 0.99, ")
+    assert lines[0] == "GiB at the peak of a micro-batch with a padded prompt; P 976, G 8"
+    assert lines[4].startswith("| bfloat16 | 1 | 512 | 19.87 | 12.99 | 2.56 | 0.99 | ")
