@@ -63,7 +63,7 @@ class Pipeline:
     """Runs the stages, and records what each was made from."""
 
     def __init__(self, args, sets: tuple[str, ...] = SETS):
-        """args: with out, data, seed and scale; sets: the test sets of `evaluate`"""
+        """args: with out, data, seed and scale; sets: for `evaluate`"""
         self.args, self.sets, self.out = args, sets, Path(args.out)
         self.data = Path(args.data or self.out / "data")
         self.file = self.out / "stages.json"
@@ -86,7 +86,7 @@ class Pipeline:
         self.record(name, None)  # stays if the stage is interrupted
         work()
         self.record(name, made_from)
-        print(f"   {name} took {time.time() - started:.0f} s", flush=True)
+        print(f"   {name} took {time.time() - started:.0f} s")
 
     def reason_to_run(self, name: str, results: list[Path], made_from: dict) -> str:
         """Return why a stage must run, or "" if it is up to date.
@@ -121,8 +121,8 @@ class Pipeline:
         """
         words = [str(word) for word in words]
         print("   python " + shlex.join(words), flush=True)
-        script = words[0]
-        if script != "-m":
+        script = next(word for word in words if word != "-m")
+        if words[0] == script:
             words[0] = str(ROOT / script)
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
@@ -273,7 +273,7 @@ def table(p: Pipeline) -> str:
             cell = " / ".join(f"{r[key]:.0f}" for r in results) if has_reasoning else "-"
             rows[-1].append(cell)
     return "\n".join(markdown(rows)) + (
-        "\n\nAll values are in percent. results/toy.md explains the columns.\n\n"
+        "\n\nAll values are in percent; results/toy.md explains the columns.\n\n"
         f"Seed {p.args.seed}, scale {p.args.scale:g}, "
         f"{os.cpu_count()} cores, torch {torch.__version__}.\n"
     )

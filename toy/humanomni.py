@@ -1,5 +1,5 @@
 """Make a tiny HumanOmni in the released layout: 1.6 M parameters, a vocabulary of the toy texts,
-and towers that recognise the cues. Its widths and depths are those in the files of toy/start."""
+and towers that recognise the cues. Its widths and depths are those of toy/start."""
 
 import shutil
 from pathlib import Path

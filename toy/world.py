@@ -550,7 +550,7 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
     """
     claim(out, seed, scale)
     clips = plan(seed, scale)
-    samples: dict[str, list] = {}
+    samples = {}
     for clip in clips:
         samples.setdefault(f"{clip.set}_{clip.split}", []).append(row(seed, clip))
         (out / clip.path).parent.mkdir(parents=True, exist_ok=True)
@@ -561,7 +561,6 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
         max_workers=workers or os.cpu_count(),
         chunksize=16,
         desc="clips",
-        unit="clip",
         disable=not missing,
     )
     for split in ("train", "val"):
