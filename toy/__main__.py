@@ -14,11 +14,10 @@
     eval NAME      eval.py on three test sets
     report         an HTML report with curves, and each clip next to the model's outputs
 
-The results are OUT/table.md and OUT/report.html. Every stage runs a script of this repository and
-prints its command. emer_sft and label_sft run at the same time, as do r1 and r1_conclusion; the
-progress bar is that of the first. OUT/stages.json records the flags and the SHA-256 of the input
-files of each stage. A stage runs again only if they change or if a result is missing: to repeat it,
-delete its results.
+The results are OUT/table.md and OUT/report.html. Every stage runs a script and prints its command.
+emer_sft and label_sft run at the same time, as do r1 and r1_conclusion; the progress bar is that of
+the first. OUT/stages.json records the flags and the SHA-256 of the input files of each stage. A
+stage runs again only if they change or if a result is missing: to repeat it, delete its results.
 """
 
 import dataclasses
@@ -132,7 +131,7 @@ class Pipeline:
             raise UserError(f"{script} failed. The end of its output: {end}")
 
     def run_together(self, commands: list[list], quiet: list[bool]) -> None:
-        """Run commands two at a time, with one thread each: a second thread helps little."""
+        """Run commands two at a time, with one thread each: a second one helps little."""
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(self.run, commands, [1] * len(commands), quiet))
 

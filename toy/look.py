@@ -49,7 +49,7 @@ def summary(look: Pipeline) -> str:
     n = sum(r["n"] for r in results)
     return "\n".join(lines) + (
         f"\n{look.args.steps} steps each; greedy decoding on {n} test clips that are not in the "
-        f"training set. A difference below {100 * (2 / n) ** 0.5:.0f} points may be chance."
+        f"training set. Differences below {100 * (2 / n) ** 0.5:.0f} points may be chance."
     )
 
 

@@ -8,7 +8,7 @@ are known, so eval.py can compare what a model states with what is there.
     python -m toy.world --out data/toy --scale 0.1   # a tenth of them
 
 An interrupted command continues where it stopped. A clip depends only on (seed, set, split, index).
-Its label depends on the scale, too.
+Its label also depends on the scale.
 
 Symbols: T frames, H W image rows and columns, N audio samples, K syllables,
          u v face coordinates (u right, v down, 1 = half a head),
@@ -559,7 +559,7 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
         partial(write, out, seed),
         missing,
         max_workers=workers or os.cpu_count(),
-        chunksize=16,
+        chunksize=1,  # tqdm 4.70 counts chunks
         desc="clips",
         disable=not missing,
     )

@@ -28,7 +28,7 @@ def test_the_summary_is_that_of_the_result_files(tmp_path):
         ["and rewards for the reasoning", "70 %", "96 %"],
     ]
     assert chance.startswith("56 steps each") and "200 test clips" in chance
-    assert "below 10 points may be chance" in chance
+    assert "Differences below 10 points may be chance" in chance
 
 
 def test_it_runs_from_the_shipped_start(tmp_path):
