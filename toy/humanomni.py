@@ -1,7 +1,7 @@
 """Make a tiny HumanOmni in the released layout: 1.6 M parameters, a vocabulary of the toy texts,
-and towers that recognise the cues."""
+and towers that recognise the cues. Its widths and depths are those of toy/start."""
 
-import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +12,13 @@ from torch import nn
 from tqdm import tqdm
 
 from data import CHATML, QUESTION, THINK, ClipDataset, Processor, PromptSpec, loader, read_samples
-from lib.checkpoint import read_side_files
-from lib.files import write_json
+from lib.checkpoint import read_json, read_side_files
+from lib.files import write_json, write_text
 from model import Config, HumanOmni
 from toy import world
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CONFIG = {
-    "model_type": "HumanOmni_qwen2",
-    "architectures": ["HumanOmniQwen2ForCausalLM"],
-    "hidden_act": "silu",
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 384,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 2048,
-    "num_frames": 8,
-    "mm_vision_tower": "../siglip",
-    "mm_audio_tower": "../whisper",
-    "mm_hidden_size": 96,
-    "audio_hidden_size": 96,
-    "mm_projector_type": "all_in_one_small",
-    "mm_audio_projector_type": "mlp2x_gelu",
-    "mm_vision_select_layer": -2,
-    "mm_vision_select_feature": "patch",
-    "mm_use_x_start_end": True,
-    "image_aspect_ratio": "pad",
-    "torch_dtype": "float32",
-}
+START = Path(__file__).with_name("start")
 
 
 def texts_of(data: Path) -> list[str]:
@@ -51,7 +26,7 @@ def texts_of(data: Path) -> list[str]:
     rows = [
         row
         for name in ("toy_emer_train", "toy_base_train", "rl_train")
-        for row in json.loads((data / f"{name}.json").read_text())
+        for row in read_json(data / f"{name}.json")
     ]
     frame = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<vi_start><vi_end>\n"
@@ -67,8 +42,7 @@ def write_tokenizers(folder: Path, texts: list[str]) -> tuple[int, int]:
     byte-level pieces a completion would be about five times as long.
     """
     decoder, bert = folder / "humanomni", folder / "bert"
-    for tokenizer_folder in (decoder, bert):
-        tokenizer_folder.mkdir(parents=True, exist_ok=True)
+    decoder.mkdir(parents=True, exist_ok=True)
     bpe = Tokenizer(models.BPE())
     # Qwen2's own rule for cutting text into words, so that the merges fit what it applies later.
     bpe.pre_tokenizer = transformers.Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
@@ -96,7 +70,7 @@ def write_tokenizers(folder: Path, texts: list[str]) -> tuple[int, int]:
     pieces = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(questions)
     words = sorted({word.lower() for word, _ in pieces})
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
-    (bert / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    write_text(bert / "vocab.txt", "\n".join(vocabulary) + "\n")
     bert_config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
     write_json(bert / "tokenizer_config.json", bert_config)
     return size + len(SPECIAL), len(vocabulary)
@@ -106,38 +80,19 @@ def tiny_humanomni(folder: Path, texts: list[str], seed: int) -> HumanOmni:
     """Write tokenizers, configurations and towers to `folder`; return the model, untrained."""
     torch.manual_seed(seed)
     vocab_size, bert_words = write_tokenizers(folder, texts)
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=4,  # the last one is not used, as in the released model
-        num_attention_heads=4,
-        image_size=world.SIZE,
-        patch_size=16,
+    vision = transformers.SiglipVisionConfig.from_pretrained(START / "siglip")
+    audio = transformers.WhisperConfig.from_pretrained(START / "whisper")
+    bert = transformers.BertConfig.from_pretrained(
+        START / "humanomni" / "bert", vocab_size=bert_words
     )
-    audio = transformers.WhisperConfig(
-        d_model=96,
-        encoder_layers=2,
-        encoder_attention_heads=4,
-        encoder_ffn_dim=192,
-        num_mel_bins=80,
-        max_source_positions=100,
-        classifier_proj_size=16,
-    )
-    bert = transformers.BertConfig(
-        hidden_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        vocab_size=bert_words,
-        max_position_embeddings=128,
-    )
+    file = folder / "humanomni" / "config.json"
     ids = {
         "vocab_size": vocab_size,
         "bos_token_id": vocab_size - 3,
         "eos_token_id": vocab_size - 1,
     }
-    write_json(folder / "humanomni" / "config.json", CONFIG | ids)
-    model = HumanOmni(Config.read(folder / "humanomni" / "config.json"), vision, audio, bert)
+    write_json(file, read_json(START / "humanomni" / "config.json") | ids)
+    model = HumanOmni(Config.read(file), vision, audio, bert)
     for module in (model.model.embed_tokens, model.model.layers):
         for p in module.parameters():
             if p.dim() == 2:
@@ -150,20 +105,12 @@ def write_towers(model: HumanOmni, folder: Path) -> None:
     """Write siglip/, whisper/ and bert/ with the files of the hub's repositories."""
     vision, audio = model.model.vision_tower, model.model.audio_tower
     vision.save_pretrained(folder / "siglip")
-    picture = {
-        "image_processor_type": "SiglipImageProcessor",
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "size": {"height": world.SIZE, "width": world.SIZE},
-    }
-    write_json(folder / "siglip" / "preprocessor_config.json", picture)
     whisper = transformers.WhisperForAudioClassification(audio.config)
     whisper.encoder.load_state_dict(audio.state_dict())
     whisper.save_pretrained(folder / "whisper")
-    transformers.WhisperFeatureExtractor(
-        feature_size=audio.config.num_mel_bins, chunk_length=int(world.SECONDS)
-    ).save_pretrained(folder / "whisper")
     model.model.bert_model.save_pretrained(folder / "bert")
+    for file in ("siglip/preprocessor_config.json", "whisper/preprocessor_config.json"):
+        shutil.copyfile(START / file, folder / file)
 
 
 def read_media(
@@ -174,7 +121,7 @@ def read_media(
     frames: bytes (N, 4, 3, S, S), the later half of each clip, where the expression is at its apex;
     mel: (N, M, T); values: (N, 10)
     """
-    values = {k: v["values"] for k, v in json.loads((data / "cues.json").read_text()).items()}
+    values = {k: v["values"] for k, v in read_json(data / "cues.json").items()}
     samples = read_samples(data / f"{name}.json")
     pairs = [(i, i) for i in range(len(samples))]
     batches = [pairs[at : at + 100] for at in range(0, len(pairs), 100)]
@@ -208,10 +155,8 @@ def warm_up(
 
     This replaces the pre-training of SigLIP, Whisper and HumanOmni's projectors. The values are
     predicted from the mean of the *projected* tokens, so that the tokens that the decoder gets
-    contain all cues. A head on the towers' patches alone reaches the same error, but the decoder
-    then describes faces at chance. As a second head it makes training three times faster.
-
-    The clips show painted faces only. The outline style stays unseen, here as in every stage.
+    contain all cues. With a head on the towers' patches alone, the decoder describes faces at
+    chance; as a second head it makes training three times faster. All clips show painted faces.
     """
     frames, mels, truth = read_media("toy_base_train", processor, data)
     held_out = read_media("toy_base_val", processor, data)

@@ -9,19 +9,22 @@
     eval NAME      eval.py on the two models
     report         an HTML report with curves, and each clip next to the model's outputs
 
-The result is OUT/report.html. Every stage runs a script of this repository and prints its command.
-r1 and r1_conclusion run at the same time; the progress bar is that of r1. A stage with an
-up-to-date result does not run again.
+The result is OUT/report.html. r1 and r1_conclusion run at the same time; the progress bar is that
+of r1. A stage with an up-to-date result does not run again.
 """
 
 import dataclasses
-import json
 import os
 
 from lib.args import run_main
-from toy.__main__ import ROOT, Pipeline, train_rl
+from toy.__main__ import ROOT, SETS, Pipeline, train_rl
 
 START = ROOT / "toy" / "start" / "humanomni"
+TITLES = {
+    "start": "before the two runs",
+    "r1": "the paper's reward",
+    "r1_conclusion": "and rewards for the reasoning",
+}
 
 
 @dataclasses.dataclass
@@ -31,47 +34,35 @@ class Args:
     seed: int = 0  # of the two runs
     steps: int = 56  # of each run
     scale: float = 0.35  # multiplies the size of the sets
-    fresh: bool = False  # repeat the stages that have results, but keep the clips
 
 
-class Look(Pipeline):
-    sets = ("toy_dfew_test", "toy_mafw_test")
+def summary(look: Pipeline) -> str:
+    """Return the accuracy before and after the two runs, and how often reasoning and answer agree.
 
-
-def story(look: Look) -> str:
-    """Return what the two runs have changed, in three sentences."""
-    rates = {}
-    for name in ("start", "r1", "r1_conclusion"):
-        results = [json.loads(look.result(name, s).read_text()) for s in look.sets]
-        # The test sets are equally large.
-        rates[name] = {key: sum(r[key] for r in results) / len(results) for key in ("war", "epc")}
+    Both are means over the test sets, which are equally large.
+    """
+    lines = [f"{'':30} accuracy   reasoning agrees with the answer"]
+    for name, title in TITLES.items():
+        results = look.read_results(name)
+        war, epc = (sum(r[key] for r in results) / len(results) for key in ("war", "epc"))
+        lines.append(f"{title:30} {war:6.0f} % {epc:8.0f} %")
     n = sum(r["n"] for r in results)
-
-    def change(name: str) -> str:
-        war, epc = (f"{rates['start'][k]:.0f} to {rates[name][k]:.0f} %" for k in ("war", "epc"))
-        return (
-            f"accuracy changed from {war}, and the share of outputs whose reasoning agrees with "
-            f"the answer from {epc}."
-        )
-
-    return (
-        f"With the paper's reward (answer and format), {look.args.steps} steps: {change('r1')}\n"
-        f"With rewards for the reasoning, too, {look.args.steps} steps: {change('r1_conclusion')}\n"
-        f"Measured with greedy decoding on {n} test clips that are not in the training set. A "
-        f"difference below {100 * (2 / n) ** 0.5:.0f} points may be chance."
+    return "\n".join(lines) + (
+        f"\n{look.args.steps} steps each; greedy decoding on {n} test clips that are not in the "
+        f"training set. Differences below {100 * (2 / n) ** 0.5:.0f} points may be chance."
     )
 
 
 def main(args: Args) -> None:
-    look = Look(args)
+    look = Pipeline(args, SETS[:2])
     print(f"{__doc__}\nOUT is {args.out}.\n", flush=True)
     look.clips()
-    look.evaluate("start", START, {})
-    train_rl(look, START, {"max_steps": args.steps})
+    look.evaluate("start", START, "")
+    train_rl(look, START, f"--max_steps {args.steps}")
     for name in ("r1", "r1_conclusion"):
-        look.evaluate(name, look.out / name / "latest", {})
-    print(f"\n{story(look)}\n")
-    look.report("r1", "r1_conclusion")
+        look.evaluate(name, look.out / name / "latest", "")
+    print(f"\n{summary(look)}\n")
+    look.report()
 
 
 if __name__ == "__main__":

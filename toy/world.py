@@ -2,14 +2,13 @@
 
 Each of the twelve emotions is a pair of a face and a voice (PAIRS). Several emotions share a face
 and several share a voice, so neither video nor audio alone is enough. The true cues of every clip
-are known, so `cue_scores` can compare what a model states with what is there.
+are known, so eval.py can compare what a model states with what is there.
 
     python -m toy.world --out data/toy               # 5,540 mp4 clips and their json files
     python -m toy.world --out data/toy --scale 0.1   # a tenth of them
-    python -m toy.world --check                      # the accuracy of an ideal observer
 
 An interrupted command continues where it stopped. A clip depends only on (seed, set, split, index).
-Its label depends on the scale, too.
+Its label also depends on the scale.
 
 Symbols: T frames, H W image rows and columns, N audio samples, K syllables,
          u v face coordinates (u right, v down, 1 = half a head),
@@ -19,7 +18,6 @@ Symbols: T frames, H W image rows and columns, N audio samples, K syllables,
 import dataclasses
 import json
 import os
-import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +29,6 @@ from data import QUESTION, THINK
 from lib.args import UserError, run_main
 from lib.files import write_json
 from lib.media import SAMPLE_RATE, write_clip
-from lib.reasoning import reasoning_of
 
 VERSION = 2  # raise it when a change alters clips or texts: old folders are then refused
 SIZE, FPS, SECONDS = 64, 10, 2.0
@@ -59,7 +56,6 @@ HEARD = {
     "breath": ("clear", "breathy"),
 }
 CUES = {**SEEN, **HEARD}
-CUE_WORDS = {word for words in CUES.values() for word in words}
 LEVEL_VALUES = {2: (-0.6, 0.6), 3: (-0.75, 0.0, 0.75)}
 REST = np.array([0.0, -0.6, 0.0, 0.0, 0.0], np.float32)  # the seen values of a face at rest
 
@@ -147,16 +143,11 @@ class Clip:
     label: str | None
     levels: dict[str, str]  # cue -> true level word
     values: tuple[float, ...]  # in the order of CUES
+    key: tuple[int, int, int]  # the indices of set, split and clip
 
     @property
     def path(self) -> str:
         return f"clips/{self.set}/{self.split}/{self.index:06d}.mp4"
-
-    @property
-    def key(self) -> tuple[int, int, int]:
-        """Return the indices of set, split and clip, for `stream`."""
-        splits = list(SETS[self.set].splits)
-        return list(SETS).index(self.set), splits.index(self.split), self.index
 
 
 PLAN, LEVELS, IDENTITY, RENDER, TEXT = range(1, 6)
@@ -216,28 +207,12 @@ def plan(seed: int, scale: float) -> list[Clip]:
                 labels = [label for label, count in counts.items() for _ in range(count)]
                 labels = [labels[i] for i in stream(PLAN, seed, s, p).permutation(n)]
             for i, label in enumerate(labels):
-                rng = stream(LEVELS, seed, s, p, i)
+                key = (s, p, i)
+                rng = stream(LEVELS, seed, *key)
                 identity = first_identity + int(rng.integers(identities))
-                clips.append(Clip(name, split, i, identity, label, *draw_levels(label, rng)))
+                clips.append(Clip(name, split, i, identity, label, *draw_levels(label, rng), key))
             first_identity += identities  # so that no identity is in two splits
     return clips
-
-
-def bayes_accuracy(name: str, cues: dict = CUES) -> float:
-    """Return the exact accuracy of an ideal observer of `cues` on a set.
-
-    The observer knows EMOTIONS, FLIP and the class weights. The accuracy is the sum over all
-    combinations x of cue levels of the maximum over the emotions e of P(e) P(x | e).
-    """
-    weights, best = SETS[name].weights, 0.0
-    for e, w in weights.items():
-        p = np.array([w / sum(weights.values())])
-        for cue in cues:
-            other = FLIP / (len(CUES[cue]) - 1)
-            p_level = [1 - FLIP if word == EMOTIONS[e][cue] else other for word in CUES[cue]]
-            p = np.outer(p, p_level).ravel()  # [X] -> [X * levels]
-        best = np.maximum(best, p)
-    return float(best.sum())
 
 
 # ---- Texts
@@ -275,16 +250,6 @@ def describe(levels: dict, rng: np.random.Generator) -> str:
     if rng.random() < 0.25:
         sentences.reverse()
     return " ".join(sentences)
-
-
-def cue_scores(text: str, cues: dict) -> tuple[int, int, int]:
-    """Return the numbers of true cue words stated, of cue words stated, and of true cues.
-
-    A word counts once, and only inside <think> if the output has such a block.
-    """
-    stated = set(re.findall(r"[a-z]+", reasoning_of(text).lower())) & CUE_WORDS
-    true = {cues[cue] for cue in CUES}  # `cues` may have further keys, as in cues.json
-    return len(stated & true), len(stated), len(true)
 
 
 # ---- Face: signed distances with soft edges; the head once per clip, the moving parts per frame
@@ -342,7 +307,7 @@ def paint(image, distance, color, px, opacity=1.0):
 
 def draw_head(who, u, v, px: float, rng: np.random.Generator) -> np.ndarray:
     """Return everything that does not move, [H, W, 3] float32."""
-    background = rng.uniform(225, 250) * np.ones(3) if who.outline else rng.uniform(50, 215, 3)
+    background = rng.uniform(225, 250) if who.outline else rng.uniform(50, 215, 3)
     image = np.full((SIZE, SIZE, 3), background, np.float32)
     if not who.outline:
         image *= (1 + 0.25 * rng.uniform(-1, 1) * (ROWS / SIZE - 0.5))[..., None]
@@ -540,8 +505,8 @@ def row(seed: int, clip: Clip) -> dict:
         "video": clip.path,
         # The truth, for rewards and metrics. It is never part of a prompt.
         "cues": {
-            sense: {cue: clip.levels[cue] for cue in cues}
-            for sense, cues in (("seen", SEEN), ("heard", HEARD))
+            "seen": {cue: clip.levels[cue] for cue in SEEN},
+            "heard": {cue: clip.levels[cue] for cue in HEARD},
         },
         "conversations": [
             {"from": "human", "value": "<video>\n<audio>\n" + question},
@@ -567,13 +532,13 @@ def claim(out: Path, seed: int, scale: float) -> None:
     }
     path = out / "world.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    if found == world:
+    different = [key for key in world if found.get(key) != world[key]]
+    if not different:
         return
     if found or (out / "clips").exists():
-        different = ", ".join(key for key in world if found.get(key) != world[key])
         raise UserError(
             f"{out} holds clips that were made with other settings ({path} differs in: "
-            f"{different}): delete the folder or choose another one."
+            f"{', '.join(different)}): delete the folder or choose another one."
         )
     write_json(path, world)
 
@@ -583,10 +548,9 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
 
     workers: the number of processes; None: one per core
     """
-    out = Path(out)
     claim(out, seed, scale)
     clips = plan(seed, scale)
-    samples: dict[str, list] = {}
+    samples = {}
     for clip in clips:
         samples.setdefault(f"{clip.set}_{clip.split}", []).append(row(seed, clip))
         (out / clip.path).parent.mkdir(parents=True, exist_ok=True)
@@ -595,9 +559,8 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
         partial(write, out, seed),
         missing,
         max_workers=workers or os.cpu_count(),
-        chunksize=16,
+        chunksize=1,  # tqdm 4.70 counts chunks
         desc="clips",
-        unit="clip",
         disable=not missing,
     )
     for split in ("train", "val"):
@@ -610,25 +573,15 @@ def build(out: Path, seed: int = 0, scale: float = 1.0, workers: int | None = No
 
 @dataclasses.dataclass
 class Args:
-    out: str = ""  # the folder to write
+    out: str  # the folder to write
     seed: int = 0  # each seed gives other clips
     scale: float = 1.0  # multiplies the number of clips of every split
-    workers: int | None = None  # number of processes; default: one per core
-    check: bool = False  # print the accuracy of an ideal observer, and write nothing
 
 
 def main(args: Args) -> None:
-    if args.check:
-        print("accuracy of an ideal observer, %: video and audio, video only, audio only")
-        for name, spec in SETS.items():
-            if spec.weights:
-                print(name, *(f"{100 * bayes_accuracy(name, c):.1f}" for c in (CUES, SEEN, HEARD)))
-        return
-    if not args.out:
-        raise UserError("--out is missing: name the folder to write.")
-    if args.seed < 0 or args.scale <= 0 or (args.workers is not None and args.workers < 1):
-        raise UserError("--seed must be 0 or more, --scale above 0, and --workers 1 or more.")
-    build(Path(args.out), args.seed, args.scale, args.workers)
+    if args.seed < 0 or args.scale <= 0:
+        raise UserError("--seed must be 0 or more, and --scale above 0.")
+    build(Path(args.out), args.seed, args.scale)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
 """The first look: what it prints agrees with its result files."""
 
 import json
+import re
 
 from test_toy import SCALE, forked
 
 from toy import look
+from toy.__main__ import SETS, Pipeline
 
 
-def test_the_story_is_that_of_the_result_files(tmp_path):
-    """Stops the rate of another run, a mean over one set only, and a loss that is printed as a
-    gain."""
+def test_the_summary_is_that_of_the_result_files(tmp_path):
+    """Stops the rate of another run, a mean over one set only, and rates in the wrong column."""
     (tmp_path / "eval").mkdir()
     # war x 2, epc x 2
     rates = {"start": (70, 74, 80, 90), "r1": (86, 82, 61, 59), "r1_conclusion": (69, 71, 97, 95)}
@@ -17,14 +18,17 @@ def test_the_story_is_that_of_the_result_files(tmp_path):
         for test_set, war, epc in (("toy_dfew_test", a, c), ("toy_mafw_test", b, d)):
             file = tmp_path / "eval" / f"{name}.{test_set}.json"
             file.write_text(json.dumps({"war": war, "epc": epc, "n": 100}))
-    first, second, third = look.story(look.Look(look.Args(out=str(tmp_path), steps=56))).split("\n")
-    assert first.startswith("With the paper's reward") and "56 steps" in first
-    assert second.startswith("With rewards for the reasoning") and "56 steps" in second
-    assert "accuracy changed from 72 to 84 %" in first
-    assert first.endswith("the answer from 85 to 60 %.")
-    assert "accuracy changed from 72 to 70 %" in second
-    assert second.endswith("the answer from 85 to 96 %.")
-    assert "200 test clips" in third and "below 10 points may be chance" in third
+    head, *rows, chance = look.summary(
+        Pipeline(look.Args(out=str(tmp_path), steps=56), SETS[:2])
+    ).split("\n")
+    assert head.split() == ["accuracy", *"reasoning agrees with the answer".split()]
+    assert [re.split("  +", row) for row in rows] == [
+        ["before the two runs", "72 %", "85 %"],
+        ["the paper's reward", "84 %", "60 %"],
+        ["and rewards for the reasoning", "70 %", "96 %"],
+    ]
+    assert chance.startswith("56 steps each") and "200 test clips" in chance
+    assert "Differences below 10 points may be chance" in chance
 
 
 def test_it_runs_from_the_shipped_start(tmp_path):

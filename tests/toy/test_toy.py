@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,17 +14,15 @@ from pathlib import Path
 
 import forkserver
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from data import Processor
 from lib.args import UserError
-from model import HumanOmni
 from toy import __main__ as toy
 from toy.__main__ import SETS
 
 ROOT = Path(__file__).parents[2]
 SCALE = 0.005
+UP_TO_DATE = 1 + 3 + 5  # humanomni, three stages of training, five of evaluation
 
 
 def run_toy(out: Path) -> str:
@@ -138,20 +137,20 @@ def test_only_stages_with_changed_inputs_run_again(run):
     assert "is up to date" not in first
     before = {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     second = run_toy(out)
-    assert second.count("is up to date") == 2 + 5 + 5 + 1 and "\n   python " not in second
+    assert second.count("is up to date") == UP_TO_DATE
+    assert re.findall("\n   python (.*?) --", second) == ["-m tools.report"]
     assert before == {f: f.stat().st_mtime_ns for f in out.glob("**/*.safetensors")}
     weights = load_file(out / "emer_sft" / "latest" / "model.safetensors")
     weights["model.norm.weight"] += 0.01
     save_file(weights, out / "emer_sft" / "latest" / "model.safetensors", {"format": "pt"})
-    redone = sorted(
+    redone = [
         line[3:]
         for line in build(out).splitlines()
         if line.startswith("== ") and " is up to date" not in line
-    )
-    assert redone[-1].startswith("report: again, because ") and "r1/metrics.jsonl" in redone[-1]
-    assert redone[:-1] == [
-        f"{stage}: again, because model changed"
-        for stage in ("eval emer_sft", "eval r1", "eval r1_conclusion", "r1", "r1_conclusion")
+    ]
+    assert redone == [
+        "r1 and r1_conclusion: model of r1, model of r1_conclusion changed",
+        *(f"eval {name}: model changed" for name in ("emer_sft", "r1", "r1_conclusion")),
     ]
 
 
@@ -164,7 +163,7 @@ def test_a_copied_folder_is_left_alone(run, tmp_path):
         if file.is_file():
             os.utime(file, (10**9 - age, 10**9 - age))
     before = {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
-    assert build(copy).count("is up to date") == 2 + 5 + 5 + 1
+    assert build(copy).count("is up to date") == UP_TO_DATE
     assert before == {f: f.stat().st_mtime_ns for f in copy.glob("**/*.safetensors")}
 
 
@@ -174,8 +173,8 @@ def test_why_a_stage_runs_again(tmp_path, capsys):
     source, first, second = (tmp_path / name for name in ("source", "first", "second"))
     source.write_text("a")
 
-    def run_stages(lr=1, fails=False, **flags) -> list[str]:
-        pipeline = toy.Pipeline(toy.Args(out=str(tmp_path), **flags))
+    def run_stages(lr=1, fails=False) -> list[str]:
+        pipeline = toy.Pipeline(toy.Args(out=str(tmp_path)))
 
         def make(to: Path, of: Path) -> None:
             to.write_text(f"{of.read_text()} {lr}")
@@ -186,31 +185,34 @@ def test_why_a_stage_runs_again(tmp_path, capsys):
         pipeline.stage("two", [second], {"model": first}, lambda: make(second, first))
         return [line for line in capsys.readouterr().out.splitlines() if line.startswith("==")]
 
-    up_to_date = [f"== one: {first} is up to date", f"== two: {second} is up to date"]
-    again = lambda one, two="model changed": [
-        f"== one: again, because {one}",
-        f"== two: again, because {two}",
-    ]
-    assert run_stages() == ["== one", "== two"] and run_stages() == up_to_date
-    assert run_stages(lr=2) == again("lr changed") and second.read_text() == "a 2 2"
+    says = lambda one, two="model changed": [f"== one: {one}", f"== two: {two}"]
+    up_to_date = says("is up to date", "is up to date")
+    assert run_stages() == says("has no result yet", "has no result yet")
+    assert run_stages() == up_to_date
+    assert run_stages(lr=2) == says("lr changed") and second.read_text() == "a 2 2"
     assert run_stages(lr=2) == up_to_date
     source.write_text("b")
-    assert run_stages() == again("data, lr changed") and second.read_text() == "b 1 1"
-    assert run_stages(fresh=True) == again("--fresh was given", "--fresh was given")
+    assert run_stages() == says("data, lr changed") and second.read_text() == "b 1 1"
     first.unlink()
     # The new `first` is equal to the old one, so `two` does not run.
-    assert run_stages() == [f"== one: again, because {first} is missing", up_to_date[1]]
+    assert run_stages() == says("a result is missing", "is up to date")
     with pytest.raises(KeyboardInterrupt):
         run_stages(lr=3, fails=True)
     capsys.readouterr()
-    assert run_stages(lr=3) == again("it was interrupted")
-    (tmp_path / "made_from.json").unlink()
+    assert run_stages(lr=3) == says("was interrupted")
+    (tmp_path / "stages.json").unlink()
     source.write_text("c")
-    with pytest.raises(UserError, match=r"first exists, but .*made_from\.json does not say"):
+    with pytest.raises(UserError, match=r"first exists, but .*stages\.json does not say"):
         run_stages()
     assert first.read_text() == "b 3"
-    assert run_stages(fresh=True) == again("--fresh was given", "--fresh was given")
-    assert second.read_text() == "c 1 1"
+    first.unlink()
+    with pytest.raises(UserError, match=r"second exists, but .*delete it, or choose"):
+        run_stages()
+    assert first.read_text() == "c 1" and second.read_text() == "b 3 3"
+    capsys.readouterr()
+    # One result of two is missing: the other one is not overwritten, either.
+    with pytest.raises(UserError, match="second exists"):
+        toy.Pipeline(toy.Args(out=str(tmp_path))).stage("both", [tmp_path / "x", second], {}, None)
 
 
 def test_make_says_how_to_go_on(tmp_path):
@@ -237,34 +239,9 @@ def test_a_stage_is_a_command_and_its_error_is_shown(run, tmp_path):
     out, _ = run
     pipeline = toy.Pipeline(toy.Args(out=str(tmp_path)))
     kept = tmp_path / "one.json"
-    flags = {
-        "data": out / "data" / "toy_dfew_val.json",
-        "limit": 2,
-        "max_new_tokens": 2,
-        "workers": 0,
-    }
-    flags |= {"model": out / "r1" / "latest", "out": kept}
-    pipeline.run("eval.py", flags, threads=1, quiet=True)
+    words = ["eval.py", "--data", out / "data" / "toy_dfew_val.json", "--limit", 2]
+    words += ["--max_new_tokens", 2, "--workers", 0, "--out", kept, "--model"]
+    pipeline.run([*words, out / "r1" / "latest"], threads=1, quiet=True)
     assert json.loads(kept.read_text())["n"] == 2
     with pytest.raises(UserError, match=r"eval.py failed. The end of its output: [^$]*nowhere"):
-        pipeline.run("eval.py", flags | {"model": tmp_path / "nowhere"}, quiet=True)
-
-
-def test_the_cold_start_is_exported_as_it_is(run, tmp_path):
-    """Stops a shipped start that needs the run folder that it comes from, or that is another model
-    than the cold start."""
-    out, printed = run
-    toy.export(toy.Pipeline(toy.Args(out=str(out))), tmp_path / "start")
-    away = (tmp_path / "start").rename(tmp_path / "moved")
-    assert sum(f.stat().st_size for f in away.rglob("*") if f.is_file()) < 6e6
-    ours = HumanOmni.from_pretrained(away / "humanomni", log=str).state_dict()
-    theirs = HumanOmni.from_pretrained(out / "emer_sft" / "latest", log=str).state_dict()
-    assert all(
-        torch.equal(x, theirs[k].bfloat16().float())
-        for k, x in ours.items()
-        if x.is_floating_point()
-    )
-    assert Processor.from_pretrained(away / "humanomni").tokenizer.eos_token == "<|im_end|>"
-    # Two stages that run at the same time have one entry in the line of seconds.
-    seconds = next(line for line in printed.splitlines() if line.startswith("Seconds: "))
-    assert "emer_sft and label_sft" in seconds and "r1 and r1_conclusion" in seconds
+        pipeline.run([*words, tmp_path / "nowhere"], quiet=True)

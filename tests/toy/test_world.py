@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from lib.args import UserError
 from toy import world
+from toy.rewards import evidence
 
 SMALL = 0.001  # MIN_CLIPS of every split
 
@@ -75,15 +77,37 @@ def test_counts_and_floor():
     assert emer.count("happy") == 89 and emer.count("contemptuous") == 1
 
 
+def ideal_accuracy(name: str, cues: dict = world.CUES) -> float:
+    """Return the exact accuracy of an ideal observer of `cues` on a set.
+
+    The observer knows EMOTIONS, FLIP and the class weights. The accuracy is the sum over all
+    combinations x of cue levels of the maximum over the emotions e of P(e) P(x | e).
+    """
+    weights, best = world.SETS[name].weights, 0.0
+    for e, w in weights.items():
+        p = np.array([w / sum(weights.values())])
+        for cue in cues:
+            words = world.CUES[cue]
+            other = world.FLIP / (len(words) - 1)
+            right = world.EMOTIONS[e][cue]
+            p_level = [1 - world.FLIP if word == right else other for word in words]
+            p = np.outer(p, p_level).ravel()  # [X] -> [X * levels]
+        best = np.maximum(best, p)
+    return float(best.sum())
+
+
 def test_faces_and_voices():
-    """Stops two emotions with the same face and voice, which cannot be learned, and one modality
-    that is enough."""
+    """Stops two emotions with the same face and voice, which cannot be learned, one modality that
+    is enough, and a page that states other bounds."""
     different = {tuple(levels.values()) for levels in world.EMOTIONS.values()}
     assert len(different) == len(world.EMOTIONS) == 12
-    for name in ("toy_dfew", "toy_mafw"):
-        both, seen, heard = (
-            world.bayes_accuracy(name, c) for c in (world.CUES, world.SEEN, world.HEARD)
-        )
+    page = (Path(__file__).parents[2] / "results" / "toy.md").read_text()
+    sets = ("toy_dfew", "toy_mafw", "toy_ravdess")
+    observers = (world.CUES, world.SEEN, world.HEARD)
+    rates = [[ideal_accuracy(name, cues) for name in sets] for cues in observers]
+    for of_observer in rates:
+        assert " / ".join(f"{100 * rate:.1f}" for rate in of_observer) in page
+    for both, seen, heard in list(zip(*rates))[:2]:  # toy_ravdess has another emotion
         assert both >= 0.93 and seen <= both - 0.25 and heard <= both - 0.25
     # The exact rate agrees with a count: the most likely emotion of each clip.
     plan = [c for c in world.plan(0, 1.0) if c.set == "toy_dfew" and c.split == "train"]
@@ -101,7 +125,7 @@ def test_faces_and_voices():
             )
 
         right += max(weights, key=likelihood) == clip.label
-    assert abs(right / len(plan) - world.bayes_accuracy("toy_dfew")) < 0.015
+    assert abs(right / len(plan) - ideal_accuracy("toy_dfew")) < 0.015
 
 
 def test_values_never_cross_levels():
@@ -112,16 +136,21 @@ def test_values_never_cross_levels():
             assert words[nearest] == clip.levels[cue] and abs(value) <= 1
 
 
+def words_of(text: str) -> set[str]:
+    return set(re.findall("[a-z]+", text.lower()))
+
+
 def test_texts_state_every_true_cue_and_no_caption_names_an_emotion(folder):
-    """Stops a caption that contains the label, and a reference text without the highest score."""
+    """Stops a caption that contains the label, and a reference text that leaves out a true cue or
+    states a false one."""
     cues = json.loads((folder / "cues.json").read_text())
     words = [w for levels in world.CUES.values() for w in levels]
     assert len(words) == len(set(words))
     for name in ("toy_base_train", "toy_base_val", "toy_emer_train"):
         for row in json.loads((folder / f"{name}.json").read_text()):
             text = row["conversations"][1]["value"]
-            assert world.cue_scores(text, cues[row["video"]]) == (10, 10, 10)
-            named = set(re.findall("[a-z]+", text.lower())) & set(world.EMOTIONS)
+            assert words_of(text) & set(words) == {cues[row["video"]][cue] for cue in world.CUES}
+            named = words_of(text) & set(world.EMOTIONS)
             if "base" in name:
                 assert not named and 35 <= len(text.split()) <= 50
             else:
@@ -129,18 +158,24 @@ def test_texts_state_every_true_cue_and_no_caption_names_an_emotion(folder):
                 assert named == {label} and label != "calm"
 
 
-def test_cue_scores_by_hand():
-    """Stops a score that counts words twice, parts of words, or words of the answer."""
-    cues = {**world.EMOTIONS["angry"], "values": [0.0] * 10}
+def test_evidence_by_hand():
+    """Stops a reward that counts words twice, parts of words, or words of the answer."""
+    cues = world.EMOTIONS["angry"]
+    row = {
+        "cues": {
+            "seen": {cue: cues[cue] for cue in world.SEEN},
+            "heard": {cue: cues[cue] for cue in world.HEARD},
+        }
+    }
+    precision = lambda text: evidence(SimpleNamespace(text=text, row=row))
     text = (
         "wide <think>The brows are Lowered, lowered and raised, the eyes are narrowed, "
         "the lips opening. The voice is loud and slow.</think><answer>knit</answer>"
     )
     # lowered, narrowed, loud are right; raised, slow are wrong
-    assert world.cue_scores(text, cues) == (3, 5, 10)
-    assert world.cue_scores("", cues) == (0, 0, 10)
-    both = world.describe(cues, np.random.default_rng(0)) + " smooth, level"
-    assert world.cue_scores(both, cues) == (10, 12, 10)
+    assert precision(text) == 3 / 5 and precision("") == 0
+    described = world.describe(cues, np.random.default_rng(0))
+    assert precision(described) == 1 and precision(described + " smooth, level") == 10 / 12
 
 
 def test_rows(folder):
