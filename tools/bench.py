@@ -141,7 +141,7 @@ SIZES = {
         text=60,
         B=2,
         T=80,
-        rows=(8, 32, 128, 512),
+        rows=(8, 32, 128),
     ),
     "mid": Size(
         layers(448, 12, 7, 2432, num_key_value_heads=1, vocab_size=37984, rope_theta=1e6),
