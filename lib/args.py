@@ -75,7 +75,8 @@ def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
             # A comment that does not follow at once belongs to the code.
             more = itertools.takewhile(re.compile(r" *#(?! -- )").match, lines[end:])
             texts = [lines[end - 1][field.end_col_offset :], *more]
-            text = "\n".join(text.lstrip("# ").rstrip() for text in texts if text)
+            first, *rest = (text.lstrip("# ").rstrip() for text in texts)
+            text = "\n".join(filter(None, (first, " ".join(rest))))
             helps[name] = text or helps.get(name, "")
             heads = [line for line in lines[: field.lineno] if line.startswith("    # -- ")]
             groups.setdefault(name, heads[-1].removeprefix("    # -- ") if heads else "")
