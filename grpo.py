@@ -74,7 +74,7 @@ class Args(TrainArgs):
     # token: of each token (GRPO); sequence: geometric mean over the completion
     # (GSPO, whose clips are 3e-4 and 4e-4)
     gate: Literal["clip", "cispo", "none"] = "clip"  # limits rho to a trust region
-    # clip: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (GRPO); none: no limit
+    # clip: min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) (GRPO); none: no limit;
     # cispo: min(rho, clip_high) only weights the log-probs, so every token keeps its gradient
     clip_low: float = 0.2  # lower clip: 1 - clip_low
     clip_high: float = 0.2  # upper clip: 1 + clip_high; for cispo the ceiling itself, about 5

@@ -20,7 +20,7 @@ from tools import rescore
 ROOT = Path(__file__).resolve().parents[2]
 COURSE = ROOT / "course"
 EXERCISES = sorted(int(f.stem[2:]) for f in (COURSE / "checks").glob("ex[0-9][0-9].py"))
-# In a copy of the repository with changed scripts, a patch may not apply: then its tests are skipped.
+# In a changed copy of the repository a patch may not apply; then its tests are skipped.
 STRICT = "STRICT_COURSE" in os.environ
 MUTANTS = ROOT / "tests" / "course_mutants"
 PATCHES = sorted([*COURSE.glob("*/*.patch"), *MUTANTS.glob("*.patch")])
