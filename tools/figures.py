@@ -142,7 +142,7 @@ def read_outputs(args: Args) -> list[dict[str, Output]]:
                     samples[p["id"]],
                     data_set,
                     str(p.get("text", "")),
-                    protocol.label_of(p),
+                    reasoning.lower(p["answer"]),
                     (p["predicted"] or "").strip().lower(),
                     p.get("concluded"),
                     no_sound or p["id"] in silent,

@@ -35,8 +35,8 @@ from data import read_samples
 from lib.args import UserError, list_of, run_main
 from lib.files import check_writable, write_text
 from lib.media import ClipError, read_clip
-from lib.protocol import is_result, label_of, read_result, set_of
-from lib.reasoning import ALIASES, agrees
+from lib.protocol import is_result, read_result, set_of
+from lib.reasoning import ALIASES, agrees, lower
 from lib.run_folder import REPORT, read_rows
 from tools import doctor
 
@@ -282,7 +282,7 @@ def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
         groups = sets.setdefault(test_set, {})
         for p in result["predictions"]:
             answer = str(p["predicted"])
-            is_right = float(answer.strip().lower() == label_of(p))
+            is_right = float(answer.strip().lower() == lower(p["answer"]))
             scores = {"right": is_right, "format": p.get("format")}
             row = {"step": 0, "clip": str(p["id"]), "answer": p["answer"], "rewards": scores}
             row |= {"text": str(p.get("text", answer)), "by": by}
