@@ -3,9 +3,8 @@
     path --read_clip--> Clip (frames, audio, notes) --Processor--> frames (F, 3, S, S), mel (M, T)
     sample file --read_samples--> [Sample] --ClipDataset, loader--> PromptBatch
 
-A clip that cannot be read never ends a run and is never replaced by another: `read_clip` raises
-ClipError, the dataset turns it into a BadClip, and the batch carries it in `bad`, to be counted and
-listed.
+A clip that cannot be read never ends a run and is never replaced by another: the dataset turns a
+ClipError into a BadClip, and the batch carries it in `bad`, to be counted and listed.
 
 Legend   B prompts   F frames taken from a clip   S side of the vision tower's input
          M mel channels   T mel frames   Q question length
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from lib.args import UserError
 from lib.checkpoint import bert_source, end_ids, find_file, list_some, read_json, tower_source
@@ -39,9 +39,7 @@ from rewards import parse_answer
 
 GREY = 127  # of a frame that replaces a picture, and of the border around one
 
-# ------------------------------------------------------------------------------------------------
-# The prompt
-# ------------------------------------------------------------------------------------------------
+# ==== The prompt ==================================================================================
 
 Prompt = Literal["think", "label", "row", "auto"]
 
@@ -56,13 +54,13 @@ THINK = (
 
 
 def has_markup(text: str) -> bool:
-    """Whether a text contains chat markup or a modality's tag, which only the prompt itself may."""
+    """Whether a text contains chat markup or a modality's tag."""
     return "<|" in text or any(modality.tag in text for modality in TABLE)
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSpec:
-    """What the model is given of a clip, and how it is asked: in SFT, RL, evaluation, inference."""
+    """What the model is given of a clip, and how it is asked."""
 
     modal: Modal = "video_audio"
     prompt: Prompt = "think"
@@ -96,18 +94,14 @@ class PromptSpec:
         )
 
     def rng(self, position: int) -> np.random.Generator:
-        """Random numbers of the prompt at one position of the run.
-
-        They are the same on any rank and after a resume.
-        """
+        """Random numbers of the prompt at one position of the run, on whichever rank it is."""
         # The offset keeps them apart from the sampler's.
         return np.random.Generator(np.random.Philox(key=[self.seed, position + 2**62]))
 
     def dropped_streams(self, position: int) -> set[str]:
         """The streams that silence ("audio") and grey ("video") replace in this prompt.
 
-        Their tokens stay, so the prompt keeps its form.  A prompt loses both only if the shares add
-        up to more than 1.
+        Their tokens stay.  A prompt loses both only if the shares add up to more than 1.
         """
         if self.mute == self.blank == 0:
             return set()
@@ -123,8 +117,7 @@ class PromptSpec:
         """A row's question in the requested form.
 
         "think" asks for reasoning and answer, "label" for the bare label, "row" asks what the row
-        asks.  "auto" depends on the target: "think" if it has tags, "label" if it is a word of the
-        vocabulary, else (a description, say) "row".
+        asks, "auto" what fits the target.
         """
         prompt = self.prompt
         if prompt == "auto":
@@ -146,9 +139,7 @@ def prompt_of_target(target: str) -> Prompt:
     """The form of the question that fits a target."""
     if "<answer>" in target:
         return "think"
-    if target.lower() in VOCABULARY:
-        return "label"
-    return "row"
+    return "label" if target.lower() in VOCABULARY else "row"  # row: a description, for example
 
 
 # What `--choices NAME` stands for.
@@ -179,20 +170,16 @@ def read_question(file: str | None) -> str | None:
     try:
         text = Path(file).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--question {file}: cannot be read ({error}); "
-            "give a text file that holds the question."
-        ) from None
+        raise UserError(f"--question {file}: cannot be read ({error}); give a text file.") from None
     if not text or has_markup(text):
         raise UserError(
-            f"--question {file}: must hold a question, "
-            "without chat markup (<|, <video> or <audio>)."
+            f"--question {file}: must hold a question without chat markup (<|, <video> or <audio>)."
         )
     return text
 
 
 class Processor:
-    """Turns clips and questions into the model's inputs: in SFT, RL, evaluation and inference."""
+    """Turns clips and questions into the model's inputs."""
 
     def __init__(
         self,
@@ -218,10 +205,7 @@ class Processor:
     def from_pretrained(
         cls, path, vision_tower=None, audio_tower=None, bert=None, *, towers=None
     ) -> "Processor":
-        """Load from a checkpoint folder or hub id; towers as in HumanOmni.from_pretrained.
-
-        Raises UserError.
-        """
+        """Load from a checkpoint folder or hub id, as HumanOmni.from_pretrained."""
         path = str(path)
         config = read_json(find_file(path, "config.json"))
         vision = tower_source(path, config, "mm_vision_tower", vision_tower, towers)
@@ -232,19 +216,21 @@ class Processor:
         bert_config = read_json(find_file(bert, "config.json"))
         find_file(path, "tokenizer_config.json")
         generation = find_file(path, "generation_config.json", required=False)
-        # The sampler's own end tokens, so that every one of them is taken off a completion's text.
+        # The sampler's own end tokens: `decode` takes every one of them off.
         ends = end_ids(read_json(generation) if generation else {}, config)
         tokenizer = load_tokenizer(path)
         if tokenizer.eos_token_id not in ends:
             raise UserError(
-                f"{path}: its tokenizer ends a turn with {tokenizer.eos_token_id}, its "
-                f"generation_config.json with {ends}, so no completion would ever end; add "
-                f"{tokenizer.eos_token_id} to eos_token_id in generation_config.json."
+                f"{path}: the tokenizer ends a turn with {tokenizer.eos_token_id}, which is not "
+                f"among the end tokens {ends}, so no completion would end; add it to eos_token_id "
+                "in generation_config.json."
             )
+        from transformers import WhisperFeatureExtractor
+
         return cls(
             tokenizer=tokenizer,
             bert_tokenizer=load_tokenizer(bert),
-            mel_extractor=load_mel_extractor(audio),
+            mel_extractor=from_library(WhisperFeatureExtractor, audio, "feature extractor"),
             image_size=picture["size"]["height"],
             mean=picture["image_mean"],
             std=picture["image_std"],
@@ -252,24 +238,24 @@ class Processor:
             ends=ends,
         )
 
-    # ---- media ---------------------------------------------------------------------------------
+    # ---- media ----
 
-    def prepare_video(self, clip: Clip, dropped: bool) -> torch.Tensor:
+    def prepare_video(self, clip: Clip, dropped: bool) -> Tensor:
         """A clip's frames, or grey ones.  -> (F, 3, S, S)"""
         return self.preprocess_frames(np.full_like(clip.frames, GREY) if dropped else clip.frames)
 
-    def prepare_audio(self, clip: Clip, dropped: bool) -> torch.Tensor:
+    def prepare_audio(self, clip: Clip, dropped: bool) -> Tensor:
         """A clip's sound, or silence.  -> (M, T)"""
         return self.log_mel(SILENCE if dropped else clip.audio)
 
     def preprocess_frames(
         self, frames: np.ndarray, fit: Literal["pad", "stretch"] = "pad"
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
 
         "pad" centres the picture on a grey square first (the reference's training), "stretch"
-        squashes it.  Bicubic with antialiasing on uint8, channels last: that kernel differs by at
-        most 2 of 255 from PIL's, with which the towers were trained; the float kernel by up to 8.
+        squashes it.  The bicubic kernel for uint8, channels last, differs by at most 2 of 255 from
+        PIL's, with which the towers were trained; the one for floats by up to 8.
         """
         if fit == "pad":
             count, height, width, _ = frames.shape
@@ -284,12 +270,12 @@ class Processor:
         x = F.interpolate(x, size=size, mode="bicubic", antialias=True)  # (F, 3, S, S)
         return (x.float() / 255 - self.mean) / self.std
 
-    def log_mel(self, audio: np.ndarray) -> torch.Tensor:
+    def log_mel(self, audio: np.ndarray) -> Tensor:
         """float32 (n,) at 16 kHz -> log-mel (M, T), padded or cut to the audio tower's window."""
         out = self.mel_extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="np")
         return torch.from_numpy(out["input_features"][0])
 
-    # ---- text ----------------------------------------------------------------------------------
+    # ---- text ----
 
     def encode_prompt(self, question: str, modal: str = "video_audio") -> list[int]:
         """Ids of the prompt with the placeholders of `modal`, up to the assistant's turn.
@@ -302,11 +288,8 @@ class Processor:
                 "(<|, <video> or <audio>); remove it."
             )
         media = "".join(MODALITIES[name].prompt for name in parts(modal))
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": media + question}],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        turns = [{"role": "user", "content": media + question}]
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         placeholders = {modality.tag: modality.placeholder for modality in TABLE}
         ids = []
         for piece in re.split(f"({'|'.join(placeholders)})", text):
@@ -329,8 +312,7 @@ class Processor:
     def decode(self, ids) -> str:
         """Text of one completion, without its end token.
 
-        Special tokens in the middle stay visible: a policy that emits them must not look
-        well-formed.
+        Other special tokens stay: a completion that contains them must not look well-formed.
         """
         ids = list(ids)
         if ids and ids[-1] in self.ends:
@@ -365,24 +347,16 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def load_mel_extractor(path: str):
-    from transformers import WhisperFeatureExtractor
-
-    return from_library(WhisperFeatureExtractor, path, "feature extractor")
-
-
 def from_library(cls, source: str, what: str):
-    """cls.from_pretrained(source); raises UserError, in which `what` names the object."""
+    """cls.from_pretrained(source).  Raises UserError, in which `what` names the object."""
     try:
         return cls.from_pretrained(source)
-    except Exception as error:  # the library raises many types, some with pages of text
+    except Exception as error:  # of many types, some with pages of text
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot load the {what} of {source}: {reason}") from None
 
 
-# ------------------------------------------------------------------------------------------------
-# Sample files
-# ------------------------------------------------------------------------------------------------
+# ==== Sample files ================================================================================
 
 
 @dataclasses.dataclass
@@ -406,8 +380,7 @@ def read_samples(file, media_root: str | None = None) -> list[Sample]:
             {"from": "human", "value": "<video>\\n<audio>\\nquestion"},
             {"from": "gpt", "value": target}]}
 
-    Relative paths start from `media_root`, by default the file's own folder.  Raises UserError that
-    names the file and the line.
+    Relative paths start from `media_root`, by default the file's own folder.  Raises UserError.
     """
     file = Path(file)
     try:
@@ -423,6 +396,13 @@ def read_samples(file, media_root: str | None = None) -> list[Sample]:
     return samples
 
 
+def json_fault(error: ValueError | RecursionError, where: str) -> UserError:
+    """What to raise for an error of the json library."""
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{where} is not valid JSON: {error.msg}.")
+    return UserError(f"{where} is too deeply nested or has too long a number: {error}.")
+
+
 def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
     """Rows of a jsonl file.  -> (line number, row)"""
     for line, row in enumerate(text.split("\n"), 1):
@@ -430,17 +410,13 @@ def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
             continue
         try:
             yield line, json.loads(row)
-        except json.JSONDecodeError as error:
-            with contextlib.suppress(ValueError, RecursionError):
+        except (RecursionError, ValueError) as error:
+            with contextlib.suppress(RecursionError, ValueError):
                 json.loads(text)
                 raise UserError(
                     f"{file} is JSON, but not a list of samples; write a list, or one row per line."
                 ) from None
-            raise UserError(f"{file} line {line} is not valid JSON: {error.msg}.") from None
-        except (RecursionError, ValueError) as error:  # too deep; a number of thousands of digits
-            raise UserError(
-                f"{file} line {line} is too deeply nested or has too long a number: {error}."
-            ) from None
+            raise json_fault(error, f"{file} line {line}") from None
 
 
 def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
@@ -453,12 +429,8 @@ def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
         line, counted = line + text.count("\n", counted, at), at
         try:
             row, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} line {error.lineno} is not valid JSON: {error.msg}.") from None
         except (RecursionError, ValueError) as error:
-            raise UserError(
-                f"{file} line {line} is too deeply nested or has too long a number: {error}."
-            ) from None
+            raise json_fault(error, f"{file} line {getattr(error, 'lineno', line)}") from None
         yield line, row
         at = space.match(text, end).end()
     if text[at:].strip() != "]":
@@ -490,20 +462,14 @@ def make_sample(row, root: Path, where: str) -> Sample:
     question = re.sub(rf"^(\s*<({names})>\s*)+", "", human).strip()
     answer = parse_answer(target) if "<answer>" in target else target
     need(question, str, "the human turn has no question")
-    need(
-        not has_markup(question),
-        bool,
-        "the question contains chat markup (<|, <video> or <audio>); leave it out",
-    )
+    markup = "the question contains chat markup (<|, <video> or <audio>); leave it out"
+    need(not has_markup(question), bool, markup)
     need(answer, str, "has no label: neither a bare word nor a single <answer> block")
     dataset = str(row.get("dataset", ""))
     need("\0" not in clip, bool, "the path of the clip contains a null byte")
     # JSON can spell a lone surrogate, but no file name and no log can hold it.
-    need(
-        not re.search(r"[\ud800-\udfff]", clip + human + target + dataset),
-        bool,
-        "contains half a character (\\ud800 to \\udfff)",
-    )
+    surrogate = re.search(r"[\ud800-\udfff]", clip + human + target + dataset)
+    need(not surrogate, bool, "contains half a character (\\ud800 to \\udfff)")
     return Sample(
         id=clip,
         clip=root / clip,
@@ -527,42 +493,34 @@ def check_labels(samples: list[Sample], file, allow: bool) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Features of the frozen towers, kept on disk
-# ------------------------------------------------------------------------------------------------
+# ==== Features of the frozen towers, kept on disk =================================================
 
 
 class FeatureCache:
     """The outputs of the frozen towers on disk, for later epochs and other runs.
 
-    The cache stores one small safetensors file per clip and modality. For the full-size towers a
-    file takes 2.4 MB (vision) or 1.3 MB (audio) in bf16, and twice that in fp32. The towers run on
-    each clip separately, so an entry equals, bit for bit, what the towers would compute again.
+    One safetensors file per clip and modality: at full size 2.4 MB (vision) or 1.3 MB (audio) in
+    bf16, and twice that in fp32.  An entry equals, bit for bit, what the tower would compute again.
 
     The name of a file is a hash of the clip's path, size and modification time, the preprocessing,
-    the working dtype and the weights of the tower. If any of them changes, the old entry is not
-    found. A file is written under a temporary name and then renamed, so several processes may share
-    a folder.
+    the working dtype and the weights of the tower: if any of them changes, the entry is not found.
+    A file is written under a temporary name and renamed, so several processes may share a folder.
     """
 
     def __init__(self, folder: str, towers: dict[str, str], max_gb: float = 200.0):
-        """Open a cache in `folder`, created if necessary, that stops writing at `max_gb` GiB.
-
-        towers: a fingerprint of the tower for each modality, {"video": ..., "audio": ...}.
-        """
+        """`towers`: modality -> fingerprint.  The cache stops writing at `max_gb` GiB."""
         self.folder, self.towers = Path(folder), towers
         self.folder.mkdir(parents=True, exist_ok=True)
         used_bytes = sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
         self.free_bytes = max_gb * 2**30 - used_bytes
 
     def _file(self, key: str) -> Path:
-        """Return the path of an entry. The first word of `key` is the modality."""
         modality = key.split()[0]
         name = hashlib.sha256(f"{self.towers[modality]} {key}".encode()).hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def get(self, key: str) -> torch.Tensor | None:
-        """Return the features stored under `key`, or None if there are none or `key` is ""."""
+    def get(self, key: str) -> Tensor | None:
+        """The features stored under `key`; None if there are none, or `key` is ""."""
         if not key:
             return None
         try:
@@ -570,22 +528,20 @@ class FeatureCache:
         except (OSError, SafetensorError):  # missing or unreadable: the caller computes it again
             return None
 
-    def put(self, key: str, x: torch.Tensor) -> None:
-        """Store the features `x` under `key`, unless the cache is full or `key` is ""."""
+    def put(self, key: str, x: Tensor) -> None:
+        """Store the features x under `key`, unless the cache is full or `key` is ""."""
         if not key or self.free_bytes <= 0:
             return
         file = self._file(key)
         file.parent.mkdir(exist_ok=True)
         temporary = file.with_suffix(f".tmp{os.getpid()}")
-        # save_file is not used: only the owner could read its files, and a cache is shared.
+        # Not by save_file: only the owner could read its files, and a cache is shared.
         temporary.write_bytes(save({"x": x.cpu().contiguous()}))
         self.free_bytes -= temporary.stat().st_size
         os.replace(temporary, file)
 
 
-# ------------------------------------------------------------------------------------------------
-# Batches
-# ------------------------------------------------------------------------------------------------
+# ==== Batches =====================================================================================
 
 
 @dataclasses.dataclass
@@ -598,7 +554,7 @@ class BadClip:
 class PromptBatch:
     """B prompts.  Features have a row for each prompt that has the modality, in order.
 
-    So have the media, once `encode_media` has left them: before, those of cached clips are missing.
+    So have the media that `encode_media` leaves; before it, those of cached clips are missing.
     """
 
     indices: list[int]  # position of each prompt in the run, which keys its random numbers
@@ -606,13 +562,13 @@ class PromptBatch:
     questions: list[str]  # as the model gets them
     input_ids: list[list[int]]  # ragged, with placeholders
     targets: list[list[int]]  # ids of each sample's target and the end token
-    media: dict[str, torch.Tensor]  # modality -> inputs of its tower, where no features are cached:
+    media: dict[str, Tensor]  # modality -> inputs of its tower, where no features are cached:
     # video (B_v, F, 3, S, S), audio (B_a, M, T)
-    features: dict[str, torch.Tensor | list]  # modality -> outputs of its tower, once it has run:
+    features: dict[str, Tensor | list]  # modality -> outputs of its tower, once it has run:
     # video (B_v, F, n, C), audio (B_a, L, C); before that a list of cached ones and None
     feature_keys: list[dict[str, str]]  # modality -> name of its features in a FeatureCache
-    question_ids: torch.Tensor  # (B, Q)
-    question_mask: torch.Tensor  # (B, Q)
+    question_ids: Tensor  # (B, Q)
+    question_mask: Tensor  # (B, Q)
     bad: list[BadClip]
     notes: list[str]  # "id: note" of clips that are usable but have a fault
 
@@ -620,7 +576,7 @@ class PromptBatch:
         return len(self.samples)
 
     def map_tensors(self, function) -> "PromptBatch":
-        """The same batch with `function` applied to every tensor but single cached features."""
+        """The batch with `function` applied to every tensor but those of a list of features."""
 
         def apply(values: dict) -> dict:
             return {k: function(v) if torch.is_tensor(v) else v for k, v in values.items()}
@@ -637,11 +593,10 @@ class PromptBatch:
         return self.map_tensors(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> "PromptBatch":
-        """Called by the loader: page-locked tensors go to the GPU while it computes."""
+        """Called by the loader: pinned tensors go to the GPU while it computes."""
         return self.map_tensors(lambda x: x.pin_memory())
 
     def has(self, modality: str) -> list[bool]:
-        """Whether each prompt has this modality."""
         return [MODALITIES[modality].placeholder in ids for ids in self.input_ids]
 
     def select(self, rows: list[int]) -> "PromptBatch":
@@ -682,16 +637,14 @@ class PromptBatch:
 
 @dataclasses.dataclass
 class PromptItem:
-    """Everything of one prompt."""
-
     position: int
     sample: Sample
-    question: str  # as the model gets it
+    question: str
     input_ids: list[int]
     question_ids: list[int]
     target: list[int]
-    media: dict[str, torch.Tensor]  # modality -> input of its tower, if its features are not cached
-    features: dict[str, torch.Tensor | None]  # modality -> cached output of its tower, or None
+    media: dict[str, Tensor]  # without the modalities whose features are cached
+    features: dict[str, Tensor | None]  # the cached ones, or None
     feature_keys: dict[str, str]
     notes: list[str]
 
@@ -735,10 +688,7 @@ class ClipDataset(torch.utils.data.Dataset):
             return BadClip(sample.id, str(error))
 
     def make_item(self, position: int, sample: Sample, names: list[str]) -> PromptItem | None:
-        """The prompt with these modalities; None if it is a sound file and they include video.
-
-        Raises ClipError.
-        """
+        """The prompt with these modalities; None for a sound file if they include video."""
         processor, spec = self.processor, self.spec
         dropped = spec.dropped_streams(position)
         is_dropped = {name: MODALITIES[name].stream in dropped for name in names}
@@ -773,10 +723,10 @@ class ClipDataset(torch.utils.data.Dataset):
         )
 
     def feature_key(self, modality: str, clip: Path, dropped: bool = False) -> str:
-        """Names a clip's features by everything they depend on besides the tower.
+        """Names a clip's features by all that they depend on besides the tower; "" without a file.
 
-        That is the file and the preprocessing.  Of a folder it is every file in it, because the
-        folder's own time does not change when one of them is overwritten.  "" if there is no file.
+        Of a folder that is every file in it, because the folder's own time does not change when
+        one of them is overwritten.
         """
         try:
             files = sorted(clip.iterdir()) if clip.is_dir() else [clip]
@@ -795,7 +745,6 @@ class ClipDataset(torch.utils.data.Dataset):
 
 
 def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
-    """One batch of what a ClipDataset returned."""
     good = [item for item in items if isinstance(item, PromptItem)]
 
     Q = max((len(item.question_ids) for item in good), default=0)
@@ -813,7 +762,7 @@ def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
             media[name] = torch.stack(inputs)
         outputs = [item.features[name] for item in good if name in item.features]
         if outputs:
-            # One tensor where it is complete: each one that a worker sends takes a file handle.
+            # One tensor if possible: each one that a worker sends takes a file handle.
             complete = all(x is not None for x in outputs)
             features[name] = torch.stack(outputs) if complete else outputs
 
@@ -834,15 +783,9 @@ def collate(items: list[PromptItem | BadClip]) -> PromptBatch:
 
 
 def loader(
-    dataset: ClipDataset,
-    batches: list[list[tuple[int, int]]],
-    workers: int = 2,
-    pin: bool = False,
+    dataset: ClipDataset, batches: list[list[tuple[int, int]]], workers: int = 2, pin: bool = False
 ) -> torch.utils.data.DataLoader:
-    """One PromptBatch for each list of (position in the run, sample number), in order.
-
-    `workers` processes read ahead.
-    """
+    """One PromptBatch for each list of (position in the run, sample number), in order."""
     return torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batches,
@@ -857,7 +800,7 @@ def loader(
 def leave_process_group(worker: int) -> None:
     """Let a worker process outlive a Ctrl-C or a SIGTERM of torchrun, which signal the whole group.
 
-    The main process finishes its step then, for which it needs its workers, and ends them itself.
+    The main process needs its workers to finish its step, and ends them itself.
     """
     os.setpgid(0, 0)
     # A forked worker has inherited the handler of `StopSignal`, which would ignore that end.
@@ -875,8 +818,8 @@ def training_batches(
     """This rank's (position in the run, sample number) for each of `steps` steps from `start` on.
 
     The run is one endless list: seeded permutations of the n samples, one after another.  A step
-    takes the next `per_step` positions, and rank r every world-th of them.  So the data of a step
-    depend on the seed and the position alone: not on the ranks, and not on where a run was resumed.
+    takes the next `per_step` positions, and rank r every world-th of them, so the data of a step do
+    not depend on the ranks or on where a run was resumed.
     """
     permutations: dict[int, np.ndarray] = {}
 

@@ -3,14 +3,11 @@
     python eval.py --model StarJiaxing/R1-Omni-0.5B --data dfew_fold1_test.json \\
                    --media_root /data/DFEW --out dfew.json
     torchrun --nproc_per_node=8 eval.py --model ... --data ...   each sample once, for any ranks
-    python eval.py --model runs/r1/latest --data test.json --modalities
-                                                   how much the model uses picture and sound
-    python eval.py --model runs/r1/latest --clip video.mp4
-                                                   a video, a sound file or a folder of frames
+    python eval.py --model ... --data ... --modalities   how much the model uses picture and sound
+    python eval.py --model ... --clip video.mp4    or a sound file, or a folder of frames
     python eval.py --compare A.json B.json         two models on the same clips
     python eval.py --folds fold1.json fold2.json   their mean, as the literature reports it
-    python eval.py --table results/humanomni results/r1_omni
-                                                   the paper's Table 1, one row per folder
+    python eval.py --table results/humanomni results/r1_omni   the paper's Table 1, a row per folder
 
 The model answers freely: no list of emotions in the prompt, unless --choices gives one.  An answer
 is scored twice:
@@ -71,9 +68,8 @@ class Args:
     out: str | None = None  # result file, FILE.json, of --data or --clip
     seed: int = 0  # of the bootstrap; greedy decoding uses no random numbers
     # -- what the model is given and asked
-    prompt: Literal["think", "label"] = (
-        "think"  # requested form: reasoning and answer, or only the label
-    )
+    prompt: Literal["think", "label"] = "think"  # requested form of the answer
+    # think: reasoning and answer; label: only the label
     question: str | None = None  # text file; its question replaces those of the sample file
     choices: list[str] = list_of()  # words to list in the prompt; or dfew, mafw, ravdess
     modal: Modal = "video_audio"  # parts of a clip that the model gets
@@ -90,9 +86,7 @@ class Args:
     workers: int = 2  # processes that read media, per rank
 
 
-# ------------------------------------------------------------------------------------------------
-# Running the model
-# ------------------------------------------------------------------------------------------------
+# ==== Running the model ===========================================================================
 
 
 @torch.no_grad()
@@ -118,7 +112,7 @@ def parse_prediction(text: str, prompt: str) -> str | None:
 
 
 def has_format(text: str, prompt: str) -> float:
-    """1.0 if the completion has the requested form: think and answer, or a bare label."""
+    """1.0 if the completion has the requested form."""
     return rewards.label_format(text) if prompt == "label" else rewards.format_reward(text)
 
 
@@ -152,8 +146,7 @@ def evaluate(
     """Score every sample exactly once, over all ranks.  All ranks must call it.
 
     -> `protocol.summarise` and `reasoning.summarise`, and dataset, view (the PromptSpec), skipped,
-    notes and predictions, the same on every rank.  Raises UserError, with the samples' `name`, if
-    not one clip can be scored.
+    notes and predictions, the same on every rank.  Raises UserError if no clip can be read.
     """
     dataset = ClipDataset(samples, processor, spec, model.num_frames, cache)
     own = list(range(ranks.rank, len(samples), ranks.world))
@@ -199,9 +192,8 @@ SETTINGS = {
 
 
 def wrong_prompt_hint(result: dict) -> str:
-    """A hint to use the other --prompt, if at least half of the completions have its form, else "".
-
-    Only if at most 5 % of them have the requested form.
+    """A hint to use the other --prompt, if at least half of the completions have its form and at
+    most 5 % the requested one, else "".
     """
     other = "think" if result["view"]["prompt"] == "label" else "label"
     labels = {*reasoning.VOCABULARY, *result["per_class"]}
@@ -224,9 +216,7 @@ def wrong_prompt_hint(result: dict) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags that do not work together
-# ------------------------------------------------------------------------------------------------
+# ==== Flags that do not work together =============================================================
 
 MODES = ("data", "clip", "compare", "folds", "table")
 NOT_FOR_A_CLIP = {"media_root", "modalities", "batch_size", "feature_cache", "limit", "workers"}
@@ -234,36 +224,26 @@ LEAST = {"seed": 0, "limit": 0, "workers": 0, "batch_size": 1, "max_new_tokens":
 
 
 def mode_of(args: Args) -> str:
-    """The one of MODES that the flags select.
-
-    Raises UserError for flags that have no meaning together.
-    """
+    """The one of MODES that the flags select.  Raises UserError."""
     changed = {
         field.name
         for field in dataclasses.fields(args)
         if getattr(args, field.name) not in (field.default, [])
     }
-    mode = the_only_mode(changed)
-    check_mode(args, mode, changed)
-    check_modality_flags(args, changed)
+    modes = [mode for mode in MODES if mode in changed]
+    if len(modes) != 1:
+        given = " and ".join(f"--{mode}" for mode in modes)
+        given = f"{given} are too many" if modes else "there is none"
+        raise UserError(f"give exactly one of {', '.join(f'--{mode}' for mode in MODES)}; {given}.")
+    check_flags(args, modes[0], changed)
     for flag, least in LEAST.items():
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} must be {least} or more.")
-    return mode
-
-
-def the_only_mode(changed: set[str]) -> str:
-    modes = [mode for mode in MODES if mode in changed]
-    if len(modes) != 1:
-        given = "there is none"
-        if modes:
-            given = " and ".join(f"--{mode}" for mode in modes) + " are too many"
-        raise UserError(f"give exactly one of {', '.join(f'--{mode}' for mode in MODES)}; {given}.")
     return modes[0]
 
 
-def check_mode(args: Args, mode: str, changed: set[str]) -> None:
-    """Refuse flags that the mode does not use, and a wrong number of files."""
+def check_flags(args: Args, mode: str, changed: set[str]) -> None:
+    """Refuse flags that do not fit the mode or each other, and a wrong number of files."""
     unused = set()
     if mode == "clip":
         unused = changed & NOT_FOR_A_CLIP
@@ -278,9 +258,6 @@ def check_mode(args: Args, mode: str, changed: set[str]) -> None:
         raise UserError(f"--compare takes two result files, not {len(args.compare)}.")
     if mode == "folds" and len(set(args.folds)) < 2:
         raise UserError("--folds takes two or more different result files.")
-
-
-def check_modality_flags(args: Args, changed: set[str]) -> None:
     if args.modalities and changed & {"modal", "mute", "blank"}:
         raise UserError(
             "--modalities evaluates every setting of --modal, --mute and --blank; leave these "
@@ -288,13 +265,11 @@ def check_modality_flags(args: Args, changed: set[str]) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# The program
-# ------------------------------------------------------------------------------------------------
+# ==== The program =================================================================================
 
 
 def answer_clip(model: HumanOmni, processor: Processor, args: Args) -> str:
-    """--clip: the model's whole completion for one file."""
+    """The model's whole completion for one file."""
     sample = Sample(args.clip, Path(args.clip), QUESTION, "?", "?", "video_audio")
     dataset = ClipDataset([sample], processor, PromptSpec.of_flags(args), model.num_frames)
     item = dataset[0, 0]
@@ -319,7 +294,7 @@ def note_unknown_labels(samples: list[Sample], spec: PromptSpec, args: Args, not
 def run_model(
     args: Args, spec: PromptSpec, samples: list[Sample], ranks: Ranks
 ) -> tuple[str, dict]:
-    """--data and --clip: load the model once and evaluate it.  -> text to print, result to write"""
+    """--data and --clip.  -> text to print, result to write"""
 
     def note(line: str) -> None:
         if ranks.is_main:  # stdout is for the result alone
@@ -343,13 +318,14 @@ def run_model(
     if args.feature_cache:
         cache = FeatureCache(args.feature_cache, model.tower_fingerprints())
 
-    def run_eval(spec: PromptSpec) -> dict:
-        return evaluate(
+    settings = SETTINGS if args.modalities else {"full": {}}
+    results = {
+        name: evaluate(
             model,
             processor,
             samples,
             ranks,
-            spec=spec,
+            spec=dataclasses.replace(spec, **change),
             batch_size=args.batch_size,
             max_new_tokens=args.max_new_tokens,
             workers=args.workers,
@@ -357,15 +333,12 @@ def run_model(
             cache=cache,
             name=args.data,
         )
-
+        for name, change in settings.items()
+    }
     source = {"model": args.model, "data": args.data}
     if not args.modalities:
-        result = run_eval(spec)
+        result = results["full"]
         return protocol.format_result(result, wrong_prompt_hint(result)), source | result
-
-    results = {
-        name: run_eval(dataclasses.replace(spec, **change)) for name, change in SETTINGS.items()
-    }
     lines = [protocol.modality_table(results, args.seed), wrong_prompt_hint(results["full"])]
     return "\n\n".join(filter(None, lines)), source | {"modalities": results}
 
@@ -387,9 +360,7 @@ def main(args: Args) -> None:
     if args.out:
         check_writable(args.out)
     ranks = start_ranks(args.device)
-    samples = []
-    if args.data:
-        samples = read_samples(args.data, args.media_root)
+    samples = read_samples(args.data, args.media_root) if args.data else []
     if args.limit:
         samples = samples[: args.limit]
     text, result = run_model(args, spec, samples, ranks)

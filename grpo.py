@@ -1,8 +1,8 @@
 """GRPO: reinforcement learning with verifiable rewards, from a cold-started model and labels alone.
 
-For each step: take a few clips; sample G completions for each of them; reward every completion by
-rule (accuracy + format, eq. 5); compare it with the other completions in its group (eq. 4); make
-the better ones more likely, within a trust region (clip) and near the starting model (KL, eq. 3).
+For each step: sample G completions for each of a few clips; reward every completion by rule
+(accuracy + format, eq. 5); compare it with the other completions in its group (eq. 4); make the
+better ones more likely, within a trust region (clip) and near the starting model (KL, eq. 3).
 
     python grpo.py --model runs/emer_sft/latest --data rl.json --media_root clips --out runs/r1
     torchrun --nproc_per_node=8 grpo.py --model StarJiaxing/EMER-SFT-0.5B --data rl.json \\
@@ -12,12 +12,7 @@ Read `train` first: it is the whole algorithm, step by step.  The functions that
 above it.  Equations are those of R1-Omni (arXiv 2503.05379), unless DeepSeekMath (arXiv 2402.03300)
 is named.
 
-Departures from the public reference code of R1-Omni: the towers (video and audio encoders) run once
-per clip and not 2G + 1 = 17 times; the prompt runs once per group; the full distribution is sampled
-(no hidden top-k); with several updates per rollout the ratio is against the policy before the first
-of them, so that it clips (there it is always 1); the KL is the reverse KL of eq. 3 (`--kl k3` for
-the reference code's); answers are compared regardless of case; a clip that cannot be read is
-skipped and counted, never replaced.
+docs/departures.md lists the departures from the public reference code of R1-Omni.
 
 Step     one rollout and the updates on it        Update   one optimizer step
 Legend   B prompts on this rank (b in a micro-batch)   G completions per prompt
@@ -37,6 +32,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from data import PromptBatch, Sample, chunks, read_samples
 from eval import evaluate
@@ -59,9 +55,8 @@ LOG_TOKENS = False  # rollouts.jsonl also holds the log-prob and the KL of every
 class Args(TrainArgs):
     epochs: float = 2.0
     # -- sampling
-    prompt: Literal["think", "label"] = (
-        "think"  # requested form: reasoning and answer, or only the label
-    )
+    prompt: Literal["think", "label"] = "think"  # requested form of the completion
+    # think: reasoning and answer; label: only the label
     prompts_per_step: int = 16  # clips per step, over all ranks
     num_generations: int = 8  # G, completions per clip
     max_new_tokens: int = 512  # longest completion
@@ -100,17 +95,15 @@ class Args(TrainArgs):
     eval_every: int = 0  # steps between evaluations; 0: only at step 0 and at the end
 
 
-# ------------------------------------------------------------------------------------------------
-# Advantages
-# ------------------------------------------------------------------------------------------------
+# ==== Advantages ==================================================================================
 
 
 def advantages(
-    rewards: torch.Tensor,
+    rewards: Tensor,
     baseline: str = "mean",
     scale: str = "group",
-    batch_std: torch.Tensor | float | None = None,
-) -> torch.Tensor:
+    batch_std: Tensor | float | None = None,
+) -> Tensor:
     """A_i = (r_i - mean(r)) / std(r), within each group (eq. 4).  rewards (B, G) -> (B, G)
 
     Baseline "loo" subtracts the mean of the *other* G - 1 rewards.  Scale "batch" divides by the
@@ -141,8 +134,8 @@ def advantages(
     return A.masked_fill(zero_variance, 0.0)
 
 
-def global_std(rewards: torch.Tensor, ranks: Ranks) -> float:
-    """Unbiased standard deviation of the step's rewards over all ranks.  All ranks must call it."""
+def global_std(rewards: Tensor, ranks: Ranks) -> float:
+    """Unbiased standard deviation of the step's rewards.  All ranks must call it."""
     x = rewards.double()
     sums = torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))
     n, total, squares = ranks.all_reduce_(sums).tolist()
@@ -151,17 +144,15 @@ def global_std(rewards: torch.Tensor, ranks: Ranks) -> float:
     return math.sqrt(max(0.0, (squares - total**2 / n) / (n - 1)))
 
 
-# ------------------------------------------------------------------------------------------------
-# The loss
-# ------------------------------------------------------------------------------------------------
+# ==== The loss ====================================================================================
 
 
 def grpo_loss(
-    logps: torch.Tensor,
-    old_logps: torch.Tensor,
-    ref_logps: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
+    logps: Tensor,
+    old_logps: Tensor,
+    ref_logps: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
     *,
     ratio: str = "token",
     gate: str = "clip",
@@ -172,7 +163,7 @@ def grpo_loss(
     kl: str = "k3_ratio",
     denominator: float | None = None,
     max_length: int | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """- sum w [min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL] / denominator
 
     DeepSeekMath eq. 3.  logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G)
@@ -200,7 +191,8 @@ def grpo_loss(
 
     weighted = loss.masked_fill(~mask, 0.0) * token_weights(mask, agg)
     if denominator is None:
-        denominator = local_denominator(mask, agg, max_length)
+        B, G, T = mask.shape
+        denominator = loss_denominator(agg, B * G, mask.sum(), max_length or T)
     total = weighted.sum() / denominator
 
     with torch.no_grad():
@@ -210,34 +202,23 @@ def grpo_loss(
     return total, metrics
 
 
-def token_weights(mask: torch.Tensor, agg: str) -> torch.Tensor:
-    """Weight of each token in the sum.  mask (B, G, T) -> (B, G, T)
-
-    With agg "seq" the tokens of a completion share a weight of 1; otherwise each token has 1.
-    """
-    if agg == "seq":
+def token_weights(mask: Tensor, agg: str) -> Tensor:
+    """Weight of each token in the sum.  mask (B, G, T) -> (B, G, T)"""
+    if agg == "seq":  # the tokens of a completion share a weight of 1
         return mask / mask.sum(-1, keepdim=True).clamp(min=1)
     return mask.float()
 
 
-def local_denominator(mask: torch.Tensor, agg: str, max_length: int | None):
-    """What the weighted sum is divided by, if these completions are all there are."""
-    num_completions = mask.shape[0] * mask.shape[1]
+def loss_denominator(agg: str, num_completions, num_tokens, max_length: int):
+    """What the weighted sum is divided by."""
     if agg == "seq":
         return num_completions
-    if agg == "token":
-        return mask.sum()
-    return num_completions * (max_length or mask.shape[2])
+    return num_tokens if agg == "token" else num_completions * max_length
 
 
 def clip_metrics(
-    rho: torch.Tensor,
-    A: torch.Tensor,
-    mask: torch.Tensor,
-    gate: str,
-    clip_low: float,
-    clip_high: float,
-) -> dict[str, torch.Tensor]:
+    rho: Tensor, A: Tensor, mask: Tensor, gate: str, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
     """Shares of the tokens whose ratio the gate limits, and mean and maximum of the ratio."""
     low = high = torch.zeros_like(mask)
     if gate == "clip":
@@ -253,17 +234,15 @@ def clip_metrics(
     }
 
 
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the tokens of the mask.  (x[mask] would make the host wait for a GPU.)"""
     return (x * mask).sum() / mask.sum()
 
 
-# ---- the KL ------------------------------------------------------------------------------------
+# ---- the KL ----
 
 
-def kl_terms(
-    logps: torch.Tensor, ref_logps: torch.Tensor, mask: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
+def kl_terms(logps: Tensor, ref_logps: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Estimators of KL(policy || reference) per token, with x = ref_logps - logps.  (B, G, T) each
 
     As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative.  As
@@ -277,7 +256,7 @@ def kl_terms(
     return {"k1": -x, "k2": x.square() / 2, "k3": x.clamp(max=80).expm1() - x}
 
 
-def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch.Tensor:
+def kl_loss(terms: dict[str, Tensor], rho: Tensor, kl: str) -> Tensor:
     """The KL per token as it enters the loss.  (B, G, T)
 
     Gradients in logps:  k2: -x   k3: 1 - e^x   k3_ratio: -rho x
@@ -291,10 +270,10 @@ def kl_loss(terms: dict[str, torch.Tensor], rho: torch.Tensor, kl: str) -> torch
     return terms[kl]
 
 
-# ---- variants of the objective: not reached with the default flags -------------------------------
+# ---- variants of the objective: not reached with the default flags ----
 
 
-def sequence_rho(log_rho: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def sequence_rho(log_rho: Tensor, mask: Tensor) -> Tensor:
     """Geometric mean of the ratios of a completion (GSPO).  (B, G, T), one value per completion
 
     Its gradient reaches every token.
@@ -304,23 +283,15 @@ def sequence_rho(log_rho: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def unclipped_loss(
-    rho: torch.Tensor,
-    A: torch.Tensor,
-    logps: torch.Tensor,
-    mask: torch.Tensor,
-    gate: str,
-    clip_high: float,
-) -> torch.Tensor:
+    rho: Tensor, A: Tensor, logps: Tensor, mask: Tensor, gate: str, clip_high: float
+) -> Tensor:
     """The loss with another gate than the clip.  (B, G, T)"""
     if gate == "cispo":
-        # The ratio only weights the log-probs, so no token ever loses its gradient.
         return -(rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0))
     return -(rho * A)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rollout: sample completions and reward them
-# ------------------------------------------------------------------------------------------------
+# ==== Rollout: sample completions and reward them =================================================
 
 
 @dataclasses.dataclass
@@ -330,22 +301,22 @@ class Rollout:
     A rank without a usable clip has an empty one: B is 0.
     """
 
-    completions: torch.Tensor  # (B, G, T) ids, exactly as sampled; never tokenised again
-    lengths: torch.Tensor  # (B, G) tokens, the end token included
-    finished: torch.Tensor  # (B, G) False where max_new_tokens cut the completion off
-    logps: torch.Tensor  # (B, G, T) as the sampler computed them, `sampler_logps` in a micro-batch
+    completions: Tensor  # (B, G, T) ids, exactly as sampled; never tokenised again
+    lengths: Tensor  # (B, G) tokens, the end token included
+    finished: Tensor  # (B, G) False where max_new_tokens cut the completion off
+    logps: Tensor  # (B, G, T) as the sampler computed them, `sampler_logps` in a micro-batch
     texts: list[list[str]]  # B x G
     # Filled in by `train`, one after the other:
-    rewards: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # name -> (B, G)
-    total_rewards: torch.Tensor | None = None  # (B, G), eq. 5
-    ref_logps: torch.Tensor | None = None  # (B, G, T)
-    advantages: torch.Tensor | None = None  # (B, G)
+    rewards: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # name -> (B, G)
+    total_rewards: Tensor | None = None  # (B, G), eq. 5
+    ref_logps: Tensor | None = None  # (B, G, T)
+    advantages: Tensor | None = None  # (B, G)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
-    def mask(self) -> torch.Tensor:
+    def mask(self) -> Tensor:
         """(B, G, T) from the lengths, never from token values: padding and end token are one id."""
         position = torch.arange(self.completions.shape[2], device=self.lengths.device)
         return position < self.lengths[..., None]
@@ -357,13 +328,7 @@ def sample_completions(model, processor, batch: PromptBatch, args: Args) -> Roll
     G, limit = args.num_generations, args.max_new_tokens
     if len(batch) == 0:
         empty = torch.zeros(0, G, dtype=torch.long, device=model.device)
-        return Rollout(
-            completions=empty[..., None],
-            lengths=empty,
-            finished=empty.bool(),
-            logps=empty[..., None].float(),
-            texts=[],
-        )
+        return Rollout(empty[..., None], empty, empty.bool(), empty[..., None].float(), texts=[])
 
     embeds, mask = embed(model, batch)  # (B, P, D), (B, P)
     completions, lengths, logps = generate(
@@ -375,21 +340,21 @@ def sample_completions(model, processor, batch: PromptBatch, args: Args) -> Roll
     finished = torch.isin(last_token, torch.tensor(model.eos_ids, device=model.device))
 
     # One transfer for each tensor: fetching a number at a time, the host would wait for the GPU.
-    texts = []
-    for group_ids, group_lengths in zip(completions.tolist(), lengths.tolist()):
-        pairs = zip(group_ids, group_lengths)
-        texts.append([processor.decode(ids[:length]) for ids, length in pairs])
+    texts = [
+        [processor.decode(ids[:length]) for ids, length in zip(group_ids, group_lengths)]
+        for group_ids, group_lengths in zip(completions.tolist(), lengths.tolist())
+    ]
     return Rollout(completions, lengths, finished, logps, texts)
 
 
 def compute_rewards(
     reward_functions: tuple[Reward, ...], rollout: Rollout, batch: PromptBatch, args: Args
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """Call every reward function on every completion.  -> name -> (B, G), unweighted"""
     lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
-    completions = []  # B x G
-    for b, sample in enumerate(batch.samples):
-        group = [
+    completions = [  # B * G pairs of a sample and a completion
+        (
+            sample,
             Completion(
                 text=text,
                 answer=sample.answer,
@@ -398,44 +363,38 @@ def compute_rewards(
                 limit=args.max_new_tokens,
                 prompt=args.prompt,
                 row=sample.row,
-            )
-            for g, text in enumerate(rollout.texts[b])
-        ]
-        completions.append(group)
+            ),
+        )
+        for b, sample in enumerate(batch.samples)
+        for g, text in enumerate(rollout.texts[b])
+    ]
 
     rewards = {}
     for reward in reward_functions:
-        values = [
-            [reward(completion, sample.id) for completion in group]
-            for sample, group in zip(batch.samples, completions)
-        ]
+        values = [reward(completion, sample.id) for sample, completion in completions]
         values = torch.tensor(values, device=rollout.lengths.device)
         rewards[reward.name] = values.view(rollout.lengths.shape)  # also if B is 0
     return rewards
 
 
-def sum_rewards(
-    reward_functions: tuple[Reward, ...], rewards: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def sum_rewards(reward_functions: tuple[Reward, ...], rewards: dict[str, Tensor]) -> Tensor:
     """R = R_acc + R_format (eq. 5), or any other weighted sum.  -> (B, G)"""
     return sum(reward.weight * rewards[reward.name] for reward in reward_functions)
 
 
-def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> torch.Tensor:
-    """Advantages of a rollout that has its total rewards.  -> (B, G).  All ranks must call it."""
+def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> Tensor:
+    """Advantages of a rollout, from its total rewards.  -> (B, G).  All ranks must call it."""
     rewards = rollout.total_rewards
     batch_std = global_std(rewards, ranks) if args.scale == "batch" else None
     if len(rollout) == 0:
         return rewards
-    if args.kl == "reward":  # the KL as a part of the reward, as in PPO, and not of the loss
+    if args.kl == "reward":  # the KL as a part of the reward, as in PPO
         k1 = kl_terms(rollout.logps, rollout.ref_logps)["k1"]  # (B, G, T)
         rewards = rewards - args.beta * k1.masked_fill(~rollout.mask, 0.0).sum(-1)
     return advantages(rewards, args.baseline, args.scale, batch_std)
 
 
-# ------------------------------------------------------------------------------------------------
-# Minibatches (one optimizer step each) and micro-batches (one forward and backward each)
-# ------------------------------------------------------------------------------------------------
+# ==== Minibatches (one optimizer step each) and micro-batches (one forward and backward each) =====
 
 
 @dataclasses.dataclass
@@ -444,13 +403,13 @@ class MicroBatch:
 
     rows: list[int]  # the prompts' places in the batch
     prompts: PromptBatch  # b prompts
-    completions: torch.Tensor  # (b, G, T)
-    lengths: torch.Tensor  # (b, G)
-    mask: torch.Tensor  # (b, G, T)
-    sampler_logps: torch.Tensor  # (b, G, T)
-    ref_logps: torch.Tensor | None  # (b, G, T)
-    advantages: torch.Tensor | None  # (b, G)
-    old_logps: torch.Tensor | None  # (b, G, T) None until they are known
+    completions: Tensor  # (b, G, T)
+    lengths: Tensor  # (b, G)
+    mask: Tensor  # (b, G, T)
+    sampler_logps: Tensor  # (b, G, T)
+    ref_logps: Tensor | None  # (b, G, T)
+    advantages: Tensor | None  # (b, G)
+    old_logps: Tensor | None  # (b, G, T) None until they are known
 
 
 @dataclasses.dataclass
@@ -476,7 +435,7 @@ def make_micro_batch(batch: PromptBatch, rollout: Rollout, rows: list[int]) -> M
     part = as_slice(rows)
     T = int(rollout.lengths[part].max())
 
-    def cut(x: torch.Tensor | None) -> torch.Tensor | None:
+    def cut(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[part][..., :T]
 
     return MicroBatch(
@@ -497,8 +456,8 @@ def split_minibatches(
 ) -> list[Minibatch]:
     """Cut a rollout into `num_minibatches` disjoint sets of prompts.  All ranks must call it.
 
-    A prompt's minibatch depends on its position within the step alone (`start_position`: the
-    step's first position in the run), so it is the same for any number of ranks.
+    A prompt's minibatch depends on its position in the step alone, for any number of ranks.
+    start_position: the step's first position in the run.
     """
     M, N = args.num_minibatches, args.prompts_per_step
     offsets = [(position - start_position) % N for position in batch.indices]  # 0 .. N - 1
@@ -527,12 +486,8 @@ def loss_denominators(
     tokens = rollout.lengths.sum(1).tolist()  # of each prompt's group
     counts = [[len(part) * args.num_generations, sum(tokens[b] for b in part)] for part in rows]
     counts = torch.tensor(counts, dtype=torch.float64, device=ranks.device)
-    num_completions, num_tokens = ranks.all_reduce_(counts).t().tolist()
-    if args.agg == "seq":
-        return num_completions
-    if args.agg == "token":
-        return num_tokens
-    return [n * args.max_new_tokens for n in num_completions]
+    totals = ranks.all_reduce_(counts).tolist()
+    return [loss_denominator(args.agg, *total, args.max_new_tokens) for total in totals]
 
 
 def prompts_with_gradient(rollout: Rollout, args: Args) -> list[int]:
@@ -557,7 +512,7 @@ def micro_batch_logps(model, mb: MicroBatch, args: Args, with_entropy: bool = Fa
 
 
 @torch.no_grad()
-def rollout_logps(model, batch: PromptBatch, rollout: Rollout, args: Args) -> torch.Tensor:
+def rollout_logps(model, batch: PromptBatch, rollout: Rollout, args: Args) -> Tensor:
     """Log-probabilities (B, G, T) of all completions under `model`, without gradient."""
     logps = torch.zeros_like(rollout.logps)
     for mb in split_micro_batches(batch, rollout, list(range(len(rollout))), args.micro_batch):
@@ -569,8 +524,8 @@ def rollout_logps(model, batch: PromptBatch, rollout: Rollout, args: Args) -> to
 def fill_old_logps(model, minibatches: list[Minibatch], args: Args) -> None:
     """Fill in `old_logps` if the step has several updates, before the first one moves the policy.
 
-    They are the trainer's own log-probs and not the sampler's, so that the ratio starts at exactly
-    1, even if the sampler rounds differently.
+    They are the trainer's own log-probs: the sampler may round differently, and the ratio must
+    start at exactly 1.
     """
     if args.update_epochs * args.num_minibatches == 1:
         return
@@ -582,9 +537,8 @@ def fill_old_logps(model, minibatches: list[Minibatch], args: Args) -> None:
 def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) -> bool:
     """Log how far trainer and sampler differ.  -> whether to refuse the step
 
-    Both score the same tokens under the same weights, so their log-probs differ by rounding alone.
-    A mean difference above MAX_LOGP_DIFF is a bug, and a step would train on it.  All ranks must
-    call it.
+    Both score the same tokens under the same weights, so their log-probs differ by rounding alone:
+    a mean difference above MAX_LOGP_DIFF is a bug.  All ranks must call it.
     """
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of |difference|, tokens
     for minibatch in minibatches:
@@ -605,16 +559,13 @@ def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) ->
     return True
 
 
-# ------------------------------------------------------------------------------------------------
-# The run
-# ------------------------------------------------------------------------------------------------
+# ==== The run =====================================================================================
 
 
 def train(run: Run, args: Args, ranks: Ranks) -> None:
     """GRPO: the whole algorithm.
 
-    Every rank makes the same number of updates, also with an empty batch: then it adds nothing to
-    the sums over ranks.
+    Every rank makes the same number of updates; with an empty batch it adds nothing to the sums.
     """
     model, optimizer, state = run.model, run.optimizer, run.state
     reward_functions = load_rewards(tuple(args.rewards), args.prompt)
@@ -687,22 +638,14 @@ def train(run: Run, args: Args, ranks: Ranks) -> None:
 
 def objective(args: Args) -> dict:
     """The flags that `grpo_loss` takes."""
-    return {
-        "ratio": args.ratio,
-        "gate": args.gate,
-        "clip_low": args.clip_low,
-        "clip_high": args.clip_high,
-        "agg": args.agg,
-        "beta": args.beta,
-        "kl": args.kl,
-    }
+    names = ("ratio", "gate", "clip_low", "clip_high", "agg", "beta", "kl")
+    return {name: getattr(args, name) for name in names}
 
 
-# ---- bookkeeping: docs/metrics.md explains every number ------------------------------------------
+# ---- bookkeeping: docs/metrics.md explains every number ----
 
 
 def log_micro_batch(meter: Meter, mb: MicroBatch, loss, entropy, metrics: dict) -> None:
-    """Add the numbers of one forward pass to the meter."""
     n = mb.mask.sum()
     meter.sum("loss", loss.detach())  # in the end the mean over the step's updates
     meter.mean("entropy", entropy.sum() / n, n)  # zero past the end
@@ -724,7 +667,7 @@ def log_step(
 ) -> dict:
     """Count and log a finished step: gather every rank's numbers and completions.  -> its row
 
-    Writes rollouts.jsonl; the row of metrics.jsonl is the caller's.  Advances `run.state`.
+    Writes rollouts.jsonl; the caller writes the row to metrics.jsonl.  Advances `run.state`.
     grad_norm: of the last update; None, and not in the row, if the step was refused.
     """
     step = run.state.step + 1
@@ -736,10 +679,9 @@ def log_step(
         meter.mean("agreement", sum(agree) / len(agree), len(rollout))
 
     decode = run.processor.tokenizer.decode if LOG_TOKENS else None
-    report = run.report(batch) | {
-        "meter": meter.totals(),
-        "rollouts": rollout_rows(batch, rollout, step, decode),
-    }
+    report = run.report(batch)
+    report["meter"] = meter.totals()
+    report["rollouts"] = rollout_rows(batch, rollout, step, decode)
     reports = run.ranks.gather([report])
     counts = run.finish_step(reports, updated, refused=grad_norm is None)
 
@@ -747,12 +689,8 @@ def log_step(
     row = step_row(step, run.epoch, lr, [r["meter"] for r in reports], timer, counts)
     completions = [line for r in reports for line in r["rollouts"]]
     run.folder.append("rollouts.jsonl", completions)
-    run.show_progress(
-        reward=row.get("reward"),
-        accuracy=row.get("rewards/accuracy/mean"),
-        agreement=row.get("agreement"),
-        kl=row.get("kl"),
-    )
+    shown = {name: row.get(name) for name in ("reward", "agreement", "kl")}
+    run.show_progress(accuracy=row.get("rewards/accuracy/mean"), **shown)
     if run.ranks.is_main and is_multiple(step, SHOW_EVERY):
         run.progress.write(best_and_worst(completions, step))
     return row
@@ -786,7 +724,7 @@ def evaluate_all(run: Run, args: Args, ranks: Ranks) -> dict[str, float]:
 
 
 def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
-    """--eval_data: file stem -> samples."""
+    """The samples of --eval_data, by file stem."""
     stems = [Path(file).stem for file in args.eval_data]
     if len(set(stems)) < len(stems):
         raise UserError(
@@ -796,13 +734,11 @@ def read_eval_sets(args: Args) -> dict[str, list[Sample]]:
     return {stem: read_samples(file, args.media_root) for stem, file in zip(stems, args.eval_data)}
 
 
-# ------------------------------------------------------------------------------------------------
-# Flags that do not work together
-# ------------------------------------------------------------------------------------------------
+# ==== Flags that do not work together =============================================================
 
 
 def check_objective(args: Args) -> None:
-    """Refuse flags that cannot work or mean nothing.  Raises UserError."""
+    """Raise UserError for flags that cannot work or mean nothing."""
     if args.num_generations < 2:
         raise UserError(
             f"--num_generations {args.num_generations}: a group needs two completions to compare; "
@@ -815,34 +751,24 @@ def check_objective(args: Args) -> None:
         )
     if args.gate == "cispo" and args.clip_high < 1:
         raise UserError(
-            f"--gate cispo --clip_high {args.clip_high}: with cispo, clip_high is the upper limit "
-            "of the ratio itself; use about 5."
+            "--gate cispo: --clip_high must be 1 or more, because it is the upper limit of the "
+            "ratio itself; use about 5."
         )
     if args.beta < 0:
         raise UserError(f"--beta {args.beta}: must be 0 (no KL) or more.")
     if args.kl == "reward" and args.scale != "none":
         raise UserError(
-            f"--kl reward --scale {args.scale}: the KL makes the rewards of every group differ "
-            "a little. Where nothing else differs, dividing by this small standard deviation makes "
-            "the KL the whole advantage; use --scale none."
+            "--kl reward: the KL makes the rewards of every group differ a little, and division by "
+            "this small standard deviation would make it the whole advantage; use --scale none."
         )
     if args.kl == "reward" and args.beta == 0:
         raise UserError(
-            "--kl reward --beta 0: there is no KL to subtract; set --beta above 0, or leave out "
-            "--kl."
+            "--kl reward --beta 0: there is no KL to subtract; change --beta, or leave --kl out."
         )
-    counts = (
-        args.prompts_per_step,
-        args.max_new_tokens,
-        args.update_epochs,
-        args.micro_batch,
-        args.num_minibatches,
-    )
-    if min(counts) < 1:
-        raise UserError(
-            "--prompts_per_step, --max_new_tokens, --update_epochs, --num_minibatches, "
-            "--micro_batch must be 1 or more."
-        )
+    counts = "prompts_per_step max_new_tokens update_epochs num_minibatches micro_batch"
+    for flag in counts.split():
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be 1 or more.")
     if args.num_minibatches > args.prompts_per_step:
         raise UserError(
             f"--num_minibatches {args.num_minibatches}: each minibatch needs a prompt, and "
@@ -851,19 +777,15 @@ def check_objective(args: Args) -> None:
 
 
 def idle_flags(args: Args) -> list[str]:
-    """Sentences about flags that were given and change nothing together with the others.
-
-    Without them an ablation would compare equal runs.
-    """
+    """Sentences about given flags without effect: an ablation of one would compare equal runs."""
     given = {
         field.name
         for field in dataclasses.fields(args)
         if field.default is not dataclasses.MISSING and getattr(args, field.name) != field.default
     }
-    one_update = args.update_epochs * args.num_minibatches == 1
     reasons = [  # (whether it holds, flags that are idle then, why)
         (
-            one_update,
+            args.update_epochs * args.num_minibatches == 1,
             "ratio gate clip_low clip_high",
             "with one optimizer step per rollout the ratio is exactly 1, and every --ratio and "
             "--gate has the same gradient (--update_epochs or --num_minibatches add steps)",
@@ -875,33 +797,28 @@ def idle_flags(args: Args) -> list[str]:
         (args.schedule == "constant", "lr_floor", "--schedule constant does not fall"),
         (not args.eval_data, "eval_every", "there is no --eval_data"),
     ]
-    sentences = []
-    for holds, flags, why in reasons:
-        for flag in flags.split():
-            if holds and flag in given:
-                sentences.append(f"--{flag} {getattr(args, flag)} has no effect: {why}")
-    return sentences
+    return [
+        f"--{flag} {getattr(args, flag)} has no effect: {why}"
+        for holds, flags, why in reasons
+        for flag in flags.split()
+        if holds and flag in given
+    ]
 
 
 def refuse_sampling_filters(argv: list[str]) -> None:
     """End the program if a flag asks for a filter that other libraries have."""
-    for word in argv:
-        flag = word.split("=")[0]
+    for flag in (word.split("=")[0] for word in argv):
         if flag in ("--top_k", "--top_p", "--min_p", "--repetition_penalty"):
             sys.exit(
                 f"error: {flag}: training samples the full distribution, because the loss scores "
-                "the full softmax. A filtered sample would be scored under another distribution "
-                "than its own. Leave the flag out."
+                "the full softmax; leave the flag out."
             )
 
 
-# ------------------------------------------------------------------------------------------------
-# The program
-# ------------------------------------------------------------------------------------------------
+# ==== The program =================================================================================
 
 
 def main(args: Args) -> None:
-    """Read everything, train, print a summary."""
     ranks = start_ranks()
     check_objective(args)
     eval_sets = read_eval_sets(args)

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.args import UserError
@@ -63,9 +63,7 @@ PARTS = {
 DEFAULT_TRAINED = ("decoder", "projectors", "gate")
 
 
-# ------------------------------------------------------------------------------------------------
-# Configuration
-# ------------------------------------------------------------------------------------------------
+# ==== Configuration ===============================================================================
 
 
 @dataclasses.dataclass
@@ -94,12 +92,9 @@ class Config:
     def read(cls, file: Path) -> "Config":
         """Read a checkpoint's config.json.  Raises UserError if it is another model's."""
         raw = read_json(file)
-        fields = [field for field in dataclasses.fields(cls) if field.name != "raw"]
-        missing = [
-            field.name
-            for field in fields
-            if field.default is dataclasses.MISSING and field.name not in raw
-        ]
+        fields = [f for f in dataclasses.fields(cls) if f.name != "raw"]
+        required = [f.name for f in fields if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in raw]
         if missing:
             raise UserError(
                 f"{file} lacks {', '.join(missing)}: this is not a HumanOmni checkpoint's "
@@ -120,9 +115,7 @@ class Config:
         return config
 
 
-# ------------------------------------------------------------------------------------------------
-# The decoder (Qwen2)
-# ------------------------------------------------------------------------------------------------
+# ==== The decoder (Qwen2) =========================================================================
 
 
 class RMSNorm(nn.Module):
@@ -132,19 +125,14 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        """x * weight / sqrt(mean(x^2) + eps) over the last dimension.
-
-        One fused operation, which computes in fp32 also for bf16.
-        """
+        """x * weight / sqrt(mean(x^2) + eps) over the last dimension, in fp32 also for bf16."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope_cos_sin(
-    positions: torch.Tensor, config: Config, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_cos_sin(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rotary embedding of positions (B, L).  -> cos, sin (B, L, 1, d)
 
-    In the layout of halves: the angle of pair i rotates the entries i and i + d/2.
+    The angle of pair i rotates the entries i and i + d/2.
     """
     d = config.head_dim
     exponent = torch.arange(0, d, 2, device=positions.device, dtype=torch.float32)
@@ -154,7 +142,7 @@ def rope_cos_sin(
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def apply_rotary(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def apply_rotary(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x (B, L, heads, d) by its positions; rope: cos and sin."""
     cos, sin = rope
     left, right = x.chunk(2, -1)
@@ -190,7 +178,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer, in two halves: the attention between them depends on the use (`run_layers`)."""
+    """One layer in two halves; the attention between them depends on the use (`run_layers`)."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -209,30 +197,27 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ---- masks and attention ---------------------------------------------------------------------
+# ---- masks and attention ----
 
 
-def positions_of(mask: torch.Tensor) -> torch.Tensor:
+def positions_of(mask: Tensor) -> Tensor:
     """Index of each real position among the real ones; 0 for padding.  mask (B, P) -> (B, P)"""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def causal_mask(mask: torch.Tensor) -> torch.Tensor | None:
-    """Which key each query may attend to.  mask (B, P) -> (B, 1, P, P)
-
-    None if no row is padded, because then plain causal attention does the same.
-    """
+def causal_mask(mask: Tensor) -> Tensor | None:
+    """Which key each query may attend to.  mask (B, P) -> (B, 1, P, P), or None: plain causal"""
     if bool(mask.all()):
         return None
     P = mask.shape[1]
     causal = torch.ones(P, P, dtype=torch.bool, device=mask.device).tril()
     visible = causal & mask[:, None, :]  # (B, P, P)
-    # A padded query attends to itself alone: a softmax over no key at all would be NaN.
+    # A padded query attends to itself: a softmax over no key would be NaN.
     visible |= torch.eye(P, dtype=torch.bool, device=mask.device)
     return visible[:, None]
 
 
-def can_use_flash(x: torch.Tensor) -> bool:
+def can_use_flash(x: Tensor) -> bool:
     """Whether PyTorch's flash kernel takes such a tensor."""
     return x.is_cuda and x.dtype != torch.float32
 
@@ -245,9 +230,8 @@ def sdpa(q, k, v, mask=None, causal=False):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
     shared = q.shape[1] // k.shape[1]
     if q.is_cuda and shared > 1 and not (mask is None and can_use_flash(q)):
-        # The flash kernel takes shared heads, but neither a mask nor fp32.  The memory-efficient
-        # kernel takes both, but no shared heads.  The kernel that takes everything stores all
-        # scores.
+        # The flash kernel takes shared heads, but neither a mask nor fp32; the memory-efficient one
+        # takes both, but no shared heads; the one that takes everything stores all scores.
         k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         shared = 1
     L, M = q.shape[2], k.shape[2]
@@ -263,9 +247,7 @@ def sdpa(q, k, v, mask=None, causal=False):
     return out.transpose(1, 2).flatten(2)
 
 
-# ------------------------------------------------------------------------------------------------
-# The whole model
-# ------------------------------------------------------------------------------------------------
+# ==== The whole model =============================================================================
 
 
 class Backbone(nn.Module):
@@ -290,7 +272,7 @@ class Backbone(nn.Module):
 
 class HumanOmni(nn.Module):
     def __init__(self, config: Config, vision, audio, bert):
-        """Build the model without weights.  vision, audio, bert: transformers configurations."""
+        """Build without loading weights.  vision, audio, bert: transformers configurations."""
         super().__init__()
         self.config = config
         self.model = Backbone(config, vision, audio, bert)
@@ -301,7 +283,7 @@ class HumanOmni(nn.Module):
         self.eos_ids: list[int] = []  # every id that ends a turn
         # What saving needs of the checkpoint that was loaded:
         self.files: dict[str, bytes] = {}  # tokenizer and other small files
-        self.unused: dict[str, torch.Tensor] = {}  # tensors that the model does not use
+        self.unused: dict[str, Tensor] = {}  # tensors that the model does not use
         self.stored_towers: set[str] = set()  # towers whose weights it stores
         self.local_towers: dict[str, Path] = {}  # config key -> folder of a tower beside it
         self.eval()
@@ -321,18 +303,18 @@ class HumanOmni(nn.Module):
 
     @property
     def video_tokens(self) -> int:
-        """Embeddings that a clip's frames take in a prompt: 392 at full size."""
+        """Embeddings of a clip's frames in a prompt: 392 at full size."""
         tower = self.model.vision_tower.config
         side = (tower.image_size // tower.patch_size) // 2
         return self.num_frames * side**2
 
     @property
     def audio_tokens(self) -> int:
-        """Embeddings that a clip's sound takes in a prompt: 500 at full size."""
+        """Embeddings of a clip's sound in a prompt: 500 at full size."""
         return self.model.audio_tower.config.max_source_positions // AUDIO_POOL
 
     def prompt_length(self, input_ids: list[list[int]]) -> int:
-        """P of the prompts' embeddings, before they are made."""
+        """P of the prompts' embeddings."""
 
         def length(token: int) -> int:
             modality = PLACEHOLDERS.get(token)
@@ -341,11 +323,11 @@ class HumanOmni(nn.Module):
         return max((sum(length(token) for token in row) for row in input_ids), default=0)
 
     def fingerprint(self) -> str:
-        """Identifies the weights: a resumed run must have started from the same ones."""
+        """Identifies the weights that a resumed run must have started from."""
         return digest_of(self.parameters())
 
     def tower_fingerprints(self) -> dict[str, str]:
-        """Identifies what the towers compute, for the keys of a feature cache.  modality -> text"""
+        """Identifies what the towers compute, for a feature cache.  modality -> text"""
         vision = digest_of(self.model.vision_tower.parameters())
         audio = digest_of(self.model.audio_tower.parameters())
         return {
@@ -354,7 +336,7 @@ class HumanOmni(nn.Module):
         }
 
     @property
-    def head_weight(self) -> torch.Tensor:
+    def head_weight(self) -> Tensor:
         """(V, D)"""
         if self.config.tie_word_embeddings:
             return self.model.embed_tokens.weight
@@ -363,8 +345,8 @@ class HumanOmni(nn.Module):
     def train(self, mode: bool = True):
         """Stay in evaluation mode, always.
 
-        With dropout, which BERT has, the policy would differ from itself: the ratio of the first
-        update would not be 1, and the KL to an identical reference would not be 0.
+        With BERT's dropout the policy would differ from itself: the ratio of the first update would
+        not be 1, and the KL to an identical reference would not be 0.
         """
         return super().train(False)
 
@@ -381,17 +363,16 @@ class HumanOmni(nn.Module):
             parameter.requires_grad_(name.startswith(prefixes))
         return [p for p in self.parameters() if p.requires_grad]
 
-    # ---- the towers ----------------------------------------------------------------------------
+    # ---- the towers ----
 
-    # They run clip by clip.  The last bits of a matrix product depend on its number of rows.  So a
-    # clip's features depend on the clip alone, whatever other clips are in its batch, and it makes
-    # no difference which of them come from a cache.
+    # They run clip by clip, because the last bits of a matrix product depend on its number of rows.
+    # So a clip's features depend on the clip alone, whichever clips are in its batch or in a cache.
 
-    def encode(self, modality: str, inputs: torch.Tensor) -> torch.Tensor:
-        """Run a modality's tower on a batch of clips: inputs of the tower -> features."""
+    def encode(self, modality: str, inputs: Tensor) -> Tensor:
+        """Run a modality's tower: its inputs -> features, one row per clip."""
         return getattr(self, MODALITIES[modality].encode)(inputs)
 
-    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+    def encode_video(self, frames: Tensor) -> Tensor:
         """frames (B, F, 3, side, side) -> SigLIP patches (B, F, n, C)
 
         They are hidden_states[mm_vision_select_layer], by default -2, without the final layer norm.
@@ -403,7 +384,7 @@ class HumanOmni(nn.Module):
         last = index if index >= 0 else len(layers) + 1 + index
         used = layers[:last]  # the output of later layers would be discarded
 
-        def encode_clip(clip: torch.Tensor) -> torch.Tensor:
+        def encode_clip(clip: Tensor) -> Tensor:
             x = tower.embeddings(clip.to(self.dtype))  # (F, n, C)
             for layer in used:
                 x = layer(x, attention_mask=None)
@@ -412,29 +393,29 @@ class HumanOmni(nn.Module):
 
         return torch.stack([encode_clip(clip) for clip in frames])
 
-    def encode_audio(self, mel: torch.Tensor) -> torch.Tensor:
+    def encode_audio(self, mel: Tensor) -> Tensor:
         """mel (B, M, time) -> pooled Whisper states (B, tokens, C), three states per token"""
 
-        def encode_clip(clip: torch.Tensor) -> torch.Tensor:
+        def encode_clip(clip: Tensor) -> Tensor:
             states = self.model.audio_tower(clip.to(self.dtype)).last_hidden_state  # (1, L, C)
             return F.avg_pool1d(states.transpose(1, 2), AUDIO_POOL).transpose(1, 2)  # (1, L/3, C)
 
         return torch.cat([encode_clip(clip) for clip in mel.split(1)])
 
-    # ---- the prompt ----------------------------------------------------------------------------
+    # ---- the prompt ----
 
-    def gate(self, question_ids: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
+    def gate(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
         """Weights of the branches scene, body, face.  Question (B, Q) -> (B, 3), rows sum to 1"""
         bert = self.model.bert_model
         states = bert(input_ids=question_ids, attention_mask=question_mask).last_hidden_state
         return self.model.bert_gate(states[:, 0]).softmax(-1)
 
-    def project_video(self, patches, question_ids, question_mask) -> torch.Tensor:
+    def project_video(self, patches, question_ids, question_mask) -> Tensor:
         """Patches (B, F, n, C) and questions (B, Q) -> video tokens (B, tokens, D)"""
         weights = self.gate(question_ids, question_mask)  # (B, 3)
         return self.model.mm_projector(patches.to(self.dtype), weights)
 
-    def project_audio(self, states, question_ids, question_mask) -> torch.Tensor:
+    def project_audio(self, states, question_ids, question_mask) -> Tensor:
         """Whisper states (B, tokens, C) -> audio tokens (B, tokens, D)"""
         return self.model.audio_projector(states.to(self.dtype))
 
@@ -446,15 +427,15 @@ class HumanOmni(nn.Module):
         question_ids=None,
         question_mask=None,
         *,
-        features: dict[str, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        features: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Prompt ids with placeholders -> embeds (B, P, D), mask (B, P) True on real positions
 
-        input_ids (B, L): placeholders are replaced in place by the tokens of their modality; PAD is
-        padding, on either side.  frames (B, F, 3, side, side) and mel (B, M, time) have one row per
+        input_ids (B, L): the tokens of a modality replace its placeholder; PAD is padding, on
+        either side.  frames (B, F, 3, side, side) and mel (B, M, time) have one row per
         *placeholder*, in order: a batch in which some prompts lack a modality passes fewer rows.
-        `features`, modality -> the tower's output, replaces them, to encode a clip once and use it
-        often.  Shorter prompts are padded on the left, so that each ends at position P - 1.
+        `features`, modality -> the tower's output, replaces them.  Shorter prompts are padded on
+        the left, so that each ends at position P - 1.
         """
         rows = input_ids.tolist() if torch.is_tensor(input_ids) else input_ids
         self._check_ids(rows)
@@ -464,10 +445,8 @@ class HumanOmni(nn.Module):
             having = [b for b, row in enumerate(rows) if modality.placeholder in row]
             if not having:
                 continue
-            if features and name in features:
-                x = features[name]
-            else:
-                x = self.encode(name, inputs[name])
+            known = features and name in features
+            x = features[name] if known else self.encode(name, inputs[name])
             if len(x) != len(having):
                 raise ValueError(f"{name}: {len(x)} clips for {len(having)} placeholders")
             project = getattr(self, modality.project)
@@ -488,7 +467,7 @@ class HumanOmni(nn.Module):
         mask = torch.stack([column >= P - len(e) for e in embedded])  # (B, P)
         return embeds, mask
 
-    def _insert_media(self, row: list[int], embeds: torch.Tensor, tokens: dict) -> torch.Tensor:
+    def _insert_media(self, row: list[int], embeds: Tensor, tokens: dict) -> Tensor:
         """Replace the placeholders of one prompt.  row: L ids, embeds (L, D) -> (P_b, D)"""
         pieces, done = [], 0
         for at, token in enumerate(row):
@@ -506,18 +485,15 @@ class HumanOmni(nn.Module):
                         f"row {b} of input_ids holds {token}: outside the vocabulary of "
                         f"{self.config.vocab_size} and no placeholder"
                     )
-            if any(row.count(placeholder) > 1 for placeholder in PLACEHOLDERS):
-                raise ValueError(
-                    f"row {b} of input_ids has a placeholder twice; a prompt has one clip"
-                )
+            if any(row.count(token) > 1 for token in PLACEHOLDERS):
+                raise ValueError(f"row {b} of input_ids holds a placeholder twice")
 
-    # ---- the decoder, run in four ways -----------------------------------------------------------
+    # ---- the decoder, run in four ways ----
 
     def compile_layers(self) -> None:
-        """Run the decoder's layers through torch.compile from now on.
+        """Run the decoder's layers, but for attention, through torch.compile from now on.
 
-        The numbers are the same up to rounding, with fewer kernels.  Attention over whole sequences
-        keeps its own kernel.  Raises UserError if nothing can be compiled on this machine.
+        The numbers are the same up to rounding.  Raises UserError if there is no compiler.
         """
         has_compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if self.device.type == "cpu" and not has_compiler:
@@ -526,7 +502,7 @@ class HumanOmni(nn.Module):
             )
         self.is_compiled = True
 
-    def run_layers(self, x: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
+    def run_layers(self, x: Tensor, positions: Tensor, attend) -> Tensor:
         """x (B, L, D) through all layers and the last norm
 
         `attend(i, q, k, v)` is the attention of layer i: q (B, L, H, d), k and v (B, L, K, d)
@@ -549,12 +525,8 @@ class HumanOmni(nn.Module):
                 x = run(i, layer, x)
         return self.model.norm(x)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., D) -> fp32 logits (..., V)
-
-        They are fp32 also when the weights are bf16: rounding the logits to bf16 alone moves the
-        log-probs by 2e-2.
-        """
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (..., D) -> logits (..., V) in fp32: bf16 logits move the log-probs by 2e-2."""
         if torch.is_grad_enabled():
             return F.linear(hidden.float(), self.head_weight.float())
         flat = fp32_product(hidden.flatten(0, -2), self.head_weight)
@@ -562,7 +534,7 @@ class HumanOmni(nn.Module):
 
     def forward(
         self, input_ids, frames=None, mel=None, question_ids=None, question_mask=None
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The slow obvious form: logits (B, P, V) fp32 at every position of the embedded prompts.
 
         input_ids may continue with the ids of a completion.
@@ -570,29 +542,24 @@ class HumanOmni(nn.Module):
         embeds, mask = self.embed_prompt(input_ids, frames, mel, question_ids, question_mask)
         return self.logits(self.hidden(embeds, mask))
 
-    def hidden(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Last hidden states (B, P, D) of whole sequences, causal."""
+    def hidden(self, embeds, mask, cache: list | None = None) -> Tensor:
+        """Last hidden states (B, P, D) of whole sequences, causal.
+
+        Each layer appends its keys and values, each (B, K, P, d), to `cache`.
+        """
         visible = causal_mask(mask)
 
         def attend(i, q, k, v):
+            if cache is not None:
+                cache.append((k.transpose(1, 2), v.transpose(1, 2)))
             return sdpa(q, k, v, visible, causal=visible is None)
 
         return self.run_layers(embeds, positions_of(mask), attend)
 
-    def prefill(self, embeds: torch.Tensor, mask: torch.Tensor):
-        """Run the prompts.
-
-        -> hidden state of each prompt's last position (B, D); per layer keys and values, each
-        (B, K, P, d)
-        """
-        visible, cache = causal_mask(mask), []
-
-        def attend(i, q, k, v):
-            cache.append((k.transpose(1, 2), v.transpose(1, 2)))
-            return sdpa(q, k, v, visible, causal=visible is None)
-
-        hidden = self.run_layers(embeds, positions_of(mask), attend)
-        return last_valid_hidden(hidden, mask), cache
+    def prefill(self, embeds: Tensor, mask: Tensor):
+        """Run the prompts.  -> hidden state of each one's last position (B, D); the cache"""
+        cache = []
+        return last_valid_hidden(self.hidden(embeds, mask, cache), mask), cache
 
     def completion_logps(
         self, embeds, mask, completions, lengths, temperature=1.0, with_entropy=False
@@ -604,9 +571,8 @@ class HumanOmni(nn.Module):
         `with_entropy` adds the policy's entropy at each token, (B, G, T), without gradient.
         `temperature` divides the logits, as in sampling.
 
-        A row is [prompt | completion 1 | ... | completion G], one row per prompt.  Prompt positions
-        attend causally to the prompt.  A completion attends to the prompt and causally to itself,
-        never to the other completions in its group.
+        A row is [prompt | completion 1 | ... | completion G].  A prompt attends causally to itself;
+        a completion to the prompt and causally to itself, never to the other completions.
         """
         B, G, T = completions.shape
         P = embeds.shape[1]
@@ -633,7 +599,7 @@ class HumanOmni(nn.Module):
             states.flatten(0, 2)[real], ids.flatten()[real], temperature, with_entropy=with_entropy
         )
 
-        def spread(values: torch.Tensor) -> torch.Tensor:
+        def spread(values: Tensor) -> Tensor:
             """(N,) -> (B, G, T), zeros past the length"""
             return values.new_zeros(B * G * T).index_copy(0, real, values).view(B, G, T)
 
@@ -651,16 +617,16 @@ class HumanOmni(nn.Module):
     ):
         """states (N, D), targets (N,) -> log-probabilities (N,) fp32; entropies (N,) or None
 
-        The entropies have no gradient.  `chunk`: rows whose logits exist at a time.  On a CPU,
-        logits that fit into its cache are faster.  On a GPU each chunk reads and writes the head's
-        gradient, so chunks are larger: 2^27 logits, 512 MB.
+        `chunk`: rows whose logits exist at a time.  On a CPU, logits that fit into its cache are
+        faster.  On a GPU each chunk reads and writes the head's gradient, so chunks are larger:
+        2^27 logits, 512 MB.
         """
         if chunk is None:
             max_logits = 2**27 if states.is_cuda else 2**23
             chunk = max(64, max_logits // self.config.vocab_size)
         return HeadLogps.apply(states, self.head_weight, targets, temperature, chunk, with_entropy)
 
-    # ---- files: see lib/checkpoint.py ------------------------------------------------------------
+    # ---- files: see lib/checkpoint.py ----
 
     @classmethod
     def from_pretrained(
@@ -680,8 +646,8 @@ class HumanOmni(nn.Module):
         Weights of the vision and the audio tower: the explicit argument, else those in the
         checkpoint, else what config.json names (a relative path starts from the checkpoint).
         BERT's weights: those in the checkpoint, else its folder; its folder: the argument, else
-        `bert/` in or beside the checkpoint, else bert-base-uncased.  `towers` is a folder that
-        replaces the hub: it holds the folders of public models.
+        `bert/` in or beside the checkpoint, else bert-base-uncased.  `towers`: a folder of the
+        public models, instead of the hub.
 
         `log` gets one line that names the sources.  Raises UserError that names the file and keys.
         """
@@ -696,24 +662,20 @@ class HumanOmni(nn.Module):
         overwrite_weights(self, str(path))
 
     def save_pretrained(self, path, final=None) -> None:
-        """Write a folder that `from_pretrained`, and the reference code, load again.
+        """Write a folder that `from_pretrained` and the reference code can load.
 
         `final`: where the folder will be if it is renamed (relative tower paths depend on it).
         """
         save_checkpoint(self, Path(path), Path(final or path))
 
 
-# ------------------------------------------------------------------------------------------------
-# From a PromptBatch to embeddings; the reference model; attention over a shared prefix
-# ------------------------------------------------------------------------------------------------
+# ==== From a PromptBatch to embeddings; the reference model; attention over a shared prefix =======
 
 
 def encode_media(model: HumanOmni, batch, cache=None):
-    """Run the frozen towers on a PromptBatch, once per clip, whatever is done with it afterwards.
+    """Run the frozen towers on a PromptBatch, once per clip; add new features to the FeatureCache.
 
-    With a FeatureCache, clips that it holds come with their features, and the others are added.
-    If a tower is trained, and gradients are on, the media stay and `embed` runs the towers in every
-    pass.
+    If a tower is trained, and gradients are on, the media stay, and `embed` runs the towers.
     """
     trained = is_trained(model, "vision") or is_trained(model, "audio")
     if torch.is_grad_enabled() and trained:
@@ -726,11 +688,8 @@ def encode_media(model: HumanOmni, batch, cache=None):
 
 
 @torch.no_grad()
-def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> torch.Tensor:
-    """Features of all clips that have the modality: the cached ones, the rest from its tower.
-
-    rows: all of them, or a list of the cached ones and None.
-    """
+def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> Tensor:
+    """Features of all clips with the modality.  rows: all, or a list of cached ones and None"""
     if torch.is_tensor(rows):
         return rows
     inputs = iter(batch.media[modality].split(1) if modality in batch.media else ())
@@ -745,11 +704,8 @@ def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> torch
     return torch.stack(features)
 
 
-def embed(model: HumanOmni, batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """`embed_prompt` of a PromptBatch that `encode_media` returned, B >= 1.
-
-    -> embeds (B, P, D), mask (B, P)
-    """
+def embed(model: HumanOmni, batch) -> tuple[Tensor, Tensor]:
+    """`embed_prompt` of a batch from `encode_media`, B >= 1.  -> embeds (B, P, D), mask (B, P)"""
     features = batch.features
     if batch.media:  # a tower is trained: it runs here, with gradients
         features = {name: model.encode(name, inputs) for name, inputs in batch.media.items()}
@@ -762,25 +718,24 @@ def embed(model: HumanOmni, batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def frozen_reference(model: HumanOmni) -> HumanOmni:
-    """The policy as it is now, for the KL: a copy of the trained parts; frozen parts are shared."""
+    """A copy of the policy as it is now, for the KL.  The parts that are not trained are shared."""
     frozen = (x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
     shared = {id(x): x for x in frozen}
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
-def last_valid_hidden(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def last_valid_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
     """The state at each row's last real position.  hidden (B, P, D), mask (B, P) -> (B, D)"""
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
     return hidden[torch.arange(len(hidden), device=hidden.device), index]
 
 
-def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
+def shared_prefix_attend(mask: Tensor, G: int, S: int, flash: bool):
     """Attention over rows [prompt P | G completions of S tokens]; see `completion_logps`.
 
-    It is one softmax over the concatenated keys.  (Merging two partial attentions by their
-    log-sum-exp looks cheaper, but that output carries no gradient under plain autograd, and nothing
-    would report it.)  `flash`: use the kernel without masks, three times as fast, if no prompt is
-    padded.
+    One softmax runs over the concatenated keys.  (Merging two partial attentions by their
+    log-sum-exp looks cheaper, but autograd silently drops the gradient of that output.)  `flash`:
+    use the kernel without masks, three times as fast, if no prompt is padded.
     """
     B, P = mask.shape
     visible = causal_mask(mask)
@@ -792,7 +747,7 @@ def shared_prefix_attend(mask: torch.Tensor, G: int, S: int, flash: bool):
         own_mask = torch.cat((prefix, own.expand(B, S, S)), 2)  # (B, S, P + S)
         own_mask = own_mask.repeat_interleave(G, 0)[:, None]  # (B*G, 1, S, P + S)
 
-    def with_prefix(x: torch.Tensor) -> torch.Tensor:
+    def with_prefix(x: Tensor) -> Tensor:
         """Keys or values (B, P + G*S, K, d) -> each completion's behind its prompt's"""
         prefix = x[:, None, :P].expand(-1, G, -1, -1, -1)  # (B, G, P, K, d)
         own = x[:, P:].unflatten(1, (G, S))  # (B, G, S, K, d)

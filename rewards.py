@@ -5,8 +5,8 @@
     R_format  1 if the text is exactly one <think> block
               and then one <answer> block                       (after eq. 6)    format_reward
 
-In training only the label itself is rewarded, regardless of case.  What a free answer means ("she
-is furious" -> "angry") is for evaluation alone (`normalise` in lib/reasoning.py), because a policy
+Training rewards only the label itself, regardless of case.  What a free answer means ("she is
+furious" -> "angry") is for evaluation alone (`normalise` in lib/reasoning.py), because a policy
 finds every hole in an alias table.
 
 A reward of your own is one function of a Completion, in any file:
@@ -16,8 +16,8 @@ A reward of your own is one function of a Completion, in any file:
 
     python grpo.py ... --rewards accuracy format=0.5 mine.py:short=0.1
 
-Everything here is linear in the length of the text: a sampled completion is hostile input, and the
-obvious regular expression for the format backtracks on thousands of opening tags.
+Everything here takes linear time: a sampled completion is hostile input, and the obvious regular
+expression for the format backtracks on thousands of opening tags.
 """
 
 import dataclasses
@@ -29,9 +29,7 @@ from collections.abc import Callable
 from lib.args import UserError
 from lib.reasoning import concluded
 
-# ------------------------------------------------------------------------------------------------
-# Answer and format
-# ------------------------------------------------------------------------------------------------
+# ==== Answer and format ===========================================================================
 
 
 def _between(text: str, opening: str, closing: str) -> tuple[int, int] | None:
@@ -43,7 +41,7 @@ def _between(text: str, opening: str, closing: str) -> tuple[int, int] | None:
 
 
 def parse_answer(text: str) -> str | None:
-    """The stripped text of the single <answer> block; None if there is none, or more than one."""
+    """The stripped text of the single <answer> block, else None."""
     span = _between(text, "<answer>", "</answer>")
     return None if span is None else text[span[0] : span[1]].strip()
 
@@ -57,19 +55,16 @@ def accuracy_reward(text: str, answer: str) -> float:
 def format_reward(text: str) -> float:
     """R_format: 1.0 if the whole text is <think>..</think> then <answer>..</answer>, else 0.0.
 
-    White space may surround and separate the two blocks.  Any further tag of the four, nested or
-    repeated, gives 0.0.
+    White space may surround and separate the blocks.  Any further tag of the four gives 0.0.
     """
     think = _between(text, "<think>", "</think>")
     answer = _between(text, "<answer>", "</answer>")
     if think is None or answer is None:
         return 0.0
-    think_end = think[1] + len("</think>")
-    answer_start = answer[0] - len("<answer>")
     before = text[: think[0] - len("<think>")]
-    middle = text[think_end:answer_start]
+    middle = text[think[1] + len("</think>") : answer[0] - len("<answer>")]
     after = text[answer[1] + len("</answer>") :]
-    in_order = think_end <= answer_start
+    in_order = think[1] < answer[0]
     return float(in_order and not (before + middle + after).strip())
 
 
@@ -88,26 +83,22 @@ def label_format(text: str) -> float:
     return float(text.strip().isalpha())
 
 
-# ------------------------------------------------------------------------------------------------
-# Reasoning
-# ------------------------------------------------------------------------------------------------
+# ==== Reasoning ===================================================================================
 
 
 def conclusion_of(text: str) -> str | None:
-    """The emotion that the single <think> block concludes, as a word of the vocabulary, or None."""
+    """The word of the vocabulary that the single <think> block concludes, or None."""
     span = _between(text, "<think>", "</think>")
     return None if span is None else concluded(text[span[0] : span[1]])
 
 
 def agreement_reward(text: str) -> float:
-    """1.0 if the reasoning concludes the emotion that is answered, be it right or wrong."""
+    """1.0 if the reasoning concludes the emotion of the answer, be it right or wrong."""
     word = conclusion_of(text)
     return float(word is not None and word == (parse_answer(text) or "").lower())
 
 
-# ------------------------------------------------------------------------------------------------
-# Rewards by name: what --rewards chooses from, and what a user adds
-# ------------------------------------------------------------------------------------------------
+# ==== Rewards by name: what --rewards chooses from, and what a user adds ==========================
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,19 +110,19 @@ class Completion:
     length: int  # tokens, the end token included
     finished: bool  # False: cut off by the limit
     limit: int  # --max_new_tokens
-    prompt: str = "think"  # what was asked for: "think" (reasoning and answer) or "label"
+    prompt: str = "think"  # requested form: "think" (reasoning and answer) or "label"
     row: dict = dataclasses.field(default_factory=dict)  # the sample's row, as the file has it
 
 
 def accuracy_by_prompt(c: Completion) -> float:
-    """R_acc, for the form of answer that was asked for."""
+    """R_acc, for the requested form of answer."""
     if c.prompt == "label":
         return label_accuracy(c.text, c.answer)
     return accuracy_reward(c.text, c.answer)
 
 
 def format_by_prompt(c: Completion) -> float:
-    """R_format, for the form of answer that was asked for."""
+    """R_format, for the requested form of answer."""
     return label_format(c.text) if c.prompt == "label" else format_reward(c.text)
 
 
@@ -145,10 +136,7 @@ def conclusion_reward(c: Completion) -> float:
 
 
 def overlong_reward(c: Completion, buffer: float = 0.2) -> float:
-    """DAPO's soft length penalty (its eq. 13).
-
-    0 up to 80 % of the limit, then falling to -1 at the limit.
-    """
+    """DAPO's soft length penalty (its eq. 13): 0 up to 80 % of the limit, -1 at the limit."""
     if not c.finished:
         return -1.0
     free = c.limit * (1 - buffer)
@@ -169,20 +157,18 @@ NEED_REASONING = {"agreement", "conclusion"}
 class Reward:
     """One reward function with its weight in the total reward."""
 
-    # The log contains the reward's mean as rewards/NAME/mean.
-    name: str
+    name: str  # the log contains its mean as rewards/NAME/mean
     weight: float
     function: Callable
 
     def __call__(self, completion, clip: str) -> float:
-        """Return the reward of one completion: a finite number, not yet multiplied by the weight.
+        """Return the reward of one completion, not yet multiplied by the weight.
 
-        Raises UserError, which names the reward and the clip, if the function fails or returns
-        anything else.
+        Raises UserError if the function fails or does not return a finite number.
         """
         try:
             value = float(self.function(completion))
-        except Exception as error:  # the function may be the user's own, so any error is possible
+        except Exception as error:  # of any kind: the function may be the user's own
             raise UserError(
                 f"--rewards {self.name}: failed on {clip}: {type(error).__name__}: {error}."
             ) from error
@@ -195,11 +181,9 @@ class Reward:
 
 
 def load_reward(spec: str) -> Reward:
-    """Return the reward that one word of --rewards describes.
+    """The reward of one word of --rewards.  Raises UserError.
 
-    `spec` is NAME or FILE.py:FUNCTION, optionally followed by =WEIGHT (default 1).  Raises
-    UserError if the weight is not a finite number, the name is unknown, or the file cannot be run
-    or lacks the function.
+    `spec` is NAME or FILE.py:FUNCTION, optionally followed by =WEIGHT (default 1).
     """
     name, _, weight_text = spec.partition("=")
     try:
@@ -220,7 +204,7 @@ def load_reward(spec: str) -> Reward:
         raise UserError(f"--rewards {spec}: give FILE.py:FUNCTION or one of {', '.join(BUILT_IN)}.")
     try:
         namespace = runpy.run_path(file)
-    except Exception as error:  # the file is missing, or its code raises an error of any kind
+    except Exception as error:  # of any kind: the code is the user's own
         raise UserError(
             f"--rewards {spec}: {file} cannot be run: {type(error).__name__}: {error}."
         ) from error
@@ -231,10 +215,7 @@ def load_reward(spec: str) -> Reward:
 
 @functools.cache
 def load_rewards(specs: tuple[str, ...], prompt: str = "think") -> tuple[Reward, ...]:
-    """-> the rewards that `--rewards` names.  Raises UserError.
-
-    specs: NAME or FILE.py:FUNCTION, each with an optional =WEIGHT.
-    """
+    """The rewards that `--rewards` names.  Raises UserError."""
     functions = tuple(load_reward(spec) for spec in specs)
     names = [reward.name for reward in functions]
     if not functions or len(set(names)) < len(names):
@@ -259,10 +240,7 @@ DUMMY_COMPLETION = Completion(
 
 
 def validate_rewards(functions: tuple[Reward, ...], prompt: str, row: dict) -> None:
-    """Call every reward once, on DUMMY_COMPLETION with a real row.
-
-    A fault in a reward is reported before anything is loaded.  The value does not matter.
-    """
+    """Call every reward once, on a real row, to report its faults before anything is loaded."""
     completion = dataclasses.replace(DUMMY_COMPLETION, prompt=prompt, row=row)
     for reward in functions:
         reward(completion, "(a made-up completion for the first row)")

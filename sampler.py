@@ -1,18 +1,18 @@
 """Batched sampling: G completions for each of B prompts, and the log-prob of every sampled token.
 
-    prefill         runs every prompt once, not once per completion
+    prefill         (model.py) runs every prompt once, not once per completion
     decode_step     one token for all rows: attention over [the prompt's keys, shared by its group |
-                    the row's own keys], the head in fp32, the next token from the full distribution
+                    the row's own keys], the head in fp32, the next token
     generate        the loop over steps; finished rows are dropped; on a GPU a step is one captured
                     CUDA graph
     generate_naive  its slow twin: no cache, the whole sequence again for every token
 
-Always the full distribution: no top-k, no top-p, no repetition penalty.  The loss scores the full
+Always the full distribution (no top-k, no top-p, no repetition penalty): the loss scores the full
 softmax, and a policy must be scored under the distribution that it was sampled from.
 
-Randomness is one uniform number per (seed, prompt, completion, position), drawn in advance.  So it
-depends neither on the other prompts in the batch nor on the number of ranks or the device.  (Logits
-agree up to rounding between batches and devices, so a near-tie can still fall differently.)
+One uniform number per (seed, prompt, completion, position) is drawn in advance.  It depends neither
+on the other prompts in the batch nor on the ranks or the device.  (The logits do, in their last
+bits, so a near-tie can still fall differently.)
 
 Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length   T max_new_tokens
          S positions of T that a step reads   V vocabulary   L layers   D width   H query heads
@@ -27,34 +27,26 @@ import weakref
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lib.args import UserError, out_of_memory
 from lib.compiler import compiled
 from model import HumanOmni, apply_rotary, rope_cos_sin, sdpa
 from ops.decode_attention import attend, can_build_kernels, load_kernels
 
-# Per device type.  On a GPU every S, P and (B, G) is a graph of its own, so they come in coarse
-# steps.
+# On a GPU every S, P and (B, G) is a graph of its own, so they come in coarse steps.
 PREFIX_STEP = {"cpu": 1, "cuda": 64}  # P is rounded up to a multiple of this
 SUFFIX_STEP = {"cpu": 16, "cuda": 128}  # and S to a multiple of this
-CHECK_DONE_EVERY = {
-    "cpu": 1,
-    "cuda": 16,
-}  # steps between checks, each of which waits for the device
+CHECK_DONE_EVERY = {"cpu": 1, "cuda": 16}  # steps between checks, which wait for the device
 COMPACT_FROM = {"cpu": 8, "cuda": 256}  # number of rows from which dropping finished ones pays off
 MAX_COMPACT_COST = 0.75  # of the cost before: above it, copying the rows does not pay off
 CACHE_MEM_FRACTION = 0.15  # of a GPU's memory: for states and graphs that are kept between calls
 
 
-# ------------------------------------------------------------------------------------------------
-# Sampling a token
-# ------------------------------------------------------------------------------------------------
+# ==== Sampling a token ============================================================================
 
 
-def uniforms(
-    seed: int, prompt_ids: list[int], num_generations: int, T: int, device
-) -> torch.Tensor:
+def uniforms(seed: int, prompt_ids: list[int], num_generations: int, T: int, device) -> Tensor:
     """(B, G, T) float64 in [0, 1): a counter-based generator keyed by (seed, prompt, completion)"""
     rows = []
     for prompt in prompt_ids:
@@ -63,10 +55,10 @@ def uniforms(
     return torch.from_numpy(np.array(rows)).to(device)
 
 
-BELOW_ONE = 1 - 2**-52  # a double times this is certainly less than that double
+BELOW_ONE = 1 - 2**-52  # a positive double times this is less than that double
 
 
-def invert_cdf(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def invert_cdf(mass: Tensor, sought: Tensor) -> tuple[Tensor, Tensor]:
     """Inverse-CDF lookup: the bin that contains `sought`, and the offset into it.
 
     mass (N, n) float64, sought (N, 1) below the sum of mass -> index (N, 1), offset (N, 1)
@@ -81,17 +73,15 @@ def invert_cdf(mass: torch.Tensor, sought: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def sample_token(
-    logits: torch.Tensor, u: torch.Tensor, temperature: float, greedy: bool, block: int = 256
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, u: Tensor, temperature: float, greedy: bool, block: int = 256
+) -> tuple[Tensor, Tensor]:
     """logits (N, V) fp32, u (N,) -> token (N,), log-prob (N,) under softmax(logits / temperature)
 
     Inverse CDF: the first token whose cumulative probability exceeds u.  It needs float64, because
     an fp32 sum over 152,000 tokens is off by more than the probability of most of them.  Summing
     all of them in float64 would cost as much as the decoder.  So the mass of each block of tokens
     is summed in fp32; u selects its block among these sums, then its token within the block.
-
-    The method is the same on every device.  It takes one random number per row; the exponential
-    race that is common in GPU samplers takes V.
+    (The exponential race that is common in GPU samplers takes V random numbers per row, not one.)
     """
     V = logits.shape[1]
     scaled = logits / temperature if temperature != 1 else logits
@@ -120,9 +110,7 @@ def sample_token(
     return token[:, 0], logp[:, 0].float()
 
 
-# ------------------------------------------------------------------------------------------------
-# The weights, packed for many small steps
-# ------------------------------------------------------------------------------------------------
+# ==== The weights, packed for many small steps ====================================================
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -130,13 +118,13 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 class PackedLinear:
     """x (..., D) -> x @ weight.T + bias, with the weights of several layers stacked into one.
 
-    One product instead of three is one kernel launch instead of three.  On a CPU, oneDNN also lays
-    a weight out in blocks of its own.  For a few rows this is nearly twice as fast, unless the
-    weight is so small that it never leaves the cache.  A stacked weight is a copy: `refresh` renews
-    it.  So is a weight in oneDNN's layout: make a new one.  A single one is the parameter itself.
+    One kernel launch instead of three.  On a CPU, oneDNN also lays a weight out in blocks of its
+    own.  For a few rows this is nearly twice as fast, unless the weight is so small that it never
+    leaves the cache.  A single weight is the parameter itself.  A stacked one is a copy, which
+    `refresh` renews; for one in oneDNN's layout, make a new PackedLinear.
     """
 
-    def __init__(self, weights: list[torch.Tensor], biases: list[torch.Tensor] | None = None):
+    def __init__(self, weights: list[Tensor], biases: list[Tensor] | None = None):
         self.weights, self.biases = weights, biases
         self.weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
         self.bias = torch.cat(biases) if biases else None
@@ -153,7 +141,7 @@ class PackedLinear:
         if self.biases:
             torch.cat(self.biases, out=self.bias)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         if self.blocked is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, "none", [], "")
@@ -173,7 +161,6 @@ class PackedLayer:
 
     @classmethod
     def of(cls, layer) -> "PackedLayer":
-        """Pack the weights of a DecoderLayer."""
         attention, mlp = layer.self_attn, layer.mlp
         qkv = attention.q_proj, attention.k_proj, attention.v_proj
         return cls(
@@ -186,7 +173,7 @@ class PackedLayer:
             head_dim=attention.d,
         )
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
+    def project(self, x: Tensor) -> Tensor:
         """x (..., D) -> queries, keys and values before rotation (..., H + 2K, d)"""
         return self.qkv(self.input_norm(x)).unflatten(-1, (-1, self.head_dim))
 
@@ -206,33 +193,30 @@ class PackedLayer:
     def join(self, following: "PackedLayer", x, attended):
         """The end of this layer and the start of the next.  -> x (..., D), qkv (..., H + 2K, d)
 
-        In one compiled function, the residual addition and the next norm become one kernel.
+        Compiled together, the residual addition and the next norm become one kernel.
         """
         x = self.after_attention(x, attended)
         return x, following.project(x)
 
 
-def rotate_and_write(qkv, rope, suffix, t) -> torch.Tensor:
+def rotate_and_write(qkv, rope, suffix, t) -> Tensor:
     """qkv (B, G, H + 2K, d) -> rotated q (B, G, H, d); keys and values go to slot t of suffix"""
     K = suffix.shape[2]
     q, k = apply_rotary(qkv[:, :, :-K], rope).split((qkv.shape[2] - 2 * K, K), 2)
     new = torch.stack((k, qkv[:, :, -K:])).transpose(2, 3)  # (2, B, K, G, d)
-    # One index_copy_ for keys and values.  With two of them, through two views, Inductor copies the
-    # whole cache in every layer.
+    # One index_copy_: with one for keys and one for values, Inductor copies the whole cache in
+    # every layer.
     suffix.index_copy_(4, t, new[:, :, :, :, None])
     return q
 
 
-# ------------------------------------------------------------------------------------------------
-# One decode step
-# ------------------------------------------------------------------------------------------------
+# ==== One decode step =============================================================================
 
 
 class DecodeState:
     """Everything that decoding reads and writes: N = B * G rows, G for each of B prompts.
 
-    A captured graph uses fixed addresses, so everything is preallocated and changes in place, the
-    position too.
+    A captured graph uses fixed addresses, so everything, also the position, changes in place.
     """
 
     def __init__(self, model: HumanOmni, B: int, G: int, P: int, T: int):
@@ -253,13 +237,13 @@ class DecodeState:
         self.lengths = zeros(N, dtype=torch.long)
         self.done = zeros(N, dtype=torch.bool)
         self.t = zeros(1, dtype=torch.long)  # index of the newest token
-        self.ends = torch.tensor(model.eos_ids, device=device)  # tokens that end a row
+        self.ends = torch.tensor(model.eos_ids, device=device)
         self.origin = zeros(N, dtype=torch.long)  # the row's number in the whole batch; -1: empty
-        # Pinned, so that reading it is one transfer and one wait.
+        # `done` on the CPU; pinned, so that reading it is one transfer and one wait.
         self.seen = torch.zeros(N, dtype=torch.bool, pin_memory=device.type == "cuda")
 
     @property
-    def per_row(self) -> tuple[torch.Tensor, ...]:
+    def per_row(self) -> tuple[Tensor, ...]:
         """The tensors whose last dimension is the row."""
         return self.u, self.tokens, self.logps, self.lengths, self.done, self.origin
 
@@ -268,7 +252,7 @@ class DecodeState:
         caches = self.prefix, self.suffix, self.bias, self.rope, self.t, self.ends, self.seen
         return sum(x.nbytes for x in (*caches, *self.per_row))
 
-    def start(self, model: HumanOmni, mask: torch.Tensor, prefix, u: torch.Tensor) -> None:
+    def start(self, model: HumanOmni, mask: Tensor, prefix, u: Tensor) -> None:
         """Begin a batch: mask (B, P'), per layer k and v (B, K, P', d) with P' <= P, u (B, G, T).
 
         All previous contents are overwritten: what a mask hides has weight 0, but 0 * NaN is NaN.
@@ -289,18 +273,13 @@ class DecodeState:
             x.zero_()
         torch.arange(len(self.origin), out=self.origin)
 
-    def copy_from(self, other: "DecodeState", index: torch.Tensor) -> None:
-        """Continue with the rows other[index].
-
-        index (B, G): the rows of one line have the same prompt; -1 is an empty place.
-        """
+    def copy_from(self, other: "DecodeState", index: Tensor) -> None:
+        """Continue with the rows other[index].  index (B, G) from `compact`"""
         at = index.clamp(min=0)
         prompt = at[:, 0] // other.G  # (B,)
         self.prefix.copy_(other.prefix[:, :, prompt])
-        rows = other.suffix.movedim(4, 3)[
-            :, :, at // other.G, at % other.G
-        ]  # (L, 2, B, G, K, T, d)
-        self.suffix.copy_(rows.movedim(3, 4))
+        suffix = other.suffix.movedim(4, 3)[:, :, at // other.G, at % other.G]
+        self.suffix.copy_(suffix.movedim(3, 4))  # from (L, 2, B, G, K, T, d)
         self.bias.copy_(other.bias[prompt])
         self.rope.copy_(other.rope[:, prompt])
         at, empty = at.flatten(), index.flatten() < 0
@@ -310,18 +289,16 @@ class DecodeState:
         self.origin.masked_fill_(empty, -1)
         self.t.copy_(other.t)
 
-    def alive(self) -> torch.Tensor:
-        """Which rows are unfinished.  (B, G) on the CPU.  Waits for the device."""
+    def alive(self) -> Tensor:
+        """Which rows are unfinished: (B, G) on the CPU."""
         self.seen.copy_(self.done, non_blocking=True)
         if self.done.is_cuda:
             torch.cuda.current_stream().synchronize()
         return ~self.seen.view(self.B, self.G)
 
 
-def append_token(
-    state: DecodeState, logits: torch.Tensor, temperature: float, greedy: bool
-) -> None:
-    """Sample and store token t of every row.  logits (N, V).  Finished rows get end tokens."""
+def append_token(state: DecodeState, logits: Tensor, temperature: float, greedy: bool) -> None:
+    """Sample and store token t of every row; finished rows get end tokens.  logits (N, V)"""
     u = state.u.index_select(0, state.t)[0]  # (N,)
     token, logp = sample_token(logits, u, temperature, greedy)
     token_or_end = torch.where(state.done, state.ends[0], token)
@@ -331,13 +308,8 @@ def append_token(
     state.done |= (token[:, None] == state.ends).any(-1)
 
 
-def run_layers(
-    decoder: "Decoder", state: DecodeState, x: torch.Tensor, rope: torch.Tensor, S: int
-) -> torch.Tensor:
-    """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers
-
-    Slots of the suffix below S are read.
-    """
+def run_layers(decoder: "Decoder", state: DecodeState, x: Tensor, rope: Tensor, S: int) -> Tensor:
+    """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers.  S: slots that are read"""
     before, after = PackedLayer.before_attention, PackedLayer.after_attention
     if decoder.compile:
         before, after = compiled(before), compiled(after)
@@ -350,22 +322,15 @@ def run_layers(
     return x.view(1, state.B * state.G, -1)
 
 
-def run_layers_fused(
-    decoder: "Decoder", state: DecodeState, x: torch.Tensor, rope: torch.Tensor
-) -> torch.Tensor:
-    """`run_layers` with the hand-written kernels: x (1, N, D) -> (1, N, D)
-
-    `kernels.rotate_write_attend` rotates, writes to the cache and attends.  The end of each layer
-    and the start of the next are one function.
-    """
+def run_layers_fused(decoder: "Decoder", state: DecodeState, x: Tensor, rope: Tensor) -> Tensor:
+    """`run_layers` with the hand-written kernels: x (1, N, D) -> (1, N, D)"""
     project, join, after = PackedLayer.project, PackedLayer.join, PackedLayer.after_attention
     if decoder.compile:
         project, join, after = compiled(project), compiled(join), compiled(after)
     qkv = project(decoder.layers[0], x)  # (1, N, H + 2K, d)
     following = [*decoder.layers[1:], None]
-    for layer, next_layer, prefix, suffix in zip(
-        decoder.layers, following, state.prefix, state.suffix
-    ):
+    caches = zip(state.prefix, state.suffix)
+    for layer, next_layer, (prefix, suffix) in zip(decoder.layers, following, caches):
         attended = decoder.kernels.rotate_write_attend(
             qkv, rope, prefix, suffix, state.bias, state.t
         )  # (1, N, H*d)
@@ -387,8 +352,8 @@ def decode_step(
     Shapes and addresses do not depend on t, and no operation waits for the device.  So one captured
     graph serves every t below S.
     """
-    # x keeps a leading dimension of 1.  For (N, D) the compiler merges product and residual into
-    # one addmm, which first copies the residual.
+    # With its leading 1: for (N, D) the compiler merges product and residual into one addmm, which
+    # first copies the residual.
     x = model.model.embed_tokens(state.tokens.index_select(0, state.t))  # (1, N, D)
     rope = state.rope.index_select(2, state.t)  # cos, sin (2, B, 1, 1, d)
     if decoder.kernels:
@@ -396,22 +361,16 @@ def decode_step(
     else:
         x = run_layers(decoder, state, x, rope, S)
     x = model.model.norm(x)[0]  # (N, D)
-    if decoder.head.blocked is None:
-        logits = model.logits(x)  # (N, V) fp32
-    else:
-        logits = decoder.head(x)  # (N, V) fp32
+    logits = model.logits(x) if decoder.head.blocked is None else decoder.head(x)  # (N, V) fp32
     state.t += 1
     decoder.append_token(state, logits, temperature, greedy)
 
 
-# ------------------------------------------------------------------------------------------------
-# How a step runs: PyTorch's operations, kernels, compiled functions, a CUDA graph
-# ------------------------------------------------------------------------------------------------
+# ==== How a step runs: PyTorch's operations, kernels, compiled functions, a CUDA graph ============
 
-# Each way adds to the one before it.  The default is `graph` on a GPU and `eager` on a CPU
-# (compiled, without kernels, after `compile_layers`).  On a GPU where the kernels cannot be built,
-# it is `eager` inside a graph.  The environment variable overrides the default: for a machine on
-# which one of the ways fails, and to find out which.
+# The default is `graph` on a GPU (`eager` inside a graph where the kernels cannot be built) and
+# `eager` on a CPU (compiled after `compile_layers`).  The environment variable overrides it, for a
+# machine on which one of the ways fails.
 #     eager       PyTorch's own operations
 #     kernels     attention and the sampling of the token as hand-written kernels
 #     compiled    and everything between them through torch.compile
@@ -422,16 +381,13 @@ PATH_VARIABLE = "R1_DECODE_PATH"
 
 @dataclasses.dataclass(frozen=True)
 class DecodePath:
-    kernels: bool  # hand-written kernels
+    kernels: bool
     compiled: bool
     graph: bool
 
 
 def decode_path(model: HumanOmni) -> DecodePath:
-    """How a decode step of this model runs.
-
-    Raises UserError if the environment variable names a way that does not exist on this machine.
-    """
+    """How a decode step runs.  Raises UserError if the variable names a way that cannot work."""
     name, on_gpu = os.environ.get(PATH_VARIABLE, ""), model.device.type == "cuda"
     if not name:
         kernels = on_gpu and can_build_kernels()
@@ -439,9 +395,7 @@ def decode_path(model: HumanOmni) -> DecodePath:
     if name not in DECODE_PATHS:
         raise UserError(f"{PATH_VARIABLE}={name}: must be one of {', '.join(DECODE_PATHS)}.")
     if name == "graph" and not on_gpu:
-        raise UserError(
-            f"{PATH_VARIABLE}=graph: a CPU has no CUDA graphs; unset it, or set it to eager."
-        )
+        raise UserError(f"{PATH_VARIABLE}=graph: a CPU has no CUDA graphs; set it to eager.")
     if name != "eager" and not can_build_kernels():
         raise UserError(
             f"{PATH_VARIABLE}={name}: the kernels cannot be built on this machine; set it to eager."
@@ -451,7 +405,7 @@ def decode_path(model: HumanOmni) -> DecodePath:
 
 @contextlib.contextmanager
 def hint_at_variable(model: HumanOmni):
-    """Add to an error on a GPU, of a kernel, the compiler or a capture, how to run without them."""
+    """Add to an error on a GPU how to run without kernels, compiler and graphs."""
     try:
         yield
     except Exception as error:
@@ -464,7 +418,6 @@ def hint_at_variable(model: HumanOmni):
 
 
 def uses_graphs(model: HumanOmni) -> bool:
-    """Whether the decode steps of this model run as CUDA graphs."""
     return decode_path(model).graph
 
 
@@ -474,21 +427,18 @@ def graph_memory():
 
 
 class StepGraph:
-    """A step as one captured CUDA graph: the host launches it, not each of its 225 kernels."""
+    """A step as one captured CUDA graph: one launch for all of its kernels."""
 
     def __init__(self, run, memory):
-        """Make the step once, then record it; recording computes nothing.
-
-        The first call lets libraries set themselves up, which cannot be captured.
-        """
+        # The step is made once before it is recorded, because the set-up that libraries do at
+        # their first call cannot be captured.  Recording computes nothing.
         stream, pool = memory
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             run()
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may pin memory meanwhile, and a global capture would
-        # take that for a call of its own.
+        # thread_local: a global capture would fail when the loader's thread pins memory meanwhile.
         with torch.cuda.graph(
             self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
         ):
@@ -499,7 +449,6 @@ class StepGraph:
 
 
 def kept_bytes(model: HumanOmni) -> int:
-    """How much memory may be kept between calls."""
     total = torch.cuda.get_device_properties(model.device).total_memory
     return int(CACHE_MEM_FRACTION * total)
 
@@ -507,8 +456,8 @@ def kept_bytes(model: HumanOmni) -> int:
 class Decoder:
     """A model's packed weights; on a GPU also states and graphs, kept between calls.
 
-    A CUDA graph stores memory addresses.  Weights that an optimizer writes in place stay where they
-    are.  If they move, `signature` changes, and the whole Decoder is replaced.
+    A CUDA graph stores memory addresses: if weights move, `signature` changes, and the Decoder is
+    replaced.
     """
 
     def __init__(self, model: HumanOmni):
@@ -516,7 +465,7 @@ class Decoder:
         self.layers = [PackedLayer.of(layer) for layer in model.model.layers]
         self.head = PackedLinear([model.head_weight])
         # For a few rows, the number of kernels decides how long a step takes on a GPU: 225 with
-        # these kernels and the compiler, 761 without (24 layers, bf16).
+        # ours and the compiler, 761 without (24 layers, bf16).
         path = decode_path(model)
         self.kernels = load_kernels() if path.kernels else None
         # torch.compile does not know oneDNN's layout, and compiling such products gains little.
@@ -536,10 +485,7 @@ class Decoder:
     @classmethod
     @torch.no_grad()
     def of(cls, model: HumanOmni) -> "Decoder":
-        """The model's Decoder: kept between calls if it holds graphs, else a new one.
-
-        The weights of a kept one are copied again.
-        """
+        """The model's Decoder: with graphs the kept one, brought up to date, else a new one."""
         if not uses_graphs(model):
             return cls(model)
         decoder = _decoders.get(model)
@@ -553,14 +499,13 @@ class Decoder:
     def state_for(self, model: HumanOmni, B: int, G: int, P: int, T: int) -> DecodeState:
         """A state of this shape; with graphs, that of the last call, because graphs use its memory.
 
-        One call uses several shapes, since finished rows are dropped.  Above the limit of
-        `kept_bytes`, the shapes that were not used for longest are freed.
+        Above the limit of `kept_bytes`, the shapes that were not used for longest are freed.
         """
         if not self.captures:
             return DecodeState(model, B, G, P, T)
         shape = B, G, P, T
         state = self.states.pop(shape, None)
-        while state is None and self.state_bytes() > kept_bytes(model):
+        while state is None and sum(s.nbytes for s in self.states.values()) > kept_bytes(model):
             torch.cuda.synchronize()  # nothing may be running on what is freed
             oldest = next(iter(self.states))
             del self.states[oldest]
@@ -570,35 +515,24 @@ class Decoder:
         self.states[shape] = state or DecodeState(model, *shape)
         return self.states[shape]
 
-    def state_bytes(self) -> int:
-        return sum(state.nbytes for state in self.states.values())
-
     def append_token(
-        self, state: DecodeState, logits: torch.Tensor, temperature: float, greedy: bool
+        self, state: DecodeState, logits: Tensor, temperature: float, greedy: bool
     ) -> None:
-        """Sample and store the next token: by kernels if there are any, else `append_token`."""
+        """The function `append_token`, by kernels if there are any."""
         if self.kernels is None:
             append_token(state, logits, temperature, greedy)
             return
+        written = state.tokens, state.logps, state.lengths, state.done
         self.kernels.append_token(
-            logits,
-            state.u,
-            state.tokens,
-            state.logps,
-            state.lengths,
-            state.done,
-            state.ends,
-            state.t,
-            temperature,
-            greedy,
+            logits, state.u, *written, state.ends, state.t, temperature, greedy
         )
 
     def advance(
         self, model: HumanOmni, state: DecodeState, t: int, temperature: float, greedy: bool
     ) -> None:
-        """Make step t: as a graph where there are graphs."""
-        # The kernels load the position from the device and read no slot of the cache after it, so
-        # S can be T: one graph for every t.
+        """Make step t, by replaying a graph if there are graphs."""
+        # The kernels read no slot of the cache after the position, so S can be T: one graph for
+        # every t.
         S = state.T
         if not self.kernels:
             S = round_up(t + 1, SUFFIX_STEP[model.device.type], state.T)
@@ -625,9 +559,7 @@ def round_up(n: int, step: int, limit: int | None = None) -> int:
     return n if limit is None else min(n, limit)
 
 
-# ------------------------------------------------------------------------------------------------
-# Dropping finished rows
-# ------------------------------------------------------------------------------------------------
+# ==== Dropping finished rows ======================================================================
 
 
 def halvings(n: int) -> list[int]:
@@ -635,10 +567,10 @@ def halvings(n: int) -> list[int]:
     return [n] if n == 1 else [n, *halvings((n + 1) // 2)]
 
 
-def compact(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
+def compact(alive: Tensor, exact: bool) -> Tensor | None:
     """Pack the unfinished rows.  alive (B, G) -> indices (B', G'), or None if it saves too little
 
-    An index is b * G + g; -1 marks an empty place.  The rows of a line have the same prompt.  A
+    An index is b * G + g, or -1 for an empty place.  The rows of a line have the same prompt.  A
     prompt with more than G' unfinished rows takes several lines, each with a copy of its prefix;
     reading a line costs about as much as computing a row.  B' is exact, or a halving of B, because
     every shape is a graph of its own.
@@ -663,9 +595,7 @@ def compact(alive: torch.Tensor, exact: bool) -> torch.Tensor | None:
     return index
 
 
-# ------------------------------------------------------------------------------------------------
-# The loop
-# ------------------------------------------------------------------------------------------------
+# ==== The loop ====================================================================================
 
 
 class Outputs:
@@ -677,7 +607,6 @@ class Outputs:
         self.lengths = torch.empty(N, dtype=torch.long, device=device)
 
     def flush_outputs(self, state: DecodeState) -> None:
-        """Copy what the rows of a state have so far to their places."""
         real = (state.origin >= 0).nonzero()[:, 0]
         place = state.origin[real]
         self.tokens[:, place] = state.tokens[:, real]
@@ -688,22 +617,20 @@ class Outputs:
 @torch.no_grad()
 def generate(
     model: HumanOmni,
-    embeds: torch.Tensor,
-    mask: torch.Tensor,
+    embeds: Tensor,
+    mask: Tensor,
     num_generations: int,
     max_new_tokens: int,
     temperature: float = 1.0,
     seed: int = 0,
     greedy: bool = False,
     prompt_ids: list[int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample `num_generations` completions for each prompt.
 
-    embeds (B, P, D) and mask (B, P) from `embed_prompt`.  `prompt_ids` identify the prompts for the
-    random numbers, by default 0 .. B-1.
-    -> completions (B, G, T) ids, lengths (B, G), logps (B, G, T) fp32
-    A completion ends with its end token, which is kept and counted.  Past its length there are end
-    tokens with log-probability 0, which belong to no completion.
+    embeds (B, P, D) and mask (B, P) from `embed_prompt`; `prompt_ids` identify the prompts for the
+    random numbers, by default 0 .. B-1.  -> completions (B, G, T) ids, lengths (B, G), logps
+    (B, G, T) fp32.  A length counts the end token.  Past it there are end tokens with log-prob 0.
     """
     B, P, G, T = *mask.shape, num_generations, max_new_tokens
     device_type = model.device.type
@@ -746,24 +673,11 @@ def generate(
 
 @torch.no_grad()
 def generate_naive(
-    model: HumanOmni,
-    embeds: torch.Tensor,
-    mask: torch.Tensor,
-    num_generations: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    greedy: bool = False,
-    prompt_ids: list[int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The slow obvious twin of `generate`.
-
-    One completion at a time, without a cache: the whole sequence again for every token.
-    """
+    model, embeds, mask, num_generations, max_new_tokens, temperature=1.0, seed=0, greedy=False
+):
+    """The slow obvious twin of `generate`: one completion at a time, without a cache."""
     B, G, T = len(embeds), num_generations, max_new_tokens
-    if prompt_ids is None:
-        prompt_ids = list(range(B))
-    u = uniforms(seed, prompt_ids, G, T, model.device)
+    u = uniforms(seed, list(range(B)), G, T, model.device)
     completions = torch.full((B, G, T), model.eos_ids[0], device=model.device)
     logps = torch.zeros(B, G, T, device=model.device)
     lengths = torch.zeros(B, G, dtype=torch.long, device=model.device)

@@ -6,11 +6,11 @@
 
 Cold start (EMER-SFT): the targets are <think>reasoning</think>\\n<answer>label</answer>, and the
 question asks for both.  Label SFT (MAFW-DFEW-SFT): the targets are bare labels, and the question
-asks for the emotion alone.  The sample file of RL can be used as it is: `--prompt auto` decides by
-each target.
+asks for the emotion alone.  `--prompt auto` decides by each target, so the sample file of RL can be
+used as it is.
 
-The loss is the cross-entropy, averaged over all target tokens of the step, end tokens included and
-prompts excluded.  `completion_logps`, which GRPO uses, computes it with one completion per prompt.
+The loss is the cross-entropy, averaged over all target tokens of the step, end tokens included.
+`completion_logps`, which GRPO uses, computes it with one completion per prompt.
 
 Legend   B prompts on this rank (b in a micro-batch)   T target length   P prompt length
          D width of the decoder
@@ -20,27 +20,21 @@ import dataclasses
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from data import PromptBatch, chunks, read_samples
 from lib.args import UserError, run_main
 from lib.dist import Ranks, start_ranks
 from lib.metrics import Timer
 from model import HumanOmni, embed, encode_media
-from training import (
-    MAX_GRAD_NORM,
-    MasterAdamW,
-    Run,
-    TrainArgs,
-    learning_rate,
-    set_up,
-)
+from training import MAX_GRAD_NORM, MasterAdamW, Run, TrainArgs, learning_rate, set_up
 
 WARMUP = 0.03  # share of the steps in which the learning rate rises
 
 
 @dataclasses.dataclass(kw_only=True)
 class Args(TrainArgs):
-    # TrainArgs has these flags too.  They stay in its groups and get other defaults here.
+    # Flags of TrainArgs, with other defaults:
     lr: float = 2e-5
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     epochs: float = 5.0
@@ -52,7 +46,7 @@ class Args(TrainArgs):
     micro_batch: int = 8  # samples per forward and backward
 
 
-def pad_targets(targets: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_targets(targets: list[list[int]], device) -> tuple[Tensor, Tensor]:
     """[[7, 8, 2], [9, 2]] -> ids (B, 1, T) [[[7, 8, 2]], [[9, 2, 0]]], lengths (B, 1) [[3], [2]]"""
     T = max(len(target) for target in targets)
     padded = [target + [0] * (T - len(target)) for target in targets]

@@ -51,9 +51,7 @@ class TrainArgs:
     data: str  # sample file (json or jsonl)
     media_root: str | None = None  # folder of the clips; default: the folder of --data
     allow_labels: bool = False  # accept labels outside the vocabulary
-    feature_cache: str | None = (
-        None  # folder to keep the towers' outputs in, for later epochs and runs
-    )
+    feature_cache: str | None = None  # folder of tower outputs, kept for later epochs and runs
     workers: int = 2  # processes that read media, per rank
     # -- what the model is given
     modal: Modal = "video_audio"  # parts of a clip that the model gets
@@ -65,9 +63,7 @@ class TrainArgs:
     max_steps: int = 0  # number of steps; 0: as many as --epochs needs
     epochs: float = 1.0  # passes over the data, if --max_steps is 0
     lr: float = 1e-6  # peak learning rate
-    schedule: Literal["linear", "cosine", "constant"] = (
-        "linear"  # of the learning rate, after the warm-up
-    )
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the learning rate
     lr_floor: float = 0.0  # lowest learning rate, as a share of the peak; 0: falls to 0
     # -- precision and memory
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the working weights
@@ -84,9 +80,7 @@ class TrainArgs:
     log: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # also send metrics there
 
 
-# ------------------------------------------------------------------------------------------------
-# Optimizer: fp32 master weights, one flat gradient
-# ------------------------------------------------------------------------------------------------
+# ==== Optimizer: fp32 master weights, one flat gradient ===========================================
 
 
 class MasterAdamW:
@@ -96,8 +90,8 @@ class MasterAdamW:
     weights, so AdamW on bf16 weights does not move them at all.
 
     Why one flat gradient: micro-batches add up in fp32, one collective joins the ranks, and the
-    norm is one number.  The working weights are written in place, so that a captured graph or a
-    packed weight, which holds a view of them, sees the new values.
+    norm is one number.  The working weights are written in place, so that captured graphs and
+    packed weights see the new values.
     """
 
     def __init__(
@@ -109,9 +103,8 @@ class MasterAdamW:
     ):
         self.parameters = parameters
         sizes = [p.numel() for p in parameters]
-        self.flat = torch.zeros(
-            sum(sizes), dtype=torch.float32, device=parameters[0].device
-        )  # (N,)
+        device = parameters[0].device
+        self.flat = torch.zeros(sum(sizes), dtype=torch.float32, device=device)  # (N,)
         self.grads = [g.view_as(p) for g, p in zip(self.flat.split(sizes), parameters)]
         # In fp32 the working weight is its own master, so nothing is kept twice.
         self.masters = [
@@ -146,8 +139,7 @@ class MasterAdamW:
         """Sum over ranks, clip to `max_grad_norm` (0: never), update.  All ranks must call it.
 
         -> norm before clipping, whether it was finite.  A gradient that is not finite changes
-        nothing.  All ranks see the same sum, so they all decide alike.  (On a gradient of 0, Adam's
-        momentum still moves the weights.)
+        nothing, on all ranks alike.  (On a gradient of 0, Adam's momentum still moves the weights.)
         """
         ranks.all_reduce_(self.flat)
         # In pieces: one fp32 sum over 494 M squares is off by 9 % on a CPU.
@@ -167,8 +159,8 @@ class MasterAdamW:
     def _assign_grads(self) -> None:
         """Set the sums as the masters' gradients.
 
-        A parameter that has never had a gradient (the audio projector, in a run without sound)
-        gets None: Adam skips it, where a gradient of 0 would let it decay.
+        A parameter that never had a gradient (the audio projector, in a run without sound) gets
+        None: Adam skips it, where a gradient of 0 would let it decay.
         """
         unused = set()
         no_state = [i for i, master in enumerate(self.masters) if master not in self.adam.state]
@@ -186,7 +178,6 @@ class MasterAdamW:
             master.grad = None
 
     def zero_grads(self) -> None:
-        """Discard the accumulated gradients."""
         self.flat.zero_()
 
     def state_dict(self) -> dict:
@@ -195,15 +186,13 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         """Load after the model's weights: a run in fp32 saved no masters (None), only weights."""
-        # This run's settings win over the saved ones.  They are set before loading and not after
-        # it, because `fused` decides on which device Adam's step counters belong, and a run on a
-        # GPU may continue one from a CPU.
-        current = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self.adam.param_groups
-        ]
+        # This run's settings win over the saved ones.  They are set before loading, because `fused`
+        # decides to which device Adam's step counters go, and a GPU may continue a run from a CPU.
         saved = state["adam"]["param_groups"]
-        groups = [old | new for old, new in zip(saved, current, strict=True)]
+        groups = [
+            old | new | {"params": old["params"]}
+            for old, new in zip(saved, self.adam.param_groups, strict=True)
+        ]
         self.adam.load_state_dict(state["adam"] | {"param_groups": groups})
         with torch.no_grad():
             for p, master, value in zip(self.parameters, self.masters, state["masters"]):
@@ -232,9 +221,7 @@ def learning_rate(
     return peak * (floor + (1.0 - floor) * shape)
 
 
-# ------------------------------------------------------------------------------------------------
-# A run
-# ------------------------------------------------------------------------------------------------
+# ==== A run =======================================================================================
 
 
 @dataclasses.dataclass
@@ -267,7 +254,7 @@ class Run:
     per_step: int  # samples per step, over all ranks
     max_steps: int
     signal: "StopSignal"
-    progress: tqdm | None = None  # see `start_progress`
+    progress: tqdm | None = None
     eval_sets: dict[str, list[Sample]] = dataclasses.field(default_factory=dict)
     stop_reason: str = ""  # why too many steps in a row changed nothing
     stop_requested: bool = False  # by a signal
@@ -294,7 +281,7 @@ class Run:
         return self.should_stop or is_multiple(self.state.step, args.save_every)
 
     def report(self, batch: PromptBatch) -> dict:
-        """What the other ranks have to know about this rank's part of the step."""
+        """This rank's part of the step, for `finish_step`."""
         return {
             "usable": len(batch),
             "bad": [dataclasses.asdict(bad) for bad in batch.bad],
@@ -305,8 +292,7 @@ class Run:
         """Count a finished step.  -> the counts for its row of metrics
 
         reports: every rank's `report`.  updated: whether all of its updates were made.  Raises
-        UserError if not one clip of the run's first step could be used: then the path is wrong, not
-        the clips.
+        UserError if not one clip of the run's first step can be read: then the path is wrong.
         """
         state = self.state
         bad = [clip for report in reports for clip in report["bad"]]
@@ -321,11 +307,8 @@ class Run:
         state.position += self.per_step
         self.folder.log_skipped(state.step, bad)
         state.skipped_samples += len(bad)
-        if updated:
-            state.bad_in_a_row = 0
-        else:
-            state.skipped_steps += 1
-            state.bad_in_a_row += 1
+        state.skipped_steps += 0 if updated else 1
+        state.bad_in_a_row = 0 if updated else state.bad_in_a_row + 1
         if state.bad_in_a_row >= MAX_BAD_STEPS:
             if usable == 0:
                 self.stop_reason = f"no usable clip: see {self.folder.path}/skipped.jsonl"
@@ -339,29 +322,24 @@ class Run:
 
     def start_progress(self, name: str) -> None:
         """Show a progress bar, on rank 0."""
+        done, hide = self.state.step, not self.ranks.is_main
         self.progress = tqdm(
-            desc=name,
-            initial=self.state.step,
-            total=self.max_steps,
-            disable=not self.ranks.is_main,
-            mininterval=1,
+            desc=name, initial=done, total=self.max_steps, disable=hide, mininterval=1
         )
 
     def show_progress(self, **numbers: float | None) -> None:
-        """Advance the progress bar, and show these numbers beside it."""
         shown = {name: f"{x:.3f}" for name, x in numbers.items() if x is not None}
         self.progress.set_postfix(shown, refresh=False)
         self.progress.update()
 
     def save(self) -> None:
-        """Write a checkpoint, and remember how long that took."""
         started = time.perf_counter()
         state = dataclasses.asdict(self.state) | {"optimizer": self.optimizer.state_dict()}
         self.folder.save(self.state.step, self.model, state)
         self.save_seconds = time.perf_counter() - started
 
     def pop_save_seconds(self) -> float:
-        """Duration of the last save, if it was not logged yet, else 0."""
+        """Seconds of the last save, if they were not logged yet, else 0."""
         seconds, self.save_seconds = self.save_seconds, 0.0
         return seconds
 
@@ -383,37 +361,35 @@ class Run:
         if self.reached_max_steps:
             print0(
                 f"\ndone: {self.max_steps} steps. The model is in {out}/latest, its metrics in "
-                f"{out}/metrics.jsonl."
-            )
-            print0(
+                f"{out}/metrics.jsonl.\n"
                 f"Check the run:   python -m tools.doctor {out}\n"
                 f"Make a report:   python -m tools.report {out}"
             )
         else:
             print0(
-                f"\nstopped and saved after step {state.step} of {self.max_steps}. Continue with:"
+                f"\nstopped and saved after step {state.step} of {self.max_steps}. Continue with:\n"
+                f"{resume_command()}"
             )
-            print0(resume_command())
 
 
 def is_multiple(step: int, every: int) -> bool:
-    """Whether something that is done every so many steps (0: never) is due after this one."""
+    """Whether something done every `every` steps (0: never) is due after `step`."""
     return every > 0 and step % every == 0
 
 
 def resume_command() -> str:
     """The command line that started this process, with --resume."""
-    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")] + ["--resume"]
+    words = [word for word in sys.argv if word not in ("--resume", "--overwrite")]
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", f"--nproc_per_node={processes}"] if processes else ["python"]
-    return shlex.join([*launcher, *words])
+    return shlex.join([*launcher, *words, "--resume"])
 
 
 class StopSignal:
     """SIGTERM and Ctrl-C set a flag, and the loop ends after the current step, with a checkpoint.
 
-    A second Ctrl-C ends the process at once.  A SIGTERM does not: torchrun turns a second Ctrl-C
-    into a SIGTERM, and then gives the save in progress 30 seconds.
+    A second Ctrl-C ends the process at once; a SIGTERM does not: torchrun makes one of a second
+    Ctrl-C, and then gives the save in progress 30 seconds.
     """
 
     def __init__(self):
@@ -430,13 +406,10 @@ class StopSignal:
         self.received = True
 
 
-# ------------------------------------------------------------------------------------------------
-# Set-up
-# ------------------------------------------------------------------------------------------------
+# ==== Set-up ======================================================================================
 
 
 def count_steps(args: TrainArgs, num_samples: int, per_step: int) -> int:
-    """--max_steps, or the steps that --epochs takes."""
     steps = args.max_steps or math.ceil(args.epochs * num_samples / per_step)
     if steps < 1:
         raise UserError("there are no training steps: give --max_steps or --epochs above 0.")
@@ -462,7 +435,6 @@ def load_model(args: TrainArgs, ranks: Ranks) -> tuple[HumanOmni, list[torch.nn.
 
 
 def open_cache(args: TrainArgs, model: HumanOmni) -> FeatureCache | None:
-    """The feature cache of --feature_cache, if any."""
     if args.feature_cache is None:
         return None
     if {"vision", "audio"} & set(args.train):
@@ -476,21 +448,19 @@ def open_cache(args: TrainArgs, model: HumanOmni) -> FeatureCache | None:
 def restore(
     folder: RunFolder, model: HumanOmni, optimizer: MasterAdamW, args: TrainArgs, ranks: Ranks
 ) -> RunState:
-    """Load the newest checkpoint if the run is resumed, and cut the logs back to it.  -> its state
+    """Load the newest checkpoint in place if the run is resumed; cut the logs back to it.
 
-    Writes the weights of `model` and the state of `optimizer` in place.
+    -> its state
     """
     newest = folder.newest() if args.resume else None
     if newest is None:
         if args.resume:
-            ranks.print0(
-                f"--resume: {folder.path} holds no checkpoint yet; starting at the first step"
-            )
+            ranks.print0(f"--resume: {folder.path} holds no checkpoint; starting at the first step")
         folder.cut_logs({})
         return RunState()
 
     model.load_weights(newest)
-    # To the CPU first: Adam moves its moments and step counters to the device where it wants them.
+    # To the CPU first: Adam moves its moments and step counters where it wants them.
     on_gpu = ranks.device.type == "cuda"
     saved = torch.load(newest / STATE, map_location="cpu", weights_only=True, mmap=on_gpu)
     optimizer.load_state_dict(saved.pop("optimizer"))
@@ -502,17 +472,13 @@ def restore(
 
 
 def set_up(
-    args: TrainArgs,
-    ranks: Ranks,
-    samples: list[Sample],
-    per_step: int,
-    with_reference: bool = False,
+    args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, with_reference=False
 ) -> Run:
     """Load data, model and optimizer, and resume if asked.  -> the Run
 
-    A fault in any of it is reported here, before the first step.  Sets args.dtype to what "auto"
-    means on this machine.  per_step: samples per step, over all ranks.  with_reference: keep a
-    frozen copy of the starting model for the KL, taken before a resumed run overwrites the weights.
+    Sets args.dtype to what "auto" means on this machine.  per_step: samples per step, over all
+    ranks.  with_reference: keep a frozen copy of the starting model for the KL, taken before a
+    resumed run overwrites the weights.
     """
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more.")
@@ -531,15 +497,8 @@ def set_up(
     state = restore(folder, model, optimizer, args, ranks)
 
     dataset = ClipDataset(samples, processor, spec, model.num_frames, cache)
-    steps = training_batches(
-        len(samples),
-        per_step,
-        state.position,
-        max_steps - state.step,
-        args.seed,
-        ranks.rank,
-        ranks.world,
-    )
+    n, left = len(samples), max_steps - state.step
+    steps = training_batches(n, per_step, state.position, left, args.seed, ranks.rank, ranks.world)
     stop_signal = StopSignal()
     batches = iter(loader(dataset, steps, args.workers, pin=ranks.device.type == "cuda"))
 
@@ -551,7 +510,7 @@ def set_up(
     if per_step > len(samples):
         ranks.print0(
             f"warning: a step takes {per_step} samples, but {args.data} has only {len(samples)}, "
-            "so some occur twice in a step"
+            "so some occur twice"
         )
     return Run(
         args=args,

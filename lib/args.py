@@ -1,6 +1,6 @@
 """The command line: flags from a dataclass, errors in one sentence.
 
-Each script has one dataclass of arguments.  Its fields are the flags, its comments are the help.
+Each script has one dataclass of arguments. Its fields are the flags, its comments are the help.
 """
 
 import argparse
@@ -8,12 +8,11 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import io
+import itertools
 import os
 import re
 import sys
 import textwrap
-import tokenize
 import typing
 
 import torch
@@ -21,30 +20,25 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """Something that the user can fix.
-
-    The message is one sentence that names the file, flag or row and says what to do.
-    """
+    """An error that the user can fix. The message names the file, flag or row and what to do."""
 
 
 def printable(text: str) -> str:
-    """Escape control characters: a file's name or a sampled text could steer the terminal."""
+    """Return the text with its control characters escaped: they could change the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def list_of(*words: str):
-    """The default of a flag that takes several words."""
+    """Return a dataclass field whose default is a list of words."""
     return dataclasses.field(default_factory=lambda: list(words))
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """Each line of a flag's comment is a line of its help, wrapped if it is too long."""
+    """A formatter that keeps the lines of a flag's comment, and wraps those that are too long."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        lines = []
-        for line in text.split("\n"):
-            lines += super()._split_lines(line, width)
-        return lines
+        split = super()._split_lines
+        return [part for line in text.split("\n") for part in split(line, width)]
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,7 +56,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
-    """Help and group of each field of a dataclass, from the comments in its source.
+    """Return the help and the group of each field of a dataclass, from the comments in its source.
 
         # -- optimizer                  starts a group
         lr: float = 1e-6  # peak learning rate
@@ -73,38 +67,26 @@ def read_comments(cls) -> tuple[dict[str, str], dict[str, str]]:
     helps, groups = {}, {}
     for base in reversed(cls.__mro__[:-1]):
         source = textwrap.dedent(inspect.getsource(base))
-        fields = [
-            node for node in ast.parse(source).body[0].body if isinstance(node, ast.AnnAssign)
-        ]
-        starts = {field.lineno: field.target.id for field in fields}
-        ends = {field.lineno: field.end_lineno for field in fields}
-        group, name, last = "", None, 0
-        comments: dict[str, list[str]] = {}
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            line = token.start[0]
-            if line in starts:
-                name = starts[line]
-                groups.setdefault(name, group)
-                comments.setdefault(name, [])
-                last = ends[line]
-            if token.type != tokenize.COMMENT:
+        lines = source.splitlines()
+        for field in ast.parse(source).body[0].body:
+            if not isinstance(field, ast.AnnAssign):
                 continue
-            text = token.string.lstrip("# ").rstrip()
-            if text.startswith("-- "):
-                group, name = text.removeprefix("-- "), None
-            elif name and line <= last + 1:  # right after the field: not a comment of the code
-                comments[name].append(text)
-                last = max(last, line)
-        for name, lines in comments.items():
-            helps[name] = "\n".join(lines) or helps.get(name, "")
+            name, end = field.target.id, field.end_lineno
+            # A comment that does not follow at once belongs to the code.
+            more = itertools.takewhile(re.compile(r" *#(?! -- )").match, lines[end:])
+            texts = [lines[end - 1][field.end_col_offset :], *more]
+            text = "\n".join(text.lstrip("# ").rstrip() for text in texts if text)
+            helps[name] = text or helps.get(name, "")
+            heads = [line for line in lines[: field.lineno] if line.startswith("    # -- ")]
+            groups.setdefault(name, heads[-1].removeprefix("    # -- ") if heads else "")
     return helps, groups
 
 
 def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
-    """Command line -> an instance of the dataclass `cls`.  Unknown flags are an error (exit 2).
+    """Return an instance of the dataclass `cls` from a command line. An unknown flag exits with 2.
 
     Every field is a flag of the same name; `x: int = 3  # help` gives its type, default and help
-    (see `read_comments`).  A bool is a switch, a list takes several words, a Literal is a choice.
+    (see `read_comments`). A bool is a switch, a list takes several words, a Literal is a choice.
     """
     helps, groups = read_comments(cls)
     main_spec = sys.modules["__main__"].__spec__  # of a program that was started by `python -m`
@@ -117,14 +99,12 @@ def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
         allow_abbrev=False,
     )
     sections = {"": parser}
-    for group in groups.values():
-        if group not in sections:
-            sections[group] = parser.add_argument_group(group)
-
     fields = dataclasses.fields(cls)
     for field in fields:
-        options = flag_options(field, helps[field.name])
-        sections[groups[field.name]].add_argument(f"--{field.name}", **options)
+        group = groups[field.name]
+        if group not in sections:
+            sections[group] = parser.add_argument_group(group)
+        sections[group].add_argument(f"--{field.name}", **flag_options(field, helps[field.name]))
     if len(fields) > 12:  # a usage line of fifty flags would hide the error below it
         required = [field.name for field in fields if is_required(field)]
         words = "".join(f" --{name} {name.upper()}" for name in required)
@@ -133,28 +113,24 @@ def parse_args(cls, argv: list[str] | None = None, prog: str | None = None):
 
 
 def is_required(field: dataclasses.Field) -> bool:
+    """Return True if the field has no default."""
     return field.default is field.default_factory is dataclasses.MISSING
 
 
 def flag_options(field: dataclasses.Field, text: str) -> dict:
-    """The options of `add_argument` for a field of a dataclass.  text: its help"""
-    kind = field.type
-    if type(None) in typing.get_args(kind):  # `int | None` -> int
-        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
-
-    options: dict = {}
+    """Return the options of `add_argument` for a field of a dataclass with the help `text`."""
+    kind, parts = field.type, typing.get_args(field.type)
+    options: dict = {"required": is_required(field)}
     if kind is bool:
         options["action"] = "store_true"
     elif typing.get_origin(kind) is list:
-        options |= {"nargs": "*", "type": typing.get_args(kind)[0]}
+        options |= {"nargs": "*", "type": parts[0]}
     elif typing.get_origin(kind) is typing.Literal:
-        options["choices"] = typing.get_args(kind)
+        options["choices"] = parts
     else:
-        options["type"] = kind
+        options["type"] = parts[0] if parts else kind  # `int | None` -> int
 
-    if is_required(field):
-        options["required"] = True
-    else:
+    if not options["required"]:
         default = field.default
         if default is dataclasses.MISSING:
             default = field.default_factory()
@@ -165,8 +141,7 @@ def flag_options(field: dataclasses.Field, text: str) -> dict:
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             first, *more = text.split("\n")
             text = "\n".join([f"{first} ({shown})", *more])
-    options["help"] = text.replace("%", "%%")
-    return options
+    return options | {"help": text.replace("%", "%%")}
 
 
 OUT_OF_MEMORY = (
@@ -176,9 +151,9 @@ OUT_OF_MEMORY = (
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether the device ran out of memory.
+    """Return True if an error, or one that led to it, is that the device has no memory left.
 
-    A later error may hide it: the capture of a graph ends with its own.  cuBLAS has its own words.
+    The capture of a graph raises another error after it. cuBLAS has a message of its own.
     """
     while error is not None:
         if isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error):
@@ -188,9 +163,9 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def run_main(main, args_cls, prog: str | None = None, first: str | None = None) -> None:
-    """Run a script's `main(args)`.  A UserError ends it in one sentence, not in a traceback.
+    """Run a script's `main(args)`. A UserError ends it with one sentence and no traceback.
 
-    `first`: the flag of words that stand before all flags, as in
+    `first` is the flag of words that stand before all flags, as in
     `python -m tools.rescore RUN --last 20`.
     """
     if first and sys.argv[1:] and not sys.argv[1].startswith("-"):
@@ -198,7 +173,7 @@ def run_main(main, args_cls, prog: str | None = None, first: str | None = None) 
     try:
         main(parse_args(args_cls, prog=prog))
         sys.stdout.flush()
-    except BrokenPipeError:  # `... | head` has closed its end: exit silently, as the shell would
+    except BrokenPipeError:  # `head` or the like has ended: exit silently, as the shell would
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         os._exit(141) if dist.is_initialized() else sys.exit(141)
     except Exception as error:
@@ -209,6 +184,6 @@ def run_main(main, args_cls, prog: str | None = None, first: str | None = None) 
         message = str(error) if isinstance(error, UserError) else OUT_OF_MEMORY
         print(f"error{who}: {printable(message)}", file=sys.stderr, flush=True)
         os._exit(1) if dist.is_initialized() else sys.exit(1)
-    # Not after another error: leaving the group would wait for ranks that wait for this one.
+    # Not after an error: leaving the group would wait for ranks that wait for this one.
     if dist.is_initialized():
         dist.destroy_process_group()

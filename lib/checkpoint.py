@@ -6,17 +6,16 @@ A released HumanOmni checkpoint is a folder (or a hub repository):
     model.safetensors, or shards and an index, or pytorch_model*.bin
     bert/                       tokenizer and configuration of BERT, in checkpoints saved here
 
-The checkpoint may contain the weights of the vision and the audio tower or not. config.json names
-the places of the stock towers. Every error is a UserError whose message names the file, the keys
-and what to do.
+The weights of the towers may be stored elsewhere; config.json names the places of the stock vision
+and audio towers. Every error of this file is a UserError.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -28,27 +27,15 @@ from safetensors.torch import save_file
 from lib.args import UserError
 from lib.modalities import TABLE
 
-# ------------------------------------------------------------------------------------------------
-# Finding files
-# ------------------------------------------------------------------------------------------------
+# ---- finding files ------------------------------------------------------------------------------
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+    "tokenizer.json tokenizer_config.json vocab.json merges.txt added_tokens.json "
+    "special_tokens_map.json chat_template.jinja generation_config.json"
+).split()
 BERT_FILES = (
-    "vocab.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "config.json",
-)
+    "vocab.txt tokenizer.json tokenizer_config.json special_tokens_map.json config.json"
+).split()
 
 HUB_TOWERS = {
     "mm_vision_tower": "google/siglip-base-patch16-224",
@@ -60,14 +47,12 @@ BERT_HUB = "bert-base-uncased"
 def list_some(keys, most: int = 12) -> str:
     """Return the first `most` keys in sorted order as one string, and the number of the rest."""
     keys = sorted(keys)
-    listed = ", ".join(keys[:most])
-    if len(keys) > most:
-        listed += f" and {len(keys) - most} more"
-    return listed
+    rest = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest
 
 
 def read_json(file: Path) -> dict:
-    """Return the content of a JSON file. Raises UserError."""
+    """Return the content of a JSON file."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -82,47 +67,39 @@ def is_place(name: str) -> bool:
 def find_file(path: str, name: str, required: bool = True) -> Path | None:
     """Return the local path of file `name` in a folder or hub repository `path`.
 
-    A file of a hub repository is downloaded if it is not in the cache. Returns None for a missing
-    file that is not `required`. Raises UserError for a missing file that is required, and for a run
-    folder, which is not a checkpoint.
+    A file of a hub repository is downloaded if it is not in the cache. A missing file is an error
+    if it is `required`, else None. A run folder is always an error.
     """
-    if (Path(path) / "checkpoints").is_dir():
-        advice = "it holds no checkpoint yet"
-        if (Path(path) / "latest").is_dir():
-            advice = f"use {path}/latest"
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        has_latest = (folder / "latest").is_dir()
+        advice = f"use {path}/latest" if has_latest else "it holds no checkpoint yet"
         raise UserError(f"{path} is a run folder; {advice}.")
 
-    if Path(path).is_dir():
-        file = Path(path) / name
-        if file.is_file():
-            return file
-        problem = "the folder has no such file"
-    elif Path(path).exists() or is_place(str(path)):
+    file = folder / name
+    if folder.is_dir():
+        problem = "" if file.is_file() else "the folder has no such file"
+    elif folder.exists() or is_place(str(path)):
         problem = "there is no such folder"
     else:
         file, problem = download(path, name)
-        if file:
-            return file
 
-    if required:
+    if problem and required:
         raise UserError(f"cannot find {name} of {path}: {problem}.")
-    return None
+    return None if problem else file
 
 
 def download(path: str, name: str) -> tuple[Path | None, str]:
-    """Download a file of a hub repository. Returns its local path, or None and the problem."""
+    """Download a file of a hub repository. Returns its local path or None, and the problem."""
     # Imported here and not at the top, because the import would slow down --help.
-    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(str(path), name)), ""
-    except errors.LocalEntryNotFoundError:
-        return None, "it is no local folder, and the hub cannot be reached and has not been cached"
-    except errors.EntryNotFoundError:
-        return None, "the hub repository has no such file"
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        return None, f"it is no local folder, and the hub answers: {reason}"
+    except (OSError, ValueError) as error:
+        # The first sentence. The first paragraph of an HTTP error holds only numbers.
+        reason = re.split(r"\.?\n|\. ", str(error).split("\n\n")[-1])[0]
+        return None, f"it is no local folder, and the hub reports: {reason}"
 
 
 def end_ids(generation: dict, config: dict) -> list[int]:
@@ -130,9 +107,7 @@ def end_ids(generation: dict, config: dict) -> list[int]:
     ids = generation.get("eos_token_id")
     if ids is None:
         ids = config.get("eos_token_id")
-    if isinstance(ids, int):
-        return [ids]
-    return list(ids or [])
+    return [ids] if isinstance(ids, int) else list(ids or [])
 
 
 def public_source(hub_id: str, towers: str | None) -> str:
@@ -141,7 +116,7 @@ def public_source(hub_id: str, towers: str | None) -> str:
         return hub_id
     folder = Path(towers) / hub_id.split("/")[-1]
     if not folder.is_dir():
-        raise UserError(f"--towers {towers}: has no folder {folder.name}; put {hub_id} there.")
+        raise UserError(f"--towers {towers}: it has no folder {folder.name}; put {hub_id} there.")
     return str(folder)
 
 
@@ -150,66 +125,45 @@ def tower_source(
 ) -> str:
     """Return the folder or hub id of a tower: `given`, or else the entry `key` of config.json.
 
-    `towers` is a folder that replaces the hub. A relative path in config.json is relative to the
-    checkpoint folder. Published checkpoints often contain a path on their author's disk
-    ("/data/models/whisper-large-v3"). Such a path is recognised by its last part, and the public
-    model of that name is used.
+    `towers` is a folder that replaces the hub. Paths in config.json are relative to the checkpoint
+    folder. Published checkpoints often contain a path on their author's disk
+    ("/data/models/whisper-large-v3"), which is recognised by its last part.
     """
     if given:
         return str(given)
     if key not in config:
-        raise UserError(
-            f"{path}/config.json lacks {key}: this is not a HumanOmni checkpoint's config.json."
-        )
+        raise UserError(f"{path}/config.json lacks {key}; use a HumanOmni checkpoint.")
 
     entry = str(config[key])
-    # If the entry is an absolute path, Path(path) / entry is that path.
-    if Path(path).is_dir() and (Path(path) / entry).is_dir():
-        return str((Path(path) / entry).resolve())
+    folder = Path(path) / entry  # `entry` itself if it is an absolute path
+    if Path(path).is_dir() and folder.is_dir():
+        return str(folder.resolve())
 
     public_model = HUB_TOWERS[key]
     if Path(entry).name == public_model.split("/")[1]:
         return public_source(public_model, towers)
     if is_place(entry):
         raise UserError(
-            f"{path}/config.json names {entry} as {key}, and there is no such folder (was the "
-            "checkpoint moved?): put the path right in config.json."
+            f"{path}/config.json names {entry} as {key}, and there is no such folder; correct the "
+            "path in config.json (was the checkpoint moved?)."
         )
     return public_source(entry, towers)
 
 
 def bert_source(path: str, given: str | None, towers: str | None = None) -> str:
-    """Return the folder or hub id of BERT.
-
-    The order is: `given`, the folder `bert/` in the checkpoint or beside it, the one in `towers`,
-    BERT_HUB.
-    """
+    """Return where BERT is: `given`, `bert/` in or beside the checkpoint, or the public model."""
     if given:
         return str(given)
-    if Path(path).is_dir():
-        for folder in (Path(path) / "bert", Path(path).resolve().parent / "bert"):
-            if (folder / "config.json").is_file():
-                return str(folder)
+    for folder in (Path(path) / "bert", Path(path).resolve().parent / "bert"):
+        if Path(path).is_dir() and (folder / "config.json").is_file():
+            return str(folder)
     return public_source(BERT_HUB, towers)
 
 
-# ------------------------------------------------------------------------------------------------
-# Reading weights
-# ------------------------------------------------------------------------------------------------
+# ---- reading weights ----------------------------------------------------------------------------
 
-# Number of bytes that are read from a weight file before it is opened again, see `read_tensors`.
+# Bytes that are read from a weight file before it is opened again, see `read_tensors`.
 OPEN_BYTES = 2**26
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,50 +180,27 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-@contextlib.contextmanager
-def readable(file: Path):
-    """Turn every exception of the block into one UserError that names the weight file.
-
-    torch and safetensors raise many types of exceptions for damaged files.
-    """
+def map_tensors(file: Path, keys=None) -> dict[str, torch.Tensor]:
+    """Return tensors of a weight file, by default all, mapped into memory: not read yet."""
     try:
-        yield
-    except Exception as error:
-        raise UserError(
-            f"cannot read weights from {file}: {type(error).__name__}: {error}"
-        ) from None
-
-
-def load_bin(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory: they are read when they are copied."""
-    # weights_only: a checkpoint is data, so unpickling it must not run code.
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                return {key: opened.get_tensor(key) for key in keys or opened.keys()}
+        # weights_only: a checkpoint is data, so unpickling it must not run code.
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {key: tensors[key].detach() for key in keys or tensors}
+    except Exception as error:  # damaged files raise many types
+        raise UserError(f"cannot read {file}: {type(error).__name__}: {error}") from None
 
 
 def headers(file: Path) -> dict[str, Stored]:
     """Return the tensors of one weight file by key, without reading them."""
-    with readable(file):
-        if file.suffix != ".safetensors":
-            return {
-                key: Stored(file, tuple(tensor.shape), tensor.dtype)
-                for key, tensor in load_bin(file).items()
-            }
-
-        tensors = {}
-        with safe_open(file, "pt") as opened:
-            # `opened` has keys() but is not a dict, so SIM118 does not apply.
-            for key in opened.keys():  # noqa: SIM118
-                header = opened.get_slice(key)
-                dtype = DTYPES[header.get_dtype()]
-                tensors[key] = Stored(file, tuple(header.get_shape()), dtype)
-        return tensors
+    tensors = map_tensors(file).items()
+    return {key: Stored(file, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors}
 
 
 def weight_index(path: str) -> dict[str, Stored]:
-    """Return all stored tensors of a checkpoint by key, without reading them.
-
-    safetensors files are preferred to .bin files, and a single file to shards.
-    """
+    """Return all stored tensors of a checkpoint by key, without reading them."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         single = find_file(path, stem, required=False)
         if single:
@@ -278,29 +209,25 @@ def weight_index(path: str) -> dict[str, Stored]:
         index = find_file(path, f"{stem}.index.json", required=False)
         if index:
             shard_of = read_json(index)["weight_map"]  # key -> name of the shard
-            shards = {
-                shard: headers(find_file(path, shard)) for shard in sorted(set(shard_of.values()))
-            }
+            shards = {name: headers(find_file(path, name)) for name in set(shard_of.values())}
             missing = [key for key, shard in shard_of.items() if key not in shards[shard]]
             if missing:
                 raise UserError(
-                    f"{index} names {len(missing)} weights that are not in their files: "
-                    f"{list_some(missing)}."
+                    f"{index} names {len(missing)} weights that are not in their files "
+                    f"({list_some(missing)}); download the checkpoint again."
                 )
             return {key: shards[shard][key] for key, shard in shard_of.items()}
 
     raise UserError(
-        f"{path} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index "
-        "of shards."
+        f"{path} holds no weights; add model.safetensors or its shards and their index."
     )
 
 
 def read_tensors(index: dict[str, Stored]):
     """Yield (key, tensor) for every key of `index`, file by file.
 
-    Each file is closed and opened again after every OPEN_BYTES. What is read from a mapped file
-    stays in memory as long as the file is open, so without this, loading would need memory for the
-    checkpoint twice.
+    What is read from a mapped file stays in memory as long as the file is open. So each file is
+    opened again after every OPEN_BYTES; otherwise loading would need the memory twice.
     """
     # (file, number of its chunk) -> keys
     chunks: dict[tuple[Path, int], list[str]] = {}
@@ -311,24 +238,10 @@ def read_tensors(index: dict[str, Stored]):
         bytes_before[stored.file] += stored.bytes
 
     for (file, _), keys in sorted(chunks.items()):
-        with readable(file):
-            get_tensor = open_weights(file)
-        for key in keys:
-            with readable(file):
-                tensor = get_tensor(key)
-            yield key, tensor
+        yield from map_tensors(file, keys).items()
 
 
-def open_weights(file: Path):
-    """Open a weight file, and return a function from a key to its tensor."""
-    if file.suffix == ".safetensors":
-        return safe_open(file, "pt").get_tensor
-    return load_bin(file).__getitem__
-
-
-# ------------------------------------------------------------------------------------------------
-# Towers
-# ------------------------------------------------------------------------------------------------
+# ---- towers -------------------------------------------------------------------------------------
 
 
 def stored_name(key: str) -> str:
@@ -344,8 +257,8 @@ def stored_name(key: str) -> str:
 # Prefixes of the weights of added modalities, which released checkpoints do not hold.
 NEW_WEIGHTS = tuple(modality.new_weights for modality in TABLE if modality.new_weights)
 
-# Tensors of the checkpoint that the model does not use: the classification head of the model that
-# the audio tower is taken from, and rotary tables.
+# Tensors of the checkpoint that the model does not use: the classification head beside the audio
+# tower, and rotary tables.
 UNUSED = (
     "model.audio_tower.audio_tower.projector.",
     "model.audio_tower.audio_tower.classifier.",
@@ -353,36 +266,30 @@ UNUSED = (
     "model.rotary_emb.",
 )
 
-# Name of a tower -> prefix of its keys in the model's state dict.
+# Name of a tower -> prefix of its keys in the model's state dict, and its class in transformers.
 TOWERS = {
     "vision": "model.vision_tower.",
     "audio": "model.audio_tower.",
     "bert": "model.bert_model.",
 }
-
-
-def tower_classes(name: str) -> tuple[type, type]:
-    """Return the transformers classes of the model and of the configuration of a tower."""
-    import transformers
-
-    if name == "vision":
-        return transformers.SiglipVisionModel, transformers.SiglipVisionConfig
-    if name == "audio":
-        return transformers.WhisperForAudioClassification, transformers.WhisperConfig
-    return transformers.BertModel, transformers.BertConfig
+TOWER_CLASSES = {
+    "vision": "SiglipVisionModel",
+    "audio": "WhisperForAudioClassification",
+    "bert": "BertModel",
+}
 
 
 def tower_config(name: str, source: str):
-    """Return a tower's transformers configuration from a folder or hub id. Raises UserError."""
+    """Return a tower's transformers configuration from a folder or hub id."""
+    import transformers
+
     file = find_file(source, "config.json")
     raw = read_json(file)
     if name == "vision":
-        # The hub's SigLIP is a text and a vision model; the vision tower needs only one part.
+        # The hub's SigLIP is a text and a vision model.
         raw = raw.get("vision_config", raw)
-
-    _, config_class = tower_classes(name)
     try:
-        config = config_class(**raw)
+        config = getattr(transformers, TOWER_CLASSES[name]).config_class(**raw)
     except Exception as error:
         raise UserError(f"{file} is not a usable {name} tower configuration: {error}") from None
     config._attn_implementation = "sdpa"
@@ -390,22 +297,17 @@ def tower_config(name: str, source: str):
 
 
 def stock_tower(name: str, source: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the weights of a stock tower by the keys of the model's state dict.
+    """Return the weights of a stock tower, from a folder or hub id, by the keys of the model."""
+    import transformers
+    from transformers.utils import logging
 
-    The tower is SigLIP, the Whisper encoder or BERT; `source` is a folder or hub id. Raises
-    UserError if the tower cannot be loaded, lacks weights, or has weights of other shapes than its
-    config.json implies.
-    """
-    from transformers import logging
-
-    model_class, _ = tower_classes(name)
     verbosity = logging.get_verbosity()
     # transformers would warn of the heads that are not used here.
     logging.set_verbosity_error()
     try:
-        # Mismatched shapes are ignored here and reported below: the error of transformers refers to
-        # a log that is switched off.
-        tower, info = model_class.from_pretrained(
+        # Mismatched shapes are reported below: the error of transformers refers to a log that is
+        # switched off.
+        tower, info = getattr(transformers, TOWER_CLASSES[name]).from_pretrained(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:
@@ -415,60 +317,71 @@ def stock_tower(name: str, source: str, dtype: torch.dtype) -> dict[str, torch.T
     finally:
         logging.set_verbosity(verbosity)
 
-    prefix = ""
     if name == "audio":
-        tower, prefix = tower.encoder, "encoder."
-
-    missing = [
-        key
-        for key in info["missing_keys"]
-        if key.startswith(prefix) and not key.startswith("pooler.")
-    ]
-    if missing:
-        raise UserError(
-            f"the {name} tower at {source} lacks {len(missing)} weights: {list_some(missing)}."
-        )
-
-    mismatches = [
-        f"{key} is {tuple(stored_shape)}, not {tuple(shape)}"
-        for key, stored_shape, shape in info["mismatched_keys"]
-    ]
-    if mismatches:
-        raise UserError(
-            f"the weights of {source} have another geometry than its config.json says: "
-            f"{list_some(mismatches, 6)}."
-        )
+        tower = tower.encoder
+    unneeded = ("pooler.", "projector.", "classifier.", "layer_weights")
+    missing = [key for key in info["missing_keys"] if not key.startswith(unneeded)]
+    fault = describe_fault(f"the {name} tower at {source}", missing, [], info["mismatched_keys"])
+    if fault:
+        raise UserError(fault)
     return {TOWERS[name] + key: tensor for key, tensor in tower.state_dict().items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# Planning: what can be checked before a weight is read
-# ------------------------------------------------------------------------------------------------
+def describe_fault(what: str, missing, unexpected, mismatched) -> str:
+    """Return one sentence on weights that do not fit their config.json, "" if all fit.
+
+    missing, unexpected: keys; mismatched: (key, stored shape, required shape)
+    """
+    shapes = [f"{key} is {tuple(stored)}, not {tuple(shape)}" for key, stored, shape in mismatched]
+    differences = [
+        f"{verb} ({list_some(keys)})"
+        for verb, keys in (
+            (f"lacks {len(missing)} weights", missing),
+            (f"has {len(unexpected)} unknown weights", unexpected),
+            (f"has {len(shapes)} weights of other shapes", shapes),
+        )
+        if keys
+    ]
+    advice = "use weights and a config.json of the same model"
+    return f"{what} {' and '.join(differences)}; {advice}." if differences else ""
+
+
+# ---- planning: what can be checked before a weight is read --------------------------------------
 
 
 @dataclasses.dataclass
 class Plan:
-    """The parts that a model will be made of, before any weight is read.
-
-    The towers are named "vision", "audio" and "bert".
-    """
+    """The parts that a model will be made of, before any weight is read."""
 
     path: str
     model: torch.nn.Module  # on the meta device: it has shapes but takes no memory
-    towers: dict  # name of the tower -> its transformers configuration
+    towers: dict  # "vision", "audio", "bert" -> the transformers configuration
     source: dict[str, str]  # name of the tower -> its folder or hub id
     index: dict[str, Stored]  # every key of the checkpoint's files
     from_file: set[str]  # towers whose weights come from these files and not from `source`
     ours: dict[str, str]  # stored key -> key in the model, for all weights from these files
     ignored: tuple[str, ...]  # prefixes of keys that may be stored and are not loaded
-    faults: list[str]  # the reasons why this cannot be loaded, one sentence each
+
+    @property
+    def fault(self) -> str:
+        """One sentence on stored keys or shapes that differ from the model's, "" if none do."""
+        missing = [
+            key for key in self.ours if key not in self.index and not key.startswith(NEW_WEIGHTS)
+        ]
+        unexpected = [
+            key for key in self.index if key not in self.ours and not key.startswith(self.ignored)
+        ]
+        weights = self.model.state_dict()
+        mismatched = [
+            (key, self.index[key].shape, weights[model_key].shape)
+            for key, model_key in self.ours.items()
+            if key in self.index and self.index[key].shape != weights[model_key].shape
+        ]
+        return describe_fault(f"the checkpoint {self.path}", missing, unexpected, mismatched)
 
 
 def make_plan(cls, config, path, vision_tower, audio_tower, bert, towers=None) -> Plan:
-    """Return the plan of a model of class `cls`; for the arguments see HumanOmni.from_pretrained.
-
-    Reads only configurations and the headers of weight files.
-    """
+    """Return the plan of a model of class `cls`; see HumanOmni.from_pretrained."""
     given = {"vision": vision_tower, "audio": audio_tower, "bert": bert}
     source = {
         "vision": tower_source(path, config.raw, "mm_vision_tower", vision_tower, towers),
@@ -484,12 +397,10 @@ def make_plan(cls, config, path, vision_tower, audio_tower, bert, towers=None) -
     in_checkpoint = {
         name for name, prefix in TOWERS.items() if any(key.startswith(prefix) for key in index)
     }
-    # A BERT in the checkpoint is always used, because RL trained it. The argument `bert` mostly
-    # serves to find the tokenizer.
+    # A BERT in the checkpoint is always used, because RL trained it; `bert` names its tokenizer.
     from_file = {name for name in in_checkpoint if name == "bert" or not given[name]}
 
-    model.stored_towers = {name for name in ("vision", "audio") if name in in_checkpoint}
-    model.local_towers = {}
+    model.stored_towers = in_checkpoint - {"bert"}
     for name in ("vision", "audio"):
         key = f"mm_{name}_tower"
         if Path(source[name]).is_dir() and not Path(str(config.raw[key])).is_absolute():
@@ -502,95 +413,52 @@ def make_plan(cls, config, path, vision_tower, audio_tower, bert, towers=None) -
     ignored = UNUSED + not_from_file
     if config.tie_word_embeddings:
         ignored += ("lm_head.weight",)
-
-    plan = Plan(path, model, configs, source, index, from_file, ours, ignored, [])
-    plan.faults = find_faults(plan)
-    return plan
-
-
-def find_faults(plan: Plan) -> list[str]:
-    """Compare stored keys and shapes with those of the model. Returns one sentence per fault."""
-    missing = {
-        key for key in plan.ours if key not in plan.index and not key.startswith(NEW_WEIGHTS)
-    }
-    unexpected = {
-        key for key in plan.index if key not in plan.ours and not key.startswith(plan.ignored)
-    }
-    differences = []
-    if missing:
-        differences.append(f"lacks {len(missing)} weights ({list_some(missing)})")
-    if unexpected:
-        differences.append(
-            f"has {len(unexpected)} that the model does not know ({list_some(unexpected)})"
-        )
-    faults = []
-    if differences:
-        faults.append(
-            f"the checkpoint {plan.path} {' and '.join(differences)}: "
-            "config.json and the weights do not belong together."
-        )
-
-    shapes = {key: tuple(tensor.shape) for key, tensor in plan.model.state_dict().items()}
-    mismatches = [
-        f"{key} is {plan.index[key].shape}, not {shapes[model_key]}"
-        for key, model_key in plan.ours.items()
-        if key in plan.index and plan.index[key].shape != shapes[model_key]
-    ]
-    if mismatches:
-        faults.append(
-            f"the weights of {plan.path} have another geometry than config.json says: "
-            f"{list_some(mismatches, 6)}."
-        )
-    return faults
+    return Plan(path, model, configs, source, index, from_file, ours, ignored)
 
 
 def check_geometry(path: str, config, towers: dict) -> None:
     """Raise UserError if the towers do not fit the checkpoint's config.json or the projector."""
-    for name, key, declared, width in (
-        ("vision", "mm_hidden_size", config.mm_hidden_size, towers["vision"].hidden_size),
-        ("audio", "audio_hidden_size", config.audio_hidden_size, towers["audio"].d_model),
+    for name, key, width in (
+        ("vision", "mm_hidden_size", towers["vision"].hidden_size),
+        ("audio", "audio_hidden_size", towers["audio"].d_model),
     ):
+        declared = getattr(config, key)
         if declared != width:
             raise UserError(
-                f"{path}/config.json says {key} {declared}, but the tower it is used with has "
-                f"width {width}: use the matching {name} tower."
+                f"{path}/config.json says {key} {declared}, but the {name} tower has width "
+                f"{width}; use the matching {name} tower."
             )
 
     patches = towers["vision"].image_size // towers["vision"].patch_size
     if patches % 2:
         raise UserError(
-            f"the vision tower makes {patches} x {patches} patches; the projector halves the map "
-            "and needs an even number."
+            f"the vision tower of {path} makes {patches} x {patches} patches; use one with an even "
+            "number."
         )
 
 
-# ------------------------------------------------------------------------------------------------
-# Loading
-# ------------------------------------------------------------------------------------------------
+# ---- loading ------------------------------------------------------------------------------------
 
 
 def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, towers, dtype, device, log):
     """Return a model of class `cls` with the weights of `path`; see HumanOmni.from_pretrained."""
     plan = make_plan(cls, config, path, vision_tower, audio_tower, bert, towers)
-    if plan.faults:
-        raise UserError(" ".join(plan.faults))
+    if plan.fault:
+        raise UserError(plan.fault)
     model, tensors = plan.model, {}
 
-    # The stock towers are loaded first, the largest of them before the others: transformers holds
-    # the file and the weights in memory at the same time.
+    # The largest stock tower is loaded first: transformers holds the file and the weights in memory
+    # at the same time.
     for name in ("audio", "vision", "bert"):
         if name not in plan.from_file:
             weights = stock_tower(name, plan.source[name], dtype)
             tensors |= {key: tensor.to(device) for key, tensor in weights.items()}
 
-    index = {
-        key: stored
-        for key, stored in plan.index.items()
-        if key in plan.ours or key.startswith(UNUSED)
-    }
-    for key, tensor in read_tensors(index):
-        if key in plan.ours:
-            tensors[plan.ours[key]] = tensor.to(device=device, dtype=dtype, copy=True)
+    ours = plan.ours
+    used = {key: plan.index[key] for key in plan.index if key in ours or key.startswith(UNUSED)}
+    for key, tensor in read_tensors(used):
+        if key in ours:
+            tensors[ours[key]] = tensor.to(device=device, dtype=dtype, copy=True)
         else:
             model.unused[key] = tensor.clone()
     tensors |= initial_weights(model, tensors, dtype, device)
@@ -613,8 +481,7 @@ def load_checkpoint(cls, config, path, vision_tower, audio_tower, bert, towers, 
 def initial_weights(model, loaded: dict, dtype: torch.dtype, device) -> dict[str, torch.Tensor]:
     """Return values for the weights of added modalities that the checkpoint does not hold.
 
-    Matrices are normal with standard deviation 0.02, everything else is 0. Every rank and every
-    run gets the same values.
+    They are the same on every rank and in every run.
     """
     generator = torch.Generator().manual_seed(0)
     tensors = {}
@@ -637,31 +504,23 @@ def overwrite_weights(model, path: str) -> None:
 
 
 def fill_buffers(model, device) -> None:
-    """Create the buffers that no file contains: position ids and token type ids of the towers.
-
-    They are still on the meta device after the weights are loaded.
-    """
+    """Create the buffers of the towers that no file contains, and that are still on meta."""
     for name, buffer in list(model.named_buffers()):
         if not buffer.is_meta:
             continue
-        owner_name, _, leaf = name.rpartition(".")
+        owner, _, leaf = name.rpartition(".")
+        value = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
         if leaf == "position_ids":
-            value = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-        elif leaf == "token_type_ids":
-            value = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
-        else:
-            raise UserError(
-                f"this version of transformers has a buffer {name} that the loader does not know."
-            )
-        owner = model.get_submodule(owner_name)
-        owner.register_buffer(leaf, value.clone(), persistent=False)
+            value += torch.arange(buffer.shape[-1], device=device)
+        elif leaf != "token_type_ids":
+            raise UserError(f"unknown buffer {name}: install transformers as in requirements.txt.")
+        model.get_submodule(owner).register_buffer(leaf, value, persistent=False)
 
 
 def read_side_files(model, path: str, bert: str) -> None:
-    """Read the tokenizer files and the end-of-turn ids into the model.
+    """Read the tokenizer files (some MB) and the end-of-turn ids into the model.
 
-    The files take some MB. The model keeps them, so that a saved checkpoint is complete even if the
-    source is deleted in the meantime.
+    A checkpoint can then be saved even if its source is deleted in the meantime.
     """
     for folder, names, subfolder in ((path, TOKENIZER_FILES, ""), (bert, BERT_FILES, "bert/")):
         for name in names:
@@ -672,21 +531,16 @@ def read_side_files(model, path: str, bert: str) -> None:
     generation = json.loads(model.files.get("generation_config.json", b"{}"))
     model.eos_ids = end_ids(generation, model.config.raw)
     if not model.eos_ids:
-        raise UserError(
-            f"{path}: neither generation_config.json nor config.json names an eos_token_id."
-        )
+        raise UserError(f"{path}: add an eos_token_id to generation_config.json or config.json.")
 
 
-# ------------------------------------------------------------------------------------------------
-# Saving
-# ------------------------------------------------------------------------------------------------
+# ---- saving -------------------------------------------------------------------------------------
 
 
 def save_checkpoint(model, path: Path, final: Path) -> None:
     """Write a model to the folder `path`, which will be renamed to `final` afterwards.
 
-    The vision and the audio tower are left out if the loaded checkpoint did not contain them and
-    they are not trained.
+    A vision or audio tower that the loaded checkpoint lacked is left out, unless it is trained.
     """
     path.mkdir(parents=True, exist_ok=True)
     for name, content in model.files.items():
@@ -708,8 +562,8 @@ def save_checkpoint(model, path: Path, final: Path) -> None:
 
     raw = dict(model.config.raw)
     raw["torch_dtype"] = str(model.dtype).removeprefix("torch.")
-    # Relative paths of towers must be valid from the final folder. The folder is resolved first,
-    # because ".." leads from the target of a symbolic link and not from the link.
+    # Tower paths are relative to the final folder, resolved: ".." leads from the target of a
+    # symbolic link and not from the link.
     for key, folder in model.local_towers.items():
         raw[key] = os.path.relpath(folder, final.resolve())
     (path / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
@@ -725,11 +579,7 @@ def is_trained(model, tower: str) -> bool:
 
 
 def digest_of(parameters) -> str:
-    """Return a SHA-256 digest that identifies weights and their dtype, as a hexadecimal string.
-
-    The digest covers 64 to 127 evenly spaced values of each tensor (all values of a smaller one),
-    which is enough to distinguish weights.
-    """
+    """Return the SHA-256 of the dtype and of 64 to 127 evenly spaced values of each tensor."""
     digest = hashlib.sha256()
     for p in parameters:
         stride = max(1, p.numel() // 64)

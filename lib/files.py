@@ -8,13 +8,13 @@ from pathlib import Path
 from lib.args import UserError
 
 
-def sync(what) -> None:
-    """Write an open file, or the file or folder of a path, to the disk, against a power failure."""
-    if not isinstance(what, (str, Path)):
-        what.flush()
-        os.fsync(what.fileno())
+def sync(file) -> None:
+    """Force an open file, or the file or folder of a path, to the disk."""
+    if not isinstance(file, (str, Path)):
+        file.flush()
+        os.fsync(file.fileno())
         return
-    handle = os.open(what, os.O_RDONLY)
+    handle = os.open(file, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -22,10 +22,9 @@ def sync(what) -> None:
 
 
 def check_writable(path, folder_flag: str = "") -> None:
-    """Check before the work that a file, and missing folders above it, can be written.
+    """Raise UserError if a file `path`, and missing folders above it, cannot be written.
 
-    Leaves nothing behind; raises UserError.  `folder_flag`: the flag that names `path`, if that is
-    a folder to be filled.
+    Writes nothing. `folder_flag` is the flag that names `path`, if that is a folder to be filled.
     """
     path = Path(path).absolute()
     try:
@@ -37,21 +36,21 @@ def check_writable(path, folder_flag: str = "") -> None:
         existing = next(place for place in places if os.path.lexists(place))
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        what = f"give {folder_flag} a folder" if folder_flag else "name a file in a folder"
+        advice = f"give {folder_flag} a folder" if folder_flag else "name a file in a folder"
         raise UserError(
-            f"cannot write {path}: {error.strerror}; {what} that can be written."
+            f"cannot write {path}: {error.strerror}; {advice} that can be written."
         ) from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step; its folders are made."""
+    """Replace the file `path` by `text`, as `write_bytes` does."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step; its folders are made."""
+    """Replace the file `path` by `content` in one step, and create its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + f".tmp{os.getpid()}")
+    beside = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         with open(beside, "wb") as file:
             file.write(content)
@@ -64,4 +63,5 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value) -> None:
+    """Replace the file `path` by a value in JSON, as `write_bytes` does."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

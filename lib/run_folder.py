@@ -8,14 +8,11 @@
         latest              a link to the newest complete checkpoint: `--model out/latest`
         report.html         the page of `python -m tools.report out`
 
-A checkpoint is first written to a temporary folder beside its final place. A manifest lists the
-size and the SHA-256 of every file. All files are forced to the disk, and then the folder is renamed
-to `step_N`. So a folder with this name is always complete. The trainer's state records the length
-of each log.
+A checkpoint is written to a temporary folder with a manifest of its files, forced to the disk, and
+then renamed to `step_N`. So a folder with this name is always complete.
 
-A killed run can be resumed with --resume. It continues from the newest undamaged checkpoint and
-cuts the logs back to the lengths recorded there. At its end, weights and logs are the same as
-without the interruption.
+A run continues with --resume from the newest undamaged checkpoint. The logs are cut back to the
+lengths that it recorded, so weights and logs end as without the interruption.
 """
 
 import contextlib
@@ -43,29 +40,14 @@ REPORT = "report.html"
 MANIFEST = "manifest.json"
 STATE = "trainer.pt"
 
-# Flags that may change when a run is resumed. They affect how the work is done or monitored, but
-# not what is learned.
-MAY_CHANGE = {
-    "out",
-    "resume",
-    "overwrite",
-    "workers",
-    "save_every",
-    "keep",
-    "micro_batch",
-    "towers",
-    "checkpoint_layers",
-    "feature_cache",
-    "eval_data",
-    "eval_every",
-    "allow_changes",
-    "media_root",
-    "log",
-}
+# Flags that may change when a run is resumed, because what is learned does not depend on them.
+MAY_CHANGE = set(
+    "out resume overwrite workers save_every keep micro_batch towers checkpoint_layers "
+    "feature_cache eval_data eval_every allow_changes media_root log".split()
+)
 # Entries of config.json that are recorded for information and never compared.
 NEVER_COMPARED = {"argv", "torch", "world_size", "model_resolved"}
-# Flags that set the length of a run. They may change when a run is resumed, but the learning-rate
-# schedule depends on them.
+# Flags that may change, too, but the learning-rate schedule depends on them.
 LENGTH_FLAGS = {"max_steps", "epochs"}
 
 # Shells and schedulers write their own logs, of these file types, into a run's folder.
@@ -73,10 +55,9 @@ FOREIGN_LOG_SUFFIXES = (".log", ".out", ".err", ".txt")
 
 
 def read_rows(path: Path) -> Iterator[dict]:
-    """Yield the rows of a jsonl file, one at a time.
+    """Yield the rows of a jsonl file. A missing file has none. Raises UserError.
 
-    Lines that are not a JSON object are skipped, such as a last line that is half written. A
-    missing file has no rows. Raises UserError if the file cannot be read.
+    Lines that are not a JSON object are skipped, such as a last line that is half written.
     """
     try:
         # Only "\n" ends a row. Completions can contain U+2028 and similar characters, which do not.
@@ -108,28 +89,23 @@ def digest(path: Path) -> str:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return a description of what is wrong with a checkpoint folder, or None if it is undamaged.
-
-    Every file that the manifest lists must have the recorded size and SHA-256.
-    """
+    """Return what is wrong with a checkpoint folder, or None if it matches its manifest."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text())
-        for name, (size, sha256) in files.items():
-            actual_size = (checkpoint / name).stat().st_size
-            if actual_size != size:
-                return f"{name} has {actual_size} bytes and not {size}"
-            if digest(checkpoint / name) != sha256:
+        for name, recorded in files.items():
+            file = checkpoint / name
+            if [file.stat().st_size, digest(file)] != recorded:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return None if STATE in files else f"{STATE} is not listed"
 
 
 def check_outputs(args, ranks: Ranks) -> None:
-    """Check that the run can write its files and that --out holds nothing of another origin.
+    """Check the folders of a run before anything is loaded.
 
-    It is called before anything is loaded. Raises UserError if a folder cannot be written, if --out
-    holds a run and neither --resume nor --overwrite is given, or if it holds other files.
+    Raises UserError if one cannot be written, if --out holds a run and neither --resume nor
+    --overwrite is given, or if it holds other files.
     """
     out = Path(args.out)
     # The cache may be on a different disk on every machine, so every rank checks it.
@@ -160,15 +136,12 @@ def check_outputs(args, ranks: Ranks) -> None:
         )
 
 
-def foreign_files(out: Path, feature_cache: str) -> list[str]:
-    """Return the names of the files in `out` that no run and no scheduler has written.
-
-    A run that was killed before it wrote config.json can have left logs, checkpoints and a feature
-    cache.
-    """
-    # The feature cache may be inside of `out`. Without a cache this line adds "latest" once more.
-    cache_folder = Path(os.path.relpath(feature_cache or out / "latest", out)).parts[0]
-    own = {*LOGS, REPORT, "checkpoints", "latest", cache_folder}
+def foreign_files(out: Path, feature_cache: str | None) -> list[str]:
+    """Return the names of the files in `out` that no run and no scheduler has written."""
+    # A run that was killed before it wrote config.json can have left these.
+    own = {*LOGS, REPORT, "checkpoints", "latest"}
+    if feature_cache:
+        own.add(Path(os.path.relpath(feature_cache, out)).parts[0])
     files = sorted(out.iterdir()) if out.is_dir() else []
     return [
         file.name
@@ -180,22 +153,16 @@ def foreign_files(out: Path, feature_cache: str) -> list[str]:
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run. Only rank 0 writes, but every rank must call the methods."""
 
-    Only rank 0 writes. Every rank must call the methods, because some of them wait for all ranks.
-    """
-
-    # Sends the rows of metrics.jsonl to the tracker of --log. Only rank 0 has one.
-    mirror: Mirror | None = None
+    mirror: Mirror | None = None  # sends the rows of metrics.jsonl to the tracker of --log
 
     def __init__(self, args, ranks: Ranks, start_model: str = ""):
         """Create the folder, or prepare it for a resumed run.
 
-        `start_model` is the fingerprint of the weights that the run starts from, which are also the
-        reference model of the KL penalty.
+        `start_model` is the fingerprint of the weights that the run starts from.
         """
-        self.path, self.ranks = Path(args.out), ranks
-        self.keep = args.keep
+        self.path, self.ranks, self.keep = Path(args.out), ranks, args.keep
         self.checkpoints = self.path / "checkpoints"
         if ranks.is_main:
             self._prepare(args, start_model)
@@ -225,11 +192,7 @@ class RunFolder:
 
     def _config(self, args, start_model: str) -> dict:
         """Return the content of config.json: the flags and what identifies the run's inputs."""
-        # --model may be a link such as RUN/latest, which later points to another folder, so its
-        # target is recorded too. The path itself may change. `start_model` ensures that the weights
-        # do not.
-        is_folder = Path(args.model).is_dir()
-        model_resolved = str(Path(args.model).resolve()) if is_folder else args.model
+        model = Path(args.model)  # may be a link such as RUN/latest, which later points elsewhere
         reward_files = {
             spec: digest(Path(spec.rpartition(":")[0]))
             for spec in getattr(args, "rewards", [])
@@ -241,15 +204,14 @@ class RunFolder:
             "torch": torch.__version__,
             "data_sha256": digest(Path(args.data)),
             "start_model": start_model,
-            "model_resolved": model_resolved,
+            "model_resolved": str(model.resolve()) if model.is_dir() else args.model,
             "rewards_sha256": reward_files,
         }
 
     def _check_same(self, old: dict, new: dict, allow: bool) -> None:
-        """Raise UserError if a resumed run has other flags or inputs than the run it continues.
+        """Raise UserError if a resumed run has other flags or inputs than before.
 
-        `old` and `new` are the contents of config.json. With `allow` (--allow_changes) nothing is
-        refused.
+        `old` and `new` are the contents of config.json. `allow` is --allow_changes.
         """
         ignored = MAY_CHANGE | NEVER_COMPARED
         changed = sorted(
@@ -268,20 +230,19 @@ class RunFolder:
         ]
         if problems and not allow:
             raise UserError(
-                f"--resume {self.path}: {'; '.join(problems)}. Give what the run was started with, "
+                f"--resume {self.path}: {'; '.join(problems)}; give what the run was started with, "
                 "or --allow_changes."
             )
 
-        length_changed = bool(LENGTH_FLAGS.intersection(changed))
-        if length_changed and old["schedule"] != "constant":
+        if LENGTH_FLAGS.intersection(changed) and old["schedule"] != "constant":
             self.ranks.print0(
-                "--max_steps or --epochs changed: the learning-rate schedule is stretched, "
-                "so this is not what one run of that length would have been"
+                "--max_steps or --epochs has changed, so the learning-rate schedule is stretched: "
+                "the result differs from that of one run of this length"
             )
         if old["world_size"] != new["world_size"]:
             self.ranks.print0(
-                f"{old['world_size']} rank(s) before, {new['world_size']} now: "
-                "same data order, same samples"
+                f"{old['world_size']} rank(s) before, {new['world_size']} now: the order of the "
+                "data and the sampled tokens stay the same"
             )
 
     def _complete(self) -> list[Path]:
@@ -290,20 +251,17 @@ class RunFolder:
         return sorted(folders, key=lambda p: int(p.name.removeprefix("step_")))
 
     def newest(self) -> Path | None:
-        """Return the newest undamaged checkpoint, or None if there is no checkpoint yet.
+        """Return the newest undamaged checkpoint on every rank, or None if there is none yet.
 
-        Every rank returns the same. Damaged checkpoints cause a warning. Raises UserError if all
-        are damaged.
+        Damaged checkpoints cause a warning. Raises UserError if all are damaged.
         """
-        newest = None
-        if self.ranks.is_main:
-            newest = self._find_newest()
-            if newest:
-                self._link(newest)
+        newest = self._find_newest() if self.ranks.is_main else None
+        if newest:
+            self._link(newest)
         return self.ranks.gather([newest])[0]
 
     def _find_newest(self) -> Path | None:
-        """Return the newest undamaged checkpoint on this rank. See `newest`."""
+        """Return the newest undamaged checkpoint on this rank."""
         checkpoints = self._complete()
         for checkpoint in reversed(checkpoints):
             problem = find_damage(checkpoint)
@@ -321,20 +279,17 @@ class RunFolder:
     def cut_logs(self, lengths: dict[str, int]) -> None:
         """Cut the logs back to the lengths in bytes that a checkpoint recorded.
 
-        The resumed run writes the later rows again, so each row is in the log exactly once.
+        The resumed run writes the later rows again.
         """
-        if self.ranks.is_main:
-            for name in LOGS:
-                file, length = self.path / name, lengths.get(name, 0)
-                if not file.exists():
-                    continue
-                actual_length = file.stat().st_size
-                if actual_length < length:
-                    self.ranks.print0(
-                        f"warning: {file} is shorter than when the checkpoint was written: "
-                        "rows are missing"
-                    )
-                os.truncate(file, min(length, actual_length))
+        files = [file for name in LOGS if (file := self.path / name).exists()]
+        for file in files if self.ranks.is_main else []:
+            length, actual_length = lengths.get(file.name, 0), file.stat().st_size
+            if actual_length < length:
+                self.ranks.print0(
+                    f"warning: {file} is shorter than when the checkpoint was written: "
+                    "rows are missing"
+                )
+            os.truncate(file, min(length, actual_length))
         self.ranks.barrier()
 
     # ---- writing ---------------------------------------------------------------------------------
@@ -362,8 +317,8 @@ class RunFolder:
         free = shutil.disk_usage(self.path if self.path.exists() else ".").free
         reason = str(error).splitlines()[0]
         return UserError(
-            f"cannot write {path}: {reason} ({free / 2**20:.0f} MB are free there). The "
-            "checkpoints before it are whole: make room and go on with --resume."
+            f"cannot write {path}: {reason} ({free / 2**20:.0f} MB are free there); make room and "
+            "continue from the last complete checkpoint with --resume."
         )
 
     def save(self, step: int, model, state: dict) -> None:
@@ -389,21 +344,21 @@ class RunFolder:
         self.ranks.barrier()
 
     def _write_checkpoint(self, folder: Path, final: Path, model, state: dict) -> None:
-        """Write a checkpoint to `folder` and force it to the disk.
-
-        `final` is the name that the folder gets afterwards.
-        """
+        """Write a checkpoint to `folder` and force it to the disk; `final` is its later name."""
         shutil.rmtree(folder, ignore_errors=True)
         model.save_pretrained(folder, final=final)
         log_files = {name: self.path / name for name in LOGS}
         lengths = {name: file.stat().st_size for name, file in log_files.items() if file.exists()}
         torch.save(state | {"logs": lengths}, folder / STATE)
 
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(folder)): [p.stat().st_size, digest(p)] for p in files}
+        paths = sorted(folder.rglob("*"))
+        manifest = {
+            str(path.relative_to(folder)): [path.stat().st_size, digest(path)]
+            for path in paths
+            if path.is_file()
+        }
         write_json(folder / MANIFEST, manifest)
-        subfolders = [p for p in folder.rglob("*") if p.is_dir()]
-        for path in (*files, *subfolders, folder):
+        for path in (*paths, folder):
             sync(path)
 
     def _link(self, checkpoint: Path) -> None:
@@ -416,9 +371,7 @@ class RunFolder:
 
     def _prune(self) -> None:
         """Remove all but the newest `keep` checkpoints. If `keep` is 0, all stay."""
-        if not self.keep:
-            return
-        for checkpoint in self._complete()[: -self.keep]:
+        for checkpoint in self._complete()[: -self.keep] if self.keep else []:
             # The folder is renamed first, so that half of a checkpoint never has its name.
             renamed = checkpoint.with_name(f".{checkpoint.name}.old")
             os.rename(checkpoint, renamed)

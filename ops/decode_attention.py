@@ -5,7 +5,7 @@ prompt, which the completions of a group share, and those of the row's own compl
 
 `attend` is the version in PyTorch. In bf16 it launches 12 kernels, and most of their time goes
 into writing and reading scores. Where the machine can build them, the two Triton kernels of
-ops/decode_kernel.py replace `attend`. These also rotate queries and keys and write to the cache.
+decode_kernel.py replace it.
 
 Legend   B prompts   G completions per prompt   P prompt length   T longest completion
          S cache slots of a completion that a step reads (S <= T)
@@ -28,8 +28,7 @@ def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Return the products of queries and keys in fp32. q (N, m, d), k (N, n, d) -> (N, m, n)
 
     Rounding to bf16 would move a score near 300 by up to 1, which is 0.125 after scaling by
-    d**-0.5 with d = 64. The sampler would then sample from a different policy than the one whose
-    log-probabilities the trainer computes.
+    d**-0.5 with d = 64. The sampler's policy would then differ from the trainer's.
     """
     if q.is_cuda and q.dtype != torch.float32:
         # PyTorch has kernels for out_dtype only on CUDA.
@@ -49,7 +48,7 @@ def attend(
 
     All G * R queries that share a key head are multiplied with the prompt's keys in one product, so
     no prompt key is copied per completion. One fp32 softmax runs over the concatenated scores of
-    prompt and completion. It merges no partial results and approximates nothing.
+    prompt and completion.
     """
     B, G, _, d = q.shape
     _, _, K, P, _ = prefix.shape
@@ -71,15 +70,10 @@ def attend(
 
 @functools.cache
 def can_build_kernels() -> bool:
-    """Return True if Triton can build its kernels on this machine; warn if it cannot.
-
-    A build needs Triton, a C compiler, Python's headers and a GPU of compute capability 8.0 or
-    higher. With TRITON_INTERPRET=1 it needs only Triton.
-    """
+    """Return True if Triton can build its kernels on this machine; warn if it cannot."""
     triton = importlib.util.find_spec("triton")
     if triton and os.environ.get("TRITON_INTERPRET") == "1":
-        # The interpreter runs on any machine. It is slow and meant for tests.
-        return True
+        return True  # the interpreter runs on any machine; it is slow and meant for tests
 
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     # Triton replaces the scheme in the same way when it looks for Python.h.
@@ -99,10 +93,7 @@ def can_build_kernels() -> bool:
 
 
 def load_kernels() -> types.SimpleNamespace:
-    """Return the Triton functions `rotate_write_attend` and `append_token` in a namespace.
-
-    Triton is imported only by this function, so a machine without it can import this file.
-    """
+    """Return `rotate_write_attend` and `append_token`. Only this function imports Triton."""
     from ops import decode_kernel, sample_kernel
 
     return types.SimpleNamespace(

@@ -5,16 +5,13 @@
     over_suffix   Each completion writes its new key and value into its cache, attends to its own
                   keys, and merges the partial results for its prompt.
 
-The tests compare the kernels with a slow, simple version in PyTorch: `rotate_and_write` of
-sampler.py followed by `attend` of decode_attention.py.
+The simple version in PyTorch is `rotate_and_write` of sampler.py followed by `attend` of
+decode_attention.py.
 
 Scores, maxima and sums are fp32. Partial softmaxes are merged by their maxima and sums, so the
 result equals one softmax up to fp32 rounding. There is no backward pass, because sampling needs no
 gradient. The kernels read the position t of the new token from the device, so one captured launch
 serves every position.
-
-This file needs Triton. So it is imported only where a GPU can build the kernels, or under Triton's
-interpreter.
 
 Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length
          T longest completion   H query heads   K key/value heads   R = H/K   d head size
@@ -67,9 +64,9 @@ def attend_to_span(
     """Continue a softmax over the keys start .. end - 1, one block of keys at a time.
 
     `keys` and `values` point to tensors (n, d); q is (QUERIES, WIDTH). The state of the softmax is
-    the largest score so far, `maximum` (QUERIES,), the sum of exponentials, `total` (QUERIES,), and
-    the weighted sum of values, `weighted` (QUERIES, WIDTH). It is passed in and returned.
-    `bias` is None or points to n numbers that are added to the scores.
+    passed in and returned: the largest score so far, `maximum` (QUERIES,), the sum of exponentials,
+    `total` (QUERIES,), and the weighted sum of values, `weighted` (QUERIES, WIDTH). `bias` is None
+    or points to n numbers that are added to the scores.
     """
     column = tl.arange(0, WIDTH)[None, :]
     for block_start in range(start, end, BLOCK):
@@ -166,8 +163,8 @@ def merge_partials(
 ):
     """Merge the softmax of a completion with the partial results of its prompt.
 
-    query, query_mask (PARTS, QUERIES) select the partial results. The state of the softmax is
-    described at `attend_to_span`; the merged total and weighted sum are returned.
+    query, query_mask (PARTS, QUERIES) select the partial results. Returns the merged total and
+    weighted sum; see `attend_to_span`.
     """
     # All partial results are loaded as one tensor, so that the latencies of the loads overlap.
     prompt_maximum = tl.load(partial_max_total + 2 * query, mask=query_mask, other=NO_MAXIMUM)
@@ -228,8 +225,7 @@ def over_suffix(
     q = load_rotated(qkv, offsets, column, mask, rope + b * d, sine_offset, d)
     q = q.to(keys.dtype.element_ty)
 
-    # The new key and value are written to the cache for later steps. This step uses them from
-    # registers, so it never reads memory that it has just written.
+    # The new key and value go to the cache for later steps. This step uses them from registers.
     column_mask = column < d
     k_offset = n * qkv_stride + (K * R + k) * d
     v_offset = k_offset + K * d
@@ -265,42 +261,17 @@ def over_suffix(
     )
 
 
-def check_layout(qkv, rope, prefix, suffix, bias) -> None:
-    """Raise AssertionError for tensors whose layout in memory the kernels do not support."""
-    # The kernels compute offsets in int32.
-    assert max(prefix[0].numel(), suffix[0].numel()) < 2**31
-    for x in (qkv, rope, prefix, suffix, bias):
-        assert x.is_contiguous(), "rotate_write_attend needs contiguous tensors"
-
-
-def choose_tile_size(num_queries: int, dtype: torch.dtype) -> int:
-    """Return how many of a group's queries one program of `over_prefix` holds: 16, 32 or 64.
-
-    Each tile reads the prompt's keys once. In fp32 the registers hold only 16 queries.
-    """
-    max_tile = 16 if dtype == torch.float32 else 64
-    return min(max_tile, max(16, triton.next_power_of_2(num_queries)))
-
-
 def choose_span_length(P: int, BLOCK: int, num_tiles: int) -> int:
     """Return how many of the P keys of a prompt one program of `over_prefix` reads.
 
-    With few tiles of queries, the keys are split into up to 16 spans, so that the grid has about
-    256 programs, two per multiprocessor. With many tiles there is one span. The length is a
-    multiple of BLOCK.
+    With few tiles of queries, the keys are split into up to 16 spans of a multiple of BLOCK, so
+    that the grid has about 256 programs, two per multiprocessor. With many tiles there is one span.
     """
     parts = max(1, min(triton.cdiv(P, BLOCK), triton.cdiv(256, num_tiles), 16))
     return triton.cdiv(triton.cdiv(P, parts), BLOCK) * BLOCK
 
 
-def rotate_write_attend(
-    qkv: torch.Tensor,
-    rope: torch.Tensor,
-    prefix: torch.Tensor,
-    suffix: torch.Tensor,
-    bias: torch.Tensor,
-    t: torch.Tensor,
-) -> torch.Tensor:
+def rotate_write_attend(qkv, rope, prefix, suffix, bias, t) -> torch.Tensor:
     """Rotate queries and keys, write keys and values at position t, and attend. -> (1, N, H*d)
 
     qkv     (1, N, H + 2K, d), before rotation
@@ -309,20 +280,23 @@ def rotate_write_attend(
     suffix  (2, B, K, G, T, d), keys and values of the completions; slot t is written
     bias    (B, 1, 1, 1, P + T) fp32, of which the first P entries are read (-inf on padding)
     t       (1,) int64, on the device
-
-    Raises AssertionError for tensors that are not contiguous or too large for int32 offsets.
     """
     _, N, heads, d = qkv.shape
     _, B, K, P, _ = prefix.shape
     G, T = suffix.shape[3:5]
     R = heads // K - 2
     assert N == B * G
-    check_layout(qkv, rope, prefix, suffix, bias)
+    # The kernels compute offsets in int32.
+    assert max(prefix[0].numel(), suffix[0].numel()) < 2**31
+    for x in (qkv, rope, prefix, suffix, bias):
+        assert x.is_contiguous(), "rotate_write_attend needs contiguous tensors"
 
     # Shared memory limits the number of keys that a program holds at a time.
     BLOCK = 64 if d * qkv.element_size() <= 256 else 32
     sizes = {"R": R, "d": d, "BLOCK": BLOCK, "WIDTH": max(16, triton.next_power_of_2(d))}
-    tile = choose_tile_size(G * R, qkv.dtype)
+    # The queries of a tile read the prompt's keys together. In fp32 the registers hold only 16.
+    max_tile = 16 if qkv.dtype == torch.float32 else 64
+    tile = min(max_tile, max(16, triton.next_power_of_2(G * R)))
     tiles = triton.cdiv(G * R, tile)
     span_length = choose_span_length(P, BLOCK, B * K * tiles)
     parts = triton.cdiv(P, span_length)
@@ -331,45 +305,14 @@ def rotate_write_attend(
     empty = functools.partial(torch.empty, device=qkv.device, dtype=torch.float32)
     partials = empty(parts, num_queries, 2), empty(parts, num_queries, d)  # max_total, values
     out = torch.empty(1, N, K * R * d, dtype=qkv.dtype, device=qkv.device)
-    qkv_stride, sine_offset = qkv.stride(1), B * d
+    strides = qkv.stride(1), B * d
 
-    over_prefix[B * K, parts, tiles](
-        qkv,
-        rope,
-        prefix[0],
-        prefix[1],
-        bias,
-        *partials,
-        K,
-        G,
-        P,
-        P + T,
-        qkv_stride,
-        sine_offset,
-        span_length,
-        num_queries,
-        d**-0.5,
-        QUERIES=tile,
-        **sizes,
-    )
-    over_suffix[(N * K,)](
-        qkv,
-        rope,
-        suffix[0],
-        suffix[1],
-        *partials,
-        t,
-        out,
-        K,
-        G,
-        T,
-        qkv_stride,
-        sine_offset,
-        parts,
-        num_queries,
-        d**-0.5,
-        QUERIES=max(16, triton.next_power_of_2(R)),
-        PARTS=triton.next_power_of_2(parts),
-        **sizes,
-    )
+    tensors = qkv, rope, prefix[0], prefix[1], bias, *partials
+    numbers = K, G, P, P + T, *strides, span_length, num_queries, d**-0.5
+    over_prefix[B * K, parts, tiles](*tensors, *numbers, QUERIES=tile, **sizes)
+
+    tensors = qkv, rope, suffix[0], suffix[1], *partials, t, out
+    numbers = K, G, T, *strides, parts, num_queries, d**-0.5
+    sizes |= {"QUERIES": max(16, triton.next_power_of_2(R)), "PARTS": triton.next_power_of_2(parts)}
+    over_suffix[(N * K,)](*tensors, *numbers, **sizes)
     return out

@@ -1,10 +1,5 @@
 """Log-probabilities of the target tokens, computed without ever holding all logits in memory.
 
-The logits are the largest tensor of a training step: one number for each token and each of the
-152,000 entries of the vocabulary. `HeadLogps` computes them a few rows at a time, in both passes.
-
-The tests compare it with the simple version, log_softmax over all logits (tests/test_model.py).
-
 Legend   N tokens   D width of a hidden state   V vocabulary
 """
 
@@ -49,16 +44,16 @@ class HeadLogps(torch.autograd.Function):
     at a time. It returns logps (N,) in fp32 and the entropy (N,) in fp32, or None without
     `with_entropy`. Only logps has a gradient.
 
-    Why chunks. log_softmax under autograd keeps several (N, V) tensors for the backward pass.
-    At V = 152,000, each of them takes 1 GB per 1,600 tokens in fp32. But the result depends on the
-    logits z (V,) of a row only through two numbers: the logit of the target y, and log sum exp.
+    Why chunks. The logits are the largest tensor of a training step, and log_softmax under autograd
+    keeps several (N, V) tensors for the backward pass. At V = 152,000, each of them takes 1 GB per
+    1,600 tokens in fp32. But the result depends on the logits z (V,) of a row only through two
+    numbers: the logit of the target y, and log sum exp.
 
         z = weight @ state / temperature
         logp = z[y] - log sum_v exp z[v]
 
     The forward pass therefore computes the logits of one chunk, reduces each row to these two
-    numbers, and discards the logits. For the backward pass it saves the inputs and log sum exp,
-    which is one number per row.
+    numbers, and discards the logits. For the backward pass it saves the inputs and log sum exp.
 
     How the backward pass works. It computes the logits of a chunk a second time and obtains the
     softmax from them with the saved number, p = exp(z - log sum exp z). With onehot(y) = 1 at the
@@ -72,14 +67,13 @@ class HeadLogps(torch.autograd.Function):
     weight are summed over the rows.
 
     Speed. Most of the time goes into reading and writing (chunk, V) tensors, not into the matrix
-    products, so the code makes as few passes over such tensors as possible. The backward pass
-    computes p - onehot(y) and leaves it unscaled. It puts the minus sign, the arriving gradient
-    and 1 / temperature into one factor per row, and multiplies (chunk, D) tensors by this factor.
+    products. So the backward pass leaves p - onehot(y) unscaled: it puts the minus sign, the
+    arriving gradient and 1 / temperature into one factor per row, for (chunk, D) tensors.
     """
 
     @staticmethod
     def forward(ctx, states, weight, targets, temperature, chunk, with_entropy):
-        # On a CPU the weight is converted to fp32 here, once, instead of once per chunk.
+        # On a CPU the weight is converted to fp32 once and not per chunk.
         head_weight = weight if weight.is_cuda else weight.float()
         logps, log_sum_exps, entropies = [], [], []
 

@@ -5,13 +5,9 @@
     choose_and_record  One program per row: it selects a block, then a token in the block, and
                        writes the results.
 
-The tests compare the kernels with a slow, simple version in PyTorch, `append_token` of sampler.py.
-That version takes 57 operations, of which six read or write an (N, V) tensor. Both use the same
-method: inversion of the CDF in float64, over blocks that are summed in fp32. See `sample_token`
-in sampler.py.
-
-This file needs Triton. So it is imported only where a GPU can build the kernels, or under Triton's
-interpreter.
+The simple version in PyTorch, `append_token` of sampler.py, takes 57 operations, of which six read
+or write an (N, V) tensor. `sample_token` there explains the method: inversion of the CDF in
+float64, over blocks that are summed in fp32.
 
 Legend   N rows   V vocabulary   T longest completion   E end tokens
 """
@@ -29,8 +25,8 @@ BELOW_ONE = tl.constexpr(1 - 2**-52)
 def block_statistics(logits, maxima, rests, V, blocks, temperature, TILE: tl.constexpr):
     """Store the maximum and the rest of TILE blocks of one row. One program per (row, tile).
 
-    The mass of a block is exp(maximum) * (1 + rest). The 1 is its most probable token, and `rest`
-    is the sum over its other tokens. In fp32, small probabilities would be lost in a sum with 1.
+    The mass of a block is exp(maximum) * (1 + rest). The 1 is its most probable token; `rest` is
+    the sum over the others, because fp32 would lose small probabilities in a sum with 1.
     """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -51,8 +47,7 @@ def invert_cdf(mass, sought, index, count):
     """Invert a CDF: return the bin that contains `sought`, and the offset of `sought` in that bin.
 
     The bins have the lengths `mass` (n,) float64 and lie end to end from 0; the first `count` of
-    them are valid. The bin's number is the number of cumulative sums that do not exceed `sought`.
-    Up to rounding, the bin has a positive length.
+    them are valid. Up to rounding, the bin has a positive length.
     """
     cumulative = tl.cumsum(mass, 0)
     # The caller summed the masses in another order, so `sought` can reach the total by rounding.
@@ -84,10 +79,7 @@ def choose_and_record(
     ENDS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Sample the token of one row and record it. One program per row.
-
-    It writes the token, its log-probability, the length of the row and whether the row is done.
-    """
+    """Sample the token of one row and record it. One program per row."""
     row = tl.program_id(0).to(tl.int64)
     t = tl.load(position)
 
@@ -130,16 +122,7 @@ def choose_and_record(
 
 
 def append_token(
-    logits: torch.Tensor,
-    uniforms: torch.Tensor,
-    tokens: torch.Tensor,
-    logps: torch.Tensor,
-    lengths: torch.Tensor,
-    done: torch.Tensor,
-    end_tokens: torch.Tensor,
-    position: torch.Tensor,
-    temperature: float,
-    greedy: bool,
+    logits, uniforms, tokens, logps, lengths, done, end_tokens, position, temperature, greedy: bool
 ) -> None:
     """Sample the token at `position` of every row and record it; done rows get an end token.
 
@@ -158,22 +141,9 @@ def append_token(
     block_statistics[N, triton.cdiv(blocks, tile)](
         logits, maxima, rests, V, blocks, temperature, TILE=tile
     )
+    inputs = logits, maxima, rests, uniforms
+    outputs = tokens, logps, lengths, done
+    sizes = {"ENDS": len(end_tokens), "BLOCKS": triton.next_power_of_2(blocks)}
     choose_and_record[(N,)](
-        logits,
-        maxima,
-        rests,
-        uniforms,
-        tokens,
-        logps,
-        lengths,
-        done,
-        end_tokens,
-        position,
-        N,
-        V,
-        blocks,
-        temperature,
-        GREEDY=greedy,
-        ENDS=len(end_tokens),
-        BLOCKS=triton.next_power_of_2(blocks),
+        *inputs, *outputs, end_tokens, position, N, V, blocks, temperature, GREEDY=greedy, **sizes
     )

@@ -881,8 +881,8 @@ def inspect(args: InspectArgs) -> None:
     plan = make_plan(HumanOmni, config, args.path, None, None, None, args.towers)
     plan.model.set_trained(args.train)
     print(describe(plan), flush=True)
-    if plan.faults:
-        raise UserError(" ".join(plan.faults))
+    if plan.fault:
+        raise UserError(plan.fault)
 
 
 # ---- The command line ----

@@ -22,21 +22,20 @@ import rewards
 from lib.args import UserError, printable, run_main
 from lib.run_folder import read_rows
 
-MAX_ANSWERS = 10_000  # different answers that are counted one by one
 CUT_OFF = 0.1  # share of cut-off completions above which the limit is too low
 SOLVED = 0.95  # accuracy from which a policy may be certain, and has little to gain
 KL_FAR = 1.0  # nats per token: k3 if a probability grew by a factor of 3 or fell by one of 6
 WEIGHT = 0.02  # size of a typical weight: the standard deviation of the decoders' initialization
-# Half the distance between neighbouring numbers at WEIGHT. A smaller update is rounded away.
-HALF_FP32, HALF_BF16 = 2.0**-30, 2.0**-14
+# Half the distance between neighbouring bfloat16 numbers at WEIGHT. Less is rounded away.
+HALF_BF16 = 2.0**-14
 
 ACCURACY, FORMAT, LENGTH = "rewards/accuracy/mean", "rewards/format/mean", "completions/mean_length"
 CUT, UNIQUE, ZERO = "completions/clipped_ratio", "unique_completions", "frac_reward_zero_std"
 ALL_RIGHT, ALL_WRONG = f"{ZERO}/all_right", f"{ZERO}/all_wrong"
 
 # Causes. A finding that may only follow from them is not reported after them.
-BROKEN = {"advantages turned", "advantages not centred", "learning rate too large"}
-RUIN = BROKEN | {"reward falls", "KL runs away"}
+BROKEN = {"advantages wrong", "learning rate too large"}
+RUIN = BROKEN | {"training gets worse", "KL runs away"}
 
 
 # ---- the run folder ------------------------------------------------------------------------------
@@ -50,7 +49,6 @@ class Answers:
         self.completions = self.right = 0
         self.started = 0  # completions that start with <think>
         self.labels, self.given = Counter(), Counter()  # label, answer -> completions
-        self.without_format = ""  # the latest completion whose format reward is 0
         self.compared = 0  # groups whose rewards differ
         self.turned = 0  # of these: the best reward has a lower advantage than the worst
         self.not_centred = 0  # of these: the advantages do not add up to 0
@@ -180,10 +178,7 @@ def count_answers(rows: Iterator[dict], late_from: int, config: dict) -> tuple[A
             answers.right += answer == label
             answers.started += text.lstrip().startswith("<think>")
             if answer:
-                is_counted = answer in answers.given or len(answers.given) < MAX_ANSWERS
-                answers.given[answer if is_counted else "(other answers)"] += 1
-            if parts.get("format") == 0:
-                answers.without_format = text
+                answers.given[answer] += 1
     whole.compare(group)
     return whole, late
 
@@ -235,40 +230,23 @@ class Rule:
 RULES: list[Rule] = []
 
 
-def nothing_changed(run: Run, reason: str) -> str | None:
-    """Return a sentence if steps changed nothing, most of them for this reason."""
+@Rule("grad_norm kl lr dtype")
+def steps_without_effect(run: Run):
+    """No usable clip: read skipped.jsonl. Refused: sampler and trainer score the same tokens
+    differently. Gradient not finite: lower --lr, and check kl and grad_norm in the steps before. If
+    --dtype float32 helps with the last two, it is rounding."""
     reasons, before = Counter(), 0
     for row in run.rows:
         count = next(iter(values([row], "skipped_steps")), before)
         if count > before:
             # A refused step ends before it has a gradient.
-            why = "gradient not finite" if "grad_norm" in row else "steps refused"
+            why = "gradient not finite" if "grad_norm" in row else "refused"
             reasons[why if row.get("num_tokens") else "no usable clip"] += count - before
         before = count
     # A single NaN in thousands of steps does no harm.
-    if reasons.total() > 0.02 * len(run.rows) and reasons.most_common(1)[0][0] == reason:
+    if reasons.total() > 0.02 * len(run.rows):
         counts = ", ".join(f"{why} ({count})" for why, count in reasons.most_common())
         return f"{reasons.total()} of {len(run.rows)} steps changed nothing: {counts}."
-
-
-@Rule("grad_norm kl lr")
-def gradient_not_finite(run: Run):
-    """Lower --lr, and check kl and grad_norm in the steps before. If --dtype float32 helps, it is
-    rounding."""
-    return nothing_changed(run, "gradient not finite")
-
-
-@Rule("grad_norm kl lr")
-def steps_refused(run: Run):
-    """Sampler and trainer score the same tokens differently. If --dtype float32 helps, it is
-    rounding."""
-    return nothing_changed(run, "steps refused")
-
-
-@Rule("grad_norm kl lr")
-def no_usable_clip(run: Run):
-    """Read skipped.jsonl, and run `python -m tools.convert check` on the sample file."""
-    return nothing_changed(run, "no usable clip")
 
 
 @Rule("ratio/mean ratio/max update_epochs num_minibatches")
@@ -304,43 +282,13 @@ def sampler_and_trainer_disagree(run: Run):
 
 
 @Rule("reward baseline scale")
-def advantages_turned(run: Run):
-    """The policy unlearns what is right. Check the sign in grpo.advantages: reward minus mean."""
-    turned, compared = run.answers.turned, run.answers.compared
-    if turned > compared / 2:
+def advantages_wrong(run: Run):
+    """Check grpo.advantages. The advantage is the reward minus the mean of its own group."""
+    groups = run.answers
+    if max(groups.turned, groups.not_centred) > groups.compared / 2:
         return (
-            f"In {turned} of {compared} groups the best completion has a lower advantage than the "
-            "worst."
-        )
-
-
-@Rule("reward loss baseline scale")
-def advantages_not_centred(run: Run):
-    """Check grpo.advantages: it compares each reward with the mean of its own group."""
-    not_centred, compared = run.answers.not_centred, run.answers.compared
-    if not_centred > compared / 2:
-        return f"In {not_centred} of {compared} groups the advantages do not add up to 0."
-
-
-@Rule("loss kl beta agg", unless=BROKEN)
-def loss_off(run: Run):
-    """Check the mean in grpo.advantages, and the denominator of grpo_loss."""
-    agg, gate = run.config.get("agg", "seq"), run.config.get("gate", "clip")
-    if not run.is_rl or run.updates != 1 or agg != "seq" or gate not in ("clip", "none"):
-        return None
-    beta = 0 if run.config.get("kl") == "reward" else run.setting("beta")
-    wrong = []
-    for row in run.rows:
-        # Far from the start the KL hides a difference. This is its mean over tokens; in the loss
-        # the tokens of short completions weigh more.
-        kl_loss = beta * mean([row], "kl") if beta else 0.0
-        if kl_loss < 0.01 and abs(mean([row], "loss")) > 1e-3 + 10 * kl_loss:
-            wrong.append(row)
-    if wrong:
-        return (
-            f"In {len(wrong)} steps the loss is not near 0, first in step {wrong[0]['step']}, with "
-            f"{wrong[0]['loss']:.3g}. At ratio 1 the advantages of a group add up to 0, so "
-            "only the KL is left."
+            f"In {groups.turned} of {groups.compared} groups the best completion has a lower "
+            f"advantage than the worst. In {groups.not_centred} the advantages do not add up to 0."
         )
 
 
@@ -356,10 +304,8 @@ def learning_rate_too_large(run: Run):
 
 @Rule("lr dtype")
 def learning_rate_too_small(run: Run):
-    """Raise --lr, train for more steps, or use --dtype float32 if bfloat16 is the limit."""
+    """Raise --lr, train for more steps, or use --dtype float32."""
     travel = run.lr * run.updates * run.planned_steps
-    if run.lr < HALF_FP32:
-        return f"Even in float32 an update of {run.lr:g} to a weight of {WEIGHT} is rounded away."
     if run.config.get("dtype") == "bfloat16" and 0 < travel < HALF_BF16:
         return (
             f"All {run.planned_steps} steps together move a weight by at most {travel:.2g}. In "
@@ -375,32 +321,18 @@ def clips_skipped(run: Run):
     count = max(values(run.rows, "skipped_samples"), default=0)
     clips = run.rows[-1]["step"] * run.setting("prompts_per_step", run.setting("batch_size"))
     if 0.05 * clips < count and clips > 0:  # a few files are often broken
-        first = next(read_rows(run.path / "skipped.jsonl"), None)
-        example = f" The first is {first.get('id')}: {first.get('reason')}." if first else ""
-        return f"{count / clips:.0%} of the clips ({count} of {clips}) could not be used.{example}"
+        return f"{count / clips:.0%} of the clips ({count} of {clips}) could not be used."
 
 
-def worsening(run: Run, name: str, sign: int) -> str | None:
-    """Return a sentence if a metric fell (sign 1) or rose (sign -1) by more than its noise."""
-    then, now, noise = run.then(name), run.now(name), 3 * run.noise(name)
-    # By chance this happens in one of a hundred young runs.
-    if sign * (then - now) > max(noise, 0.05 * abs(then), 0.05 * abs(now)):
-        return f"{name} went from {then:.3g} to {now:.3g}; up to {noise:.2g} would be noise."
-
-
-@Rule(f"{FORMAT} {CUT} {LENGTH} kl lr", from_step=10, unless=BROKEN)
-def reward_falls(run: Run):
-    """Continue from a checkpoint before the fall, with --lr divided by three. If the reward falls
-    from the start at any --lr, check the signs in grpo.advantages and grpo_loss."""
-    if run.is_rl:
-        return worsening(run, "reward", 1) or worsening(run, ACCURACY, 1)
-
-
-@Rule("loss lr", from_step=10, unless=BROKEN)
-def loss_rises(run: Run):
-    """Continue from the best checkpoint, with --lr divided by three."""
-    if not run.is_rl:
-        return worsening(run, "loss", -1)
+@Rule(f"{FORMAT} {CUT} {LENGTH} loss kl lr", from_step=10, unless=BROKEN)
+def training_gets_worse(run: Run):
+    """Continue from the best checkpoint, with --lr divided by three. If the reward falls from the
+    start at any --lr, check the signs in grpo.advantages and grpo_loss."""
+    for name, sign in (("reward", 1), (ACCURACY, 1)) if run.is_rl else (("loss", -1),):
+        then, now, noise = run.then(name), run.now(name), 3 * run.noise(name)
+        # By chance this happens in one of a hundred young runs.
+        if sign * (then - now) > max(noise, 0.05 * abs(then), 0.05 * abs(now)):
+            return f"{name} went from {then:.3g} to {now:.3g}; up to {noise:.2g} would be noise."
 
 
 @Rule("kl beta lr", from_step=5, unless=BROKEN)
@@ -409,27 +341,28 @@ def KL_runs_away(run: Run):
     # k3 grows like e^x: one token can make the mean of a step enormous.
     kl, before = median(run.late, "kl"), median(run.before, "kl")
     if kl > KL_FAR or (kl > KL_FAR / 2 and kl > 3 * before):
-        return (
-            f"The KL to the starting model is {kl:.2g} nats per token and was {before:.2g} before: "
-            "the policy has lost the language of the starting model."
-        )
+        return f"The KL to the starting model went from {before:.2g} to {kl:.2g} nats per token."
 
 
-@Rule(f"grad_norm {ZERO}", from_step=5)
-def no_gradient(run: Run):
-    """Check that the loss reaches the parameters that --train names, and that the log-probs are
-    computed with a gradient."""
+@Rule(f"grad_norm {ZERO} lr", from_step=5)
+def policy_does_not_move(run: Run):
+    """Check that the loss reaches the parameters that --train names, that the log-probs have a
+    gradient, and that the optimizer holds the model's parameters. Otherwise raise --lr."""
     can_learn = [row for row in run.late if row.get("num_tokens") and row.get(ZERO) != 1]
     zero = sum(row.get("grad_norm") == 0 for row in can_learn)
     if zero > len(run.late) / 2:  # a norm is never exactly 0 by chance
-        return (
-            f"grad_norm is exactly 0 in {zero} of the latest {len(run.late)} steps, although there "
-            "was something to learn from."
-        )
+        return f"grad_norm is exactly 0 in {zero} of the latest {len(run.late)} steps."
+    kl = values(run.rows[1:], "kl")  # step 1 is before the first update
+    is_explained = run.found & {"steps without effect", "learning rate too small"}
+    if len(kl) >= 19 and not any(kl) and not run.now(ZERO) > 0.9 and not is_explained:
+        return f"After {len(kl)} steps the KL to the starting model is exactly 0."
 
 
-def format_is_missing(run: Run) -> str | None:
-    """Return a sentence if less than half of the completions have the format."""
+@Rule(f"{FORMAT} {CUT}", from_step=5, unless=RUIN)
+def format_missing(run: Run):
+    """If the format was there at the start, continue from a checkpoint before the fall, with a
+    lower --lr or a higher --beta. Otherwise run a (longer) cold start with sft.py and the same
+    --prompt: RL teaches no new format."""
     share, cut, late = run.now(FORMAT), run.now(CUT), run.late_answers
     # Most completions start in the format, and only those that are cut off do not complete it.
     has_start = late.started >= late.completions / 2
@@ -437,25 +370,10 @@ def format_is_missing(run: Run) -> str | None:
     # A share that rises is being learned. In a young run only a format that never occurs counts.
     low = 0.5 if len(run.rows) >= 20 else 0.05
     if share < min(low, run.then(FORMAT) + 0.1) and not is_cut_off:
-        example = f" One without it: {late.without_format[:160]!r}" if late.without_format else ""
-        return f"{share:.0%} of the completions have the format.{example}"
+        return f"{share:.0%} of the completions have the format."
 
 
-@Rule(f"{FORMAT} {CUT}", from_step=5, unless=RUIN)
-def format_lost(run: Run):
-    """Continue from a checkpoint before the fall, with a lower --lr or a higher --beta."""
-    if run.then(FORMAT) >= 0.9:
-        return format_is_missing(run)
-
-
-@Rule(f"{FORMAT} {CUT}", from_step=5, unless=RUIN | {"format lost"})
-def format_never_learned(run: Run):
-    """RL teaches no new format. Run a cold start with sft.py, or a longer one, and the same
-    --prompt."""
-    return format_is_missing(run)
-
-
-@Rule(f"{CUT} {LENGTH} max_new_tokens", from_step=5, unless={"format never learned"})
+@Rule(f"{CUT} {LENGTH} max_new_tokens", from_step=5, unless={"format missing"})
 def completions_cut_off(run: Run):
     """Double --max_new_tokens. If no limit is enough, the cold start did not teach the model to end
     its completions."""
@@ -464,13 +382,10 @@ def completions_cut_off(run: Run):
         return f"{cut:.0%} of the completions reach the length limit, which alone makes them wrong."
 
 
-def no_differences(run: Run, share: float) -> str | None:
-    """Return a sentence if nearly all groups are zero-variance groups.
-
-    share: the groups of one kind, which must be most of them
-    """
+def no_differences(run: Run) -> str | None:
+    """Return a sentence if nearly all groups are zero-variance groups."""
     zero, groups = run.now(ZERO), run.setting("prompts_per_step") * len(run.late)
-    if zero > 0.9 and share > zero / 2 and groups >= 20:  # by chance 1 in 5000
+    if zero > 0.9 and groups >= 20:  # by chance 1 in 5000
         return (
             f"{zero:.0%} of the groups are zero-variance groups: all their completions got the "
             "same reward, so nothing is learned from them."
@@ -478,33 +393,18 @@ def no_differences(run: Run, share: float) -> str | None:
 
 
 @Rule(f"{ZERO} {ALL_RIGHT} {ALL_WRONG}", from_step=5, unless=RUIN)
-def groups_all_wrong(run: Run):
-    """Use a better cold start, easier clips or a higher --num_generations. Evaluate the starting
-    model with eval.py."""
-    return no_differences(run, run.now(ALL_WRONG))
-
-
-@Rule(f"{ZERO} {ALL_RIGHT} {ALL_WRONG}", from_step=5, unless=RUIN)
 def groups_all_right(run: Run):
     """Stop here and evaluate, or continue with harder clips."""
-    return no_differences(run, run.now(ALL_RIGHT))
+    if run.now(ALL_RIGHT) > run.now(ZERO) / 2:
+        return no_differences(run)
 
 
-@Rule(f"{ZERO} {ALL_RIGHT} {ALL_WRONG}", 5, RUIN | {"groups all wrong", "groups all right"})
+@Rule(f"{ZERO} {ALL_RIGHT} {ALL_WRONG}", from_step=5, unless=RUIN | {"groups all right"})
 def groups_without_differences(run: Run):
-    """Use a higher --num_generations or --temperature, or a cold start of fewer epochs."""
-    return no_differences(run, run.now(ZERO))
-
-
-STILL = {"learning rate too small", "gradient not finite", "steps refused", "no usable clip"}
-
-
-@Rule("grad_norm lr", unless=STILL | {"no gradient"})
-def policy_does_not_move(run: Run):
-    """Raise --lr. If that does not help, the optimizer holds other parameters than the model."""
-    kl = values(run.rows[1:], "kl")  # step 1 is before the first update
-    if len(kl) >= 19 and not any(kl) and not run.now(ZERO) > 0.9:
-        return f"After {len(kl)} steps the KL to the starting model is exactly 0."
+    """If most are all wrong, evaluate the starting model with eval.py, and use a better cold start
+    or easier clips. Otherwise raise --temperature, or use a cold start of fewer epochs. A higher
+    --num_generations helps in both cases."""
+    return no_differences(run)
 
 
 def has_answers(run: Run) -> bool:
@@ -535,8 +435,8 @@ def accuracy_at_chance(run: Run):
     late, has_format = run.late_answers, run.now(FORMAT) > 0.9
     if has_answers(run) and has_format and len(late.labels) > 1 and late.kappa < 0.05:
         return (
-            "The format is learned, but the answers do not depend on the clips: shuffled answers "
-            f"would be right as often (Cohen's kappa {late.kappa:.2f})."
+            "The answers do not depend on the clips: shuffled answers would be right as often "
+            f"(Cohen's kappa {late.kappa:.2f})."
         )
 
 
@@ -551,7 +451,7 @@ def completions_are_copies(run: Run):
     if (nats < math.log(2) or are_equal) and not run.now(ACCURACY) >= SOLVED:
         return (
             f"A group of {G} holds {texts:.1f} different completions, and the entropy of a whole "
-            f"completion is {nats:.2g} nats. Nothing new is tried."
+            f"completion is {nats:.2g} nats."
         )
 
 
@@ -561,9 +461,9 @@ def eval_falls(run: Run):
     epochs, more clips or a higher --beta."""
     for name in sorted({key for row in run.evals for key in row if key.endswith("/war")}):
         points = [(row[name], row["step"]) for row in run.evals if values([row], name)]
-        if not points:
+        if len(points) < 2:
             continue
-        (best, best_step), (last, last_step) = max(points[:-1] or points), points[-1]
+        (best, best_step), (last, last_step) = max(points[:-1]), points[-1]
         before, after = (
             mean([row for row in run.rows if step - 10 < row["step"] <= step], "reward")
             for step in (max(best_step, 10), last_step)
@@ -576,12 +476,12 @@ def eval_falls(run: Run):
 
 
 # At a learning rate of 1e-6 a shorter run shows no trend.
-@Rule(f"{ACCURACY} reward loss lr", from_step=100, unless=RUIN | {"loss rises"})
+@Rule(f"{ACCURACY} reward loss lr", from_step=100, unless=RUIN)
 def no_progress(run: Run):
     """If the run was as good as it can be from the start, stop. Otherwise multiply --lr by three,
     or raise --prompts_per_step."""
     name = "reward" if run.is_rl else "loss"
-    if run.is_rl and values(run.late, ACCURACY):
+    if values(run.late, ACCURACY):
         name = ACCURACY
     then, now, noise = run.then(name), run.now(name), 2 * run.noise(name)
     gain = now - then if run.is_rl else then - now
@@ -602,28 +502,22 @@ def reasoning_falls_behind(run: Run):
 
 
 @Rule(f"{LENGTH} {ACCURACY}", from_step=20, unless=BROKEN)
-def rambling(run: Run):
-    """With --agg seq a token of a long wrong completion costs less than a token of a short one. Try
-    --agg token."""
-    is_no_better = run.now(ACCURACY) < run.then(ACCURACY) + 0.02
-    if run.now(LENGTH) > 1.5 * run.then(LENGTH) and is_no_better:
+def length_drifts(run: Run):
+    """Longer: with --agg seq a token of a long wrong completion costs less than a token of a short
+    one, so try --agg token. Shorter: the reward does not depend on the reasoning. Raise --beta, or
+    stop earlier."""
+    then, now = run.then(LENGTH), run.now(LENGTH)
+    if now > 1.5 * then and run.now(ACCURACY) < run.then(ACCURACY) + 0.02:
         return "The completions are more than 1.5 times as long as at the start, and no better."
-
-
-@Rule(f"{LENGTH} {ACCURACY}", from_step=20, unless=BROKEN)
-def reasoning_shrinks(run: Run):
-    """The reward does not depend on the reasoning. Raise --beta, or stop earlier."""
     # A policy that no longer rambles up to the limit has not lost its reasoning.
-    was_cut_off = run.then(CUT) > CUT_OFF
-    if run.now(LENGTH) < run.then(LENGTH) / 2 and run.has_reasoning and not was_cut_off:
+    if now < then / 2 and run.has_reasoning and not run.then(CUT) > CUT_OFF:
         return "The completions are less than half as long as at the start."
 
 
 @Rule(ACCURACY, from_step=20, unless=BROKEN | {"one answer for everything"})
 def labels_never_predicted(run: Run):
     """RL cannot find an answer that is hardly ever sampled. Add a few samples of each such label to
-    the data of the cold start, or raise --temperature. A reward that wrong answers earn as well
-    keeps them missing."""
+    the data of the cold start, or raise --temperature."""
     whole, late = run.answers, run.late_answers
     # A policy that has nearly lost a label still gives it now and then, but not enough to learn it.
     missing = {
@@ -641,23 +535,6 @@ def labels_never_predicted(run: Run):
         )
 
 
-@Rule("grad_norm lr", unless=RUIN)
-def gradient_spikes(run: Run):
-    """Lower --lr, and raise --prompts_per_step."""
-    norms = [norm for norm in values(run.rows, "grad_norm") if norm > 0]
-    high = sum(norm > 10 * statistics.median(norms) for norm in norms)
-    if len(norms) >= 20 and high > 0.05 * len(norms):
-        return f"{high} of {len(norms)} gradient norms are above ten times the median."
-
-
-@Rule("ratio/max lr grad_norm update_epochs num_minibatches", from_step=20)
-def inner_passes_do_nothing(run: Run):
-    """Raise --lr, or save the time with --update_epochs 1 and without --num_minibatches."""
-    is_one = set(values(run.late, "ratio/max")) == {1}
-    if run.updates > 1 and is_one and not run.now(ZERO) > 0.9:
-        return "The ratio is exactly 1 in every pass: the update before it changed nothing."
-
-
 @Rule("time/load workers", from_step=20)
 def waiting_for_data(run: Run):
     """Raise --workers (at most one per core), use --feature_cache, or copy the clips to a local
@@ -667,17 +544,6 @@ def waiting_for_data(run: Run):
         return f"The model waits for clips during {load / total:.0%} of the time."
 
 
-@Rule("num_tokens memory_gb", from_step=20)
-def steps_get_slower(run: Run):
-    """Another process uses the machine, or memory is short. Check nvidia-smi and top."""
-    then, now = (statistics.median(map(seconds, rows)) for rows in (run.early, run.late))
-    if now > 1.5 * then > 0 and run.now("num_tokens") <= 1.1 * run.then("num_tokens"):
-        return f"A step takes {now:.3g} s, and took {then:.3g} s at the start."
-
-
-REMEDIES = {rule.name: rule.remedy for rule in RULES}
-
-
 # ---- the report ----------------------------------------------------------------------------------
 
 
@@ -685,6 +551,7 @@ REMEDIES = {rule.name: rule.remedy for rule in RULES}
 class Finding:
     name: str
     sentence: str
+    remedy: str
     numbers: dict[str, str]  # metric -> "start -> now", setting -> value
 
 
@@ -703,21 +570,20 @@ def examine(run: Run) -> list[Finding]:
     """Apply the rules."""
     findings, run.found = [], set()
     for rule in RULES:
-        if len(run.rows) >= rule.from_step and not run.found & rule.unless:
-            sentence = rule.check(run)
-            if sentence:
-                run.found.add(rule.name)
-                findings.append(Finding(rule.name, sentence, numbers_of(run, rule.numbers)))
+        if len(run.rows) < rule.from_step or run.found & rule.unless:
+            continue
+        if sentence := rule.check(run):
+            run.found.add(rule.name)
+            numbers = numbers_of(run, rule.numbers)
+            findings.append(Finding(rule.name, sentence, rule.remedy, numbers))
     return findings
 
 
 def finding_lines(finding: Finding) -> list[str]:
     numbers = ", ".join(f"{name} {value}" for name, value in finding.numbers.items())
-    lines = textwrap.wrap(finding.sentence, 97, break_on_hyphens=False)
-    if numbers:
-        lines += textwrap.wrap(f"Numbers: {numbers}.", 97, break_on_hyphens=False)
-    lines += textwrap.wrap(f"Try: {REMEDIES[finding.name]}", 97, break_on_hyphens=False)
-    return [f"   {line}" for line in lines]
+    texts = (finding.sentence, numbers and f"Numbers: {numbers}.", f"Try: {finding.remedy}")
+    wrapper = textwrap.TextWrapper(97, break_on_hyphens=False)
+    return [f"   {line}" for text in texts for line in wrapper.wrap(text)]
 
 
 def report(run: Run, findings: list[Finding]) -> str:
@@ -727,8 +593,6 @@ def report(run: Run, findings: list[Finding]) -> str:
     lines = [f"{run.path}: {script}, step {step} of {run.planned_steps}, {settings}", ""]
     if not run.rows:
         lines.append("The run has just started: no step is logged yet.")
-        for row in run.evals:
-            lines += [f"{key} {value}" for key, value in row.items() if key.startswith("eval/")]
         return "\n".join(map(printable, lines))
     if not findings:
         lines += ["No rule found anything wrong. The numbers that the rules show:", ""]

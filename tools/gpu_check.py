@@ -51,10 +51,10 @@ class Args:
 class StageArgs:
     """The flags with which the main process starts the process of one stage."""
 
-    stage: Literal[tuple(LIMITS)]
+    stage: Literal[tuple(LIMITS)]  # the stage to run
     findings: Path  # jsonl file that gets one line per finding
-    size: Literal["toy", "full"]
-    device: Literal["auto", "cpu", "cuda"]
+    size: Literal["toy", "full"]  # size of the model
+    device: Literal["auto", "cpu", "cuda"]  # auto: cuda if there is a GPU
     until: float  # time.time() at which the main process kills this one
 
 

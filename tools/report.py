@@ -129,15 +129,12 @@ def stages(run: doctor.Run | None) -> list[dict]:
 
 def about(run: doctor.Run, name: str) -> dict:
     """Return what the page shows of a run besides its completions."""
-    findings = [
-        dataclasses.asdict(f) | {"remedy": doctor.REMEDIES[f.name]} for f in doctor.examine(run)
-    ]
     return curves(run) | {
         "name": name,
         "path": str(run.path),
         "rl": run.is_rl,
         "planned": run.planned_steps,
-        "findings": findings,
+        "findings": [dataclasses.asdict(finding) for finding in doctor.examine(run)],
         "spans": [doctor.span(rows) for rows in (run.early, run.late) if rows],
         "stages": stages(run),
         "config": run.config,

@@ -169,8 +169,7 @@ def test_the_first_step_of_a_wrong_path_ends_the_run(labels, tmp_path):
         )
         assert done.returncode == 1 and "Traceback" not in done.stderr
         assert (
-            f"--media_root {tmp_path}/nowhere: none of the first step's 2 clips can be read; "
-            "the first: "
+            f"none of the 2 clips of the first step can be read. The first: {tmp_path}/nowhere"
         ) in done.stderr
         assert "no such file" in done.stderr and not (tmp_path / script / "latest").exists()
 
@@ -189,7 +188,7 @@ def test_what_a_run_says(labels, tmp_path):
         "--clip_high",
         0.28,
     )
-    assert f"done: 2 steps. The model is {tmp_path}/run/latest" in done.stdout
+    assert f"done: 2 steps. The model is in {tmp_path}/run/latest" in done.stdout
     assert (
         f"python -m tools.doctor {tmp_path}/run" in done.stdout
         and "100%" in done.stderr
@@ -209,5 +208,5 @@ def test_a_reward_that_is_no_number_ends_the_run_by_name(labels, tmp_path):
     )
     done = run("grpo.py", tmp_path / "run", labels, *rewards(labels), check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert any(f"--rewards odd: gave inf for {clip}" in done.stderr for clip in LABELS)
+    assert any(f"--rewards odd: returned inf for {clip}" in done.stderr for clip in LABELS)
     assert not (tmp_path / "run" / "rollouts.jsonl").exists()

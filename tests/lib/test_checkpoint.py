@@ -520,7 +520,7 @@ GONE = ["model.layers.1.mlp.up_proj.weight", "model.bert_gate.0.bias"]
         (
             [],
             ["model.layers.9.mlp.up_proj.weight", "extra"],
-            ["has 2 that the model does not know (extra, model.layers.9.mlp.up_proj.weight)"],
+            ["has 2 unknown weights (extra, model.layers.9.mlp.up_proj.weight)"],
         ),
     ],
 )
@@ -536,10 +536,10 @@ def test_keys_that_do_not_fit_are_listed(home, stored, gone, more, said):
     [
         (
             {"intermediate_size": 96},
-            ["another geometry", "mlp.down_proj.weight is (64, 128), not (64, 96)"],
+            ["weights of other shapes", "mlp.down_proj.weight is (64, 128), not (64, 96)"],
         ),
         ({"num_hidden_layers": 4}, ["lacks 12 weights", "model.layers.3."]),
-        ({"num_hidden_layers": 2}, ["does not know", "model.layers.2."]),
+        ({"num_hidden_layers": 2}, ["unknown weights", "model.layers.2."]),
         (
             {"audio_hidden_size": 33},
             ["audio_hidden_size 33", "width 32", "matching audio tower"],
@@ -659,7 +659,7 @@ def test_truncated_weights(home, share):
     "kind, fault, said",
     [
         ("vision", "torn", "cannot load the vision tower"),
-        ("audio", "lacking", "the audio tower at {} lacks 1 weights: encoder.layers.0.fc1.weight"),
+        ("audio", "lacking", "the audio tower at {} lacks 1 weights (encoder.layers.0.fc1.weight)"),
         ("vision", "odd", "layers.0.mlp.fc1.weight is (4, 4), not (96, 48)"),
     ],
 )
@@ -806,7 +806,7 @@ def test_inspect_tells_faults(home, stored, inspect):
     assert "unused: 4 tensors" in text
     for words in (
         "lacks 1 weights (model.norm.weight)",
-        "has 1 that the model does not know (x)",
+        "has 1 unknown weights (x)",
         "mlp.down_proj.weight is (64, 128), not (64, 96)",
     ):
         assert words in fault

@@ -969,9 +969,7 @@ def test_printable_by_example():
 def test_a_row_of_a_log_is_a_line(folder, said):
     """Stops a sampled line end that cuts a row of a log in two:
     every later row of the run would be lost to its readers."""
-    run = RunFolder(
-        SimpleNamespace(out=folder, keep=0, on_save_error="stop"), Ranks(1, 1, torch.device("cpu"))
-    )
+    run = RunFolder(SimpleNamespace(out=folder, keep=0), Ranks(1, 1, torch.device("cpu")))
     # rank 0 only now: it would have prepared the folder
     run.ranks = Ranks(0, 1, torch.device("cpu"))
     (folder / "rollouts.jsonl").unlink(missing_ok=True)
@@ -984,7 +982,7 @@ def test_a_row_of_a_log_is_a_line(folder, said):
 def test_what_was_skipped_is_told_on_one_line(tmp_path, capsys):
     """Stops a clip's name steering the terminal, or imitating lines of ours."""
     run = RunFolder(
-        SimpleNamespace(out=tmp_path, keep=0, on_save_error="stop"),
+        SimpleNamespace(out=tmp_path, keep=0),
         Ranks(1, 1, torch.device("cpu")),
     )
     run.ranks = Ranks(0, 1, torch.device("cpu"))

@@ -304,7 +304,7 @@ def test_the_first_stream_that_gives_a_frame(tmp_path, monkeypatch, name):
     """Stops a clip being refused because the first of its video streams holds nothing,
     and many streams as a bomb."""
     path = several_streams(tmp_path / name)
-    told = "video stream 2 of 2 is taken: none before gives a frame"
+    told = "video stream 2 of 2 is used: the streams before it give no frame"
     plain = read_clip(path)
     assert greys(plain) == [grey(i) for i in frame_indices(20, 8)] and plain.notes == [
         told,

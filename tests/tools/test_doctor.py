@@ -21,9 +21,9 @@ import torch
 import grpo
 from lib.args import UserError
 from tools import doctor
-from tools.doctor import REMEDIES
 
 ROOT = Path(__file__).parents[2]
+FINDINGS = [rule.name for rule in doctor.RULES]
 WORDS = ("happy", "surprise", "neutral", "angry", "disgust", "sad", "fear")
 CONFIG = {
     "dtype": "float32",
@@ -221,8 +221,8 @@ DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right",
             {"prompt": "label"},
             put(completions__mean_length=2.0, unique_completions=0.2, entropy=0.5),
         ),
-        ({"update_epochs": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
-        ({"num_minibatches": 2}, put(loss=-0.2, ratio__max=1.3, ratio__mean=1.001)),
+        ({"update_epochs": 2}, put(ratio__max=1.3, ratio__mean=1.001)),
+        ({"num_minibatches": 2}, put(ratio__max=1.3, ratio__mean=1.001)),
         ({"dtype": "bfloat16", "max_steps": 1000}, put(sampler_logp_diff__mean=0.02)),
         (
             {"beta": 0.0},
@@ -240,8 +240,6 @@ DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right",
                 ),
             ),
         ),
-        ({"agg": "token"}, put(loss=-0.2)),
-        ({"gate": "cispo"}, put(loss=-0.2)),
         (
             {"rewards": ["overlong=0.5", "my.py:f=-1"]},
             lambda row, done: [row.pop(x) for x in (doctor.ACCURACY, doctor.FORMAT)],
@@ -250,7 +248,7 @@ DEAD, RIGHT, WRONG = (f"frac_reward_zero_std{end}" for end in ("", "/all_right",
 )
 def test_other_healthy_settings(config, edit, tmp_path):
     """Stops thresholds that are right for one setting only: labels without reasoning, several
-    updates, bf16, no KL, a loss that need not be 0, rewards other than accuracy and format."""
+    updates, bf16, no KL, rewards other than accuracy and format."""
 
     def rollout(row: dict, rng) -> None:
         if "prompt" in config:
@@ -269,12 +267,12 @@ def test_other_healthy_settings(config, edit, tmp_path):
 def test_every_finding_has_a_test_and_a_row_in_the_docs():
     """Stops a finding without a remedy, a test or a row in docs/metrics.md, a row without a
     finding, and a rule that waits for a finding that does not exist."""
-    assert len(REMEDIES) == len(doctor.RULES) and all(REMEDIES.values())
-    assert all(rule.unless <= set(REMEDIES) for rule in doctor.RULES)
+    assert len(set(FINDINGS)) == len(FINDINGS) and all(rule.remedy for rule in doctor.RULES)
+    assert all(rule.unless <= set(FINDINGS) for rule in doctor.RULES)
     source = Path(__file__).read_text()
-    assert [name for name in REMEDIES if f'"{name}"' not in source] == []
+    assert [name for name in FINDINGS if f'"{name}"' not in source] == []
     table = (ROOT / "docs/metrics.md").read_text().split("tools.doctor")[-1]
-    assert re.findall(r"^\| \*\*(.+?)\*\* \|", table, re.MULTILINE) == list(REMEDIES)
+    assert re.findall(r"^\| \*\*(.+?)\*\* \|", table, re.MULTILINE) == FINDINGS
 
 
 # metric, its value in the first 30 steps (None: as later), in the last ten a good and a bad one,
@@ -293,20 +291,19 @@ CASES = [
         "sampler and trainer disagree",
         {"dtype": "bfloat16", "lr": 1e-3},
     ),
-    ("loss", None, 0.009, -0.09, "loss off", {}),  # ten times beta x kl is between
     ("lr", None, 0.0099, 0.0101, "learning rate too large", {}),
     ("skipped_samples", None, 16, 17, "clips skipped", {}),  # of 40 x 8
-    ("reward", 1.0, 0.951, 0.949, "reward falls", {}),
+    ("reward", 1.0, 0.951, 0.949, "training gets worse", {}),
     ("kl", 0.5, 1.0, 1.01, "KL runs away", {"beta": 0}),
     ("kl", 0.2, 0.55, 0.7, "KL runs away", {"beta": 0}),  # three times, above 0.5
     ("kl", 0.1, 0.45, 0.55, "KL runs away", {"beta": 0}),
-    ("grad_norm", None, 1e-9, 0.0, "no gradient", {}),
-    ("rewards/format/mean", 0.9, 0.5, 0.49, "format lost", {}),
-    ("rewards/format/mean", None, 0.5, 0.49, "format never learned", {}),
+    ("grad_norm", None, 1e-9, 0.0, "policy does not move", {}),
+    ("rewards/format/mean", 0.9, 0.5, 0.49, "format missing", {}),
+    ("rewards/format/mean", None, 0.5, 0.49, "format missing", {}),
     # rising by 0.1 is being learned
-    ("rewards/format/mean", 0.25, 0.36, 0.34, "format never learned", {}),
+    ("rewards/format/mean", 0.25, 0.36, 0.34, "format missing", {}),
     ("completions/clipped_ratio", None, 0.1, 0.11, "completions cut off", {}),
-    (DEAD, None, 0.9, 0.91, "groups all wrong", {WRONG: 0.5}),
+    (DEAD, None, 0.9, 0.91, "groups without differences", {WRONG: 0.5}),
     (DEAD, None, 0.9, 0.91, "groups all right", {RIGHT: 0.5}),
     (DEAD, None, 0.9, 0.91, "groups without differences", {RIGHT: 0.4, WRONG: 0.4}),
     ("kl", None, 1e-9, 0.0, "policy does not move", {}),
@@ -321,11 +318,9 @@ CASES = [
         {},
     ),
     ("agreement", None, 0.51, 0.49, "reasoning falls behind", {"rewards/accuracy/mean": 0.6}),
-    ("completions/mean_length", 60, 89, 91, "rambling", {"rewards/accuracy/mean": 0.6}),
-    ("completions/mean_length", 60, 31, 29, "reasoning shrinks", {}),
-    ("ratio/max", None, 1.01, 1.0, "inner passes do nothing", {"num_minibatches": 2}),
+    ("completions/mean_length", 60, 89, 91, "length drifts", {"rewards/accuracy/mean": 0.6}),
+    ("completions/mean_length", 60, 31, 29, "length drifts", {}),
     ("time/load", None, 0.09, 0.11, "waiting for data", {}),  # of about 0.9 s without it
-    ("num_tokens", 4000, 4500, 4300, "steps get slower", {}),
 ]
 
 
@@ -342,45 +337,42 @@ def test_a_fault_alone_is_found_alone_and_from_its_threshold_on(
             row |= {RIGHT: 0.3, "loss": 0.0} | {key: x for key, x in also.items() if key in row}
             row[metric] = value if late or before is None else before
             if before is not None:
-                row |= {"entropy": 0.3} | (
-                    {"time/generate": 2.0} if metric == "num_tokens" and late else {}
-                )
+                row["entropy"] = 0.3
 
         found = diagnose(
             write_run(tmp_path, 40, edit, **{key: x for key, x in also.items() if "/" not in key})
         )
         assert [finding.name for finding in found] == expected, value
-    assert " -> " in found[0].numbers.get(metric, " -> ") and REMEDIES[name]
+    assert " -> " in found[0].numbers.get(metric, " -> ") and found[0].remedy
 
 
 @pytest.mark.parametrize(
-    "fault, expected",
+    "fault, turned, not_centred",
     [
-        (lambda A, r: A, []),
-        (lambda A, r: -A, ["advantages turned"]),
-        (lambda A, r: A + r.mean(1, keepdim=True), ["advantages not centred"]),
+        (lambda A, r: A, "In 0 of", "In 0 the"),
+        (lambda A, r: -A, "In 8 of 8 groups the best", "In 0 the"),
+        (lambda A, r: A + r.mean(1, keepdim=True), "In 0 of 8 groups the best", "In 8 the"),
     ],
 )
 @pytest.mark.parametrize("baseline, scale", [("mean", "group"), ("loo", "batch"), ("mean", "none")])
-def test_faults_of_the_objective_are_found_at_step_1(fault, expected, baseline, scale, tmp_path):
+def test_wrong_advantages_are_found_at_step_1(
+    fault, turned, not_centred, baseline, scale, tmp_path
+):
     """Stops a wrong sign, or a mean that is not subtracted, from passing as a bad cold start. The
-    rows come from grpo.advantages and grpo_loss. Without rollouts.jsonl only the loss shows the
-    fault."""
+    advantages come from grpo.advantages."""
     torch.manual_seed(0)
     r = torch.randint(0, 3, (8, 8)).float()
-    A = fault(grpo.advantages(r, baseline, scale), r)
-    logps, mask = -torch.rand(8, 8, 20), torch.arange(20) < torch.randint(1, 21, (8, 8, 1))
-    loss = float(grpo.grpo_loss(logps, logps, logps, A, mask)[0])
-    cells = ((float(r[b, g]), float(A[b, g])) for b in range(8) for g in range(8))
+    A = grpo.advantages(r, baseline, scale)
+    wrong = fault(A, r)
+    cells = ((float(r[b, g]), float(wrong[b, g])) for b in range(8) for g in range(8))
 
     def edit_rollout(row: dict, rng) -> None:
         reward, advantage = next(cells)
         row |= {"rewards": {"accuracy": reward}, "advantage": round(advantage, 6)}
 
-    folder = write_run(tmp_path, 1, put(loss=loss, kl=0.0), edit_rollout)
-    assert names(folder) == expected
-    (folder / "rollouts.jsonl").unlink()
-    assert names(folder) == (["loss off"] if expected == ["advantages not centred"] else [])
+    found = diagnose(write_run(tmp_path, 1, edit_rollout=edit_rollout))
+    assert [finding.name for finding in found] == ["advantages wrong"] * (wrong is not A)
+    assert all(turned in f.sentence and not_centred in f.sentence for f in found)
 
 
 def test_causes_stand_before_symptoms_or_instead(tmp_path):
@@ -411,7 +403,7 @@ def test_causes_stand_before_symptoms_or_instead(tmp_path):
         rewards__format__mean=lambda done: 1 - done,
         completions__clipped_ratio=lambda done: done / 2,
     )
-    assert names(write_run(tmp_path, 40, unlearns)) == ["reward falls"]
+    assert names(write_run(tmp_path, 40, unlearns)) == ["training gets worse"]
     nothing_at_all = put(
         **wrong | {"entropy": 2.0},
         reward=0.0,
@@ -428,27 +420,29 @@ def test_causes_stand_before_symptoms_or_instead(tmp_path):
         row |= {"text": "<think>I look and look", "rewards": {"accuracy": 0.0, "format": 0.0}}
 
     assert names(write_run(tmp_path, 15, nothing_at_all, babble)) == [
-        "format never learned",
-        "groups all wrong",
+        "format missing",
+        "groups without differences",
     ]
     assert names(write_run(tmp_path, 40, nothing_at_all, begin)) == [
         "completions cut off",
-        "groups all wrong",
+        "groups without differences",
     ]
     # four steps may be bad luck
     assert names(write_run(tmp_path, 4, nothing_at_all, begin)) == []
-    for prompts, expected in ((1, []), (2, ["groups all wrong"])):  # and so may ten groups
+    # and so may ten groups
+    for prompts, expected in ((1, []), (2, ["groups without differences"])):
         folder = write_run(tmp_path, 40, nothing_at_all, begin, prompts_per_step=prompts)
         assert names(folder) == ["completions cut off", *expected]
-    assert names(write_run(tmp_path, 40, put(kl=0.0, loss=0.0, grad_norm=0.0))) == ["no gradient"]
+    still = put(kl=0.0, loss=0.0, grad_norm=0.0)
+    assert names(write_run(tmp_path, 40, still)) == ["policy does not move"]
 
 
 def test_steps_that_changed_nothing_say_why(tmp_path):
-    """Stops the same advice for three causes (no clip, a refused step, a gradient that is not
-    finite), and a report about bad clips without a reason."""
-    for name, fields in {
+    """Stops three causes (no clip, a refused step, a gradient that is not finite) from being taken
+    for one another, and a wrong count of bad clips."""
+    for reason, fields in {
         "no usable clip": {"num_tokens": None, "grad_norm": 0.0},
-        "steps refused": {},
+        "refused": {},
         "gradient not finite": {"grad_norm": None},
     }.items():
 
@@ -459,23 +453,13 @@ def test_steps_that_changed_nothing_say_why(tmp_path):
                 row |= fields
 
         (finding,) = diagnose(write_run(tmp_path, 40, edit))
-        assert (
-            finding.name == name
-            and f"4 of 40 steps changed nothing: {name} (4)" in finding.sentence
-        )
+        assert finding.name == "steps without effect"
+        assert finding.sentence == f"4 of 40 steps changed nothing: {reason} (4)."
     one = put(skipped_steps=lambda done: int(done > 0.5))
-    assert names(write_run(tmp_path, 50, one)) == [] and names(write_run(tmp_path, 49, one)) == [
-        "gradient not finite"
-    ]
-    folder = write_run(tmp_path, 40, put(skipped_samples=100))
-    (folder / "skipped.jsonl").write_text(
-        json.dumps({"step": 1, "id": "a.mp4", "reason": "a.mp4: no such file"}) + "\n"
-    )
-    (finding,) = diagnose(folder)
-    assert (
-        "31% of the clips (100 of 320)" in finding.sentence
-        and "a.mp4: no such file" in finding.sentence
-    )
+    assert names(write_run(tmp_path, 50, one)) == []
+    assert names(write_run(tmp_path, 49, one)) == ["steps without effect"]
+    (finding,) = diagnose(write_run(tmp_path, 40, put(skipped_samples=100)))
+    assert finding.name == "clips skipped" and "31% of the clips (100 of 320)" in finding.sentence
 
 
 @pytest.mark.parametrize(
@@ -603,49 +587,38 @@ def test_no_progress_is_distinguished_from_noise(tmp_path):
     assert names(write_run(tmp_path, 99, around(accuracy, 0.5, 0.5))) == []
     # nothing to gain
     assert names(write_run(tmp_path, 200, put(rewards__accuracy__mean=0.97))) == []
-    assert names(write_run(tmp_path, 120, around(accuracy, 0.8, 0.4))) == ["reward falls"]
+    assert names(write_run(tmp_path, 120, around(accuracy, 0.8, 0.4))) == ["training gets worse"]
     # 3 x sqrt(2 x (2 x 0.1)^2 / 2 / 10) = 0.19
-    for fall, expected in ((0.18, []), (0.2, ["reward falls"])):
+    for fall, expected in ((0.18, []), (0.2, ["training gets worse"])):
         zigzag = lambda row, done, fall=fall: row.update(
             reward=1 + 0.1 * (-1) ** row["step"] - fall * (row["step"] > 10)
         )
         assert names(write_run(tmp_path, 20, zigzag)) == expected
     assert [names(write_run(tmp_path, n, put(reward=lambda done: 1 - done))) for n in (9, 10)] == [
         [],
-        ["reward falls"],
+        ["training gets worse"],
     ]
     first_steps = put(reward=lambda done: max(0.0, 1.7 - 8 * done))
-    assert names(write_run(tmp_path, 40, first_steps)) == ["reward falls"]
+    assert names(write_run(tmp_path, 40, first_steps)) == ["training gets worse"]
     assert names(write_sft(tmp_path, 200, lambda done: 1.0)) == ["no progress"]
-    assert names(write_sft(tmp_path, 200, lambda done: 1 + done)) == ["loss rises"]
-
-
-def test_gradient_spikes(tmp_path):
-    """Stops a report of a single spike, and a median that steps without gradient lower."""
-    for n, expected in ((100, []), (9, ["gradient spikes"])):
-
-        def edit(row: dict, done: float, n=n) -> None:
-            row["grad_norm"] = 50.0 if row["step"] % n == 1 else float(row["step"] % 3 > 0)
-
-        assert names(write_run(tmp_path, 100, edit)) == expected
+    assert names(write_sft(tmp_path, 200, lambda done: 1 + done)) == ["training gets worse"]
 
 
 def test_the_smallest_learning_rate_is_that_of_rounding(tmp_path):
     """Stops an exponent that is off by one, by comparison with rounding, and a number of updates
     that leaves out --epochs or --update_epochs."""
-    for half, dtype in ((doctor.HALF_FP32, torch.float32), (doctor.HALF_BF16, torch.bfloat16)):
-        weight = torch.tensor(doctor.WEIGHT).to(dtype).double()
-        assert [bool((weight + x * half).to(dtype).double() != weight) for x in (0.99, 1.01)] == [
-            False,
-            True,
-        ]
+    weight = torch.tensor(doctor.WEIGHT).bfloat16().double()
+    for factor, changes in ((0.99, False), (1.01, True)):
+        moved = (weight + factor * doctor.HALF_BF16).bfloat16().double()
+        assert bool(moved != weight) == changes
     for lr, expected in ((0.9 * 2**-14 / 80, ["learning rate too small"]), (1.1 * 2**-14 / 80, [])):
         # 1 epoch is 100 steps here
         for length in ({"max_steps": 40}, {"max_steps": 0, "epochs": 0.4}):
             config = length | {"lr": lr, "dtype": "bfloat16", "update_epochs": 2}
             assert names(write_run(tmp_path, 3, put(lr=lr), **config)) == expected
-    for lr, expected in ((5e-10, ["learning rate too small"]), (1e-9, [])):
-        assert names(write_run(tmp_path, 3, put(lr=lr), lr=lr)) == expected
+    # The learning rate explains why the policy does not move.
+    still = write_run(tmp_path, 40, put(lr=1e-9, kl=0.0), lr=1e-9, dtype="bfloat16")
+    assert names(still) == ["learning rate too small"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -719,36 +692,24 @@ def test_garbage_is_no_crash(tmp_path):
         )
         with open(folder / "metrics.jsonl", "a") as file:
             file.write('[]\n3\nnull\n{"step": "x"}\n' + "[" * 100_000 + "\n{}\n")
-        (folder / "skipped.jsonl").write_text(
-            json.dumps({"id": "\x1b[31m.mp4", "reason": "\x07"}) + "\n"
-        )
         run = doctor.read_run(folder)
         text = doctor.report(run, doctor.examine(run))
         assert all(c.isprintable() or c == "\n" for c in text)
 
 
-def test_rollouts_are_streamed(tmp_path, monkeypatch):
-    """Stops gigabytes in memory, be it the rows or a count of every different answer."""
-    monkeypatch.setattr(doctor, "MAX_ANSWERS", 50)
+def test_rollouts_are_streamed(tmp_path):
+    """Stops gigabytes in memory."""
     folder = write_run(tmp_path, 2)
     with open(folder / "rollouts.jsonl", "w") as file:
         for i in range(4000):
-            row = {
-                "step": 1,
-                "answer": "sad",
-                "completion": 0,
-                "text": f"<answer>{i}</answer>" + "x" * 2000,
-            }
+            text = f"<answer>{i % 50}</answer>" + "x" * 2000
+            row = {"step": 1, "answer": "sad", "completion": 0, "text": text}
             file.write(json.dumps(row) + "\n")
     tracemalloc.start()
     run = doctor.read_run(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (
-        run.answers.completions == 4000
-        and len(run.answers.given) == 51
-        and run.answers.given["(other answers)"] == 3950
-    )
+    assert run.answers.completions == 4000 and len(run.answers.given) == 50
     assert peak < 1e6 < (folder / "rollouts.jsonl").stat().st_size / 8
 
 
@@ -823,7 +784,7 @@ def test_the_command(tmp_path):
     assert "need 20 steps" in call(write_run(tmp_path / "few", 3)).stdout
 
     start = write_run(tmp_path / "start", 0)
-    assert "just started" in call(start).stdout and "eval/toy/war 62.0" in call(start).stdout
+    assert "just started" in call(start).stdout
     for log in start.glob("*.jsonl"):
         log.unlink()
     assert call(start).returncode == 0 and "just started" in call(start).stdout
