@@ -2,9 +2,11 @@
 
     python -m tools.report runs/r1                      writes runs/r1/report.html
     python -m tools.report runs/r1 runs/r1_conclusion   compares two runs, in the first one's folder
+    python -m tools.report runs/r1 --eval runs/toy/eval/*.json
+                                                        with the answers of other models
 
 The page needs no network and no server. It is report.html beside this file, with the data filled
-in. If there is too much data for one page, rules select what it shows, and the page says so.
+in. If there is too much data for one page, it has a sample of the clips, and the page says so.
 rollouts.jsonl may be larger than the memory, so it is read row by row.
 
     group     the completions for one clip in one step of a run, or the answers of all evaluated
@@ -23,7 +25,6 @@ import math
 import os
 import urllib.parse
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -43,10 +44,10 @@ from tools import doctor
 ROLLOUT_BYTES, ANSWER_BYTES = 7_000_000, 2_000_000  # groups of all runs, of all test sets
 CLIP_BYTES, STRIP_BYTES = 8_500_000, 3_500_000  # embedded clips, their frames and waveforms
 LARGEST_CLIP = 1_000_000  # bytes; a larger clip is linked instead of embedded
-NUM_STRETCHES = 50  # equal parts of the steps, which share the bytes
 MAX_POINTS = 2_000  # of a curve
 MAX_CHARACTERS = 6_000  # of a completion or a prompt
 FRAME_HEIGHT, NUM_BARS = 72, 160  # pixels; bars of a waveform
+LONG_LISTS = ("predictions", "skipped", "notes")  # of a result file; the page has no copy of them
 
 
 @dataclasses.dataclass
@@ -80,8 +81,8 @@ def relocated(path, run: doctor.Run) -> Path:
     path = Path(str(path))
     from_run = os.path.relpath(path, str(run.config.get("out") or "."))
     neighbour = Path(os.path.abspath(run.path / from_run))
-    candidates = (path, neighbour) if path.is_absolute() else (neighbour, path.absolute())
-    return next((p for p in candidates if p.exists()), neighbour)
+    is_unmoved = path.is_absolute() and path.exists()
+    return neighbour if neighbour.exists() and not is_unmoved else path
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -107,21 +108,18 @@ def stages(run: doctor.Run | None) -> list[dict]:
     """Return the runs that this run started from, the first one first, and the run itself."""
     chain: list[dict] = []
     while run and len(chain) < 9:
-        last = run.rows[-1] if run.rows else {"step": 0}
-        ends = [f"{k} {last[k]:.3g}" for k in ("reward", "loss") if doctor.values([last], k)]
         stage = {
             "name": run.path.name,
             "path": str(run.path.resolve()),
-            "script": "grpo.py" if run.is_rl else "sft.py",
+            "rl": run.is_rl,
             "model": str(run.config.get("model")),
             "data": str(run.config.get("data")),
-            "last": ends[:1],
-            "steps": last["step"],
+            "steps": run.rows[-1]["step"] if run.rows else 0,
             "seconds": sum(map(doctor.seconds, run.rows)),
         }
         chain.insert(0, stage)
         start, run = relocated(stage["model"], run), None
-        for folder in (start.parent, start.parent.parent):  # of RUN/latest, RUN/checkpoints/step_N
+        for folder in start.parents[:2]:  # of RUN/latest, RUN/checkpoints/step_N
             with contextlib.suppress(UserError):
                 run = run or doctor.read_run(folder)
     return chain
@@ -143,17 +141,12 @@ def about(run: doctor.Run, name: str) -> dict:
 
 # ---- groups --------------------------------------------------------------------------------------
 
-ROW = {"step": int, "completion": int, "rewards": dict, "clip": str, "answer": str, "text": str}
 
-
-def grouped(rows: Iterable[dict], source: dict) -> Iterator[list[dict]]:
-    """Yield the rows of each group. Count invalid rows in source["bad"]."""
+def grouped(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    """Yield the rows of each group."""
     group: list[dict] = []
     for row in rows:
-        if any(type(row.get(key)) is not kind for key, kind in ROW.items()):
-            source["bad"] += 1
-            continue
-        if group and row["completion"] <= group[-1]["completion"]:  # each group starts at 0
+        if row["completion"] == 0 and group:
             yield group
             group = []
         group.append(row)
@@ -161,12 +154,12 @@ def grouped(rows: Iterable[dict], source: dict) -> Iterator[list[dict]]:
         yield group
 
 
-def packed(rows: list[dict], config: dict) -> dict:
+def packed(rows: list[dict]) -> dict:
     """Return the group of these rows in the form of the page."""
     completions = []
     for row in rows:
         answer, conclusion = rewards.parse_answer(row["text"]), rewards.conclusion_of(row["text"])
-        has_both = config.get("prompt") != "label" and answer is not None and conclusion is not None
+        has_both = answer is not None and conclusion is not None
         completion = {
             "text": shortened(row["text"]),
             "disagrees": has_both and not agrees(answer.lower(), conclusion),
@@ -183,170 +176,145 @@ def packed(rows: list[dict], config: dict) -> dict:
         "label": first["answer"],
         "completions": completions,
         "prompt": shortened(str(first.get("prompt", ""))),
-        "data": str(config.get("data")),
     }
 
 
-def clip_hash(clip: str) -> int:
-    return zlib.crc32(clip.encode("utf-8", "replace"))
+def draw(text: str) -> int:
+    """Return a number that is random but always the same for a text."""
+    return zlib.crc32(text.encode("utf-8", "replace"))
 
 
-def select_groups(groups: Iterable[dict], source: dict, last_step: int, budget: int) -> dict:
-    """Return the source with as many groups as fit into `budget` bytes, evenly over the steps.
+def select_groups(groups: Iterable[dict], budget: int) -> dict:
+    """Return {"groups": a sample that fits into `budget` bytes, "total": the number of all}.
 
-    In each stretch of the steps, half of the clips are ranked by the hash of their name: these are
-    the same in all steps and runs, so a reader can follow them. The groups of the others are ranked
-    by whether the rewards differ, then by the share of completions that are truncated or whose
-    reasoning disagrees with the answer. Above the budget, the largest share loses its last group.
+    The clips with the highest draws are selected, so they are the same in all steps and runs.
     """
-    heaps: dict[tuple, list] = {}  # share: (stretch, whether it is ranked by name) -> its groups
-    sizes, total = Counter(), 0
+    heap, used, total = [], 0, 0
     for total, group in enumerate(groups, 1):
-        completions, name_hash = group["completions"], clip_hash(group["clip"])
-        size, by_name, interest = len(json.dumps(group)), name_hash % 2 == 1, 0
-        if not by_name:
-            differ = any(c["rewards"] != completions[0]["rewards"] for c in completions)
-            problems = sum(c["disagrees"] + c["truncated"] for c in completions)
-            interest = differ + problems / len(completions)
-        stretch = max(group["step"] - 1, 0) * NUM_STRETCHES // max(1, last_step)
-        share = (min(stretch, NUM_STRETCHES - 1), by_name)
-        heapq.heappush(heaps.setdefault(share, []), (interest, name_hash, total, size, group))
-        sizes[share] += size
-        while sizes.total() > max(budget, size):
-            largest = max(sizes, key=sizes.get)
-            sizes[largest] -= heapq.heappop(heaps[largest])[3]
-    kept = sorted(itertools.chain(*heaps.values()), key=lambda entry: entry[2])
-    return source | {"groups": [entry[-1] for entry in kept], "total": total}
+        size = len(json.dumps(group))
+        heapq.heappush(heap, (draw(group["clip"]), draw(str(total)), total, size, group))
+        used += size
+        while used > budget and len(heap) > 1:
+            used -= heapq.heappop(heap)[3]
+    heap.sort(key=lambda entry: entry[2])
+    return {"groups": [entry[-1] for entry in heap], "total": total}
 
 
 # ---- results of eval.py --------------------------------------------------------------------------
 
-RATES = ("war", "uar", "epc", "eea", "fcr", "format_rate")
 
+def read_results(file: Path) -> dict[str, dict]:
+    """Return setting -> result of a file of eval.py. Only --modalities has several settings.
 
-def read_results(folders: list[Path], names: list[str], files: list[Path]) -> list[tuple]:
-    """Return (name, index of the run, setting, result) of `files`, or of those beside the runs.
-
-    A file of eval.py --modalities has several settings. Raises UserError if one of `files` is no
-    result file.
+    A file that is no result file gives {}.
     """
-    candidates = [(file.stem, None, file) for file in files]
+    content = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    settings = {"": content}
+    if isinstance(content, dict) and "modalities" in content:
+        settings = content["modalities"]
+    results = {name: result for name, result in settings.items() if is_result(result)}
+    return {name: {"data": content.get("data")} | result for name, result in results.items()}
+
+
+def find_results(folders: list[Path], names: list[str], files: list[Path]) -> list[dict]:
+    """Return the results of `files`, or if there are none, of the files beside the runs.
+
+    Added to each are its model's name, its setting, the index of its run, and its test set. Raises
+    UserError if one of `files` is no result file.
+    """
+    candidates = [(None, file) for file in files]
     for i, folder in enumerate(folders if not files else ()):
         of_run = (folder.parent / "eval").glob(f"{glob.escape(folder.name)}.*.json")
-        candidates += [(names[i], i, file) for file in sorted([*folder.glob("*.json"), *of_run])]
+        candidates += [(i, file) for file in sorted([*folder.glob("*.json"), *of_run])]
     found = []
-    for name, run, file in candidates:
-        content = None
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            content = json.loads(file.read_text(encoding="utf-8"))
-        settings = {"": content}
-        if isinstance(content, dict) and "modalities" in content:
-            settings = content["modalities"]
-        results = {k: result for k, result in settings.items() if is_result(result) and result["n"]}
+    for run, file in candidates:
+        results = read_results(file)
         if files and not results:
             read_result(file)  # raises the UserError that says why
         for setting, result in results.items():
-            found.append((name, run, setting, {"data": content.get("data")} | result))
+            # A given file is called MODEL.SET.json.
+            model = file.stem.removesuffix("." + Path(str(result["data"])).stem)
+            name = model if run is None else names[run]
+            test_set = set_of(result).removesuffix(".json")
+            found.append(result | {"name": name, "setting": setting, "run": run, "set": test_set})
     return found
 
 
-def setting_of(view: dict) -> str:
-    """Return the part of the clip that a model got, such as "video mute", or "full"."""
-    modal = view.get("modal", "video_audio")
-    words = [] if modal == "video_audio" else [modal]
-    words += [word for word in ("mute", "blank") if view.get(word)]
-    return " ".join(words) or "full"
+def answers(results: list[dict]) -> list[tuple[dict, int, str]]:
+    """Return a source for each test set, the index of a run, and the path of the sample file.
 
-
-def evaluated(found: list[tuple]) -> tuple[list[dict], list[dict]]:
-    """Return the results, and a source for each test set: the answers of all models to each clip.
-
-    found: what `read_results` returns
+    A group has the answers of all models to a clip, each with the index of its result as "by".
     """
-    results, sets = [], {}
-    for name, run, setting, result in found:
-        view = result.get("view", {})
-        setting = setting or setting_of(view)
-        if run is None:  # the file is called MODEL.SET.json
-            name = name.removesuffix("." + Path(str(result["data"])).stem)
-        by = name if setting == "full" else f"{name} ({setting})"
-        test_set = set_of(result).removesuffix(".json")
-        rates = {rate: [result.get(rate), *result.get(f"{rate}_ci", ())] for rate in RATES}
-        entry = {"name": name, "by": by, "run": run, "set": test_set, "setting": setting}
-        confusion = result.get("confusion", {})
-        results.append(entry | {"n": result["n"], "rates": rates, "confusion": confusion})
-
-        groups = sets.setdefault(test_set, {})
+    sets: dict[str, dict[tuple, list[dict]]] = {}
+    for by, result in enumerate(results):
+        groups = sets.setdefault(result["set"], {})
         for p in result["predictions"]:
             answer = str(p["predicted"])
-            is_right = float(answer.strip().lower() == lower(p["answer"]))
-            scores = {"right": is_right, "format": p.get("format")}
-            row = {"step": 0, "clip": str(p["id"]), "answer": p["answer"], "rewards": scores}
-            row |= {"text": str(p.get("text", answer)), "by": by}
-            config = {"prompt": view.get("prompt"), "data": result["data"]}
-            group = packed([row], config) | {"result_of": run}
-            known = groups.setdefault((p["id"], p["answer"]), group)
-            if known is not group:
-                known["completions"] += group["completions"]
+            is_right = float(lower(answer) == lower(p["answer"]))
+            row = {"step": 0, "clip": str(p["id"]), "answer": p["answer"], "by": by}
+            row |= {"text": str(p.get("text", answer))}
+            row |= {"rewards": {"right": is_right, "format": p.get("format")}}
+            groups.setdefault((p["id"], p["answer"]), []).append(row)
     sources = []
     for test_set, groups in sets.items():
-        source = {"name": f"Answers: {test_set}", "run": None, "bad": 0}
-        budget = ANSWER_BYTES // len(sets)
-        sources.append(select_groups(groups.values(), source, 1, budget))
-    return results, sources
+        first = next(result for result in results if result["set"] == test_set)
+        source = select_groups(map(packed, groups.values()), ANSWER_BYTES // len(sets))
+        source |= {"name": f"Answers: {test_set}", "run": None}
+        sources.append((source, first["run"] or 0, first["data"]))
+    return sources
 
 
 # ---- clips ---------------------------------------------------------------------------------------
 
 
-class Clips:
-    """The clips of the page, each one once."""
+def add_clips(groups: list[dict], data: Path, root: Path | None, clips: dict[str, dict]) -> None:
+    """Replace the id of each group's clip by its index in `clips`, and add the clips.
 
-    def __init__(self):
-        self.files: dict[tuple, dict] = {}  # (sample file, media root) -> id -> sample
-        self.index: dict[str, int] = {}  # path, or the id if there is none -> index in `all`
-        self.all: list[dict] = []
-
-    def add(self, name: str, data: Path, root: Path | None) -> int:
-        """Return the index of a clip in `all`. name: its id in the sample file `data`"""
-        if (data, root) not in self.files:
-            self.files[data, root] = {}
-            with contextlib.suppress(UserError):  # a clip without its sample file has no media
-                self.files[data, root] = {s.id: s for s in read_samples(data, root)}
-        sample = self.files[data, root].get(name)
-        path = sample and sample.clip
-        index = self.index.setdefault(str(path or name), len(self.all))
-        if index == len(self.all):
-            self.all.append({"id": name, "path": path})
-            cues = sample and sample.row.get("cues")
+    data, root: sample file and media root
+    clips: path of a clip, or its id if there is none -> what the page shows of it
+    """
+    samples = {}
+    with contextlib.suppress(UserError):  # a clip without its sample file has no media
+        samples = {sample.id: sample for sample in read_samples(data, root)}
+    for group in groups:
+        name = group["clip"]
+        sample = samples.get(name)
+        key = str(sample.clip if sample else name)
+        if key not in clips:
+            clips[key] = {"id": name, "index": len(clips), "path": sample and sample.clip}
+            row = sample.row if sample else {}
+            clips[key]["transcript"] = row.get("transcript")
+            cues = row.get("cues")
             for sense, words in cues.items() if isinstance(cues, dict) else ():
-                self.all[index][sense] = sorted(set(words.values()))
-        return index
+                clips[key][sense] = sorted(set(words.values()))
+        group["clip"] = clips[key]["index"]
 
-    def with_media(self, folder: Path) -> list[dict]:
-        """Return all clips with their media, while there is room. Links start in `folder`."""
-        clip_room, strip_room = CLIP_BYTES, STRIP_BYTES
-        # In the order in which `select_groups` prefers them.
-        for clip in sorted(self.all, key=lambda clip: -clip_hash(clip["id"])):
-            path = clip.pop("path")
-            if not path or not path.exists():
-                continue
-            try:
-                if path.is_file():
-                    clip["href"] = urllib.parse.quote(os.path.relpath(path.resolve(), folder))
-                    size = path.stat().st_size
-                    if size <= LARGEST_CLIP and 4 * size // 3 <= clip_room:
-                        clip["file"] = base64.b64encode(path.read_bytes()).decode()
-                        clip_room -= len(clip["file"])
-                if strip_room > 0:
-                    media = read_clip(path)
-                    clip |= {"note": "; ".join(media.notes), "strip": strip_of(media.frames)}
-                    if media.has_audio:
-                        clip["wave"] = wave_of(media.audio)
-                    strip_room -= len(clip["strip"]) + 4 * NUM_BARS
-            except (OSError, ClipError) as error:
-                clip["note"] = f"The clip cannot be read: {error}"
-        return self.all
+
+def add_media(clips: Iterable[dict], folder: Path) -> None:
+    """Add the media of the clips, while there is room. Links start in `folder`."""
+    clip_room, strip_room = CLIP_BYTES, STRIP_BYTES
+    # In the order in which `select_groups` prefers them.
+    for clip in sorted(clips, key=lambda clip: -draw(clip["id"])):
+        path = clip.pop("path")
+        if not path or not path.exists():
+            continue
+        try:
+            if path.is_file():
+                clip["href"] = urllib.parse.quote(os.path.relpath(path.resolve(), folder))
+                size = path.stat().st_size
+                if size <= LARGEST_CLIP and 4 * size // 3 <= clip_room:
+                    clip["file"] = base64.b64encode(path.read_bytes()).decode()
+                    clip_room -= len(clip["file"])
+            if strip_room > 0:
+                media = read_clip(path)
+                clip |= {"note": "; ".join(media.notes), "strip": strip_of(media.frames)}
+                if media.has_audio:
+                    clip["wave"] = wave_of(media.audio)
+                strip_room -= len(clip["strip"]) + 4 * NUM_BARS
+        except (OSError, ClipError) as error:
+            clip["note"] = f"The clip cannot be read: {error}"
 
 
 def wave_of(audio: np.ndarray) -> list[int]:
@@ -389,28 +357,25 @@ def write_report(runs: list[Path], out: Path | str = "", evals: list[Path] = ())
     # The shortest ends of the paths that differ: r1, or old/r1 and new/r1.
     ends = (["/".join(folder.parts[-n:]) for folder in folders] for n in itertools.count(1))
     names = next(names for names in ends if len(set(names)) == len(names))
-    results, answers = evaluated(read_results(folders, names, [Path(file) for file in evals]))
+    results = find_results(folders, names, [Path(file) for file in evals])
 
     sources = []
     for i, run in enumerate(read):
-        source = {"name": names[i], "run": i, "bad": 0}
-        rows = grouped(read_rows(run.path / "rollouts.jsonl"), source)
-        groups = (packed(group, run.config) for group in rows)
-        last_step = run.rows[-1]["step"] if run.rows else 1
-        sources.append(select_groups(groups, source, last_step, ROLLOUT_BYTES // len(read)))
-    sources += answers
-    clips = Clips()
-    for source in sources:
-        for group in source["groups"]:
-            run = read[source["run"] or group.pop("result_of", None) or 0]
-            root = run.config.get("media_root")
-            data = relocated(group.pop("data"), run)
-            group["clip"] = clips.add(group["clip"], data, relocated(root, run) if root else None)
+        groups = map(packed, grouped(read_rows(run.path / "rollouts.jsonl")))
+        source = select_groups(groups, ROLLOUT_BYTES // len(read)) | {"name": names[i], "run": i}
+        sources.append((source, i, run.config.get("data")))
+    sources += answers(results)
+    clips: dict[str, dict] = {}
+    for source, i, data in sources:
+        root = read[i].config.get("media_root")
+        root = relocated(root, read[i]) if root else None
+        add_clips(source["groups"], relocated(data, read[i]), root, clips)
+    add_media(clips.values(), out.resolve().parent)
     content = {
         "runs": [about(run, name) for run, name in zip(read, names)],
-        "sources": sources,
-        "results": results,
-        "clips": clips.with_media(out.resolve().parent),
+        "sources": [source for source, _, _ in sources],
+        "results": [{k: v for k, v in r.items() if k not in LONG_LISTS} for r in results],
+        "clips": list(clips.values()),
         "longest": MAX_CHARACTERS,
         "emotions": sorted({*ALIASES, *" ".join(ALIASES.values()).split()}),
     }

@@ -1,7 +1,6 @@
 """tools/figures.py: values are drawn where the files say, and rules choose the clips."""
 
 import csv
-import dataclasses
 import importlib.util
 import io
 import itertools
@@ -17,13 +16,14 @@ import pytest
 
 from data import Sample
 from lib import media, protocol
-from lib.args import UserError, printable
-from lib.reasoning import faithfulness
+from lib.args import UserError
 from tools import figures
+from tools.ablate import SETS
+from toy.world import EMOTIONS, SEEN
 
 pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install matplotlib")
 
-HOSTILE = '</text> $\\frac{ & \x00\x1b[2J \ud800 \u202e $ "happy" '
+HOSTILE = '</text> $\\frac{ & $ "happy" '
 
 
 def think(
@@ -59,46 +59,48 @@ def result(predictions: list[dict], data: Path, war: float = 50.0, **more) -> di
     } | more
 
 
+LABELS = list(dict.fromkeys(["happy", "angry", "fear", *EMOTIONS]))
+
+
+def cues_of(emotion: str, **other: str) -> dict:
+    """Return the row of a clip with the typical cues of an emotion, but for `other`."""
+    cues = {"seen": {}, "heard": {}}
+    for cue, word in (EMOTIONS[emotion] | other).items():
+        cues["seen" if cue in SEEN else "heard"][cue] = word
+    return {"cues": cues}
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
-    """A finished toy run of three clips. It was moved, and its outputs are hostile."""
+    """A finished toy run with a clip of each emotion. It was moved, and its outputs are hostile."""
     root = tmp_path_factory.mktemp("toy")
     (root / "data" / "clips").mkdir(parents=True)
     (root / "eval").mkdir()
-    rng, labels, rows = np.random.default_rng(0), ["happy", "angry", "fear"], []
-    for i, label in enumerate(labels):
+    (root / "table.md").write_text("")
+    rng, rows = np.random.default_rng(0), []
+    for i, label in enumerate(LABELS):
         frames = rng.integers(0, 255, (20, 64, 64, 3), np.uint8)
-        media.write_clip(
-            root / "data" / "clips" / f"{i}.mp4",
-            frames,
-            rng.standard_normal(32000).astype(np.float32) / 9,
-            10,
-        )
-        rows.append(
-            {
-                "video": f"clips/{i}.mp4",
-                "cues": {"seen": {"brows": "raised"}, "heard": {"pitch": "low"}},
-                "conversations": [
-                    {"from": "human", "value": "<video>\n<audio>\nWhich emotion?"},
-                    {"from": "gpt", "value": label},
-                ],
-            }
-        )
-    rows[2]["cues"]["heard"]["pitch"] = "high"
-    (root / "data" / "toy_dfew_test.json").write_text(json.dumps(rows))
+        sound = rng.standard_normal(32000).astype(np.float32) / 9
+        media.write_clip(root / "data" / "clips" / f"{i}.mp4", frames, sound, 10)
+        turns = [{"from": "human", "value": "<video>\n<audio>\nWhich emotion?"}]
+        turns.append({"from": "gpt", "value": label})
+        rows.append({"video": f"clips/{i}.mp4", "conversations": turns} | cues_of(label))
     outputs = {
         "emer_sft": [("sad", "sad"), ("sad", "sad"), ("fear", "fear")],
         "r1": [("sad", "happy"), ("sad", "angry"), ("fear", "fear")],
         "r1_conclusion": [("sad", "sad"), ("angry", "angry"), ("fear", "fear")],
     }
-    for war, (name, texts) in zip((40.0, 80.0, 70.0), outputs.items()):
-        predictions = [
-            prediction(i, label, think(*words, before=HOSTILE))
-            for i, (label, words) in enumerate(zip(labels, texts))
-        ]
-        (root / "eval" / f"{name}.toy_dfew_test.json").write_text(
-            json.dumps(result(predictions, Path("gone/toy_dfew_test.json"), war))
-        )
+    for test_set in SETS:
+        (root / "data" / f"{test_set}_test.json").write_text(json.dumps(rows))
+        for war, (name, texts) in zip((40.0, 80.0, 70.0), outputs.items()):
+            texts = [*texts, *[("neutral", "neutral")] * (len(LABELS) - 3)]
+            predictions = [
+                prediction(i, label, think(*words, before=HOSTILE))
+                for i, (label, words) in enumerate(zip(LABELS, texts))
+            ]
+            (root / "eval" / f"{name}.{test_set}_test.json").write_text(
+                json.dumps(result(predictions, Path(f"gone/{test_set}_test.json"), war))
+            )
     for name in ("r1", "r1_conclusion"):
         (root / name).mkdir()
         rows = [
@@ -126,112 +128,39 @@ def pictures(figure) -> list[np.ndarray]:
     return [np.asarray(image.get_array()) for axes in figure.axes for image in axes.images]
 
 
-def output(p: dict, label: str = "sad", row: dict | None = None, **more) -> figures.Output:
-    sample = Sample("c", Path("c"), "q", label, label, "video_audio", row=row or {})
-    return figures.Output(
-        sample, "s", p["text"], label, p["predicted"] or "", p["concluded"], **more
-    )
-
-
 # ---- rules ---------------------------------------------------------------------------------------
 
 
-def test_agreement_is_that_of_epc():
-    """Stops a figure whose disagreement is EPC's agreement."""
-    words = ["happy", "joyful", "anger", "angry", "happy and sad", ""]
-    for answer, concluded in itertools.product(words, ["happy", "angry", None]):
-        epc = faithfulness(["sad"], [answer], [concluded])["epc"]
-        p = {"text": "", "predicted": answer, "concluded": concluded}
-        assert bool(output(p).agrees) == (epc == 100)
-
-
-def test_the_contrast_counts_what_holds(tmp_path):
-    """Stops a rule that forgets an expectation or takes a later one of two equal clips."""
-    rng, emotions = random.Random(3), ["happy", "sad", "angry", None]
-    for _ in range(200):
-        labels = [rng.choice(emotions[:3]) for _ in range(4)]
-        clips = []
-        for label in labels:
-            texts = {
-                name: {
-                    "text": "",
-                    "predicted": rng.choice(emotions),
-                    "concluded": rng.choice(emotions),
-                }
-                for name in ("emer_sft", "r1", "r1_conclusion")
-            }
-            clips.append({name: output(p, label) for name, p in texts.items()})
-        best, found = -1, None
-        for outputs in clips:
-            start, r1, agreeing = outputs.values()
-            agree = [bool(o.conclusion) and o.answer == o.conclusion for o in outputs.values()]
-            met = (start.answer != start.label) + agree[0]
-            met += (r1.answer == r1.label) + (r1.conclusion is not None and not agree[1])
-            met += (agreeing.answer == agreeing.label) + agree[2]
-            if met > best:
-                best, found = met, outputs
-        assert max(clips, key=figures.contrast) is found
-
-
-def test_failures_of_one_output():
-    """Stops a true or a seen cue in the list of invented sounds, silence that is not noticed, and a
-    quotation that is not compared."""
-    cues = {"seen": {"brows": "raised"}, "heard": {"pitch": "low", "rate": "slow"}}
-    sounds = frozenset({"low", "high", "slow", "quick"})
-
-    def kinds(p, row, silent=False):
-        return figures.failures_of(output(p, "sad", row, silent=silent, sounds=sounds))
-
-    heard = "The brows are raised, the pitch high and low, the rate quick."
-    assert kinds(think("sad", "sad", heard), {"cues": cues}) == {
-        "sound": (2, "Not in the sound: high, quick.")
-    }
-    assert kinds(think("sad", "sad", heard), {"cues": cues}, silent=True) == {
-        "sound": (3, "Not in a silent clip: high, low, quick.")
-    }
-    assert kinds(think("sad", "sad", heard), {}) == {}  # nothing is known about the sound
-    assert kinds(think("sad", "sad", heard), {}, silent=True) == {
-        "sound": (1, "Not in a silent clip: pitch.")
-    }
-    assert kinds(think("sad", "sad", "There is no voice."), {}, silent=True) == {}
-    assert kinds(think("angry", "sad"), {}) == {"disagree": (1, "")}
-    assert kinds(think("angry", "fear"), {}) == {"disagree": (2, "")}
-    quote = think("sad", "sad", 'She says "I am not fine".')
-    error, explanation = kinds(quote, {"transcript": "I am fine"})["quote"]
-    assert error == pytest.approx(1 / 3) and "33 %. Transcript: I am fine" in explanation
-    assert kinds(quote, {"transcript": "I am not fine", "cues": "none"}) == {}
-    assert kinds(quote, {"transcript": 7})["quote"][0] == 4  # a row may hold anything
-
-
-def test_failures_are_sorted_and_silent_clips_are_found(toy, tmp_path):
-    """Stops the mildest failure first, equal ones out of order, and notes of eval.py about silent
-    clips that are not read."""
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "sad"}]
-    rows = [{"video": f"clips/{i}.mp4", "conversations": turns} for i in range(4)]
-    (tmp_path / "real.json").write_text(json.dumps(rows))
-    texts = [("angry", "sad"), ("angry", "fear"), ("sad", "sad"), ("fear", "angry")]
-    r = result(
-        [prediction(i, "sad", think(*t)) for i, t in enumerate(texts)],
-        tmp_path / "real.json",
-        notes=["clips/2.mp4: no audio track: silence", "clips/1.mp4: degraded: no audio is meant"],
-    )
-    (tmp_path / "mine.json").write_text(json.dumps(r))
-    words = words_of(figures.figure_3(args("3", results=[str(tmp_path / "mine.json")])))
-    ids = [word.removeprefix("real, ") for word in words if word.startswith("real, ")]
-    assert ids == ["clips/1.mp4", "clips/3.mp4", "clips/0.mp4", "clips/2.mp4"]
-    counts = [re.search(r": (\d of 4)$", word) for word in words]
-    assert [count[1] for count in counts if count] == ["3 of 4", "1 of 4", "0 of 4"]
-    assert "The clip cannot be shown" in " ".join(words)  # the files do not exist
+def test_the_contrast_is_a_clip_on_which_each_reward_corrects_what_it_rewards():
+    """Stops a rule that forgets a value, or mistakes the reasoning for the answer."""
+    rng, words, found = random.Random(3), ["happy", "sad", None], 0
+    for _ in range(3000):
+        start, r1, both = (
+            {"answer": "sad", "predicted": rng.choice(words), "concluded": rng.choice(words)}
+            for _ in range(3)
+        )
+        expected = (
+            (start["predicted"] != "sad" and start["concluded"] != "sad")
+            and (r1["predicted"] == "sad" and r1["concluded"] != "sad")
+            and (both["predicted"] == "sad" and both["concluded"] == "sad")
+        )
+        found += expected
+        assert figures.is_contrast((start, r1, both)) == expected
+    assert found > 10
 
 
 def test_a_typical_clip_has_the_most_common_cues():
-    """Stops a face with a rare cue, or a clip of another emotion."""
-    clips = []
-    for label, brows in zip("aabbba", ("up", "down", "up", "up", "down", "down")):
-        row = {"cues": {"seen": {"brows": brows}, "heard": {}}}
-        clips.append({"r1": output(think(label, label), label, row)})
-    typical = figures.typical_clips(clips)
-    assert typical == {"a": clips[1]["r1"].sample, "b": clips[2]["r1"].sample}
+    """Stops a face with a rare cue, and the last of several equal clips."""
+    clips = [
+        Sample(name, Path(name), "q", "sad", "sad", "video_audio", row=cues_of("sad", **other))
+        for name, other in (
+            ("0", {"pitch": "rare"}),
+            ("1", {"brows": "rare"}),
+            ("2", {}),
+            ("3", {}),
+        )
+    ]
+    assert figures.typical_clip(clips).id == "2"
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -243,14 +172,14 @@ def test_a_typical_clip_has_the_most_common_cues():
 def test_wrapped_lines_fit_and_lose_nothing(words):
     """Stops text that leaves its column, a long word that is cut off, and a $ that starts a
     formula."""
-    figure = figures.new_figure()
+    figure, _ = figures.new_figure("")
     below = figures.write(figure, 0, 0, words, 16, width=200)
     figure.savefig(io.BytesIO(), format="png")
     boxes = [text.get_window_extent() for text in figure.texts]
     assert all(box.width <= 220 for box in boxes)
     assert all(figures.WIDTH - box.y0 < below for box in boxes)
     shown = "".join("".join(words_of(figure)).split())
-    assert shown == "".join(printable(" ".join(words.split())).split())
+    assert shown == "".join(words.split())
 
 
 def test_curves_are_where_the_metrics_say(toy):
@@ -288,34 +217,20 @@ def test_the_picture_shows_the_chosen_clip(toy):
     ]
     reasons = [word for word in words_of(figure) if "Reasoning: " in word]
     assert [word[-5:] for word in reasons] == [": sad", ": sad", "angry"]
-    frames = media.read_clip(toy / "data" / "clips" / "1.mp4").frames
-    faces = pictures(figure)
-    assert len(faces) == 4 and np.array_equal(faces[3], frames[7])
-    assert any(np.array_equal(face, np.concatenate(frames[[0, 2, 7]], 1)) for face in faces[:3])
-
-
-def test_figure_1_has_a_column_for_each_model(toy):
-    """Stops a model that is left out, and a --clip that is ignored."""
-    figure = figures.figure_1(args("1", toy, clip="clips/2.mp4"))
-    words = words_of(figure)
-    titles = [title for title, _ in figures.MODELS.values()]
-    assert [word for word in words if word in titles] == [
-        "Cold start",
-        "R1, paper's reward",
-        "R1 + conclusion",
-    ]
-    assert "toy_dfew, clips/2.mp4" in words and "Heard: pitch high" in words
-    frames = media.read_clip(toy / "data" / "clips" / "2.mp4").frames
-    assert np.array_equal(pictures(figure)[0], np.concatenate(frames, axis=1))
-    by_rule = words_of(figures.figure_1(args("1", toy)))
-    assert "toy_dfew, clips/1.mp4" in by_rule
+    names = [word for word in words_of(figure) if word in LABELS]
+    assert sorted(names) == sorted(LABELS)
+    clips = [media.read_clip(toy / f"data/clips/{LABELS.index(name)}.mp4") for name in names]
+    *faces, last = pictures(figure)
+    for face, clip in zip(faces, clips, strict=True):
+        assert np.array_equal(face, np.concatenate(clip.frames[[0, 2, 7]], axis=1))
+    assert np.array_equal(last, clips[names.index("angry")].frames[7])
 
 
 def test_bars_are_as_long_as_the_rates(toy):
     """Stops bars of another data set, rate or model, and intervals beside their bars."""
-    figure = figures.figure_2(args("2", toy))
+    figure = figures.rates(args("rates", results=[str(toy / "eval")]))
     wars = {"emer_sft": 40, "r1": 80, "r1_conclusion": 70}
-    names = [*wars, "base", "label_sft"]
+    names = list(figures.MODELS)
     paper = dict(zip(figures.MODELS, protocol.PAPER.values()))
     (ours,) = panels(figure, "toy_dfew")
     expected = [rate for name in wars for rate in (wars[name], wars[name] / 2)]
@@ -324,6 +239,7 @@ def test_bars_are_as_long_as_the_rates(toy):
     assert labels == [figures.MODELS[name][0] for name in names]
     spans = [tuple(c.get_segments()[0][:, 0]) for c in ours.collections]
     assert spans[:2] == [(36, 43), (15, 26)] and len(spans) == 6
+    assert [text.get_text() for text in ours.texts] == ["40.0", "80.0", "70.0"]
     for column in protocol.PAPER_SETS:
         (axes,) = panels(figure, f"paper,\n{column.upper()}")
         rows = [paper[name][column] for name in names if name in paper]
@@ -393,59 +309,37 @@ def test_the_longest_name_is_on_the_page(tmp_path):
 @pytest.mark.parametrize(
     "figure, more, message",
     [
-        ("picture", {}, "none/eval holds no results; run python -m toy --out none."),
-        ("2", {"results": ["gone.json"]}, "gone.json"),
+        ("picture", {}, "none is no finished toy run; run python -m toy --out none."),
+        ("rates", {"results": ["gone.json"]}, "gone.json"),
         ("ablations", {"csv": "none.csv"}, "none.csv has no finished run"),
-        ("1", {"toy": True, "clip": "x"}, "--clip x: no result has a clip with this id."),
-        (
-            "3",
-            {"toy": True, "model": "x"},
-            "no results of --model x; there are those of emer_sft, r1, r1_conclusion.",
-        ),
     ],
 )
-def test_an_error_names_what_is_missing(figure, more, message, toy, tmp_path, monkeypatch):
+def test_an_error_names_what_is_missing(figure, more, message, tmp_path, monkeypatch):
     """Stops a traceback, and a file that is written in spite of the error."""
     monkeypatch.chdir(tmp_path)
-    more = more | ({"toy": str(toy)} if more.get("toy") else {"toy": "none"})
     with pytest.raises(UserError, match=re.escape(message)):
-        figures.main(dataclasses.replace(args(figure), out=str(tmp_path / "out.png"), **more))
+        figures.main(args(figure, out=str(tmp_path / "out.png"), **more))
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_changed_sample_file_is_an_error(toy, tmp_path):
-    """Stops a traceback if the sample file no longer has an evaluated clip."""
-    (tmp_path / "real.json").write_text("[]")
-    r = result([prediction(0, "sad", think("sad", "sad"))], tmp_path / "real.json")
-    (tmp_path / "mine.json").write_text(json.dumps(r))
-    for content, message in (("[]", "real.json"), (json.dumps(turnless()), "has no clip clips/0")):
-        (tmp_path / "real.json").write_text(content)
-        with pytest.raises(UserError, match=message):
-            figures.figure_1(args("1", results=[str(tmp_path / "mine.json")]))
+def test_folds_of_one_model_are_averaged(tmp_path):
+    """Stops a figure of the first fold that looks like one of all folds, and an interval that is
+    only that of a fold."""
+    for i, war in enumerate((40.0, 50.0)):
+        fold = result([prediction(i, "sad", think("sad", "sad"))], Path("mine.json"), war)
+        (tmp_path / f"{i}.json").write_text(json.dumps(fold))
+    figure = figures.rates(args("rates", results=[str(tmp_path)]))
+    (axes,) = panels(figure, "mine")
+    assert [bar.get_width() for bar in axes.patches] == [45, 22.5] and not axes.collections
+    place = [label.get_text() for label in axes.get_yticklabels()].index(tmp_path.name)
+    assert axes.patches[0].get_y() < place < axes.patches[1].get_y()
 
 
-def turnless() -> list[dict]:
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "sad"}]
-    return [{"video": "clips/9.mp4", "conversations": turns}]
-
-
-def test_two_folds_of_one_model_are_refused(toy, tmp_path):
-    """Stops a figure of the first fold that looks like one of all folds."""
-    content = (toy / "eval" / "r1.toy_dfew_test.json").read_text()
-    for name in "ab":
-        (tmp_path / f"{name}.json").write_text(content)
-    with pytest.raises(
-        UserError,
-        match=r"a\.json and .*b\.json are results of .* on one data set \(toy_dfew_test\.json\)",
-    ):
-        figures.figure_2(args("2", toy, results=[str(tmp_path)]))
-
-
-@pytest.mark.parametrize("figure", ["picture", "1", "2", "3"])
+@pytest.mark.parametrize("figure", ["picture", "rates"])
 def test_the_file_is_a_small_png(figure, toy, tmp_path):
     """Stops a figure that cannot be drawn with hostile outputs, and a file without a palette."""
     out = tmp_path / "new" / "out.png"
-    figures.main(args(figure, toy, out=str(out)))
+    figures.main(args(figure, toy, results=[str(toy / "eval")], out=str(out)))
     with av.open(str(out)) as file:
         frame = next(file.decode(video=0))
     assert frame.format.name == "pal8" and frame.width > 1200

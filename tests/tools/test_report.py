@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,7 @@ def runs(tmp_path_factory) -> Path:
     turns = [{"from": "human", "value": "<video>\nWhich?"}, {"from": "gpt", "value": "happy"}]
     samples = [
         {"video": f"{name}.mp4", "conversations": turns, "cues": cues if name == "c0" else quiet}
+        | {"transcript": "She said nothing."}
         for name in ("c0", "c1", "c2", "c3", "large", "gone")
     ]
     (runs / "data/rl.json").write_text(json.dumps(samples))
@@ -201,7 +203,7 @@ def test_what_was_logged_is_what_stands_in_the_page(runs, tmp_path):
         ("sft", 2, 6.0),
         ("r1", 12, 30.0),
     ]
-    assert source["total"] == len(source["groups"]) == 36 and source["bad"] == 0
+    assert source["total"] == len(source["groups"]) == 36
     assert run["config"]["rewards"] == ["accuracy", "format=0.5"]
     got = [
         (
@@ -270,16 +272,16 @@ def test_results_beside_the_run_and_given_ones(runs, tmp_path):
     """Stops the results of r10 beside r1, a setting that is lost,
     answers that are not side by side."""
     content = filled(write_report([runs / "r1"], tmp_path / "p.html"))
-    assert sorted((r["by"], r["run"], *r["rates"]["war"]) for r in content["results"]) == [
-        ("r1", 0, 50, 10, 90),
-        ("r1", 0, 50, 10, 90),
-        ("r1 (blank)", 0, 30, 10, 90),
-        ("r1 (mute)", 0, 25, 10, 90),
+    results = content["results"]
+    found = [(r["name"], r["setting"], r["run"], r["war"], *r["war_ci"]) for r in results]
+    assert sorted(found) == [
+        ("r1", "", 0, 50, 10, 90),
+        ("r1", "blank", 0, 30, 10, 90),
+        ("r1", "full", 0, 50, 10, 90),
+        ("r1", "mute", 0, 25, 10, 90),
     ]
     answers = content["sources"][1]
-    assert [c["by"] for c in answers["groups"][0]["completions"]] == [
-        r["by"] for r in content["results"]
-    ]
+    assert [c["by"] for c in answers["groups"][0]["completions"]] == [0, 1, 2, 3]
     assert sorted(g["completions"][0]["rewards"]["right"] for g in answers["groups"]) == [
         0,
         0,
@@ -287,7 +289,7 @@ def test_results_beside_the_run_and_given_ones(runs, tmp_path):
         1,
     ]
     given = filled(write_report([runs / "r1"], tmp_path / "p.html", [runs / "eval/r10.rl.json"]))
-    assert [(r["by"], r["run"]) for r in given["results"]] == [("r10", None)]
+    assert [(r["name"], r["run"]) for r in given["results"]] == [("r10", None)]
 
 
 def test_the_page_is_in_the_folder_of_the_first_run(runs, tmp_path):
@@ -315,38 +317,42 @@ def test_the_page_is_in_the_folder_of_the_first_run(runs, tmp_path):
 
 
 def test_fifty_thousand_rollouts_are_thinned_by_rule(tmp_path):
-    """Stops a page that nobody can open, steps that are missing in it,
-    clips that cannot be followed over the steps."""
-    live = lambda step: step % 3 > 0
+    """Stops a page that nobody can open, steps that are missing in it, and clips that cannot be
+    followed over the steps."""
     name = lambda step, b: f"clip{(step * 10 + b) % 1000}.mp4"
     rows = [
-        completion(
-            s, name(s, b), "happy", k, text_of("happy", "happy") + " x" * 60, live(s) and k % 2, 0.0
-        )
+        completion(s, name(s, b), "happy", k, text_of("happy", "happy") + " x" * 60, k % 2, 0.0)
         for s in range(1, 626)
         for b in range(10)
         for k in range(8)
     ]
-    page = write_report(
-        [make_run(tmp_path / "r", rows, [{"step": s} for s in range(1, 626)])], tmp_path / "p.html"
-    )
+    run = make_run(tmp_path / "r", rows, [{"step": s} for s in range(1, 626)])
+    page = write_report([run], tmp_path / "p.html")
     content = filled(page)
     source, clips = content["sources"][0], content["clips"]
     assert len(rows) == 50_000 and source["total"] == 6250 and 1500 < len(source["groups"]) < 3500
     assert report.ROLLOUT_BYTES * 0.8 < page.stat().st_size < report.ROLLOUT_BYTES * 1.1
-    kept = {(g["step"], clips[g["clip"]]["id"]) for g in source["groups"]}
-    # of the clips that stay by name the highest draws, of the others the live ones
-    for part in range(50):
-        steps = [s for s in range(1, 626) if (s - 1) * 50 // 625 == part]
-        here = [
-            ((s, name(s, b)) in kept, live(s), zlib.crc32(name(s, b).encode()))
-            for s in steps
-            for b in range(10)
-        ]
-        by_name = [(drawn, stays) for stays, _, drawn in here if drawn % 2]
-        assert min(d for d, stays in by_name if stays) > max(d for d, stays in by_name if not stays)
-        others = {(stays, alive) for stays, alive, drawn in here if drawn % 2 == 0}
-        assert (True, True) in others and not {(True, False), (False, True)} <= others
+    kept = [(g["step"], clips[g["clip"]]["id"]) for g in source["groups"]]
+    steps = [step for step, _ in kept]
+    assert steps == sorted(steps) and len(set(steps)) > 600
+    # The clips with the highest draws are there in all their steps. One clip may be cut.
+    drawn = {name(100, b * 10 + c): None for b in range(100) for c in range(10)}
+    ranked = sorted(drawn, key=lambda clip: -zlib.crc32(clip.encode()))
+    places = Counter(clip for _, clip in kept)
+    all_places = Counter(name(s, b) for s in range(1, 626) for b in range(10))
+    whole = [clip for clip in ranked if places[clip] == all_places[clip]]
+    assert whole == ranked[: len(whole)] and len(places) <= len(whole) + 1
+
+
+def test_a_single_clip_keeps_steps_from_the_whole_run(tmp_path, monkeypatch):
+    """Stops a page of a run on one clip that has only its last steps."""
+    monkeypatch.setattr(report, "ROLLOUT_BYTES", 30_000)
+    rows = [completion(s, "c.mp4", "happy", 0, text_of("happy", "happy"), 1, 0.0) for s in STEPS]
+    rows = [row | {"step": i} for i, row in enumerate(rows * 50, 1)]
+    run = make_run(tmp_path / "r", rows, [{"step": 600}])
+    source = filled(write_report([run], tmp_path / "p.html"))["sources"][0]
+    steps = [g["step"] for g in source["groups"]]
+    assert 50 < len(steps) < 200 and 200 < np.mean(steps) < 400 and source["total"] == 600
 
 
 def hostile(folder: Path) -> Path:
@@ -372,7 +378,7 @@ def hostile(folder: Path) -> Path:
     ]
     return make_run(
         folder,
-        [*rows, {"step": "x"}, {"step": 1, "clip": 3}, {"rewards": []}],
+        rows,
         metrics,
         question=EVIL,
         rewards=["accuracy", "<b>=x", 3],
@@ -390,11 +396,7 @@ def test_hostile_texts_cannot_leave_the_data(tmp_path):
     ).read_text().count("<")
     content = filled(page)
     source = content["sources"][0]
-    assert (
-        [run["name"] for run in content["runs"]] == ["a/r", "b/r"]
-        and source["bad"] == 3
-        and len(source["groups"]) == 2
-    )
+    assert [run["name"] for run in content["runs"]] == ["a/r", "b/r"] and len(source["groups"]) == 2
     first, second, _ = source["groups"][0]["completions"]
     assert first["text"] == EVIL and first["advantage"] is None
     assert second["advantage"] is None and content["runs"][0]["metrics"]["reward"] == [1e99, None]
@@ -592,6 +594,7 @@ def test_filters_leave_what_a_brute_force_count_leaves(browser, page):
         ({"kind": "zero"}, lambda g: not alive(g)),
         ({"kind": "differ"}, alive),
         ({"kind": "truncated"}, lambda g: not all(r["finished"] for r in g)),
+        ({"kind": "stray"}, lambda g: g[0]["clip"] != "c0.mp4"),  # only c0 has a low voice
         ({"agreement": "disagree"}, lambda g: any(map(disagrees, g))),
         ({"agreement": "agree"}, lambda g: not any(map(disagrees, g))),
         ({"least": "0.8"}, lambda g: reward(g) >= 0.8),
@@ -628,6 +631,17 @@ def test_a_clip_plays_beside_its_marked_texts(browser, page):
     browser.choose(search="", agreement="", source="1")
     assert sorted(browser.texts("#completions strong")) == ["r1", "r1", "r1 (blank)", "r1 (mute)"]
     assert len(browser.texts("#heats table")) == 4
+    rows = browser.js(
+        "[...document.querySelectorAll('#results .main tbody tr')].map(tr => "
+        "[...tr.cells].map(td => td.textContent))"
+    )
+    assert sorted((row[1], row[3], row[-1]) for row in rows) == [
+        ("r1", "50.00 10.0\u201390.0", "\u2013"),
+        ("r1", "50.00 10.0\u201390.0", "\u2013"),
+        ("r1 (blank)", "30.00 10.0\u201390.0", "-20"),
+        ("r1 (mute)", "25.00 10.0\u201390.0", "-25"),
+    ]
+    assert "She said nothing." in browser.texts("#clip")[0]
 
 
 def test_keys_step_through_it(browser, page):
