@@ -546,7 +546,7 @@ def r1omni(args: R1OmniArgs) -> None:
     write_counted(args, args.data, samples, VOCABULARY)
 
 
-# ---- Join: sample files to train on, and validation clips taken from them ----
+# ---- Join: sample files to train on, and validation clips ----
 
 
 @dataclasses.dataclass(kw_only=True)
