@@ -1,4 +1,4 @@
-"""Convert data sets to sample files; join, split and check sample files; inspect checkpoints.
+"""Convert data sets to sample files; join and check sample files; inspect checkpoints.
 
 python -m tools.convert COMMAND --flag ...
 
@@ -8,8 +8,7 @@ python -m tools.convert COMMAND --flag ...
     emer    --root /data/EMER --out emer.json
     mer2025 --root /data/MER2025 --out mer2025.json
     r1omni  --data theirs.json --root /data --out ours.json
-    join    --data mafw_train.json dfew_train.json --out mafw_dfew.json
-    split   --data mafw_dfew.json --n 400 --train train.json --val val.json
+    join    --data mafw_train.json dfew_train.json --out train.json --val val.json --n 400
     check   --data train.json --media_root /data/DFEW --out report.json
     inspect runs/r1/latest
 
@@ -25,8 +24,8 @@ import dataclasses
 import io
 import itertools
 import multiprocessing
-import multiprocessing.connection
 import os
+import random
 import re
 import signal
 import sys
@@ -36,14 +35,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
 from tqdm import tqdm
 
 from data import QUESTION, THINK, Sample, read_samples
 from lib.args import UserError, list_of, run_main
 from lib.checkpoint import TOWERS, Plan, find_file, list_some, make_plan, weight_index
 from lib.files import check_writable, write_json, write_text
-from lib.media import DAMAGE, IMAGES, SOUNDS, ClipError, open_media, read_clip, video_streams
+from lib.media import SOUNDS, ClipError, read_clip
 from lib.reasoning import VOCABULARY, normalise
 from model import DEFAULT_TRAINED, PARTS, Config, HumanOmni
 from rewards import format_reward
@@ -52,17 +50,14 @@ VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm")
 
 # ---- What all converters share ----
 #
-# A converter is a function in three steps; `ravdess` is a short example.
-#   1. Read the data set's lists into a list of `Listed`, one for each clip.
-#   2. `find_clips` returns the files of the clips.
-#   3. `write_listed` matches the two by name, compares the counts with the official ones, and
-#      writes the sample file.
-# Its flags are a subclass of ConvertArgs. COMMANDS, at the end of this file, names the function.
+# A converter reads the data set's lists into a list of `Listed`, one for each clip. `find_clips`
+# finds the files, `match_clips` joins the two, and `write_counted` checks and writes the result.
+# `ravdess` is a short example. Its flags are a subclass of ConvertArgs. FUNCTIONS names it.
 
 
 @dataclasses.dataclass(kw_only=True)
 class ConvertArgs:
-    root: str  # folder of the data set as it is distributed
+    root: str  # folder of the data set as it is distributed; r1omni: of one or several data sets
     out: str  # sample file to write, FILE.json
     media_root: str | None = None  # folder that the rows' paths start from; default: --root
     clips: str | None = None  # folder under --root with the clips; default: the data set's own
@@ -200,7 +195,6 @@ def write_counted(
 
     ids = Counter(sample.id for sample in found)
     unusual = {
-        "classes have no clip": set(classes) - set(found_counts),
         "labels are outside the vocabulary and kept": set(found_counts) - set(classes),
         "clips have several rows, which are kept": {name for name in ids if ids[name] > 1},
     }
@@ -233,16 +227,8 @@ def write_counted(
     print(f"Its paths start from --media_root {root}")
 
 
-def write_listed(
-    args: ConvertArgs,
-    dataset: str,
-    source,
-    listed: list[Listed],
-    clips: list[Path],
-    classes: tuple[str, ...],
-    official: dict[str, int] | None = None,
-) -> None:
-    """Match listed clips and files by name and pass them to `write_counted`.
+def match_clips(dataset: str, listed: list[Listed], clips: list[Path]) -> list[Sample]:
+    """Return a sample for each listed clip, with the file of its name or None.
 
     dataset: the rows' "dataset", as in dfew/fold1/test. Raises UserError if two lines of a clip
     differ, or if two files have the name of a clip.
@@ -275,7 +261,7 @@ def write_listed(
         clip = files[name][0] if files[name] else None
         text = QUESTION + THINK, item.label, item.target
         samples.append(Sample(name, clip, *text, "video_audio", dataset))
-    write_counted(args, source, samples, classes, official)
+    return samples
 
 
 # ---- DFEW and MAFW: five official folds of train and test ----
@@ -285,17 +271,11 @@ DFEW_LABELS = dict(
     zip("1234567", ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"))
 )
 MAFW_LABELS = {
-    "anger": "angry",
-    "disgust": "disgust",
-    "fear": "fear",
-    "happiness": "happy",
-    "neutral": "neutral",
-    "sadness": "sad",
-    "surprise": "surprise",
-    "contempt": "contemptuous",
-    "anxiety": "anxious",
-    "helplessness": "helpless",
-    "disappointment": "disappointed",
+    word: normalise(word)
+    for word in (
+        "anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness "
+        "disappointment"
+    ).split()
 }
 # Clips of fold 1 by class, in the order of the labels above, counted in the authors' lists: DFEW
 # (Jiang et al., ACM MM 2020) in EmoLabel_DataSplit, single-labelled; MAFW (Liu et al., ACM MM 2022)
@@ -376,7 +356,8 @@ def write_fold(
     if args.fold == 1:
         official = dict(zip(classes, FOLD_1[name, args.part]))
     dataset = f"{name}/fold{args.fold}/{args.part}"
-    write_listed(args, dataset, file, listed, find_clips(args, folders), classes, official)
+    samples = match_clips(dataset, listed, find_clips(args, folders))
+    write_counted(args, file, samples, classes, official)
 
 
 def dfew(args: FoldArgs) -> None:
@@ -412,18 +393,15 @@ class RavdessArgs(ConvertArgs):
 
 
 def ravdess_names() -> dict[str, tuple[str, int]]:
-    """Return {name: (emotion, actor)} of the 1440 clips of speech with picture and sound.
+    """Return {name: (emotion, actor)} of the 1440 clips of speech with picture and sound (01-01).
 
-    A name is modality-channel-emotion-intensity-statement-repetition-actor; 01-01 is speech with
-    picture and sound.
+    A name is modality-channel-emotion-intensity-statement-repetition-actor.
     """
-    names = {}
-    codes, pair = range(1, 9), (1, 2)
-    for numbers in itertools.product((1,), (1,), codes, pair, pair, pair, RAVDESS_ACTORS):
-        _, _, emotion, intensity, _, _, actor = numbers
-        word = RAVDESS_WORDS[emotion - 1]
+    names, pair = {}, (1, 2)
+    for numbers in itertools.product(range(1, 9), pair, pair, pair, RAVDESS_ACTORS):
+        word, intensity, actor = RAVDESS_WORDS[numbers[0] - 1], numbers[1], numbers[4]
         if word != "neutral" or intensity == 1:
-            names["-".join(f"{number:02}" for number in numbers)] = word, actor
+            names["-".join(f"{number:02}" for number in (1, 1, *numbers))] = word, actor
     return names
 
 
@@ -444,7 +422,7 @@ def ravdess(args: RavdessArgs) -> None:
     ]
     classes = tuple(word for word in RAVDESS_WORDS if labels[word] == word)
     official = Counter(item.label for item in listed)
-    write_listed(args, "ravdess", args.root, listed, clips, classes, official)
+    write_counted(args, args.root, match_clips("ravdess", listed, clips), classes, official)
 
 
 # ---- EMER and MER2025: written reasoning for the cold start, without official counts ----
@@ -452,7 +430,6 @@ def ravdess(args: RavdessArgs) -> None:
 
 @dataclasses.dataclass(kw_only=True)
 class EmerArgs(ConvertArgs):
-    reasons: str = "final-EMER-reason.csv"  # csv under --root with the columns name, english
     labels: list[str] = list_of("final-openset-english.csv")
     # csv files under --root with the columns name and discrete or openset
 
@@ -504,12 +481,12 @@ def write_reasons(
     file = Path(args.root, reasons)
     listed = read_reasons(file, column, [Path(args.root, name) for name in labels])
     clips = find_clips(args, ("video", "videos"), VIDEOS)
-    write_listed(args, dataset, file, listed, clips, VOCABULARY)
+    write_counted(args, file, match_clips(dataset, listed, clips), VOCABULARY)
 
 
 def emer(args: EmerArgs) -> None:
     """Convert EMER: reasoning with open or discrete labels, for the cold start."""
-    write_reasons(args, "emer", args.reasons, "english", args.labels)
+    write_reasons(args, "emer", "final-EMER-reason.csv", "english", args.labels)
 
 
 def mer2025(args: Mer2025Args) -> None:
@@ -520,14 +497,9 @@ def mer2025(args: Mer2025Args) -> None:
 
 # ---- Sample files of R1-Omni: paths of another machine ----
 
-# Both data sets name their clips by number. A path that names one of them must not be matched with
-# a file of the other.
-NUMBERED = ("dfew", "mafw")
-
 
 @dataclasses.dataclass(kw_only=True)
 class R1OmniArgs(ConvertArgs):
-    root: str  # folder that holds the clips of one or several data sets
     data: str  # sample file in R1-Omni's form, with the paths of another machine
 
 
@@ -540,8 +512,9 @@ def best_matches(path: str, files: list[Path]) -> list[Path]:
     """Return the files that best fit another machine's `path`; several if they fit equally well.
 
     The longest common end of the path fits best, then the largest number of common folder names.
+    A path that names DFEW or MAFW does not fit a file of the other: both number their clips.
     """
-    named = lambda path: {name for name in NUMBERED if name in str(path).lower()}
+    named = lambda path: set(re.findall("dfew|mafw", str(path).lower()))
     theirs, fits = path_parts(path), {}
     for file in files:
         ours, here = path_parts(file), named(file.absolute())
@@ -556,90 +529,57 @@ def r1omni(args: R1OmniArgs) -> None:
     files = defaultdict(list)
     for file in find_clips(args, suffixes=(*VIDEOS, *SOUNDS)):
         files[file.name.lower()].append(file)
-    samples, ambiguous = [], 0
-    for row in read_samples(args.data, args.root):
-        label = row.answer
-        if len(label.split()) == 1:  # a description that names an emotion is not a label
-            label = normalise(label) or label
+    samples, ambiguous = read_samples(args.data, args.root), 0
+    for row in samples:
+        if len(row.answer.split()) == 1:  # a description that names an emotion is not a label
+            row.answer = normalise(row.answer) or row.answer
         before, tag, after = row.target.partition("<answer>")
-        target = before + tag + label + after[after.index("</answer>") :] if tag else label
+        row.target = row.answer
+        if tag:
+            row.target = before + tag + row.answer + after[after.index("</answer>") :]
         clips = best_matches(row.id, files[path_parts(row.id)[0]])
         ambiguous += len(clips) > 1
-        clip, dataset = clips[0] if len(clips) == 1 else None, row.dataset or "r1omni"
-        text = {"answer": label, "target": target}
-        samples.append(dataclasses.replace(row, clip=clip, dataset=dataset, **text))
+        row.clip = clips[0] if len(clips) == 1 else None
+        row.dataset = row.dataset or "r1omni"
     if ambiguous:
         print(f"note: {ambiguous} paths fit several files and count as missing; pass --clips")
     write_counted(args, args.data, samples, VOCABULARY)
 
 
-# ---- Join and split: sample files to train on, and validation clips taken from them ----
+# ---- Join: sample files to train on, and validation clips ----
 
 
 @dataclasses.dataclass(kw_only=True)
 class JoinArgs:
-    data: list[str]  # sample files to train on, without test parts; no clip in two of them
-    out: str  # sample file to write, FILE.json
-    media_root: str | None = None  # folder that all paths start from; if given, clips must exist
-
-
-@dataclasses.dataclass(kw_only=True)
-class SplitArgs:
-    data: list[str]  # one or more sample files to train on, without test parts
-    train: str  # sample file to write: the clips that remain for training
-    val: str  # sample file to write: the validation clips
-    n: int  # number of validation clips
-    seed: int = 0  # seed of the choice
-
-
-def quotas(sizes: dict[str, int], n: int) -> dict[str, int]:
-    """Divide n among classes in proportion to `sizes`.
-
-    A class of two or more has at least one clip on both sides.
-    {"happy": 90, "fear": 9, "calm": 1}, 10 -> {"happy": 9, "fear": 1, "calm": 0}
-    """
-    taken = {label: min(1, size - 1) for label, size in sizes.items()}
-    total, least = sum(sizes.values()), sum(taken.values())
-    if not least <= n <= total - len(sizes):
-        raise UserError(
-            f"--n {n}: must be {least} to {total - len(sizes)}, so that every class of two or more "
-            "clips is on both sides."
-        )
-    for _ in range(n - least):
-        free = [label for label in sizes if taken[label] < sizes[label] - 1]
-        taken[max(free, key=lambda label: n * sizes[label] / total - taken[label])] += 1
-    return taken
+    data: list[str]  # sample files to train on, converted with one --media_root; no test parts
+    out: str  # sample file to write, FILE.json: the clips for training
+    val: str | None = None  # sample file to write: clips for validation, left out of --out
+    n: int = 0  # number of validation clips
+    seed: int = 0  # seed of the choice of validation clips
 
 
 def choose(samples: list[Sample], n: int, seed: int) -> set[str]:
-    """Return the ids of n clips, stratified by class and, within a class, by data set.
+    """Return the ids of n clips, in which classes and their data sets keep their shares.
 
-    The choice does not depend on the order of the rows.
+    A class whose share is below one clip may have none. The choice does not depend on the order of
+    the rows.
     """
-    clips: dict[str, Sample] = {}  # a clip with several rows counts once
-    for row in sorted(samples, key=lambda row: (row.id, row.answer)):
-        clips.setdefault(row.id, row)
-    counts = quotas(Counter(row.answer for row in clips.values()), n)
-    chosen = set()
-    for number, (label, count) in enumerate(sorted(counts.items())):
-        rows = [row for row in clips.values() if row.answer == label]
-        order = np.random.default_rng([seed, number]).permutation(len(rows))
-        # Sorted by data set and taken at equal distances: each data set gives its share.
-        rows = sorted((rows[i] for i in order), key=lambda row: row.dataset)
-        chosen.update(rows[int((i + 0.5) * len(rows) / count)].id for i in range(count))
-    return chosen
+    # A clip with several rows counts once.
+    clips = {row.id: row for row in sorted(samples, key=lambda row: (row.id, row.answer))}
+    if not 0 < n < len(clips):
+        raise UserError(f"--n {n}: must be 1 to {len(clips) - 1}, to leave clips on both sides.")
+    shuffled = random.Random(seed).sample(list(clips), len(clips))
+    ids = sorted(shuffled, key=lambda clip: (clips[clip].answer, clips[clip].dataset))
+    # Taken at equal distances, each class and each of its data sets gives its share.
+    return {ids[int((i + 0.5) * len(ids) / n)] for i in range(n)}
 
 
-def read_training(
-    files: list[str], outs: list[str], media_root: str | None = None
-) -> list[list[Sample]]:
-    """Return the rows of each sample file. Raises UserError for a test part or a second fold."""
-    for out in outs:
-        check_writable(out)
-    paths = {Path(file).resolve() for file in (*files, *outs)}
-    if not files or len(paths) < len(files) + len(outs):
-        raise UserError("--data: give one or more sample files; all files must be different.")
-    parts = [read_samples(file, media_root) for file in files]
+def read_training(files: list[str]) -> list[Sample]:
+    """Return the rows of sample files to train on.
+
+    Raises UserError for a test part, a second fold and a clip in two files.
+    """
+    parts = [read_samples(file) for file in files]
     for file, rows in zip(files, parts):
         test = [row for row in rows if "test" in row.dataset.split("/")]
         if test:
@@ -647,7 +587,15 @@ def read_training(
                 f"{file}: {len(test)} rows are of a test part ({test[0].id} of {test[0].dataset}), "
                 "which cannot test a model that was trained or selected on it; use a train part."
             )
-    datasets = [row.dataset for rows in parts for row in rows]
+    uses = Counter(clip for rows in parts for clip in {row.id for row in rows})
+    repeated = sorted(clip for clip in uses if uses[clip] > 1)
+    if repeated:
+        raise UserError(
+            f"{len(repeated)} clips are in two of {', '.join(files)} (as {repeated[0]}): give "
+            "every clip once; if the clips differ, convert their data sets with one --media_root."
+        )
+    samples = list(itertools.chain(*parts))
+    datasets = [row.dataset for row in samples]
     folds = sorted({"/".join(name.split("/")[:2]) for name in datasets if "/" in name})
     if len({fold.split("/")[0] for fold in folds}) < len(folds):
         raise UserError(
@@ -657,42 +605,27 @@ def read_training(
     if "" in datasets:
         number = datasets.count("")
         print(f"note: {number} rows name no data set; check that none is of a test part")
-    return parts
+    return samples
 
 
 def join(args: JoinArgs) -> None:
-    """Join sample files to train on, such as those of MAFW and DFEW."""
-    parts = read_training(args.data, [args.out], args.media_root)
-    uses = Counter(itertools.chain(*({row.id for row in rows} for rows in parts)))
-    repeated = sorted(clip for clip, count in uses.items() if count > 1)
-    if repeated:
-        raise UserError(
-            f"{len(repeated)} clips are in two of {', '.join(args.data)} (as {repeated[0]}): give "
-            "every clip once; if the clips differ, convert their data sets with one --media_root."
-        )
-    for file, rows in zip(args.data, parts):
-        gone = [row.id for row in rows if args.media_root and not row.clip.exists()]
-        if gone:
-            raise UserError(
-                f"{file}: {len(gone)} of its {len(rows)} rows have no clip under --media_root "
-                f"{args.media_root} (as {gone[0]}); convert its data set with that --media_root."
-            )
-    samples = list(itertools.chain(*parts))
-    print_counts({"joined": count_labels(samples)})
-    write_samples(args.out, samples)
-
-
-def split(args: SplitArgs) -> None:
-    """Split a stratified validation set off sample files to train on."""
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be 0 or more.")
-    samples = list(itertools.chain(*read_training(args.data, [args.train, args.val])))
-    chosen = choose(samples, args.n, args.seed)
+    """Join sample files to train on, and take validation clips from them if --val is given."""
+    if (args.val is None) != (args.n == 0):
+        raise UserError("give both --val and --n, to take validation clips, or neither.")
+    outs = [file for file in (args.out, args.val) if file]
+    for out in outs:
+        check_writable(out)
+    paths = {Path(file).resolve() for file in (*args.data, *outs)}
+    if not args.data or len(paths) < len(args.data) + len(outs):
+        raise UserError("--data: give one or more sample files; all files must be different.")
+    samples = read_training(args.data)
+    chosen = choose(samples, args.n, args.seed) if args.val else set()
     train = [sample for sample in samples if sample.id not in chosen]
     val = [sample for sample in samples if sample.id in chosen]
     print_counts({"train": count_labels(train), "val": count_labels(val)})
-    write_samples(args.train, train)
-    write_samples(args.val, val)
+    write_samples(args.out, train)
+    if args.val:
+        write_samples(args.val, val)
 
 
 # ---- Check: read every clip before a run does ----
@@ -703,7 +636,7 @@ class CheckArgs:
     data: str  # sample file (json or jsonl)
     out: str  # report to write, FILE.json
     media_root: str | None = None  # folder that the paths start from; default: the file's own
-    num_frames: int = 8  # frames that the model takes; a clip with fewer is short
+    num_frames: int = 8  # frames that the model takes; a clip is short if two of them are equal
     workers: int = 0  # processes; 0: one per core
 
 
@@ -713,7 +646,6 @@ def find_problems(sample: Sample, num_frames: int) -> dict[str, str]:
         clip = read_clip(sample.clip, num_frames, modal=sample.modal)
         if sample.modal == "video" and not len(clip.frames):
             return {"bad": f"{sample.clip}: a sound file has no video"}
-        frames = count_frames(sample.clip) if len(clip.frames) else num_frames
     except ClipError as error:
         return {"bad": str(error)}
     except Exception as error:  # no exception may end the check of ten thousand clips
@@ -725,62 +657,37 @@ def find_problems(sample: Sample, num_frames: int) -> dict[str, str]:
     if "audio" in sample.modal and not (clip.has_audio and clip.audio.any()):
         silent = [note for note in clip.notes if "silence" in note]
         problems["silent"] = silent[0] if silent else "the audio track holds only zeros"
-    if frames < num_frames:
-        problems["short"] = f"{frames} frames; some of the {num_frames} that are taken repeat"
+    if any(np.array_equal(*frames) for frames in itertools.pairwise(clip.frames)):
+        problems["short"] = f"frames repeat: fewer than {num_frames}, or a still picture"
     return problems
 
 
-def count_frames(clip: Path) -> int:
-    """Return the number of frames of a clip, from its packets: nothing is decoded."""
-    if clip.is_dir():
-        return sum(file.suffix.lower() in IMAGES for file in clip.iterdir())
-    with open_media(clip) as container:
-        try:
-            # Of the stream with the most frames: read_clip skips a stream that gives no frame.
-            counts = Counter(
-                packet.stream_index
-                for packet in container.demux(video_streams(container))
-                if packet.size and not packet.is_discard
-            )
-            return max(counts.values())
-        except DAMAGE:
-            # The number is not known, and read_clip has already reported the clip as degraded.
-            return sys.maxsize
-
-
 def send_problems(pipe, sample: Sample, num_frames: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent process
     pipe.send(find_problems(sample, num_frames))
 
 
-def check_all(
-    samples: list[Sample], num_frames: int, workers: int
-) -> Iterator[tuple[Sample, dict[str, str]]]:
-    """Yield (sample, problems) for every sample, in the order in which they are done.
+def start_reader(sample: Sample, num_frames: int):
+    """Start a process that reads a clip. Returns (sample, process, pipe with the problems)."""
+    pipe, its_end = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.Process(target=send_problems, args=(its_end, sample, num_frames))
+    process.start()
+    its_end.close()  # with this copy open, the end of the process would not show
+    return sample, process, pipe
 
-    Each clip is read in a process of its own, because a crash of the decoder ends the process.
-    """
-    waiting, running = samples[::-1], {}  # running: pipe -> (process, sample)
-    while waiting or running:
-        while waiting and len(running) < workers:
-            sample = waiting.pop()
-            pipe, its_end = multiprocessing.Pipe(duplex=False)
-            process = multiprocessing.Process(
-                target=send_problems, args=(its_end, sample, num_frames), daemon=True
-            )
-            process.start()
-            its_end.close()  # with this copy open, the end of the process would not show
-            running[pipe] = process, sample
-        for pipe in multiprocessing.connection.wait(list(running)):
-            process, sample = running.pop(pipe)
-            try:
-                problems = pipe.recv()
-            except (EOFError, OSError):  # the process ended before or while it answered
-                process.join()
-                reason = f"reading it ended the process (exit code {process.exitcode})"
-                problems = {"bad": f"{sample.clip}: {reason}"}
-            pipe.close()
-            yield sample, problems
+
+def check_all(samples, num_frames: int, workers: int) -> Iterator[dict[str, str]]:
+    """Yield the problems of each clip. A decoder may crash, so each clip has a process."""
+    readers = (start_reader(sample, num_frames) for sample in samples)
+    running = list(itertools.islice(readers, workers))
+    while running:
+        sample, process, pipe = running.pop(0)
+        try:
+            yield pipe.recv()
+        except (EOFError, OSError):  # the process ended before or while it answered
+            process.join()
+            reason = f"reading it ended the process (exit code {process.exitcode})"
+            yield {"bad": f"{sample.clip}: {reason}"}
+        running += itertools.islice(readers, 1)
 
 
 def check(args: CheckArgs) -> None:
@@ -789,9 +696,9 @@ def check(args: CheckArgs) -> None:
     if args.num_frames < 1 or args.workers < 0:
         raise UserError("--num_frames must be 1 or more, --workers 0 or more.")
     samples = {(s.id, s.modal): s for s in read_samples(args.data, args.media_root)}
-    done = check_all([*samples.values()], args.num_frames, args.workers or os.cpu_count() or 1)
+    done = check_all(samples.values(), args.num_frames, args.workers or os.cpu_count() or 1)
     bar = tqdm(done, total=len(samples), desc="check", unit="clip", mininterval=1)
-    problems = {(sample.id, sample.modal): found for sample, found in bar}
+    problems = dict(zip(samples, bar))
     good = sum(not found for found in problems.values())
     report: dict = {"data": args.data, "clips": len(samples), "good": good}
     for kind in ("bad", "silent", "short", "degraded"):
@@ -805,12 +712,6 @@ def check(args: CheckArgs) -> None:
 
 # ---- Inspect: the parts of a checkpoint ----
 
-# Entries that are printed of the configurations of the decoder and the towers.
-GEOMETRY = (
-    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads "
-    "head_dim vocab_size image_size patch_size num_mel_bins max_source_positions"
-).split()
-
 
 @dataclasses.dataclass(kw_only=True)
 class InspectArgs:
@@ -823,19 +724,14 @@ def describe_part(plan: Plan, name: str) -> str:
     """Return a part's line in the table."""
     if name in TOWERS and name not in plan.from_file:
         origin = plan.source[name]
-        is_here = Path(origin).is_dir()
-        if not is_here:
-            is_here = isinstance(try_to_load_from_cache(origin, "model.safetensors"), str)
-        stored = list(weight_index(origin).values()) if is_here else []
+        stored = list(weight_index(origin).values()) if Path(origin).is_dir() else []
     else:
         mine = [key for key, ours in plan.ours.items() if ours.startswith(PARTS[name])]
         stored = [plan.index[key] for key in mine if key in plan.index]
         origin = list_some({tensor.file.name for tensor in stored}, 3)
-    dtypes = ", ".join(sorted({str(s.dtype).removeprefix("torch.") for s in stored}))
-    size = f"{sum(tensor.bytes for tensor in stored):,}"
-    if not stored:
-        dtypes, size, origin = "?", "?", f"{origin or 'nowhere'}: not on this disk"
-    return f"{name:<12}{sizes(plan, PARTS[name])}  {dtypes:<18}{size:>14}  {origin}"
+    dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored}))
+    size = f"{sum(tensor.bytes for tensor in stored):,}" if stored else "?"
+    return f"{name:<12}{sizes(plan, PARTS[name])}  {dtypes or '?':<18}{size:>14}  {origin}"
 
 
 def sizes(plan: Plan, prefixes: tuple[str, ...]) -> str:
@@ -850,14 +746,11 @@ def describe(plan: Plan) -> str:
     model, files = plan.model, {tensor.file for tensor in plan.index.values()}
     names = list_some({file.name for file in files}, 3)
     size = sum(file.stat().st_size for file in files)
-    lines = [f"{plan.path}: {len(plan.index)} tensors in {names}, {size:,} bytes", ""]
-    for name, config in {"decoder": model.config, **plan.towers}.items():
-        values = (f"{key} {getattr(config, key)}" for key in GEOMETRY if hasattr(config, key))
-        lines.append(f"{name:<9}{', '.join(values)}")
     # Tensors that are not loaded: known to be useless, a tied head, towers that are replaced.
     unused = [key for key in plan.index if key.startswith(plan.ignored)]
     unused_size = sum(plan.index[key].bytes for key in unused)
-    lines += [
+    lines = [
+        f"{plan.path}: {len(plan.index)} tensors in {names}, {size:,} bytes",
         f"head     tied to the embedding: {model.config.tie_word_embeddings}",
         f"prompt   {model.video_tokens} video tokens ({model.num_frames} frames) + "
         f"{model.audio_tokens} audio tokens + text",
@@ -874,8 +767,8 @@ def describe(plan: Plan) -> str:
 def inspect(args: InspectArgs) -> None:
     """Describe a checkpoint from its configurations and the headers of its weight files.
 
-    A checkpoint that is a hub id is downloaded. A tower that is a hub id is described only if an
-    earlier download has put it on this disk.
+    A checkpoint that is a hub id is downloaded. A tower that is a hub id is not: its dtype and
+    bytes are "?".
     """
     config = Config.read(find_file(args.path, "config.json"))
     plan = make_plan(HumanOmni, config, args.path, None, None, None, args.towers)
@@ -887,7 +780,7 @@ def inspect(args: InspectArgs) -> None:
 
 # ---- The command line ----
 
-FUNCTIONS = (dfew, mafw, ravdess, emer, mer2025, r1omni, join, split, check, inspect)
+FUNCTIONS = (dfew, mafw, ravdess, emer, mer2025, r1omni, join, check, inspect)
 COMMANDS = {f.__name__: (f, f.__annotations__["args"]) for f in FUNCTIONS}
 
 
@@ -907,4 +800,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C ends all processes: Python drops a KeyboardInterrupt that arrives while it forks.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     main()

@@ -4,9 +4,8 @@
     python -m tools.rescore runs/r1 --rewards accuracy mine.py:short=0.1 --last 50
     python -m tools.rescore means runs/r1 runs/r2 --of kl grad_norm --steps 1 20
 
-The first form needs no model. It prints the mean of each reward, how many groups have differing
-totals (only these have a gradient), and in how many the best completions change. `means` prints one
-row per run with the mean of each metric, see docs/metrics.md.
+The first form needs no model. It prints the mean of each reward, and how many groups have differing
+totals (only these have a gradient). `means` prints one row per run with the mean of each metric.
 """
 
 import dataclasses
@@ -36,45 +35,44 @@ class MeansArgs:
     steps: list[int] = list_of(1, -1)  # first and last step; negative: counted from the end
 
 
-def rescore(args: Args) -> dict:
-    """Return counts, the mean of each reward, and three shares of the groups, 0 to 1.
+def read_log(file: Path) -> list[dict]:
+    """Return the rows of a log. Raises UserError if there is none."""
+    rows = list(read_rows(file))
+    if not rows:
+        raise UserError(f"{file} is missing or empty; give the --out folder of a run.")
+    return rows
 
-    "alive": the new totals differ. "alive_before": the run's own totals differ. "other_best": no
-    completion is the best by both.
+
+def rescore(args: Args) -> dict:
+    """Return counts, the mean of each reward, and the share of groups whose totals differ, "alive".
+
+    With the run's own --rewards, this is the share during the run.
     """
     folder = Path(args.run)
-    rows = list(read_rows(folder / "rollouts.jsonl"))
-    if not rows:
-        raise UserError(f"{folder}/rollouts.jsonl holds no completion; give the --out of grpo.py.")
+    rows = read_log(folder / "rollouts.jsonl")
     if args.last:
         rows = [row for row in rows if row["step"] > rows[-1]["step"] - args.last]
     config = json.loads((folder / "config.json").read_text())
     prompt, limit = config["prompt"], config["max_new_tokens"]
     rewards = load_rewards(tuple(args.rewards), prompt)
-    old_weights = {r.name: r.weight for r in load_rewards(tuple(config["rewards"]), prompt)}
-    sample_rows = {}  # a reward may read the clip's row; the file may have been deleted
-    if Path(config["data"]).exists():
-        samples = read_samples(config["data"], config.get("media_root"))
-        sample_rows = {sample.id: sample.row for sample in samples}
+    # A reward may read the clip's row; the file may have been deleted.
+    samples = read_samples(config["data"]) if Path(config["data"]).exists() else []
+    sample_rows = {sample.id: sample.row for sample in samples}
 
-    scores, groups = defaultdict(list), defaultdict(list)  # groups: (new total, old total)
+    scores = defaultdict(list)  # name of a reward -> its scores
+    totals = defaultdict(set)  # group -> its different totals
     for row in rows:
         output = row["text"], row["answer"], row["length"], row["finished"]
         completion = Completion(*output, limit, prompt, sample_rows.get(row["clip"], {}))
         for reward in rewards:
             scores[reward.name].append(reward(completion, row["clip"]))
-        new = sum(reward.weight * scores[reward.name][-1] for reward in rewards)
-        old = sum(old_weights.get(name, 1.0) * score for name, score in row["rewards"].items())
-        groups[row["step"], row["clip"]].append((new, old))
-    totals = [tuple(zip(*group)) for group in groups.values()]
-    mean = statistics.fmean
+        total = sum(reward.weight * scores[reward.name][-1] for reward in rewards)
+        totals[row["step"], row["clip"]].add(total)
     return {
         "steps": len({row["step"] for row in rows}),
         "completions": len(rows),
-        "means": {name: mean(column) for name, column in scores.items()},
-        "alive": mean(len(set(new)) > 1 for new, _ in totals),
-        "alive_before": mean(len(set(old)) > 1 for _, old in totals),
-        "other_best": mean((max(new), max(old)) not in zip(new, old) for new, old in totals),
+        "means": {name: statistics.fmean(column) for name, column in scores.items()},
+        "alive": statistics.fmean(len(group) > 1 for group in totals.values()),
     }
 
 
@@ -83,19 +81,13 @@ def main(args: Args) -> None:
     print(f"{args.run}: {result['completions']} completions of {result['steps']} steps")
     for name, mean in result["means"].items():
         print(f"  {name:<16} mean {mean:.3f}")
-    alive, before, other = (100 * result[k] for k in ("alive", "alive_before", "other_best"))
-    print(
-        f"  groups with something to compare: {alive:.1f} % (by the run's rewards {before:.1f} %)"
-    )
-    print(f"  groups with other best completions than by the run's rewards: {other:.1f} %")
+    print(f"  groups with something to compare: {100 * result['alive']:.1f} %")
 
 
 def means(run: Path, of: list[str], steps: list[int]) -> tuple[list[float | None], int]:
     """Return the mean of each metric, None if it was never logged, and the number of steps."""
     file = run / "metrics.jsonl"
-    rows = list(read_rows(file))
-    if not rows:
-        raise UserError(f"{file} is missing or empty; give the --out folder of a run.")
+    rows = read_log(file)
     known = sorted(set().union(*rows))
     unknown = [name for name in of if name not in known]
     if unknown:

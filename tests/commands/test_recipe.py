@@ -96,7 +96,6 @@ def test_the_recipe_names_every_subcommand_and_job():
         "emer",
         "mer2025",
         "r1omni",
-        "split",
         "join",
         "check",
         "inspect",

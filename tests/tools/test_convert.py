@@ -1,4 +1,4 @@
-"""Converters on synthetic copies of the data sets, in their official sizes; join and split."""
+"""Converters on synthetic copies of the data sets, in their official sizes; joined files."""
 
 import json
 import random
@@ -173,10 +173,7 @@ def test_flat_layout(little, capsys):
         ("videos/1.mp4", "happy"),
         ("videos/10001.mp4", "sad"),
     ]
-    assert (
-        "note: 5 classes have no clip: angry, disgust, fear, neutral, surprise"
-        in capsys.readouterr().out
-    )
+    assert re.search(r"^angry +0 +- +-$", capsys.readouterr().out, re.M)
 
 
 def test_missing_clips(little, tmp_path, capsys):
@@ -675,13 +672,12 @@ def test_how_a_path_is_matched():
 
 
 # ------------------------------------------------------------------------------------------------
-# Join and split
+# Join, with and without validation clips
 # ------------------------------------------------------------------------------------------------
 
 
 def test_two_data_sets_are_joined(sets, tmp_path, capsys):
-    """Stops joined sets that cannot be trained on: rows lost, paths that start from two folders, a
-    clip twice, a test part."""
+    """Stops joined sets that cannot be trained on: rows lost, a clip twice, a test part."""
     files = {name: tmp_path / f"{name}.json" for name in ("mafw", "dfew")}
     rows = [
         row
@@ -692,23 +688,19 @@ def test_two_data_sets_are_joined(sets, tmp_path, capsys):
     ]
     assert rows[0].id.startswith("MAFW/data/clips/") and rows[0].clip.exists()
     flags = {"command": "join", "out": tmp_path / "mafw_dfew.json"}
-    together = run(**flags, data=[str(file) for file in files.values()], media_root=str(sets))
+    run(**flags, data=[str(file) for file in files.values()])
+    together = read_samples(flags["out"], sets)
     assert together == rows and len(together) == 7333 + 9356
-    assert re.search(r"^all +16689$", capsys.readouterr().out, re.M)
+    assert re.search(r"^all +16689 +0$", capsys.readouterr().out, re.M)
     flags["out"] = tmp_path / "none.json"
-    for name, root, part in (("alone", sets / "DFEW", "train"), ("fold1_test", sets, "test")):
-        files[name] = tmp_path / f"{name}.json"
-        run("dfew", root=sets / "DFEW", media_root=root, fold=1, part=part, out=files[name])
+    files["test"] = tmp_path / "fold1_test.json"
+    run("dfew", root=sets / "DFEW", media_root=sets, fold=1, part="test", out=files["test"])
     for names, said in (
-        (
-            ["dfew", "mafw", "alone"],
-            "alone.json: 9356 of its 9356 rows have no clip under --media_root",
-        ),
-        (["dfew", "fold1_test"], "2341 rows are of a test part"),
+        (["dfew", "test"], "fold1_test.json: 2341 rows are of a test part"),
         (["dfew", "dfew"], "all files must be different"),
         ([], "give one or more sample files"),
     ):
-        refused(said, **flags, data=[str(files[name]) for name in names], media_root=str(sets))
+        refused(said, **flags, data=[str(files[name]) for name in names])
     (tmp_path / "copy.json").write_text(files["mafw"].read_text())
     refused(
         "7333 clips are in two of",
@@ -722,10 +714,8 @@ def test_two_data_sets_are_joined(sets, tmp_path, capsys):
 
 def cut(*files: Path, tag: str = "", **flags) -> tuple[list, list]:
     train, val = (files[0].with_name(f"{side}{tag}.json") for side in ("train", "val"))
-    convert.split(
-        convert.SplitArgs(
-            data=[str(file) for file in files], train=str(train), val=str(val), **flags
-        )
+    convert.join(
+        convert.JoinArgs(data=[str(file) for file in files], out=str(train), val=str(val), **flags)
     )
     return read_samples(train), read_samples(val)
 
@@ -791,33 +781,9 @@ def test_split_of_two_data_sets(tmp_path):
             assert abs(counts[key] - count / 10) <= 1, key
 
 
-def test_quotas():
-    """Stops a rare class that is on one side only, and sums that are off by one."""
-    rng, free = random.Random(0), 0
-    for _ in range(500):
-        sizes = {
-            str(c): rng.choice((1, 2, 3, rng.randint(1, 400))) for c in range(rng.randint(1, 12))
-        }
-        low, high = sum(min(1, s - 1) for s in sizes.values()), sum(s - 1 for s in sizes.values())
-        n = rng.randint(low, high)
-        taken = convert.quotas(sizes, n)
-        assert sum(taken.values()) == n and taken.keys() == sizes.keys()
-        assert all(min(1, sizes[c] - 1) <= taken[c] <= sizes[c] - 1 for c in sizes)
-        share = {c: n * size / sum(sizes.values()) for c, size in sizes.items()}
-        if all(1 <= share[c] <= sizes[c] - 1 for c in sizes):  # no bound is in the way
-            free += 1
-            assert all(abs(taken[c] - share[c]) < 1 for c in sizes)
-    assert free > 20
-    assert convert.quotas({"happy": 90, "fear": 9, "calm": 1}, 10) == {
-        "happy": 9,
-        "fear": 1,
-        "calm": 0,
-    }
-
-
 def test_small_and_repeated(tmp_path):
-    """Stops a clip with two texts that is on both sides, and a class of one clip that training
-    lacks."""
+    """Stops a clip with two texts that is on both sides, a class that fills one side, and a wrong
+    number of clips at either bound."""
     file = rows_file(
         tmp_path / "rows.json",
         *((f"{i}.mp4", "happy") for i in range(6)),
@@ -826,18 +792,18 @@ def test_small_and_repeated(tmp_path):
         ("9.mp4", "sad"),
         ("3.mp4", "<think>x</think><answer>happy</answer>"),
     )
+    for n in (1, 8):
+        train, val = cut(file, tag=f"n{n}", n=n)
+        assert len({s.id for s in val}) == n and len({s.id for s in train}) == 9 - n
+    uncut(file, n=0, said="give both --val and --n")
+    uncut(file, n=-1, said="--n -1: must be 1 to 8")
+    uncut(file, n=9, said="--n 9: must be 1 to 8")
     for seed in range(20):
         train, val = cut(file, tag=str(seed), n=4, seed=seed)
         sides = [{s.id for s in train}, {s.id for s in val}]
-        assert (
-            not sides[0] & sides[1]
-            and len(sides[1]) == 4
-            and len(train) + len(val) == 10
-            and "7.mp4" in sides[0]
-        )
-        assert len({"8.mp4", "9.mp4"} & sides[1]) == 1
-    uncut(file, n=1, said="--n 1: must be 2 to 6")
-    uncut(file, n=7, said="must be 2 to 6")
+        assert not sides[0] & sides[1] and len(sides[1]) == 4 and len(train) + len(val) == 10
+        assert len({s.id for s in val if s.answer == "happy"}) in (2, 3)  # of 2.67
+        assert len({"8.mp4", "9.mp4"} & sides[1]) <= 1
 
 
 def test_a_test_part_is_never_validation(sets, tmp_path):
@@ -871,19 +837,20 @@ def test_a_test_part_is_never_validation(sets, tmp_path):
 def test_split_flags(tmp_path, capsys):
     """Stops a sample file that is overwritten by its own part."""
     file = rows_file(tmp_path / "rows.json", *((f"{i}.mp4", "happy") for i in range(9)))
-    uncut(file, n=3, seed=-1, said="--seed -1")
     uncut(tmp_path / "none.json", n=3, said="none.json")
     for train, val in (("rows.json", "v.json"), ("t.json", "rows.json"), ("t.json", "t.json")):
         with pytest.raises(UserError, match="files must be different"):
-            convert.split(
-                convert.SplitArgs(
-                    data=[str(file)], train=str(tmp_path / train), val=str(tmp_path / val), n=3
+            convert.join(
+                convert.JoinArgs(
+                    data=[str(file)], out=str(tmp_path / train), val=str(tmp_path / val), n=3
                 )
             )
     with pytest.raises(UserError, match="cannot write"):
-        convert.split(
-            convert.SplitArgs(data=[str(file)], train=str(tmp_path / "t"), val=str(tmp_path), n=3)
+        convert.join(
+            convert.JoinArgs(data=[str(file)], out=str(tmp_path / "t"), val=str(tmp_path), n=3)
         )
+    with pytest.raises(UserError, match="give both --val and --n"):
+        convert.join(convert.JoinArgs(data=[str(file)], out=str(tmp_path / "t"), n=3))
     cut(file, n=3)
     assert "note: 9 rows name no data set" in capsys.readouterr().out
 

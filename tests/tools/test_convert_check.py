@@ -85,10 +85,8 @@ def test_every_fault_is_found(tmp_path, capsys):
         silent = found(report, "silent")
         assert list(silent) == ["mute.mp4", "zeros.mp4", "both.mp4", "damaged.avi"]
         assert "no audio track" in silent["mute.mp4"] and "zeros" in silent["zeros.mp4"]
-        assert found(report, "short") == {
-            "short.mp4": "7 frames; some of the 8 that are taken repeat",
-            "both.mp4": "2 frames; some of the 8 that are taken repeat",
-        }
+        reason = "frames repeat: fewer than 8, or a still picture"
+        assert found(report, "short") == dict.fromkeys(("short.mp4", "both.mp4"), reason)
         assert list(found(report, "degraded")) == ["damaged.avi"]
     printed = capsys.readouterr().out
     assert re.search(r"^bad +3   first: text.mp4: ", printed, re.M)

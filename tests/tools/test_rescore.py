@@ -52,7 +52,10 @@ def run(tmp_path):
             }
         )
     )
-    (tmp_path / "mine.py").write_text("def weight(c): return c.row['weight'] + c.limit\n")
+    (tmp_path / "mine.py").write_text(
+        "def weight(c): return c.row['weight'] + c.limit\n"
+        "def contradicts(c): return 0.5 * ('so sad' in c.text)\n"
+    )
     return tmp_path
 
 
@@ -62,21 +65,20 @@ def test_other_rewards_by_hand(run):
     got = rescore(Args(str(run), ["accuracy", "agreement=0.5", f"{run}/mine.py:weight"]))
     assert (got["steps"], got["completions"]) == (2, 4)
     assert got["means"] == {"accuracy": 1.0, "agreement": 0.75, "weight": 13.0}
-    # step 1: by agreement; before: by length
-    assert got["alive"] == 0.5 and got["alive_before"] == 0.5
-    assert (
-        got["other_best"] == 0.5
-    )  # the contradictory completion was the best, now the other one is
+    assert got["alive"] == 0.5  # step 1, by agreement
     assert rescore(Args(str(run), ["accuracy", "agreement"], last=1))["alive"] == 0.0
-    assert rescore(Args(str(run), ["accuracy"]))["other_best"] == 0.0
+    assert rescore(Args(str(run), ["accuracy"]))["alive"] == 0.0
+    # Equal totals only with the weight of agreement.
+    weighted = ["accuracy", "agreement=0.5", f"{run}/mine.py:contradicts"]
+    assert rescore(Args(str(run), weighted))["alive"] == 0.0
 
 
 def test_a_folder_without_completions_is_an_error(run):
     """Stops a traceback for a checkpoint folder, and a mean over nothing."""
-    with pytest.raises(UserError, match=r"nowhere.*holds no completion"):
+    with pytest.raises(UserError, match=r"nowhere/rollouts.jsonl is missing or empty"):
         rescore(Args(str(run / "nowhere")))
     (run / "rollouts.jsonl").write_text("")
-    with pytest.raises(UserError, match="holds no completion"):
+    with pytest.raises(UserError, match="is missing or empty"):
         rescore(Args(str(run)))
 
 
