@@ -1,4 +1,4 @@
-"""A clip on disk becomes tensors: the prompt, sample files, batches.  lib/media.py reads the media.
+"""A clip on disk becomes tensors: the prompt, sample files, batches. lib/media.py reads the media.
 
     path --read_clip--> Clip (frames, audio, notes) --Processor--> frames (F, 3, S, S), mel (M, T)
     sample file --read_samples--> [Sample] --ClipDataset, loader--> PromptBatch
@@ -73,7 +73,7 @@ class PromptSpec:
 
     @classmethod
     def of_flags(cls, args, shuffle_choices: bool = False) -> "PromptSpec":
-        """The PromptSpec that the flags of a script describe.  Raises UserError."""
+        """The PromptSpec that the flags of a script describe. Raises UserError."""
         if not (0 <= args.mute <= 1 and 0 <= args.blank <= 1):
             raise UserError("--mute and --blank are shares of the prompts, from 0 to 1.")
         for flag, share, other in (("mute", args.mute, "video"), ("blank", args.blank, "audio")):
@@ -101,7 +101,7 @@ class PromptSpec:
     def dropped_streams(self, position: int) -> set[str]:
         """The streams that silence ("audio") and grey ("video") replace in this prompt.
 
-        Their tokens stay.  A prompt loses both only if the shares add up to more than 1.
+        Their tokens stay. A prompt loses both only if the shares add up to more than 1.
         """
         if self.mute == self.blank == 0:
             return set()
@@ -241,11 +241,11 @@ class Processor:
     # ---- media ----
 
     def prepare_video(self, clip: Clip, dropped: bool) -> Tensor:
-        """A clip's frames, or grey ones.  -> (F, 3, S, S)"""
+        """A clip's frames, or grey ones. -> (F, 3, S, S)"""
         return self.preprocess_frames(np.full_like(clip.frames, GREY) if dropped else clip.frames)
 
     def prepare_audio(self, clip: Clip, dropped: bool) -> Tensor:
-        """A clip's sound, or silence.  -> (M, T)"""
+        """A clip's sound, or silence. -> (M, T)"""
         return self.log_mel(SILENCE if dropped else clip.audio)
 
     def preprocess_frames(
@@ -254,7 +254,7 @@ class Processor:
         """uint8 (F, H, W, 3) -> float32 (F, 3, S, S), normalised.
 
         "pad" centres the picture on a grey square first (the reference's training), "stretch"
-        squashes it.  The bicubic kernel for uint8, channels last, differs by at most 2 of 255 from
+        squashes it. The bicubic kernel for uint8, channels last, differs by at most 2 of 255 from
         PIL's, with which the towers were trained; the one for floats by up to 8.
         """
         if fit == "pad":
@@ -330,7 +330,7 @@ CHATML = (
 
 
 def load_tokenizer(path: str):
-    """The tokenizer of a folder or hub id, with a chat template.  Raises UserError."""
+    """The tokenizer of a folder or hub id, with a chat template. Raises UserError."""
     from transformers import AutoTokenizer, logging
 
     level = logging.get_verbosity()
@@ -348,7 +348,7 @@ def load_tokenizer(path: str):
 
 
 def from_library(cls, source: str, what: str):
-    """cls.from_pretrained(source).  Raises UserError, in which `what` names the object."""
+    """cls.from_pretrained(source). Raises UserError, in which `what` names the object."""
     try:
         return cls.from_pretrained(source)
     except Exception as error:  # of many types, some with pages of text
@@ -380,7 +380,7 @@ def read_samples(file, media_root: str | None = None) -> list[Sample]:
             {"from": "human", "value": "<video>\\n<audio>\\nquestion"},
             {"from": "gpt", "value": target}]}
 
-    Relative paths start from `media_root`, by default the file's own folder.  Raises UserError.
+    Relative paths start from `media_root`, by default the file's own folder. Raises UserError.
     """
     file = Path(file)
     try:
@@ -404,7 +404,7 @@ def json_fault(error: ValueError | RecursionError, where: str) -> UserError:
 
 
 def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
-    """Rows of a jsonl file.  -> (line number, row)"""
+    """Rows of a jsonl file. -> (line number, row)"""
     for line, row in enumerate(text.split("\n"), 1):
         if not row.strip():
             continue
@@ -420,7 +420,7 @@ def rows_of_lines(text: str, file: Path) -> Iterator[tuple[int, object]]:
 
 
 def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
-    """Rows of a json list.  -> (line number where it starts, row)"""
+    """Rows of a json list. -> (line number where it starts, row)"""
     decoder = json.JSONDecoder()
     space = re.compile(r"[\s,]*")
     at = space.match(text.replace("[", " ", 1)).end()
@@ -442,7 +442,7 @@ def rows_of_list(text: str, file: Path) -> Iterator[tuple[int, object]]:
 
 
 def make_sample(row, root: Path, where: str) -> Sample:
-    """A row of a sample file -> Sample.  where: "FILE line N", for the error message"""
+    """A row of a sample file -> Sample. where: "FILE line N", for the error message"""
 
     def need(value, expected: type, problem: str):
         if not isinstance(value, expected) or not value:
@@ -500,7 +500,7 @@ class FeatureCache:
     """The outputs of the frozen towers on disk, for later epochs and other runs.
 
     One safetensors file per clip and modality: at full size 2.4 MB (vision) or 1.3 MB (audio) in
-    bf16, and twice that in fp32.  An entry equals, bit for bit, what the tower would compute again.
+    bf16, and twice that in fp32. An entry equals, bit for bit, what the tower would compute again.
 
     The name of a file is a hash of the clip's path, size and modification time, the preprocessing,
     the working dtype and the weights of the tower: if any of them changes, the entry is not found.
@@ -508,7 +508,7 @@ class FeatureCache:
     """
 
     def __init__(self, folder: str, towers: dict[str, str], max_gb: float = 200.0):
-        """`towers`: modality -> fingerprint.  The cache stops writing at `max_gb` GiB."""
+        """`towers`: modality -> fingerprint. The cache stops writing at `max_gb` GiB."""
         self.folder, self.towers = Path(folder), towers
         self.folder.mkdir(parents=True, exist_ok=True)
         used_bytes = sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
@@ -552,7 +552,7 @@ class BadClip:
 
 @dataclasses.dataclass
 class PromptBatch:
-    """B prompts.  Features have a row for each prompt that has the modality, in order.
+    """B prompts. Features have a row for each prompt that has the modality, in order.
 
     So have the media that `encode_media` leaves; before it, those of cached clips are missing.
     """
@@ -600,7 +600,7 @@ class PromptBatch:
         return [MODALITIES[modality].placeholder in ids for ids in self.input_ids]
 
     def select(self, rows: list[int]) -> "PromptBatch":
-        """These prompts, with their media: a micro-batch.  Call `encode_media` first.
+        """These prompts, with their media: a micro-batch. Call `encode_media` first.
 
         Every field is named, so that a new one that is forgotten here is an error.
         """
@@ -817,7 +817,7 @@ def training_batches(
 ) -> list[list[tuple[int, int]]]:
     """This rank's (position in the run, sample number) for each of `steps` steps from `start` on.
 
-    The run is one endless list: seeded permutations of the n samples, one after another.  A step
+    The run is one endless list: seeded permutations of the n samples, one after another. A step
     takes the next `per_step` positions, and rank r every world-th of them, so the data of a step do
     not depend on the ranks or on where a run was resumed.
     """

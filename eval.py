@@ -9,7 +9,7 @@
     python eval.py --folds fold1.json fold2.json   their mean, as the literature reports it
     python eval.py --table results/humanomni results/r1_omni   the paper's Table 1, a row per folder
 
-The model answers freely: no list of emotions in the prompt, unless --choices gives one.  An answer
+The model answers freely: no list of emotions in the prompt, unless --choices gives one. An answer
 is scored twice:
     strict      the text of the single <answer> (all of it, with --prompt label), stripped, in lower
                 case, is the label (war, uar)
@@ -143,10 +143,10 @@ def evaluate(
     cache: FeatureCache | None = None,
     name: str = "the sample file",
 ) -> dict:
-    """Score every sample exactly once, over all ranks.  All ranks must call it.
+    """Score every sample exactly once, over all ranks. All ranks must call it.
 
     -> `protocol.summarise` and `reasoning.summarise`, and dataset, view (the PromptSpec), skipped,
-    notes and predictions, the same on every rank.  Raises UserError if no clip can be read.
+    notes and predictions, the same on every rank. Raises UserError if no clip can be read.
     """
     dataset = ClipDataset(samples, processor, spec, model.num_frames, cache)
     own = list(range(ranks.rank, len(samples), ranks.world))
@@ -224,7 +224,7 @@ LEAST = {"seed": 0, "limit": 0, "workers": 0, "batch_size": 1, "max_new_tokens":
 
 
 def mode_of(args: Args) -> str:
-    """The one of MODES that the flags select.  Raises UserError."""
+    """The one of MODES that the flags select. Raises UserError."""
     changed = {
         field.name
         for field in dataclasses.fields(args)
@@ -294,7 +294,7 @@ def note_unknown_labels(samples: list[Sample], spec: PromptSpec, args: Args, not
 def run_model(
     args: Args, spec: PromptSpec, samples: list[Sample], ranks: Ranks
 ) -> tuple[str, dict]:
-    """--data and --clip.  -> text to print, result to write"""
+    """--data and --clip. -> text to print, result to write"""
 
     def note(line: str) -> None:
         if ranks.is_main:  # stdout is for the result alone

@@ -8,8 +8,8 @@ better ones more likely, within a trust region (clip) and near the starting mode
     torchrun --nproc_per_node=8 grpo.py --model StarJiaxing/EMER-SFT-0.5B --data rl.json \\
              --media_root /data --out runs/r1
 
-Read `train` first: it is the whole algorithm, step by step.  The functions that it calls stand
-above it.  Equations are those of R1-Omni (arXiv 2503.05379), unless DeepSeekMath (arXiv 2402.03300)
+Read `train` first: it is the whole algorithm, step by step. The functions that it calls stand
+above it. Equations are those of R1-Omni (arXiv 2503.05379), unless DeepSeekMath (arXiv 2402.03300)
 is named.
 
 docs/departures.md lists the departures from the public reference code of R1-Omni.
@@ -44,7 +44,7 @@ from rewards import Completion, Reward, agreement_reward, load_rewards, validate
 from sampler import generate
 from training import MAX_GRAD_NORM, Run, TrainArgs, is_multiple, learning_rate, set_up
 
-# What an ablation rarely changes.  The flags of `Args` hold the rest.
+# What an ablation rarely changes. The flags of `Args` hold the rest.
 WARMUP = 0.0  # share of the steps in which the learning rate rises
 MAX_LOGP_DIFF = 0.5  # mean |trainer - sampler| log-prob of a token above which a step is refused
 SHOW_EVERY = 50  # steps between two printed completions, a good one and a bad one; 0: never
@@ -104,11 +104,11 @@ def advantages(
     scale: str = "group",
     batch_std: Tensor | float | None = None,
 ) -> Tensor:
-    """A_i = (r_i - mean(r)) / std(r), within each group (eq. 4).  rewards (B, G) -> (B, G)
+    """A_i = (r_i - mean(r)) / std(r), within each group (eq. 4). rewards (B, G) -> (B, G)
 
-    Baseline "loo" subtracts the mean of the *other* G - 1 rewards.  Scale "batch" divides by the
+    Baseline "loo" subtracts the mean of the *other* G - 1 rewards. Scale "batch" divides by the
     standard deviation of all rewards of the step (`batch_std`, where they are spread over ranks),
-    "none" by nothing.  Standard deviations are unbiased, plus 1e-4.
+    "none" by nothing. Standard deviations are unbiased, plus 1e-4.
 
     A group whose rewards are all equal gets exactly 0, so that its forward and backward pass can be
     skipped.
@@ -135,7 +135,7 @@ def advantages(
 
 
 def global_std(rewards: Tensor, ranks: Ranks) -> float:
-    """Unbiased standard deviation of the step's rewards.  All ranks must call it."""
+    """Unbiased standard deviation of the step's rewards. All ranks must call it."""
     x = rewards.double()
     sums = torch.stack((torch.ones_like(x).sum(), x.sum(), x.square().sum()))
     n, total, squares = ranks.all_reduce_(sums).tolist()
@@ -166,8 +166,8 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """- sum w [min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL] / denominator
 
-    DeepSeekMath eq. 3.  logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G)
-    -> scalar, detached metrics.  The weight w of a token depends on `agg` (`token_weights`).  If
+    DeepSeekMath eq. 3. logps, old_logps, ref_logps, mask (B, G, T); advantages (B, G)
+    -> scalar, detached metrics. The weight w of a token depends on `agg` (`token_weights`). If
     the batch is cut into micro-batches or spread over ranks, `denominator` must be the global one
     (`loss_denominators`); by default it is that of the tensors given.
     """
@@ -203,7 +203,7 @@ def grpo_loss(
 
 
 def token_weights(mask: Tensor, agg: str) -> Tensor:
-    """Weight of each token in the sum.  mask (B, G, T) -> (B, G, T)"""
+    """Weight of each token in the sum. mask (B, G, T) -> (B, G, T)"""
     if agg == "seq":  # the tokens of a completion share a weight of 1
         return mask / mask.sum(-1, keepdim=True).clamp(min=1)
     return mask.float()
@@ -235,7 +235,7 @@ def clip_metrics(
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the tokens of the mask.  (x[mask] would make the host wait for a GPU.)"""
+    """Mean of x over the tokens of the mask. (x[mask] would make the host wait for a GPU.)"""
     return (x * mask).sum() / mask.sum()
 
 
@@ -243,27 +243,27 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def kl_terms(logps: Tensor, ref_logps: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """Estimators of KL(policy || reference) per token, with x = ref_logps - logps.  (B, G, T) each
+    """Estimators of KL(policy || reference) per token, with x = ref_logps - logps. (B, G, T) each
 
-    As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative.  As
+    As *values* on the policy's samples, k1 and k3 are unbiased and k3 is never negative. As
     *losses* they differ: k1 has zero expected gradient, k3 the gradient of the forward KL, k2 and
     rho * k3 the gradient of the reverse KL.
     """
     if mask is not None:  # before the difference, not after it: 0 * inf is NaN
         logps, ref_logps = logps.masked_fill(~mask, 0.0), ref_logps.masked_fill(~mask, 0.0)
     x = ref_logps - logps
-    # expm1 keeps the digits of e^x - 1 for a small x.  The clamp keeps a sum over the batch finite.
+    # expm1 keeps the digits of e^x - 1 for a small x. The clamp keeps a sum over the batch finite.
     return {"k1": -x, "k2": x.square() / 2, "k3": x.clamp(max=80).expm1() - x}
 
 
 def kl_loss(terms: dict[str, Tensor], rho: Tensor, kl: str) -> Tensor:
-    """The KL per token as it enters the loss.  (B, G, T)
+    """The KL per token as it enters the loss. (B, G, T)
 
     Gradients in logps:  k2: -x   k3: 1 - e^x   k3_ratio: -rho x
 
-    k3_ratio is rho * k3, the reverse KL of eq. 3.  Autograd would give it the gradient
+    k3_ratio is rho * k3, the reverse KL of eq. 3. Autograd would give it the gradient
     rho k3 + rho (1 - e^x): two numbers of size e^x that should cancel and in fp32 do not (at x = 18
-    the result is -16 instead of -18).  So it is written with k3's value and k2's gradient.
+    the result is -16 instead of -18). So it is written with k3's value and k2's gradient.
     """
     if kl == "k3_ratio":
         return rho.detach() * (terms["k2"] + (terms["k3"] - terms["k2"]).detach())
@@ -274,7 +274,7 @@ def kl_loss(terms: dict[str, Tensor], rho: Tensor, kl: str) -> Tensor:
 
 
 def sequence_rho(log_rho: Tensor, mask: Tensor) -> Tensor:
-    """Geometric mean of the ratios of a completion (GSPO).  (B, G, T), one value per completion
+    """Geometric mean of the ratios of a completion (GSPO). (B, G, T), one value per completion
 
     Its gradient reaches every token.
     """
@@ -285,7 +285,7 @@ def sequence_rho(log_rho: Tensor, mask: Tensor) -> Tensor:
 def unclipped_loss(
     rho: Tensor, A: Tensor, logps: Tensor, mask: Tensor, gate: str, clip_high: float
 ) -> Tensor:
-    """The loss with another gate than the clip.  (B, G, T)"""
+    """The loss with another gate than the clip. (B, G, T)"""
     if gate == "cispo":
         return -(rho.detach().clamp(max=clip_high) * A * logps.masked_fill(~mask, 0.0))
     return -(rho * A)
@@ -350,7 +350,7 @@ def sample_completions(model, processor, batch: PromptBatch, args: Args) -> Roll
 def compute_rewards(
     reward_functions: tuple[Reward, ...], rollout: Rollout, batch: PromptBatch, args: Args
 ) -> dict[str, Tensor]:
-    """Call every reward function on every completion.  -> name -> (B, G), unweighted"""
+    """Call every reward function on every completion. -> name -> (B, G), unweighted"""
     lengths, finished = rollout.lengths.tolist(), rollout.finished.tolist()
     completions = [  # B * G pairs of a sample and a completion
         (
@@ -378,12 +378,12 @@ def compute_rewards(
 
 
 def sum_rewards(reward_functions: tuple[Reward, ...], rewards: dict[str, Tensor]) -> Tensor:
-    """R = R_acc + R_format (eq. 5), or any other weighted sum.  -> (B, G)"""
+    """R = R_acc + R_format (eq. 5), or any other weighted sum. -> (B, G)"""
     return sum(reward.weight * rewards[reward.name] for reward in reward_functions)
 
 
 def compute_advantages(rollout: Rollout, args: Args, ranks: Ranks) -> Tensor:
-    """Advantages of a rollout, from its total rewards.  -> (B, G).  All ranks must call it."""
+    """Advantages of a rollout, from its total rewards. -> (B, G). All ranks must call it."""
     rewards = rollout.total_rewards
     batch_std = global_std(rewards, ranks) if args.scale == "batch" else None
     if len(rollout) == 0:
@@ -431,7 +431,7 @@ def split_micro_batches(
 
 
 def make_micro_batch(batch: PromptBatch, rollout: Rollout, rows: list[int]) -> MicroBatch:
-    """These prompts with all their completions.  Every field of a MicroBatch is cut here."""
+    """These prompts with all their completions. Every field of a MicroBatch is cut here."""
     part = as_slice(rows)
     T = int(rollout.lengths[part].max())
 
@@ -454,7 +454,7 @@ def make_micro_batch(batch: PromptBatch, rollout: Rollout, rows: list[int]) -> M
 def split_minibatches(
     batch: PromptBatch, rollout: Rollout, args: Args, ranks: Ranks, start_position: int
 ) -> list[Minibatch]:
-    """Cut a rollout into `num_minibatches` disjoint sets of prompts.  All ranks must call it.
+    """Cut a rollout into `num_minibatches` disjoint sets of prompts. All ranks must call it.
 
     A prompt's minibatch depends on its position in the step alone, for any number of ranks.
     start_position: the step's first position in the run.
@@ -477,9 +477,9 @@ def split_minibatches(
 def loss_denominators(
     rollout: Rollout, rows: list[list[int]], args: Args, ranks: Ranks
 ) -> list[float]:
-    """What the loss of each minibatch is divided by.  All ranks must call it.
+    """What the loss of each minibatch is divided by. All ranks must call it.
 
-    rows: the prompts of each minibatch on this rank.  The counts are summed over all micro-batches
+    rows: the prompts of each minibatch on this rank. The counts are summed over all micro-batches
     and ranks: averaging per-rank means would weight a token by the batch that it happens to be in.
     Zero-variance groups count too.
     """
@@ -535,10 +535,10 @@ def fill_old_logps(model, minibatches: list[Minibatch], args: Args) -> None:
 
 
 def sampler_differs(minibatches: list[Minibatch], meter: Meter, ranks: Ranks) -> bool:
-    """Log how far trainer and sampler differ.  -> whether to refuse the step
+    """Log how far trainer and sampler differ. -> whether to refuse the step
 
     Both score the same tokens under the same weights, so their log-probs differ by rounding alone:
-    a mean difference above MAX_LOGP_DIFF is a bug.  All ranks must call it.
+    a mean difference above MAX_LOGP_DIFF is a bug. All ranks must call it.
     """
     total = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # sum of |difference|, tokens
     for minibatch in minibatches:
@@ -665,9 +665,9 @@ def log_step(
     updated: bool,
     args: Args,
 ) -> dict:
-    """Count and log a finished step: gather every rank's numbers and completions.  -> its row
+    """Count and log a finished step: gather every rank's numbers and completions. -> its row
 
-    Writes rollouts.jsonl; the caller writes the row to metrics.jsonl.  Advances `run.state`.
+    Writes rollouts.jsonl; the caller writes the row to metrics.jsonl. Advances `run.state`.
     grad_norm: of the last update; None, and not in the row, if the step was refused.
     """
     step = run.state.step + 1
@@ -697,7 +697,7 @@ def log_step(
 
 
 def evaluate_all(run: Run, args: Args, ranks: Ranks) -> dict[str, float]:
-    """Evaluate on every file of --eval_data.  -> {"eval/NAME/war": percent, ...}"""
+    """Evaluate on every file of --eval_data. -> {"eval/NAME/war": percent, ...}"""
     row = {}
     # Every clip as it is, and the candidates in a fixed order.
     spec = dataclasses.replace(run.spec, shuffle_choices=False, mute=0.0, blank=0.0)

@@ -5,13 +5,13 @@
     question --BERT--> [CLS] --gate--> weights of the 3 branches
     prompt ids, placeholders replaced by those tokens --Qwen2 decoder--> logits
 
-SigLIP, the Whisper encoder and BERT come from transformers.  The decoder, the projectors and the
-gate are written out here.  Their attribute names are the keys of the released checkpoints, so that
+SigLIP, the Whisper encoder and BERT come from transformers. The decoder, the projectors and the
+gate are written out here. Their attribute names are the keys of the released checkpoints, so that
 `HumanOmni-0.5B`, `EMER-SFT-0.5B`, `MAFW-DFEW-0.5B` and `R1-Omni-0.5B` load as they are.
 
 One set of decoder layers serves three uses; only the attention differs (`run_layers`):
     forward           the whole sequence, causal: slow and obvious, for parity and teaching
-    prefill           for the sampler: each prompt once.  sampler.py then decodes token by token,
+    prefill           for the sampler: each prompt once. sampler.py then decodes token by token,
                       with the same weights, packed
     completion_logps  for the loss: each prompt once, then its G completions, with exact gradients
 
@@ -51,7 +51,7 @@ from ops.logprob_head import HeadLogps, fp32_product
 GATE_HIDDEN = 3584  # fixed at every model size, as in the reference code
 AUDIO_POOL = 3  # 1,500 encoder states -> 500 tokens
 
-# The parts of the model, by the prefix of their keys.  `--train` takes these names.
+# The parts of the model, by the prefix of their keys. `--train` takes these names.
 PARTS = {
     "decoder": ("model.embed_tokens.", "model.layers.", "model.norm.", "lm_head."),
     "projectors": ("model.mm_projector.", "model.audio_projector."),
@@ -90,7 +90,7 @@ class Config:
 
     @classmethod
     def read(cls, file: Path) -> "Config":
-        """Read a checkpoint's config.json.  Raises UserError if it is another model's."""
+        """Read a checkpoint's config.json. Raises UserError if it is another model's."""
         raw = read_json(file)
         fields = [f for f in dataclasses.fields(cls) if f.name != "raw"]
         required = [f.name for f in fields if f.default is dataclasses.MISSING]
@@ -130,7 +130,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_cos_sin(positions: Tensor, config: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rotary embedding of positions (B, L).  -> cos, sin (B, L, 1, d)
+    """Rotary embedding of positions (B, L). -> cos, sin (B, L, 1, d)
 
     The angle of pair i rotates the entries i and i + d/2.
     """
@@ -201,12 +201,12 @@ class DecoderLayer(nn.Module):
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Index of each real position among the real ones; 0 for padding.  mask (B, P) -> (B, P)"""
+    """Index of each real position among the real ones; 0 for padding. mask (B, P) -> (B, P)"""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def causal_mask(mask: Tensor) -> Tensor | None:
-    """Which key each query may attend to.  mask (B, P) -> (B, 1, P, P), or None: plain causal"""
+    """Which key each query may attend to. mask (B, P) -> (B, 1, P, P), or None: plain causal"""
     if bool(mask.all()):
         return None
     P = mask.shape[1]
@@ -223,9 +223,9 @@ def can_use_flash(x: Tensor) -> bool:
 
 
 def sdpa(q, k, v, mask=None, causal=False):
-    """Attention of q (B, L, H, d) to k and v (B, M, K, d).  -> (B, L, H*d)
+    """Attention of q (B, L, H, d) to k and v (B, M, K, d). -> (B, L, H*d)
 
-    Each key head serves H/K query heads.  `causal`: query i sees the keys up to i + M - L.
+    Each key head serves H/K query heads. `causal`: query i sees the keys up to i + M - L.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, L, d)
     shared = q.shape[1] // k.shape[1]
@@ -236,7 +236,7 @@ def sdpa(q, k, v, mask=None, causal=False):
         shared = 1
     L, M = q.shape[2], k.shape[2]
     if causal and L < M:
-        # Without this, is_causal would align the mask to the upper left.  Imported here, because
+        # Without this, is_causal would align the mask to the upper left. Imported here, because
         # it imports the whole compiler.
         from torch.nn.attention.bias import causal_lower_right
 
@@ -272,7 +272,7 @@ class Backbone(nn.Module):
 
 class HumanOmni(nn.Module):
     def __init__(self, config: Config, vision, audio, bert):
-        """Build without loading weights.  vision, audio, bert: transformers configurations."""
+        """Build without loading weights. vision, audio, bert: transformers configurations."""
         super().__init__()
         self.config = config
         self.model = Backbone(config, vision, audio, bert)
@@ -327,7 +327,7 @@ class HumanOmni(nn.Module):
         return digest_of(self.parameters())
 
     def tower_fingerprints(self) -> dict[str, str]:
-        """Identifies what the towers compute, for a feature cache.  modality -> text"""
+        """Identifies what the towers compute, for a feature cache. modality -> text"""
         vision = digest_of(self.model.vision_tower.parameters())
         audio = digest_of(self.model.audio_tower.parameters())
         return {
@@ -351,7 +351,7 @@ class HumanOmni(nn.Module):
         return super().train(False)
 
     def set_trained(self, parts=DEFAULT_TRAINED) -> list[nn.Parameter]:
-        """Freeze everything but `parts` (names of PARTS).  -> the trained parameters, in order"""
+        """Freeze everything but `parts` (names of PARTS). -> the trained parameters, in order"""
         unknown = set(parts) - set(PARTS)
         if unknown:
             raise UserError(
@@ -405,7 +405,7 @@ class HumanOmni(nn.Module):
     # ---- the prompt ----
 
     def gate(self, question_ids: Tensor, question_mask: Tensor) -> Tensor:
-        """Weights of the branches scene, body, face.  Question (B, Q) -> (B, 3), rows sum to 1"""
+        """Weights of the branches scene, body, face. Question (B, Q) -> (B, 3), rows sum to 1"""
         bert = self.model.bert_model
         states = bert(input_ids=question_ids, attention_mask=question_mask).last_hidden_state
         return self.model.bert_gate(states[:, 0]).softmax(-1)
@@ -432,9 +432,9 @@ class HumanOmni(nn.Module):
         """Prompt ids with placeholders -> embeds (B, P, D), mask (B, P) True on real positions
 
         input_ids (B, L): the tokens of a modality replace its placeholder; PAD is padding, on
-        either side.  frames (B, F, 3, side, side) and mel (B, M, time) have one row per
+        either side. frames (B, F, 3, side, side) and mel (B, M, time) have one row per
         *placeholder*, in order: a batch in which some prompts lack a modality passes fewer rows.
-        `features`, modality -> the tower's output, replaces them.  Shorter prompts are padded on
+        `features`, modality -> the tower's output, replaces them. Shorter prompts are padded on
         the left, so that each ends at position P - 1.
         """
         rows = input_ids.tolist() if torch.is_tensor(input_ids) else input_ids
@@ -468,7 +468,7 @@ class HumanOmni(nn.Module):
         return embeds, mask
 
     def _insert_media(self, row: list[int], embeds: Tensor, tokens: dict) -> Tensor:
-        """Replace the placeholders of one prompt.  row: L ids, embeds (L, D) -> (P_b, D)"""
+        """Replace the placeholders of one prompt. row: L ids, embeds (L, D) -> (P_b, D)"""
         pieces, done = [], 0
         for at, token in enumerate(row):
             if token in tokens:
@@ -493,7 +493,7 @@ class HumanOmni(nn.Module):
     def compile_layers(self) -> None:
         """Run the decoder's layers, but for attention, through torch.compile from now on.
 
-        The numbers are the same up to rounding.  Raises UserError if there is no compiler.
+        The numbers are the same up to rounding. Raises UserError if there is no compiler.
         """
         has_compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
         if self.device.type == "cpu" and not has_compiler:
@@ -557,7 +557,7 @@ class HumanOmni(nn.Module):
         return self.run_layers(embeds, positions_of(mask), attend)
 
     def prefill(self, embeds: Tensor, mask: Tensor):
-        """Run the prompts.  -> hidden state of each one's last position (B, D); the cache"""
+        """Run the prompts. -> hidden state of each one's last position (B, D); the cache"""
         cache = []
         return last_valid_hidden(self.hidden(embeds, mask, cache), mask), cache
 
@@ -571,7 +571,7 @@ class HumanOmni(nn.Module):
         `with_entropy` adds the policy's entropy at each token, (B, G, T), without gradient.
         `temperature` divides the logits, as in sampling.
 
-        A row is [prompt | completion 1 | ... | completion G].  A prompt attends causally to itself;
+        A row is [prompt | completion 1 | ... | completion G]. A prompt attends causally to itself;
         a completion to the prompt and causally to itself, never to the other completions.
         """
         B, G, T = completions.shape
@@ -617,8 +617,8 @@ class HumanOmni(nn.Module):
     ):
         """states (N, D), targets (N,) -> log-probabilities (N,) fp32; entropies (N,) or None
 
-        `chunk`: rows whose logits exist at a time.  On a CPU, logits that fit into its cache are
-        faster.  On a GPU each chunk reads and writes the head's gradient, so chunks are larger:
+        `chunk`: rows whose logits exist at a time. On a CPU, logits that fit into its cache are
+        faster. On a GPU each chunk reads and writes the head's gradient, so chunks are larger:
         2^27 logits, 512 MB.
         """
         if chunk is None:
@@ -646,10 +646,10 @@ class HumanOmni(nn.Module):
         Weights of the vision and the audio tower: the explicit argument, else those in the
         checkpoint, else what config.json names (a relative path starts from the checkpoint).
         BERT's weights: those in the checkpoint, else its folder; its folder: the argument, else
-        `bert/` in or beside the checkpoint, else bert-base-uncased.  `towers`: a folder of the
+        `bert/` in or beside the checkpoint, else bert-base-uncased. `towers`: a folder of the
         public models, instead of the hub.
 
-        `log` gets one line that names the sources.  Raises UserError that names the file and keys.
+        `log` gets one line that names the sources. Raises UserError that names the file and keys.
         """
         path = str(path)
         config = Config.read(find_file(path, "config.json"))
@@ -689,7 +689,7 @@ def encode_media(model: HumanOmni, batch, cache=None):
 
 @torch.no_grad()
 def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> Tensor:
-    """Features of all clips with the modality.  rows: all, or a list of cached ones and None"""
+    """Features of all clips with the modality. rows: all, or a list of cached ones and None"""
     if torch.is_tensor(rows):
         return rows
     inputs = iter(batch.media[modality].split(1) if modality in batch.media else ())
@@ -705,7 +705,7 @@ def encode_missing(model: HumanOmni, batch, modality: str, rows, cache) -> Tenso
 
 
 def embed(model: HumanOmni, batch) -> tuple[Tensor, Tensor]:
-    """`embed_prompt` of a batch from `encode_media`, B >= 1.  -> embeds (B, P, D), mask (B, P)"""
+    """`embed_prompt` of a batch from `encode_media`, B >= 1. -> embeds (B, P, D), mask (B, P)"""
     features = batch.features
     if batch.media:  # a tower is trained: it runs here, with gradients
         features = {name: model.encode(name, inputs) for name, inputs in batch.media.items()}
@@ -718,14 +718,14 @@ def embed(model: HumanOmni, batch) -> tuple[Tensor, Tensor]:
 
 
 def frozen_reference(model: HumanOmni) -> HumanOmni:
-    """A copy of the policy as it is now, for the KL.  The parts that are not trained are shared."""
+    """A copy of the policy as it is now, for the KL. The parts that are not trained are shared."""
     frozen = (x for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
     shared = {id(x): x for x in frozen}
     return copy.deepcopy(model, memo=shared).requires_grad_(False)
 
 
 def last_valid_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
-    """The state at each row's last real position.  hidden (B, P, D), mask (B, P) -> (B, D)"""
+    """The state at each row's last real position. hidden (B, P, D), mask (B, P) -> (B, D)"""
     index = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(-1)
     return hidden[torch.arange(len(hidden), device=hidden.device), index]
 
@@ -733,7 +733,7 @@ def last_valid_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
 def shared_prefix_attend(mask: Tensor, G: int, S: int, flash: bool):
     """Attention over rows [prompt P | G completions of S tokens]; see `completion_logps`.
 
-    One softmax runs over the concatenated keys.  (Merging two partial attentions by their
+    One softmax runs over the concatenated keys. (Merging two partial attentions by their
     log-sum-exp looks cheaper, but autograd silently drops the gradient of that output.)  `flash`:
     use the kernel without masks, three times as fast, if no prompt is padded.
     """

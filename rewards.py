@@ -1,11 +1,11 @@
-"""Verifiable rewards: text in, numbers out.  No model, no tensor, nothing learned.
+"""Verifiable rewards: text in, numbers out. No model, no tensor, nothing learned.
 
     R = R_acc + R_format                                        (R1-Omni, eq. 5)
     R_acc     1 if the text in <answer> is the label            (eq. 6)          accuracy_reward
     R_format  1 if the text is exactly one <think> block
               and then one <answer> block                       (after eq. 6)    format_reward
 
-Training rewards only the label itself, regardless of case.  What a free answer means ("she is
+Training rewards only the label itself, regardless of case. What a free answer means ("she is
 furious" -> "angry") is for evaluation alone (`normalise` in lib/reasoning.py), because a policy
 finds every hole in an alias table.
 
@@ -55,7 +55,7 @@ def accuracy_reward(text: str, answer: str) -> float:
 def format_reward(text: str) -> float:
     """R_format: 1.0 if the whole text is <think>..</think> then <answer>..</answer>, else 0.0.
 
-    White space may surround and separate the blocks.  Any further tag of the four gives 0.0.
+    White space may surround and separate the blocks. Any further tag of the four gives 0.0.
     """
     think = _between(text, "<think>", "</think>")
     answer = _between(text, "<answer>", "</answer>")
@@ -181,7 +181,7 @@ class Reward:
 
 
 def load_reward(spec: str) -> Reward:
-    """The reward of one word of --rewards.  Raises UserError.
+    """The reward of one word of --rewards. Raises UserError.
 
     `spec` is NAME or FILE.py:FUNCTION, optionally followed by =WEIGHT (default 1).
     """
@@ -215,7 +215,7 @@ def load_reward(spec: str) -> Reward:
 
 @functools.cache
 def load_rewards(specs: tuple[str, ...], prompt: str = "think") -> tuple[Reward, ...]:
-    """The rewards that `--rewards` names.  Raises UserError."""
+    """The rewards that `--rewards` names. Raises UserError."""
     functions = tuple(load_reward(spec) for spec in specs)
     names = [reward.name for reward in functions]
     if not functions or len(set(names)) < len(names):

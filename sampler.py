@@ -10,8 +10,8 @@
 Always the full distribution (no top-k, no top-p, no repetition penalty): the loss scores the full
 softmax, and a policy must be scored under the distribution that it was sampled from.
 
-One uniform number per (seed, prompt, completion, position) is drawn in advance.  It depends neither
-on the other prompts in the batch nor on the ranks or the device.  (The logits do, in their last
+One uniform number per (seed, prompt, completion, position) is drawn in advance. It depends neither
+on the other prompts in the batch nor on the ranks or the device. (The logits do, in their last
 bits, so a near-tie can still fall differently.)
 
 Legend   B prompts   G completions per prompt   N = B * G rows   P prompt length   T max_new_tokens
@@ -77,9 +77,9 @@ def sample_token(
 ) -> tuple[Tensor, Tensor]:
     """logits (N, V) fp32, u (N,) -> token (N,), log-prob (N,) under softmax(logits / temperature)
 
-    Inverse CDF: the first token whose cumulative probability exceeds u.  It needs float64, because
-    an fp32 sum over 152,000 tokens is off by more than the probability of most of them.  Summing
-    all of them in float64 would cost as much as the decoder.  So the mass of each block of tokens
+    Inverse CDF: the first token whose cumulative probability exceeds u. It needs float64, because
+    an fp32 sum over 152,000 tokens is off by more than the probability of most of them. Summing
+    all of them in float64 would cost as much as the decoder. So the mass of each block of tokens
     is summed in fp32; u selects its block among these sums, then its token within the block.
     (The exponential race that is common in GPU samplers takes V random numbers per row, not one.)
     """
@@ -87,7 +87,7 @@ def sample_token(
     scaled = logits / temperature if temperature != 1 else logits
     top, best = scaled.max(-1, keepdim=True)  # (N, 1)
 
-    # Probabilities without the denominator.  The most probable token is left out: in fp32 its 1
+    # Probabilities without the denominator. The most probable token is left out: in fp32 its 1
     # would swallow the rest of its block.
     p = (scaled - top).exp_().scatter_(1, best, 0.0)  # (N, V)
     whole = V // block
@@ -118,9 +118,9 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 class PackedLinear:
     """x (..., D) -> x @ weight.T + bias, with the weights of several layers stacked into one.
 
-    One kernel launch instead of three.  On a CPU, oneDNN also lays a weight out in blocks of its
-    own.  For a few rows this is nearly twice as fast, unless the weight is so small that it never
-    leaves the cache.  A single weight is the parameter itself.  A stacked one is a copy, which
+    One kernel launch instead of three. On a CPU, oneDNN also lays a weight out in blocks of its
+    own. For a few rows this is nearly twice as fast, unless the weight is so small that it never
+    leaves the cache. A single weight is the parameter itself. A stacked one is a copy, which
     `refresh` renews; for one in oneDNN's layout, make a new PackedLinear.
     """
 
@@ -191,7 +191,7 @@ class PackedLayer:
         return x + self.down(F.silu(gate) * up)
 
     def join(self, following: "PackedLayer", x, attended):
-        """The end of this layer and the start of the next.  -> x (..., D), qkv (..., H + 2K, d)
+        """The end of this layer and the start of the next. -> x (..., D), qkv (..., H + 2K, d)
 
         Compiled together, the residual addition and the next norm become one kernel.
         """
@@ -274,7 +274,7 @@ class DecodeState:
         torch.arange(len(self.origin), out=self.origin)
 
     def copy_from(self, other: "DecodeState", index: Tensor) -> None:
-        """Continue with the rows other[index].  index (B, G) from `compact`"""
+        """Continue with the rows other[index]. index (B, G) from `compact`"""
         at = index.clamp(min=0)
         prompt = at[:, 0] // other.G  # (B,)
         self.prefix.copy_(other.prefix[:, :, prompt])
@@ -298,7 +298,7 @@ class DecodeState:
 
 
 def append_token(state: DecodeState, logits: Tensor, temperature: float, greedy: bool) -> None:
-    """Sample and store token t of every row; finished rows get end tokens.  logits (N, V)"""
+    """Sample and store token t of every row; finished rows get end tokens. logits (N, V)"""
     u = state.u.index_select(0, state.t)[0]  # (N,)
     token, logp = sample_token(logits, u, temperature, greedy)
     token_or_end = torch.where(state.done, state.ends[0], token)
@@ -309,7 +309,7 @@ def append_token(state: DecodeState, logits: Tensor, temperature: float, greedy:
 
 
 def run_layers(decoder: "Decoder", state: DecodeState, x: Tensor, rope: Tensor, S: int) -> Tensor:
-    """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers.  S: slots that are read"""
+    """x (1, N, D), rope (2, B, 1, 1, d) -> (1, N, D) after all layers. S: slots that are read"""
     before, after = PackedLayer.before_attention, PackedLayer.after_attention
     if decoder.compile:
         before, after = compiled(before), compiled(after)
@@ -349,7 +349,7 @@ def decode_step(
 ) -> None:
     """Read token t of every row, and write token t + 1.
 
-    Shapes and addresses do not depend on t, and no operation waits for the device.  So one captured
+    Shapes and addresses do not depend on t, and no operation waits for the device. So one captured
     graph serves every t below S.
     """
     # With its leading 1: for (N, D) the compiler merges product and residual into one addmm, which
@@ -369,7 +369,7 @@ def decode_step(
 # ==== How a step runs: PyTorch's operations, kernels, compiled functions, a CUDA graph ============
 
 # The default is `graph` on a GPU (`eager` inside a graph where the kernels cannot be built) and
-# `eager` on a CPU (compiled after `compile_layers`).  The environment variable overrides it, for a
+# `eager` on a CPU (compiled after `compile_layers`). The environment variable overrides it, for a
 # machine on which one of the ways fails.
 #     eager       PyTorch's own operations
 #     kernels     attention and the sampling of the token as hand-written kernels
@@ -387,7 +387,7 @@ class DecodePath:
 
 
 def decode_path(model: HumanOmni) -> DecodePath:
-    """How a decode step runs.  Raises UserError if the variable names a way that cannot work."""
+    """How a decode step runs. Raises UserError if the variable names a way that cannot work."""
     name, on_gpu = os.environ.get(PATH_VARIABLE, ""), model.device.type == "cuda"
     if not name:
         kernels = on_gpu and can_build_kernels()
@@ -431,7 +431,7 @@ class StepGraph:
 
     def __init__(self, run, memory):
         # The step is made once before it is recorded, because the set-up that libraries do at
-        # their first call cannot be captured.  Recording computes nothing.
+        # their first call cannot be captured. Recording computes nothing.
         stream, pool = memory
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -568,11 +568,11 @@ def halvings(n: int) -> list[int]:
 
 
 def compact(alive: Tensor, exact: bool) -> Tensor | None:
-    """Pack the unfinished rows.  alive (B, G) -> indices (B', G'), or None if it saves too little
+    """Pack the unfinished rows. alive (B, G) -> indices (B', G'), or None if it saves too little
 
-    An index is b * G + g, or -1 for an empty place.  The rows of a line have the same prompt.  A
+    An index is b * G + g, or -1 for an empty place. The rows of a line have the same prompt. A
     prompt with more than G' unfinished rows takes several lines, each with a copy of its prefix;
-    reading a line costs about as much as computing a row.  B' is exact, or a halving of B, because
+    reading a line costs about as much as computing a row. B' is exact, or a halving of B, because
     every shape is a graph of its own.
     """
     B, G = alive.shape
@@ -629,8 +629,8 @@ def generate(
     """Sample `num_generations` completions for each prompt.
 
     embeds (B, P, D) and mask (B, P) from `embed_prompt`; `prompt_ids` identify the prompts for the
-    random numbers, by default 0 .. B-1.  -> completions (B, G, T) ids, lengths (B, G), logps
-    (B, G, T) fp32.  A length counts the end token.  Past it there are end tokens with log-prob 0.
+    random numbers, by default 0 .. B-1. -> completions (B, G, T) ids, lengths (B, G), logps
+    (B, G, T) fp32. A length counts the end token. Past it there are end tokens with log-prob 0.
     """
     B, P, G, T = *mask.shape, num_generations, max_new_tokens
     device_type = model.device.type

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 sft.py ... --epochs 1 --batch_size 128
 
 Cold start (EMER-SFT): the targets are <think>reasoning</think>\\n<answer>label</answer>, and the
-question asks for both.  Label SFT (MAFW-DFEW-SFT): the targets are bare labels, and the question
-asks for the emotion alone.  `--prompt auto` decides by each target, so the sample file of RL can be
+question asks for both. Label SFT (MAFW-DFEW-SFT): the targets are bare labels, and the question
+asks for the emotion alone. `--prompt auto` decides by each target, so the sample file of RL can be
 used as it is.
 
 The loss is the cross-entropy, averaged over all target tokens of the step, end tokens included.
@@ -63,7 +63,7 @@ def update(
     ranks: Ranks,
     lr: float,
 ) -> tuple[dict[str, float], bool]:
-    """One optimizer step.  All ranks must call it.
+    """One optimizer step. All ranks must call it.
 
     -> loss, grad_norm and num_tokens over all ranks; whether the weights were updated
     """

@@ -90,7 +90,7 @@ class MasterAdamW:
     weights, so AdamW on bf16 weights does not move them at all.
 
     Why one flat gradient: micro-batches add up in fp32, one collective joins the ranks, and the
-    norm is one number.  The working weights are written in place, so that captured graphs and
+    norm is one number. The working weights are written in place, so that captured graphs and
     packed weights see the new values.
     """
 
@@ -136,10 +136,10 @@ class MasterAdamW:
             p.grad = None
 
     def step(self, ranks: Ranks, lr: float, max_grad_norm: float) -> tuple[float, bool]:
-        """Sum over ranks, clip to `max_grad_norm` (0: never), update.  All ranks must call it.
+        """Sum over ranks, clip to `max_grad_norm` (0: never), update. All ranks must call it.
 
-        -> norm before clipping, whether it was finite.  A gradient that is not finite changes
-        nothing, on all ranks alike.  (On a gradient of 0, Adam's momentum still moves the weights.)
+        -> norm before clipping, whether it was finite. A gradient that is not finite changes
+        nothing, on all ranks alike. (On a gradient of 0, Adam's momentum still moves the weights.)
         """
         ranks.all_reduce_(self.flat)
         # In pieces: one fp32 sum over 494 M squares is off by 9 % on a CPU.
@@ -186,7 +186,7 @@ class MasterAdamW:
 
     def load_state_dict(self, state: dict) -> None:
         """Load after the model's weights: a run in fp32 saved no masters (None), only weights."""
-        # This run's settings win over the saved ones.  They are set before loading, because `fused`
+        # This run's settings win over the saved ones. They are set before loading, because `fused`
         # decides to which device Adam's step counters go, and a GPU may continue a run from a CPU.
         saved = state["adam"]["param_groups"]
         groups = [
@@ -204,7 +204,7 @@ def learning_rate(
 ) -> float:
     """Learning rate of 0-based `step`.
 
-    It rises linearly over the first `warmup` x max_steps steps.  Then it follows `schedule`, which
+    It rises linearly over the first `warmup` x max_steps steps. Then it follows `schedule`, which
     reaches `floor` x peak after the last step (constant: never).
     """
     warmup_steps = round(warmup * max_steps)
@@ -289,9 +289,9 @@ class Run:
         }
 
     def finish_step(self, reports: list[dict], updated: bool, refused: bool = False) -> dict:
-        """Count a finished step.  -> the counts for its row of metrics
+        """Count a finished step. -> the counts for its row of metrics
 
-        reports: every rank's `report`.  updated: whether all of its updates were made.  Raises
+        reports: every rank's `report`. updated: whether all of its updates were made. Raises
         UserError if not one clip of the run's first step can be read: then the path is wrong.
         """
         state = self.state
@@ -474,10 +474,10 @@ def restore(
 def set_up(
     args: TrainArgs, ranks: Ranks, samples: list[Sample], per_step: int, with_reference=False
 ) -> Run:
-    """Load data, model and optimizer, and resume if asked.  -> the Run
+    """Load data, model and optimizer, and resume if asked. -> the Run
 
-    Sets args.dtype to what "auto" means on this machine.  per_step: samples per step, over all
-    ranks.  with_reference: keep a frozen copy of the starting model for the KL, taken before a
+    Sets args.dtype to what "auto" means on this machine. per_step: samples per step, over all
+    ranks. with_reference: keep a frozen copy of the starting model for the KL, taken before a
     resumed run overwrites the weights.
     """
     if args.seed < 0:

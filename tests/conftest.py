@@ -30,7 +30,7 @@ def load_golden_model() -> HumanOmni:
 
 @pytest.fixture(scope="session")
 def model() -> HumanOmni:
-    """The golden checkpoint in fp32.  Shared: a test that changes it takes `fresh_model`."""
+    """The golden checkpoint in fp32. Shared: a test that changes it takes `fresh_model`."""
     return load_golden_model()
 
 

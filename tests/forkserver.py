@@ -1,6 +1,6 @@
 """Runs the project's scripts and `-m` programs without paying for their imports each time.
 
-`python grpo.py` spends most of a test's time on importing torch and transformers.  This process
+`python grpo.py` spends most of a test's time on importing torch and transformers. This process
 imports them once and forks for every run; a fork executes the script file itself as __main__, with
 its own arguments and output.
 

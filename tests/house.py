@@ -61,13 +61,13 @@ def imports(tree: ast.AST) -> list[tuple[ast.AST, str]]:
 
 
 def test_the_top_floor_is_the_lesson():
-    """Stops a ninth script on top.  (Their length has no limit here:
+    """Stops a ninth script on top. (Their length has no limit here:
     a limit makes code dense and not short.)"""
     assert {f.stem for f in FILES if f.parent == ROOT} == LESSON
 
 
 def test_no_package_of_ours_has_a_name_that_transformers_imports():
-    """Stops a folder that stands in for somebody else's package.  `kernels` beside the scripts
+    """Stops a folder that stands in for somebody else's package. `kernels` beside the scripts
     made every script end in an ImportError where the package of that name is installed:
     transformers found ours."""
     ours = {f.relative_to(ROOT).parts[0].removesuffix(".py") for f in FILES}
@@ -132,7 +132,7 @@ def test_no_line_is_wide(file):
 
 @EACH_FILE
 def test_no_function_is_long(file):
-    """Stops a function that does not fit on two screens.  The training loop may have 90 lines."""
+    """Stops a function that does not fit on two screens. The training loop may have 90 lines."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.FunctionDef):
             limit = 90 if (file.name, node.name) == ("grpo.py", "train") else 80

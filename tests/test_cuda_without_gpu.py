@@ -1,8 +1,8 @@
 """The CUDA path without a GPU: whole steps and answers on tensors that say they are on one.
 
-`OnGpu` computes on the CPU and claims to be on a GPU.  It refuses what a GPU refuses: a CPU tensor
-among GPU tensors.  It counts what makes the host wait for a GPU: item, tolist, nonzero, a boolean
-index, a copy that is not from or to pinned memory.  In a step that is to be captured as a graph,
+`OnGpu` computes on the CPU and claims to be on a GPU. It refuses what a GPU refuses: a CPU tensor
+among GPU tensors. It counts what makes the host wait for a GPU: item, tolist, nonzero, a boolean
+index, a copy that is not from or to pinned memory. In a step that is to be captured as a graph,
 each of those is an error.
 
 Not shown here: which kernels a GPU picks, their rounding and speed, streams, graphs themselves.
@@ -276,7 +276,7 @@ def golden_batch(forward) -> PromptBatch:
 
 
 class Bench:
-    """A model in training on a device.  `waits`: how often the host waited for it, by part."""
+    """A model in training on a device. `waits`: how often the host waited for it, by part."""
 
     def __init__(self, device, dtype, forward):
         self.ranks, self.model, self.waits, self.row = (
@@ -369,7 +369,7 @@ def sft_step(device, dtype, forward) -> Bench:
 # ------------------------------------------------------------------------------------------------
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-# How often the host may wait for the device in each part: bounds that only go down.  (The
+# How often the host may wait for the device in each part: bounds that only go down. (The
 # optimiser asks once, in its first step, which weights have a gradient; rewards know whether a
 # completion was finished.)
 # two micro-batches of 5
@@ -613,7 +613,7 @@ def test_the_variable_chooses_how_a_step_is_run(paths):
 @pytest.mark.parametrize("fails", ["decode_step", "append_token"])
 def test_a_step_that_fails_names_the_variable(gpu, monkeypatch, fails):
     """Stops a traceback out of Triton, the compiler or a capture after which nobody knows how
-    to continue.  The first token is chosen before the first step: a kernel that cannot be
+    to continue. The first token is chosen before the first step: a kernel that cannot be
     built fails there."""
 
     def broken(*args):

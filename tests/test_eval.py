@@ -338,7 +338,7 @@ def test_modalities_with_a_cache(score, tmp_path):
 
 
 def test_the_seed_is_the_bootstraps(score, tmp_path, monkeypatch):
-    """Stops: a --seed without effect.  By the sum of the resamples:
+    """Stops: a --seed without effect. By the sum of the resamples:
     the interval of three clips is always the same."""
     monkeypatch.setattr(
         eval_script,

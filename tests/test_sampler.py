@@ -232,7 +232,7 @@ def test_logits_that_are_no_numbers_do_not_crash():
 
 @pytest.mark.parametrize("prefix_step, suffix_step", [(1, 1), (1, 3), (8, 128), (64, 4)])
 def test_buckets_change_nothing(sampled_model, monkeypatch, prefix_step, suffix_step):
-    """Stops empty places of a bucket being attended to.  (1, 1) is the exact slice,
+    """Stops empty places of a bucket being attended to. (1, 1) is the exact slice,
     nothing empty at all."""
     monkeypatch.setitem(sampler.PREFIX_STEP, "cpu", prefix_step)
     monkeypatch.setitem(sampler.SUFFIX_STEP, "cpu", suffix_step)
@@ -305,7 +305,7 @@ def test_regrouping():
 
 
 class Tape:
-    """Stands in for StepGraph where there is no GPU.  Like a captured graph it knows operations and
+    """Stands in for StepGraph where there is no GPU. Like a captured graph it knows operations and
     memory, nothing of Python: it makes the operations of one step again, in the same order, with
     the same numbers, on the same tensors."""
 

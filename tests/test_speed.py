@@ -152,7 +152,7 @@ def test_nothing_as_large_as_tokens_times_vocabulary_is_kept(model, prompt):
 
 class Operations(TorchDispatchMode):
     """Counts what would be a kernel on a GPU, and how often tensors of each size are read or
-    written.  Views are nothing."""
+    written. Views are nothing."""
 
     def __init__(self):
         super().__init__()
@@ -201,7 +201,7 @@ def test_kernels_of_a_decode_step(model, monkeypatch):
     for kernels in (None, own):
         one, two = (kernels_of_a_step(grouped, layers, kernels) for layers in (1, 2))
         counts.append((two - one, 2 * one - two))
-    # Eager, bf16 has one more: a cast of the attention weights.  Compiled, what is between our
+    # Eager, bf16 has one more: a cast of the attention weights. Compiled, what is between our
     # kernels is 7 a layer and not 10 (tests/commands/test_compiled.py): 225 at 24 layers.
     assert counts == [(28, 65), (12, 8)]
 

@@ -195,7 +195,7 @@ def test_kernels_of_a_compiled_layer(model):
 )
 def test_the_compiled_step_copies_no_cache(monkeypatch):
     """Stops the copy that Inductor made of the whole cache, in every layer of every step: half
-    a millisecond of 2.4 at 64 rows on an H100.  Eager code has no such copy, so counted
+    a millisecond of 2.4 at 64 rows on an H100. Eager code has no such copy, so counted
     operations do not see it.
 
     The shapes of HumanOmni-0.5B; T is a prime beside 512, so that what holds or loops over the

@@ -346,7 +346,7 @@ def test_other_numbers_of_ranks_go_on_with_the_same_data(whole, labels, tmp_path
 
 
 def die_once(out: Path, step: int) -> str:
-    """A hook: rank 1 is killed in the first attempt.  A file tells the attempts apart:
+    """A hook: rank 1 is killed in the first attempt. A file tells the attempts apart:
     torchrun counts an agent's own failures only."""
     died = f"pathlib.Path({str(out.with_suffix('.died'))!r})"
     return at_step(

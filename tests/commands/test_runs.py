@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 MEDIA = GOLDEN / "media"
 MODEL = GOLDEN / "humanomni"
 # A random policy never says a label, so all its groups would be dead; these rewards differ within
-# a group, so that every step moves the weights.  A hook: executed in the process of the run
+# a group, so that every step moves the weights. A hook: executed in the process of the run
 # before its script.
 MOVING = """
 import rewards

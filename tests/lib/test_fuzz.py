@@ -2,7 +2,7 @@
 and some that somebody did.
 
 The random ones are the same in every run: hypothesis is told to derive its examples from the test,
-media are damaged with fixed seeds.  Clips are read in a process of their own, with limits on memory
+media are damaged with fixed seeds. Clips are read in a process of their own, with limits on memory
 and time, because a decoder that goes wrong takes its process along:
 
     python tests/lib/test_fuzz.py FOLDER SECONDS      # reads every clip of the folder,
@@ -59,7 +59,7 @@ fuzz = settings(derandomize=True, database=None, deadline=None, max_examples=200
 
 @contextlib.contextmanager
 def limit(seconds: int):
-    """Ends what would take hours.  No measure of speed: what is linear needs a hundredth of it."""
+    """Ends what would take hours. No measure of speed: what is linear needs a hundredth of it."""
 
     def stop(*_):
         raise TimeoutError(f"not done after {seconds} s")

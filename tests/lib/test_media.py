@@ -262,7 +262,7 @@ def test_trimmed(tmp_path, monkeypatch, start, d):
 
 def several_streams(path, good: bool = True, cover: bool = False):
     """Two video streams: packets of noise, and frames of which no. i is of grey 10 * i (or noise,
-    too).  Maybe a cover."""
+    too). Maybe a cover."""
     with av.open(str(path), "w") as out:
         streams = [
             out.add_stream(codec, rate=10) for codec in ("mpeg4", "mpeg4", "png")[: 2 + cover]

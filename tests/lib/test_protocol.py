@@ -66,7 +66,7 @@ def invented(
 
 def test_rates_of_nothing():
     """Stops: a division by no clip, a class without clips in the mean as recall 0, zip() leaving
-    out the longer tail.  (The measures themselves: test_fuzz.py, against scikit-learn.)"""
+    out the longer tail. (The measures themselves: test_fuzz.py, against scikit-learn.)"""
     assert war_uar([], []) == (0.0, 0.0) and protocol.rates_of_counts(
         np.zeros(2), np.zeros(2)
     ).tolist() == [0.0, 0.0]
@@ -362,7 +362,7 @@ def test_actor_is_the_last_number_of_the_name():
 
 
 def test_the_vocabularys_ceiling_on_ravdess():
-    """Stops: clips lost or counted twice in any reading.  Without the word calm,
+    """Stops: clips lost or counted twice in any reading. Without the word calm,
     52 of 60 and 7 of 8 can be right."""
     got = readings(ravdess(answer=lambda emotion, _: "neutral" if emotion == "calm" else emotion))
     assert list(got) == ["calm kept", "calm counted as neutral", "calm dropped"]

@@ -16,7 +16,7 @@ ROWS = [{"step": 0, "eval/dfew/war": 61.5}, {"step": 1, "reward": 1.25, "kl": No
 
 
 def fake(monkeypatch, kind: str, broken_at: int | None = None) -> list:
-    """A package of that name, by the documented signatures.  -> what it was given"""
+    """A package of that name, by the documented signatures. -> what it was given"""
     got = []
 
     def log(row, step=None):

@@ -1,7 +1,7 @@
 """The Triton kernels of a decode step: equal to their twins in Triton's interpreter, accepted by
 the compiler for real GPUs without spilled registers.
 
-Neither needs a GPU.  Each runs in a process of its own, because Triton decides at its import which
+Neither needs a GPU. Each runs in a process of its own, because Triton decides at its import which
 of the two it is.
 """
 

@@ -512,7 +512,7 @@ class Browser:
             )
 
     def choose(self, **values: str) -> str:
-        """Set controls, one after the other.  -> how many groups are left, as the page says it"""
+        """Set controls, one after the other. -> how many groups are left, as the page says it"""
         for name, value in values.items():
             self.js(
                 "(([id, value]) => { const e = document.getElementById(id); e.value = value; "
