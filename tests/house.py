@@ -3,14 +3,21 @@ arrows point one way."""
 
 import ast
 import dataclasses
+import importlib
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import transformers
 
+import eval as eval_script
 import grpo
+import sft
+from lib.args import read_comments
+from tools import doctor
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSON = {"grpo", "sft", "eval", "training", "model", "sampler", "data", "rewards"}
@@ -192,6 +199,53 @@ def test_the_lesson_is_not_dense():
     text = "".join((ROOT / f"{name}.py").read_text() for name in LESSON)
     lines = [line for line in text.splitlines() if line.strip()]
     assert sum(map(len, lines)) / len(lines) < 56
+
+
+SCRIPT_ARGS = [grpo.Args, sft.Args, eval_script.Args]
+TOOL_ARGS = [
+    value
+    for file in sorted((ROOT / "tools").glob("[a-z]*.py"))
+    for value in vars(importlib.import_module(f"tools.{file.stem}")).values()
+    if isinstance(value, type)
+    and value.__name__.endswith("Args")
+    and value.__module__.startswith("tools")
+]
+
+
+@pytest.mark.parametrize(
+    "cls", [*SCRIPT_ARGS, *TOOL_ARGS], ids=lambda c: f"{c.__module__}.{c.__name__}"
+)
+def test_every_flag_is_explained_and_many_are_grouped(cls):
+    """Stops a flag without help, and a list of fifty flags without groups."""
+    helps, groups = read_comments(cls)
+    assert all(len(helps[field.name]) > 5 for field in dataclasses.fields(cls)), helps
+    if cls in SCRIPT_ARGS:
+        sizes = Counter(groups.values())
+        assert len(sizes) >= 5 and max(sizes.values()) <= 14 and "" not in sizes
+
+
+def test_choices_of_the_objective_are_explained():
+    """Stops a choice of the objective that the help does not explain."""
+    helps, groups = read_comments(grpo.Args)
+    choices = {
+        f.name: f.type.__args__
+        for f in dataclasses.fields(grpo.Args)
+        if groups[f.name].startswith("objective") and getattr(f.type, "__origin__", None) is Literal
+    }
+    assert {"baseline", "scale", "ratio", "gate", "agg", "kl"} <= choices.keys()
+    for name, values in choices.items():
+        for value in values:
+            assert re.search(rf"(^|; |, ){value}[:,] ", helps[name], re.MULTILINE), (name, value)
+
+
+def test_every_finding_has_a_test_and_a_row_in_the_docs():
+    """Stops a finding of tools.doctor without a test or a row in docs/metrics.md, and a row without
+    a finding."""
+    findings = [rule.name for rule in doctor.RULES]
+    tests = (ROOT / "tests" / "tools" / "test_doctor.py").read_text()
+    assert [name for name in findings if f'"{name}"' not in tests] == []
+    table = (ROOT / "docs" / "metrics.md").read_text().split("tools.doctor")[-1]
+    assert re.findall(r"^\| \*\*(.+?)\*\* \|", table, re.MULTILINE) == findings
 
 
 def test_grpo_has_at_most_48_flags():
