@@ -484,6 +484,8 @@ def set_up(
         raise UserError(f"--seed {args.seed}: must be 0 or more.")
     check_outputs(args, ranks)
     spec = PromptSpec.of_flags(args, shuffle_choices=True)
+    if spec.mute + spec.blank > 1:
+        raise UserError("--mute and --blank: the two shares must add up to 1 or less.")
     check_labels(samples, args.data, args.allow_labels)
     max_steps = count_steps(args, len(samples), per_step)
 
