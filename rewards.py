@@ -87,13 +87,13 @@ def label_format(text: str) -> float:
 
 
 def conclusion_of(text: str) -> str | None:
-    """The word of the vocabulary that the single <think> block concludes, or None."""
+    """The emotion that the single <think> block supports (the last one stated), or None."""
     span = _between(text, "<think>", "</think>")
     return None if span is None else concluded(text[span[0] : span[1]])
 
 
 def agreement_reward(text: str) -> float:
-    """1.0 if the reasoning concludes the emotion of the answer, be it right or wrong."""
+    """1.0 if the reasoning supports the answer, be it right or wrong."""
     word = conclusion_of(text)
     return float(word is not None and word == (parse_answer(text) or "").lower())
 
@@ -131,7 +131,7 @@ def agreement_of(c: Completion) -> float:
 
 
 def conclusion_reward(c: Completion) -> float:
-    """1.0 if the reasoning concludes the label, whatever the answer is."""
+    """1.0 if the reasoning supports the label, whatever the answer is."""
     return float(conclusion_of(c.text) == c.answer.strip().lower())
 
 

@@ -178,7 +178,7 @@ def reasoning_of(text: str) -> str:
 
 
 def agrees(answer: str | None, conclusion: str | None) -> bool:
-    """Return True if the answer, in lower case, names the emotion that the reasoning concludes.
+    """Return True if the answer, in lower case, names the emotion that the reasoning supports.
 
     The answer "anger" agrees with the conclusion "angry".
     """

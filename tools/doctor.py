@@ -496,7 +496,7 @@ def reasoning_falls_behind(run: Run):
     accuracy, agreement = run.now(ACCURACY), run.now("agreement")
     if accuracy > agreement + 0.1:  # before RL they are about equal
         return (
-            f"{accuracy:.0%} of the answers are right, but the reasoning concludes the answer in "
+            f"{accuracy:.0%} of the answers are right, but the reasoning supports the answer in "
             f"{agreement:.0%} of the completions."
         )
 
