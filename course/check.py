@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from lib.args import UserError, printable, run_main
+from lib.args import UserError, list_of, printable, run_main
 from lib.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +37,7 @@ class Args:
     begin: bool = False  # put the exercise's gap or bug into the scripts
     solution: bool = False  # put the solution in
     back: bool = False  # restore the files that the exercise changes
-    runs: list[str] = dataclasses.field(default_factory=list)  # run folders to check as well
+    runs: list[str] = list_of()  # run folders to check as well
 
 
 def patch(kind: str, n: int) -> Path:
@@ -78,9 +78,10 @@ def changed(n: int) -> list[str]:
 
 def refuse_changes(n: int) -> None:
     """Raise UserError if files of an exercise differ from the last commit."""
-    if changed(n):
+    files = changed(n)
+    if files:
         raise UserError(
-            f"exercise {n} has changed files: {', '.join(changed(n))}. First restore them with "
+            f"exercise {n} has changed files: {', '.join(files)}. First restore them with "
             f"python -m course.check {n} --back, which keeps your work in runs/course."
         )
 

@@ -3,8 +3,11 @@
 import dataclasses
 import datetime
 import os
+import platform
+import re
 import time
 import uuid
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -131,6 +134,15 @@ def fresh_store() -> dist.Store:
         name = store.get(f"name/{rank}").decode()
         store.set(f"{name}/{rank}", "received")
     return dist.PrefixStore(name, store)
+
+
+def machine_name(device: torch.device) -> str:
+    """Return the model of the GPU, or of the processor with its number of cores: no host name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype:

@@ -3,7 +3,6 @@ arrows point one way."""
 
 import ast
 import dataclasses
-import importlib
 import re
 import subprocess
 from collections import Counter
@@ -12,10 +11,9 @@ from typing import Literal
 
 import pytest
 import transformers
+from all_args import ALL_ARGS, SCRIPT_ARGS, name_of
 
-import eval as eval_script
 import grpo
-import sft
 from lib.args import read_comments
 from tools import doctor
 
@@ -201,20 +199,7 @@ def test_the_lesson_is_not_dense():
     assert sum(map(len, lines)) / len(lines) < 56
 
 
-SCRIPT_ARGS = [grpo.Args, sft.Args, eval_script.Args]
-TOOL_ARGS = [
-    value
-    for file in sorted((ROOT / "tools").glob("[a-z]*.py"))
-    for value in vars(importlib.import_module(f"tools.{file.stem}")).values()
-    if isinstance(value, type)
-    and value.__name__.endswith("Args")
-    and value.__module__.startswith("tools")
-]
-
-
-@pytest.mark.parametrize(
-    "cls", [*SCRIPT_ARGS, *TOOL_ARGS], ids=lambda c: f"{c.__module__}.{c.__name__}"
-)
+@pytest.mark.parametrize("cls", ALL_ARGS, ids=name_of)
 def test_every_flag_is_explained_and_many_are_grouped(cls):
     """Stops a flag without help, and a list of fifty flags without groups."""
     helps, groups = read_comments(cls)

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from lib.args import UserError, list_of, run_main
+from lib.dist import machine_name
 from lib.files import write_text
 from lib.run_folder import read_rows
-from tools.bench import circumstances
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("toy_dfew", "toy_mafw", "toy_ravdess")
@@ -282,7 +282,7 @@ def main(args: Args) -> None:
     jobs = open_jobs(args, lines)
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    origin = {"commit": commit, "machine": circumstances(torch.device("cpu"))["machine"]}
+    origin = {"commit": commit, "machine": machine_name(torch.device("cpu"))}
 
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(measure, *job, args): job for job in jobs}

@@ -30,7 +30,6 @@ import gc
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -50,7 +49,7 @@ from data import QUESTION, THINK, PromptBatch, chunks
 from grpo import advantages, grpo_loss
 from lib.args import UserError, list_of, run_main
 from lib.checkpoint import read_json
-from lib.dist import Ranks, dtype_of, start_ranks
+from lib.dist import Ranks, dtype_of, machine_name, start_ranks
 from lib.files import write_json
 from lib.metrics import Timer
 from lib.modalities import AUDIO, VIDEO
@@ -257,15 +256,9 @@ def floors(b: "Bench", P: int, rates: dict) -> dict:
 
 def circumstances(device: torch.device) -> dict:
     """Return what is needed to read a measured number, without the name of the host."""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        info = Path("/proc/cpuinfo")
-        names = re.findall(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-        machine = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     return {
         "command": shlex.join(("python", *sys.orig_argv[1:])),
-        "machine": machine,
+        "machine": machine_name(device),
         "date": datetime.date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -662,32 +662,48 @@ def find_problems(sample: Sample, num_frames: int) -> dict[str, str]:
     return problems
 
 
-def send_problems(pipe, sample: Sample, num_frames: int) -> None:
-    pipe.send(find_problems(sample, num_frames))
+def send_problems(pipe, samples: list[Sample], num_frames: int) -> None:
+    """Read clips one after another, in a process of its own, until the parent is gone."""
+    parent = os.getppid()
+    for sample in samples:
+        if os.getppid() != parent:
+            return
+        pipe.send(find_problems(sample, num_frames))
 
 
-def start_reader(sample: Sample, num_frames: int):
-    """Start a process that reads a clip. Returns (sample, process, pipe with the problems)."""
-    pipe, its_end = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.Process(target=send_problems, args=(its_end, sample, num_frames))
-    process.start()
-    its_end.close()  # with this copy open, the end of the process would not show
-    return sample, process, pipe
+def check_all(
+    samples: list[Sample], num_frames: int, workers: int
+) -> Iterator[tuple[Sample, dict[str, str]]]:
+    """Yield (sample, problems) of every clip, in the order in which they are read.
 
+    Each process reads its share in order. So if a decoder crashes, it is known which clip it was,
+    and another process continues with the rest of the share.
+    """
+    reading = {}  # pipe -> its process, the samples of its share that are left
 
-def check_all(samples, num_frames: int, workers: int) -> Iterator[dict[str, str]]:
-    """Yield the problems of each clip. A decoder may crash, so each clip has a process."""
-    readers = (start_reader(sample, num_frames) for sample in samples)
-    running = list(itertools.islice(readers, workers))
-    while running:
-        sample, process, pipe = running.pop(0)
-        try:
-            yield pipe.recv()
-        except (EOFError, OSError):  # the process ended before or while it answered
-            process.join()
-            reason = f"reading it ended the process (exit code {process.exitcode})"
-            yield {"bad": f"{sample.clip}: {reason}"}
-        running += itertools.islice(readers, 1)
+    def start(share: list[Sample]) -> None:
+        pipe, its_end = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.Process(target=send_problems, args=(its_end, share, num_frames))
+        process.start()
+        its_end.close()  # with this copy open, the end of the process would not show
+        reading[pipe] = process, share
+
+    for worker in range(min(workers, len(samples))):
+        start(samples[worker::workers])
+    while reading:
+        for pipe in multiprocessing.connection.wait(list(reading)):
+            process, share = reading[pipe]
+            try:
+                problems = pipe.recv()
+            except (EOFError, OSError):  # the process has read its share, or it crashed
+                del reading[pipe]
+                process.join()
+                if not share:
+                    continue
+                reason = f"reading it ended the process (exit code {process.exitcode})"
+                problems = {"bad": f"{share[0].clip}: {reason}"}
+                start(share[1:])
+            yield share.pop(0), problems
 
 
 def check(args: CheckArgs) -> None:
@@ -696,9 +712,10 @@ def check(args: CheckArgs) -> None:
     if args.num_frames < 1 or args.workers < 0:
         raise UserError("--num_frames must be 1 or more, --workers 0 or more.")
     samples = {(s.id, s.modal): s for s in read_samples(args.data, args.media_root)}
-    done = check_all(samples.values(), args.num_frames, args.workers or os.cpu_count() or 1)
+    workers = args.workers or os.cpu_count() or 1
+    done = check_all(list(samples.values()), args.num_frames, workers)
     bar = tqdm(done, total=len(samples), desc="check", unit="clip", mininterval=1)
-    problems = dict(zip(samples, bar))
+    problems = {(sample.id, sample.modal): found for sample, found in bar}
     good = sum(not found for found in problems.values())
     report: dict = {"data": args.data, "clips": len(samples), "good": good}
     for kind in ("bad", "silent", "short", "degraded"):

@@ -9,6 +9,7 @@ its metric finds nothing.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -86,12 +87,27 @@ class Run:
         stretch = min(max(10, n // 4), 100, (n + 1) // 2)
         self.early, self.late = self.rows[:stretch], self.rows[n - stretch :]
         self.before = self.rows[max(0, n - 2 * stretch) : n - stretch]
-        self.answers, self.late_answers = Answers(), Answers()  # of all steps, and of `late`
         self.found: set[str] = set()  # names of the findings so far
         self.is_rl = "num_generations" in config
         self.has_reasoning = config.get("prompt") != "label"
         self.lr = max([self.setting("lr"), *values(self.rows, "lr")])
         self.updates = self.setting("update_epochs", 1) * self.setting("num_minibatches", 1)
+
+    @functools.cached_property
+    def counts(self) -> tuple[Answers, Answers]:
+        """Answers of all steps, and of `late`. rollouts.jsonl may be large, so it is read late."""
+        if not self.rows:
+            return Answers(), Answers()
+        rollouts = read_rows(self.path / "rollouts.jsonl")
+        return count_answers(rollouts, self.late[0]["step"], self.config)
+
+    @property
+    def answers(self) -> Answers:
+        return self.counts[0]
+
+    @property
+    def late_answers(self) -> Answers:
+        return self.counts[1]
 
     def setting(self, name: str, default: float = 0) -> float:
         """Return a number from config.json."""
@@ -197,11 +213,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder}: {problem}; give the run folder, {where}.")
     logged = read_rows(folder / "metrics.jsonl")
     rows = [row for row in logged if type(row.get("step")) is int and values([row], "step")]
-    run = Run(folder, config, rows)
-    if run.rows:
-        rollouts = read_rows(folder / "rollouts.jsonl")
-        run.answers, run.late_answers = count_answers(rollouts, run.late[0]["step"], config)
-    return run
+    return Run(folder, config, rows)
 
 
 # ---- rules: a cause stands before what may follow from it ----------------------------------------

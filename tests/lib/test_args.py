@@ -1,7 +1,6 @@
 """Flags from a dataclass: every one is explained, a misspelt one is refused with a suggestion."""
 
 import dataclasses
-import importlib
 import re
 import subprocess
 import sys
@@ -9,23 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from all_args import ALL_ARGS, name_of
 
-import eval as eval_script
 import grpo
-import sft
 from lib.args import parse_args
-from toy import __main__ as toy
 
 ROOT = Path(__file__).parents[2]
-LESSON = [grpo.Args, sft.Args, eval_script.Args]
-TOOLS = [
-    value
-    for file in sorted((ROOT / "tools").glob("[a-z]*.py"))
-    for value in vars(importlib.import_module(f"tools.{file.stem}")).values()
-    if isinstance(value, type)
-    and value.__name__.endswith("Args")
-    and value.__module__.startswith("tools")
-]
 
 
 def help_of(cls, capsys, monkeypatch) -> dict[str, dict[str, str]]:
@@ -46,9 +34,7 @@ def help_of(cls, capsys, monkeypatch) -> dict[str, dict[str, str]]:
     return sections
 
 
-@pytest.mark.parametrize(
-    "cls", [*LESSON, toy.Args, *TOOLS], ids=lambda cls: f"{cls.__module__}.{cls.__name__}"
-)
+@pytest.mark.parametrize("cls", ALL_ARGS, ids=name_of)
 def test_help_lists_every_flag(cls, capsys, monkeypatch):
     """Stops a flag that --help leaves out."""
     sections = help_of(cls, capsys, monkeypatch)

@@ -701,10 +701,10 @@ def test_rollouts_are_streamed(tmp_path):
             row = {"step": 1, "answer": "sad", "completion": 0, "text": text}
             file.write(json.dumps(row) + "\n")
     tracemalloc.start()
-    run = doctor.read_run(folder)
+    answers = doctor.read_run(folder).answers
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert run.answers.completions == 4000 and len(run.answers.given) == 50
+    assert answers.completions == 4000 and len(answers.given) == 50
     assert peak < 1e6 < (folder / "rollouts.jsonl").stat().st_size / 8
 
 
