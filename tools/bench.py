@@ -1,6 +1,6 @@
 """Speed, memory and full size, measured or computed on random weights.
 
-    python -m tools.bench                            one GRPO step of the toy model: two minutes
+    python -m tools.bench                            one GRPO step of the toy model: half a minute
     python -m tools.bench --size mid                 half of HumanOmni's width and depth, an
                                                      eighth of its size: ten minutes
     python -m tools.bench --size full --device cuda  HumanOmni's geometry; judges every target
